@@ -1,0 +1,82 @@
+"""The scalars of one step, derived from the hyper-parameters once per tensor and step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Scalar = float | Tensor
+
+
+class Scalars(NamedTuple):
+    """What a step needs to know besides its tensors, in the order of the kernels' scalar table.
+
+    Python floats, or tensors where the step count or the learning rate lives in one.
+    """
+
+    step: Scalar  # t, counted from 1; also the Philox step of the masks of u
+    beta1: Scalar
+    one_minus_beta1: Scalar
+    beta2: Scalar
+    one_minus_beta2: Scalar
+    step_size: Scalar  # lr / (1 - beta1^t)
+    inv_sqrt_bias2: Scalar  # 1 / sqrt(1 - beta2^t)
+    eps: Scalar
+    decay: Scalar  # 1 - lr * weight_decay
+    update_weight: Scalar  # (1 - alpha), over the reserve rate of u when rescaled
+    tau_weight: Scalar  # alpha, over the reserve rate of tau when rescaled
+    moves: Scalar  # 1, or 0 when lr = 0: the moments advance and the weights do not
+
+
+class Hyper(NamedTuple):
+    """The hyper-parameters that the scalars are derived from."""
+
+    lr: Scalar  # a float, or a 0-d tensor that the host never reads
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    alpha: float
+    update_scale: float = 1.0  # 1/p under a rescaled random drop of u
+    tau_scale: float = 1.0  # 1/p with the rate that tau was stored with
+
+
+def derive_scalars(step: Scalar, hyper: Hyper) -> Scalars:
+    """Return the scalars of step `step`, a float or a tensor counted from 1, in fp64 and not rounded."""
+    if isinstance(step, Tensor):
+        step = step.double()
+    lr = hyper.lr.double() if isinstance(hyper.lr, Tensor) else hyper.lr
+    beta1, beta2 = hyper.betas
+    return Scalars(
+        step=step,
+        beta1=beta1,
+        one_minus_beta1=1 - beta1,
+        beta2=beta2,
+        one_minus_beta2=1 - beta2,
+        step_size=lr / (1 - beta1**step),
+        inv_sqrt_bias2=(1 - beta2**step) ** -0.5,
+        eps=hyper.eps,
+        decay=1 - lr * hyper.weight_decay,
+        update_weight=(1 - hyper.alpha) * hyper.update_scale,
+        tau_weight=hyper.alpha * hyper.tau_scale,
+        moves=(lr != 0).double() if isinstance(lr, Tensor) else float(lr != 0),
+    )
+
+
+def scalar_table(steps: Sequence[Tensor], hyper: Hyper, device: torch.device) -> Tensor:
+    """Return fp64 `[T, 12]` on `device`: a row of `Scalars` for each of T step counts.
+
+    Rounding the table to fp32 rounds each scalar once. Nothing waits for a device: step counts are read by the
+    host only where they lie on the CPU and the learning rate is a float.
+    """
+    if not isinstance(hyper.lr, Tensor) and all(step.device.type == "cpu" for step in steps):
+        counts = [float(step) for step in steps]
+        rows = {t: derive_scalars(t, hyper) for t in set(counts)}
+        return torch.tensor([rows[t] for t in counts], dtype=torch.float64).to(device, non_blocking=True)
+    columns = derive_scalars(torch.stack([step.to(device, non_blocking=True) for step in steps]), hyper)
+    return torch.stack(
+        [torch.as_tensor(column, dtype=torch.float64, device=device).expand(len(steps)) for column in columns],
+        1,
+    )

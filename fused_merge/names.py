@@ -1,0 +1,28 @@
+"""What a tensor is called, whoever wrapped the model, and the number that stands for it in random masks."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+
+_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def canonical_name(name: str) -> str:
+    """Return `name` without the components that DDP, torch.compile, FSDP and checkpointing insert.
+
+    `"module._orig_mod.layers.0.weight"` becomes `"layers.0.weight"`. The last component is the tensor's own
+    name and always stays.
+    """
+    *path, last = name.split(".")
+    return ".".join([part for part in path if part not in _WRAPPERS] + [last])
+
+
+@cache
+def tensor_id(name: str) -> int:
+    """Return the 32-bit number that keys the random masks of the tensor called `name`.
+
+    It is the first four bytes, little endian, of the SHA-256 of the canonical name, so that a mask depends on
+    what a tensor is called and on nothing about the run.
+    """
+    return int.from_bytes(hashlib.sha256(canonical_name(name).encode()).digest()[:4], "little")

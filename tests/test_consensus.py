@@ -1,0 +1,78 @@
+"""Every case of ⊕ by hand: agreeing, opposed, tied, zero, NaN."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fused_merge.eager.consensus import linear, sign_paper, sign_reference
+
+NAN = float("nan")
+
+
+def merged(function, u, tau, alpha):
+    result = function(torch.tensor([u]), torch.tensor([tau]), 1 - alpha, alpha)
+    return result.item()
+
+
+def test_linear_by_hand():
+    assert merged(linear, 4.0, -2.0, 0.25) == 0.75 * 4.0 - 0.25 * 2.0
+
+
+@pytest.mark.parametrize(
+    ("u", "tau", "expected"),
+    [
+        (4.0, 2.0, 3.5),  # both +: the weighted sum
+        (-4.0, -2.0, -3.5),
+        (4.0, -2.0, 3.0),  # u + tau = 2 elects +: only u
+        (2.0, -4.0, -1.0),  # u + tau = -2 elects -: only tau
+        (-4.0, 2.0, -3.0),
+        (-2.0, 4.0, 1.0),
+        (4.0, -4.0, 3.0),  # a tie elects +
+        (-4.0, 4.0, 1.0),
+        (0.0, -4.0, -1.0),  # zeros oppose nobody
+        (4.0, 0.0, 3.0),
+        (0.0, 0.0, 0.0),
+    ],
+)
+def test_the_vote_of_the_authors_code(u, tau, expected):
+    assert merged(sign_reference, u, tau, 0.25) == expected
+
+
+@pytest.mark.parametrize(
+    ("u", "tau", "expected"),
+    [
+        (4.0, 2.0, 3.5),
+        (-4.0, -2.0, -3.5),
+        (2.0, -4.0, 1.5),  # 1.5 against -1: the update wins although tau is larger
+        (1.0, -4.0, -1.0),  # 0.75 against -1
+        (-1.0, 4.0, 1.0),
+        (4.0, -12.0, 0.0),  # 3 against -3: equal magnitudes cancel
+        (0.0, -4.0, -1.0),
+        (4.0, 0.0, 3.0),
+    ],
+)
+def test_the_vote_as_printed(u, tau, expected):
+    assert merged(sign_paper, u, tau, 0.25) == expected
+
+
+def test_opposite_terms_whose_product_underflows_are_still_opposed():
+    assert merged(sign_paper, 1e-30, -2e-30, 0.5) == pytest.approx(-1e-30, rel=1e-6)
+
+
+@pytest.mark.parametrize("function", [linear, sign_reference, sign_paper])
+def test_a_nan_update_stays(function):
+    assert merged(function, NAN, 3.0, 0.25) != merged(function, NAN, 3.0, 0.25)
+
+
+def test_with_a_small_alpha_the_two_votes_are_two_optimizers():
+    generator = torch.Generator().manual_seed(0)
+    u = 1e-6 * torch.randn(10_000, generator=generator)
+    tau = 1e-3 * torch.randn(10_000, generator=generator)
+    opposed = u * tau < 0
+    alpha = 1e-7
+    by_code = sign_reference(u, tau, 1 - alpha, alpha)[opposed]
+    as_printed = sign_paper(u, tau, 1 - alpha, alpha)[opposed]
+    # The code elects tau's sign and drops the update; the formula keeps the update.
+    assert (by_code.sign() == tau[opposed].sign()).float().mean() > 0.99
+    assert (as_printed.sign() == u[opposed].sign()).float().mean() > 0.99

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from fused_merge.names import canonical_name, tensor_id
+
+
+@pytest.mark.parametrize(
+    ("name", "canonical"),
+    [
+        ("layers.0.weight", "layers.0.weight"),
+        ("module.layers.0.weight", "layers.0.weight"),
+        ("_orig_mod.module.layers.0.weight", "layers.0.weight"),
+        ("layers.0._fsdp_wrapped_module._checkpoint_wrapped_module.mlp.weight", "layers.0.mlp.weight"),
+        # A tensor of that very name, and a component that only contains a wrapper's name, stay.
+        ("module", "module"),
+        ("submodule.weight", "submodule.weight"),
+    ],
+)
+def test_canonical_name(name, canonical):
+    assert canonical_name(name) == canonical
+
+
+def test_tensor_id_is_the_hash_of_the_canonical_name():
+    digest = hashlib.sha256(b"layers.0.weight").digest()
+    expected = digest[0] + (digest[1] << 8) + (digest[2] << 16) + (digest[3] << 24)
+    assert tensor_id("layers.0.weight") == tensor_id("module.layers.0.weight") == expected
+    # Written down once, so that no later version may change what a seed means.
+    assert tensor_id("layers.0.weight") == KNOWN_ID
+
+
+KNOWN_ID = 2910602600
