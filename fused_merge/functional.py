@@ -1,0 +1,250 @@
+"""The multi-tensor forms: lists of tensors in, one launch or one eager loop, nothing kept.
+
+`fused_merge.MergingAdamW` and `fused_merge.interpolate` are thin shells around these functions, which are
+here for frameworks that keep their own parameters and states.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fused_merge import backend
+from fused_merge.eager.adamw import compute_dtype
+from fused_merge.eager.interpolate import interpolate as eager_interpolate
+from fused_merge.eager.merging_adamw import merging_adamw_ as eager_merging_adamw_
+from fused_merge.eager.scalars import Hyper, Scalars, scalar_table
+from fused_merge.methods import merge_rule
+from fused_merge.sharding import ShardIndex
+from fused_merge.sparse import SparseTensor
+
+Tau = Tensor | SparseTensor | None
+
+
+@torch.no_grad()
+def merging_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    taus: Sequence[Tau],
+    *,
+    tensor_ids: Sequence[int],
+    method: str = "ondare",
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    alpha: float = 1e-6,
+    reserve_rate: float = 0.01,
+    tau_reserve_rate: float | None = None,
+    rescale: bool | None = None,
+    vote: str | None = None,
+    seed: int = 0,
+    shards: Sequence[ShardIndex] | None = None,
+    impl: str = "auto",
+) -> None:
+    """Take one merged AdamW step on every tensor: theta += F(u) ⊕ F(tau).
+
+    Source: Lu et al. 2024 (arXiv 2405.17931), algorithm 1.
+
+    Args:
+        params: T floating tensors of any shapes and strides; mutated, unless `lr` is 0.
+        grads: T dense gradients of the same shapes.
+        exp_avgs: T first moments; mutated.
+        exp_avg_sqs: T second moments; mutated.
+        steps: T step counts, 0-d fp32; incremented. On the CPU, or beside the parameters.
+        taus: F(tau) of each tensor: already sparsified, unscaled, dense or sparse; None for plain AdamW.
+        tensor_ids: `fused_merge.names.tensor_id` of each tensor's name, the key of its random masks.
+        method: a row of `fused_merge.methods.METHODS`.
+        lr: learning rate, a float or a 0-d tensor; at 0 the moments and steps advance and no weight moves.
+        betas: decay rates of the moments.
+        eps: added to the square root of the second moment.
+        weight_decay: decoupled, before the merge.
+        alpha: weight of tau in the merge, in [0, 1]; not scaled by `lr`.
+        reserve_rate: p, the share of elements of u that F keeps, in (0, 1].
+        tau_reserve_rate: the rate that `taus` were sparsified with; None is `reserve_rate`.
+        rescale: divide what a random drop keeps by its rate; None is the row's default.
+        vote: how a sign consensus votes, `"reference"` or `"paper"`; None is the row's default.
+        seed: 64-bit key of the random masks.
+        shards: where each tensor lies in the unsharded one; None where all are whole.
+        impl: `"auto"`, `"triton"` or `"eager"`.
+
+    Raises:
+        ValueError: for an option that the row lacks or that is out of range, or lists that do not match.
+        RuntimeError: if `impl="triton"` cannot run here.
+    """
+    rule = merge_rule(method, reserve_rate, rescale=rescale, vote=vote)
+    tensors = list(zip(params, grads, exp_avgs, exp_avg_sqs, taus, strict=True))
+    shards = shards or [ShardIndex.whole(param.numel()) for param in params]
+    for index, (param, grad, exp_avg, exp_avg_sq, tau) in enumerate(tensors):
+        shapes = {other.shape for other in (grad, exp_avg, exp_avg_sq, tau) if other is not None}
+        if shapes != {param.shape}:
+            raise ValueError(
+                f"tensor {index}: gradient, moments and reference delta must have the parameter's shape "
+                f"{tuple(param.shape)}, got {sorted(map(tuple, shapes))}"
+            )
+
+    plan = _plan(
+        impl,
+        [param.device for param in params],
+        lambda i: _kernels("merging_adamw").unsupported(*tensors[i], rule),
+    )
+    hyper = Hyper(
+        lr,
+        betas,
+        eps,
+        weight_decay,
+        alpha,
+        update_scale=rule.scale(reserve_rate),
+        tau_scale=rule.scale(reserve_rate if tau_reserve_rate is None else tau_reserve_rate),
+    )
+    torch._foreach_add_(list(steps), 1.0)
+    for backend_name, device, members in plan:
+        table = scalar_table([steps[i] for i in members], hyper, device)
+        if backend_name == "triton":
+            _kernels("merging_adamw").merging_adamw_(
+                *([tensors[i][column] for i in members] for column in range(5)),
+                table.float(),
+                rule,
+                seed=seed,
+                tensor_ids=[tensor_ids[i] for i in members],
+                shards=[shards[i] for i in members],
+            )
+            continue
+        for i, row in zip(members, table.unbind(), strict=True):
+            tau = taus[i]
+            eager_merging_adamw_(
+                params[i],
+                grads[i],
+                exp_avgs[i],
+                exp_avg_sqs[i],
+                tau.unpack() if isinstance(tau, SparseTensor) else tau,
+                Scalars(*row.to(compute_dtype(params[i].dtype)).unbind()),
+                rule,
+                seed=seed,
+                tensor_id=tensor_ids[i],
+                shard=shards[i],
+            )
+
+
+@torch.no_grad()
+def interpolate(
+    bases: Sequence[Tensor],
+    tuneds: Sequence[Tensor],
+    ratios: Sequence[float] | Sequence[Sequence[float]],
+    outs: Sequence[Sequence[Tensor]] | None = None,
+    *,
+    impl: str = "auto",
+) -> list[list[Tensor]]:
+    """Return R points of the line through each pair of tensors, reading each pair once.
+
+    theta(r) = theta0 + r * (theta1 - theta0), in fp32 (fp64 for fp64 tensors) from the nearer end and rounded
+    once; r = 0 and r = 1 copy bits. Source: Lin et al. 2024 (arXiv 2309.06256).
+
+    Args:
+        bases: T tensors theta0, floating, any shapes and strides.
+        tuneds: T tensors theta1 of the same shapes, dtypes and devices.
+        ratios: R finite ratios for all tensors, or R for each of the T tensors. Below 0 or above 1 they
+            extrapolate.
+        outs: R tensors for each of the T pairs, of the shape, dtype and device of the pair: mutated. With
+            R = 1 an output may be one of its inputs; they may not overlap otherwise. None allocates.
+        impl: `"auto"`, `"triton"` or `"eager"`.
+
+    Returns:
+        `outs`, or R new tensors for each of the T pairs: `result[t][r]`.
+
+    Raises:
+        ValueError: for a ratio that is not finite or tensors that do not match.
+        RuntimeError: if `impl="triton"` cannot run here.
+    """
+    per_tensor = _ratios_per_tensor(ratios, len(bases))
+    pairs = list(zip(bases, tuneds, strict=True))
+    if outs is None:
+        outs = [
+            [torch.empty_like(base, memory_format=torch.contiguous_format) for _ in row]
+            for base, row in zip(bases, per_tensor, strict=True)
+        ]
+    for index, ((base, tuned), points, row) in enumerate(zip(pairs, outs, per_tensor, strict=True)):
+        if not base.is_floating_point():
+            raise ValueError(f"tensor {index}: only floating tensors lie on a line, got {base.dtype}")
+        if len(points) != len(row):
+            raise ValueError(f"tensor {index}: {len(row)} ratios need as many outputs, got {len(points)}")
+        for other in (tuned, *points):
+            if (other.shape, other.dtype, other.device) != (base.shape, base.dtype, base.device):
+                raise ValueError(
+                    f"tensor {index}: base is {_describe(base)} and another end or output {_describe(other)}; "
+                    "make shape, dtype and device the same"
+                )
+
+    plan = _plan(
+        impl,
+        [base.device for base in bases],
+        lambda i: _kernels("interpolate").unsupported(*pairs[i], outs[i]),
+    )
+    for backend_name, _, members in plan:
+        if backend_name == "triton":
+            columns = (bases, tuneds, per_tensor, outs)
+            _kernels("interpolate").interpolate(*([column[i] for i in members] for column in columns))
+            continue
+        for i in members:
+            for out, ratio in zip(outs[i], per_tensor[i], strict=True):
+                out.copy_(eager_interpolate(*pairs[i], ratio))
+    return [list(points) for points in outs]
+
+
+def _ratios_per_tensor(ratios: Sequence[float] | Sequence[Sequence[float]], tensors: int) -> list[list[float]]:
+    """Return the ratios of each tensor, all of them finite."""
+    shared = [ratio for ratio in ratios if not isinstance(ratio, Sequence)]
+    own = [[float(ratio) for ratio in row] for row in ratios if isinstance(row, Sequence)]
+    per_tensor = own or [[float(ratio) for ratio in shared]] * tensors
+    if (shared and own) or len(per_tensor) != tensors:
+        raise ValueError(f"ratios must be one list of numbers, or a list for each of the {tensors} tensors")
+    for ratio in (ratio for row in per_tensor for ratio in row):
+        if not math.isfinite(ratio):
+            raise ValueError(f"a ratio must be finite, got {ratio}")
+    return per_tensor
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
+
+
+def _kernels(name: str) -> ModuleType:
+    """Import a kernel file on first use: the library works where triton does not."""
+    return importlib.import_module(f"fused_merge.kernels.{name}")
+
+
+def _plan(
+    impl: str, devices: Sequence[torch.device], refusal: Callable[[int], str | None]
+) -> list[tuple[str, torch.device, list[int]]]:
+    """Decide what runs which tensors, before anything is changed.
+
+    Args:
+        impl: as asked for.
+        devices: where each tensor lies.
+        refusal: why the kernel cannot take tensor i, or None.
+
+    Returns:
+        Backend, device and the tensors that they serve together.
+
+    Raises:
+        RuntimeError: if `impl` is "triton" and a tensor is refused.
+    """
+    explicit = backend.check_impl(impl) == "triton"
+    chosen = {device: backend.resolve(impl, device) for device in set(devices)}
+    groups: dict[tuple[str, torch.device], list[int]] = {}
+    for index, device in enumerate(devices):
+        runs = chosen[device]
+        if runs == "triton" and (reason := refusal(index)):
+            if explicit:
+                raise RuntimeError(f"impl='triton' cannot serve tensor {index}: {reason}; use impl='auto'")
+            runs = "eager"
+        groups.setdefault((runs, device), []).append(index)
+    return [(runs, device, members) for (runs, device), members in groups.items()]

@@ -1,0 +1,173 @@
+"""The storage of a sparsified tensor: one bit an element, and the kept values packed.
+
+The elements are taken in row-major order and cut into blocks of 1024, at least one block; the last is padded
+with zero bits.
+
+* `mask`: int32 words, 32 to a block. Bit i of word j (bit 0 is the lowest) tells whether element 32*j + i is
+  kept.
+* `values`: the kept values in row-major order, in the dtype of the tensor. Exact zeros are never kept, so
+  −0.0 comes back as 0.0.
+* `offsets`: for each block, how many values stand before it: where a decoder of that block starts to read.
+  int32, or int64 from 2^31 kept values on. It follows from `mask` and is not stored in files.
+
+An element that is kept has the value number
+`offsets[e >> 10] + popcount(bits of its block before bit e & 1023)`.
+Bytes: numel/8 + kept * itemsize + numel/256.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+
+import torch
+from torch import Tensor
+
+BLOCK = 1024
+WORDS = BLOCK // 32
+# Elements handled at once, to keep temporaries in the cache.
+_CHUNK = 1 << 18
+
+
+def block_count(numel: int) -> int:
+    """Return how many blocks a tensor of `numel` elements takes, at least one."""
+    return max(1, -(-numel // BLOCK))
+
+
+def packed_nbytes(numel: int, kept: int, itemsize: int) -> int:
+    """Return the bytes that `kept` of `numel` elements take: mask, values and offsets."""
+    return block_count(numel) * (WORDS * 4 + _offset_dtype(kept).itemsize) + kept * itemsize
+
+
+@dataclass(frozen=True, eq=False)
+class SparseTensor:
+    """A tensor of which only some elements are stored; see the module for the format.
+
+    Attributes:
+        mask: int32, `[32 * blocks]`.
+        values: `[kept]`, any floating dtype.
+        offsets: int32 or int64, `[blocks]`.
+        shape: of the tensor that it stands for.
+    """
+
+    mask: Tensor
+    values: Tensor
+    offsets: Tensor
+    shape: torch.Size
+
+    @classmethod
+    def pack(cls, dense: Tensor, keep: Tensor) -> SparseTensor:
+        """Store the elements of `dense` that `keep` marks and that are not zero.
+
+        Args:
+            dense: floating, any shape and strides.
+            keep: bool, of the same shape and on the same device.
+
+        Raises:
+            ValueError: if shapes, dtype of `keep` or devices do not fit.
+        """
+        if keep.dtype != torch.bool or keep.shape != dense.shape or keep.device != dense.device:
+            raise ValueError(
+                f"keep must be a bool mask of {list(dense.shape)} on {dense.device}, "
+                f"got {keep.dtype} of {list(keep.shape)} on {keep.device}"
+            )
+        words, values = [], []
+        for x, marks in zip(
+            torch.split(dense.reshape(-1), _CHUNK), torch.split(keep.reshape(-1), _CHUNK), strict=True
+        ):
+            chosen = marks & (x != 0)
+            values.append(x[chosen])
+            words.append(_pack_bits(chosen))
+        return cls.from_parts(torch.cat(words), torch.cat(values), dense.shape)
+
+    @classmethod
+    def from_parts(cls, mask: Tensor, values: Tensor, shape: Iterable[int]) -> SparseTensor:
+        """Build from what files store; derives `offsets`.
+
+        Raises:
+            ValueError: if mask, values and shape contradict one another.
+        """
+        shape = torch.Size(shape)
+        blocks = block_count(prod(shape))
+        if mask.dtype != torch.int32 or mask.shape != (blocks * WORDS,) or values.ndim != 1:
+            raise ValueError(
+                f"a tensor of {list(shape)} takes {blocks * WORDS} int32 words of mask and a list of values, "
+                f"got {mask.dtype} of {list(mask.shape)} and values of {list(values.shape)}"
+            )
+        if _unpack_bits(mask[-WORDS:])[prod(shape) - (blocks - 1) * BLOCK :].any():
+            raise ValueError(f"the mask marks elements past the end of {list(shape)}")
+        ends = _popcount(mask).view(blocks, WORDS).sum(1).cumsum(0)
+        if int(ends[-1]) != values.numel():
+            raise ValueError(
+                f"the mask marks {int(ends[-1])} elements, but {values.numel()} values are stored"
+            )
+        starts = torch.cat([ends.new_zeros(1), ends[:-1]])
+        return cls(mask, values, starts.to(_offset_dtype(values.numel())), shape)
+
+    def unpack(self) -> Tensor:
+        """Return the dense tensor, contiguous, with zeros where nothing is stored."""
+        dense = self.values.new_zeros(self.shape)
+        flat = dense.view(-1)
+        step = _CHUNK // BLOCK
+        bounds = [*self.offsets[::step].tolist(), self.values.numel()]
+        for i, (start, end) in enumerate(pairwise(bounds)):
+            if start != end:
+                part = flat[i * _CHUNK : (i + 1) * _CHUNK]
+                marks = _unpack_bits(self.mask[i * step * WORDS : (i + 1) * step * WORDS])
+                part.masked_scatter_(marks[: part.numel()], self.values[start:end])
+        return dense
+
+    def to(self, device: torch.device | str) -> SparseTensor:
+        """Return this tensor on `device`; itself if it is there."""
+        if self.values.device == torch.device(device):
+            return self
+        return SparseTensor(self.mask.to(device), self.values.to(device), self.offsets.to(device), self.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the values."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the three tensors lie."""
+        return self.values.device
+
+    @property
+    def numel_kept(self) -> int:
+        """How many elements are stored."""
+        return self.values.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of mask, values and offsets."""
+        return packed_nbytes(prod(self.shape), self.numel_kept, self.values.element_size())
+
+
+def _offset_dtype(kept: int) -> torch.dtype:
+    return torch.int32 if kept < 2**31 else torch.int64
+
+
+def _pack_bits(marks: Tensor) -> Tensor:
+    """Pack a bool vector into int32 words, padded with zeros to whole blocks."""
+    padded = torch.nn.functional.pad(marks, (0, block_count(marks.numel()) * BLOCK - marks.numel()))
+    # Eight bools are one int64 with a 0 or 1 in each byte; the product gathers them in its highest byte.
+    octets = padded.view(torch.int64) * 0x0102040810204080 >> 56
+    return octets.to(torch.uint8).view(torch.int32)
+
+
+def _unpack_bits(words: Tensor) -> Tensor:
+    """Return the bool vector that `words` packs: 32 elements a word."""
+    octets = words.view(torch.uint8).to(torch.int64) * 0x0101010101010101
+    # Byte i of the mask, 0x8040201008040201 as a signed number, has bit i.
+    return (octets & (0x8040201008040201 - (1 << 64))).view(torch.uint8) != 0
+
+
+def _popcount(words: Tensor) -> Tensor:
+    """Return the number of one bits of each int32 word."""
+    pairs = words - ((words >> 1) & 0x55555555)
+    nibbles = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    octets = (nibbles + (nibbles >> 4)) & 0x0F0F0F0F
+    return octets * 0x01010101 >> 24

@@ -1,0 +1,35 @@
+"""What describes many tensors to one launch: a table of tensors and a table of programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fused_merge.kernels import INTERPRETED
+
+TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+NUM_WARPS = 4
+# Eight elements a thread: 128-bit accesses of 16-bit types, with 32 threads a warp and, on AMD, 64. The
+# interpreter pays by the operation and not by the element.
+DEFAULT_BLOCK = 16384 if INTERPRETED else 8 * NUM_WARPS * (64 if torch.version.hip else 32)
+
+# Global loads and stores are 128 bits wide where every pointer is a multiple of this.
+ALIGNMENT = 16
+
+
+def program_table(numels: Sequence[int], block: int, device: torch.device) -> Tensor:
+    """Return int32 `[programs, 2]`: the tensor and the chunk of `block` elements that each program works on."""
+    chunks = torch.tensor([-(-numel // block) for numel in numels])
+    tensor = torch.repeat_interleave(torch.arange(len(numels)), chunks)
+    first = torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks)
+    chunk = torch.arange(len(tensor)) - first
+    return torch.stack((tensor, chunk), dim=1).to(torch.int32).contiguous().to(device, non_blocking=True)
+
+
+def is_aligned(addresses: Sequence[int]) -> bool:
+    """Return whether every address allows 128-bit accesses."""
+    return all(address % ALIGNMENT == 0 for address in addresses)
