@@ -135,8 +135,6 @@ def interpolate(
 
 
 def _ratio_row(ratio: float) -> tuple[float, float, int]:
-    if ratio in (0.0, 1.0):
-        form = COPY_TUNED if ratio else COPY_BASE
-    else:
-        form = FROM_BASE if ratio < 0.5 else FROM_TUNED
+    ends = {0.0: COPY_BASE, 1.0: COPY_TUNED}
+    form = ends.get(ratio, FROM_BASE if ratio < 0.5 else FROM_TUNED)
     return ratio, 1.0 - ratio, form.value
