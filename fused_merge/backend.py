@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import logging
 import os
@@ -18,7 +17,9 @@ def why_not_triton(device: torch.device) -> str | None:
     """Return in one sentence why the kernels cannot run on `device`, or None where they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; install a torch build that brings it, or use impl='eager'"
-    reason: str | None = importlib.import_module("fused_merge.kernels").why_unusable(device)
+    from fused_merge.kernels import why_unusable
+
+    reason: str | None = why_unusable(device)
     return reason
 
 

@@ -6,10 +6,8 @@ here for frameworks that keep their own parameters and states.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -91,11 +89,13 @@ def merging_adamw_(
                 f"{tuple(param.shape)}, got {sorted(map(tuple, shapes))}"
             )
 
-    plan = _plan(
-        impl,
-        [param.device for param in params],
-        lambda i: _kernels("merging_adamw").unsupported(*tensors[i], rule),
-    )
+    def refusal(i: int) -> str | None:
+        from fused_merge.kernels.merging_adamw import unsupported
+
+        reason: str | None = unsupported(*tensors[i], rule)
+        return reason
+
+    plan = _plan(impl, [param.device for param in params], refusal)
     hyper = Hyper(
         lr,
         betas,
@@ -106,10 +106,12 @@ def merging_adamw_(
         tau_scale=rule.scale(reserve_rate if tau_reserve_rate is None else tau_reserve_rate),
     )
     torch._foreach_add_(list(steps), 1.0)
-    for backend_name, device, members in plan:
+    for runs, device, members in plan:
         table = scalar_table([steps[i] for i in members], hyper, device)
-        if backend_name == "triton":
-            _kernels("merging_adamw").merging_adamw_(
+        if runs == "triton":
+            from fused_merge.kernels import merging_adamw as kernel
+
+            kernel.merging_adamw_(
                 *([tensors[i][column] for i in members] for column in range(5)),
                 table.float(),
                 rule,
@@ -183,15 +185,19 @@ def interpolate(
                     "make shape, dtype and device the same"
                 )
 
-    plan = _plan(
-        impl,
-        [base.device for base in bases],
-        lambda i: _kernels("interpolate").unsupported(*pairs[i], outs[i]),
-    )
-    for backend_name, _, members in plan:
-        if backend_name == "triton":
+    def refusal(i: int) -> str | None:
+        from fused_merge.kernels.interpolate import unsupported
+
+        reason: str | None = unsupported(*pairs[i], outs[i])
+        return reason
+
+    plan = _plan(impl, [base.device for base in bases], refusal)
+    for runs, _, members in plan:
+        if runs == "triton":
+            from fused_merge.kernels import interpolate as kernel
+
             columns = (bases, tuneds, per_tensor, outs)
-            _kernels("interpolate").interpolate(*([column[i] for i in members] for column in columns))
+            kernel.interpolate(*([column[i] for i in members] for column in columns))
             continue
         for i in members:
             for out, ratio in zip(outs[i], per_tensor[i], strict=True):
@@ -214,11 +220,6 @@ def _ratios_per_tensor(ratios: Sequence[float] | Sequence[Sequence[float]], tens
 
 def _describe(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-
-
-def _kernels(name: str) -> ModuleType:
-    """Import a kernel file on first use: the library works where triton does not."""
-    return importlib.import_module(f"fused_merge.kernels.{name}")
 
 
 def _plan(

@@ -35,11 +35,6 @@ class MergeRule(NamedTuple):
     reserve_rate: float
     rescale: bool
 
-    @property
-    def update_scale(self) -> float:
-        """What the weight of u is multiplied by."""
-        return self.scale(self.reserve_rate)
-
     def scale(self, rate: float) -> float:
         """Return 1/rate under a rescaled random drop and 1 otherwise, so that the mean of F(x) is x or rate*x."""
         return 1.0 / rate if self.rescale else 1.0
