@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from functools import cache
 
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -26,3 +27,10 @@ def tensor_id(name: str) -> int:
     what a tensor is called and on nothing about the run.
     """
     return int.from_bytes(hashlib.sha256(canonical_name(name).encode()).digest()[:4], "little")
+
+
+def some(items: Iterable[str], shown: int = 3) -> str:
+    """Return the first few items and how many more there are."""
+    listed = list(items)
+    more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
+    return ", ".join(listed[:shown]) + more
