@@ -20,7 +20,7 @@ from fused_merge import functional
 from fused_merge.backend import check_impl
 from fused_merge.eager.adamw import compute_dtype
 from fused_merge.methods import merge_rule
-from fused_merge.names import canonical_name, tensor_id
+from fused_merge.names import canonical_name, some, tensor_id
 from fused_merge.reference_delta import ReferenceDelta, Sparsity
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class MergingAdamW(Optimizer):
 
     Args:
         params: `model.named_parameters()`, or parameter groups of such pairs. Unnamed parameters are matched in
-            order with a delta that knows its model's order (`ReferenceDelta.from_models`).
+            order with a delta that knows its model's order (`ReferenceDelta.from_models` of two modules).
         reference_delta: a `ReferenceDelta`, or the path of a saved one.
         lr: learning rate, a float or a 0-d tensor. At 0 the moments and steps advance and no weight moves.
         betas: decay rates of the two moments.
@@ -168,8 +168,8 @@ class MergingAdamW(Optimizer):
         absent = [name for name, _, group in wanted if name not in held and group["missing"] == "error"]
         if absent:
             raise ValueError(
-                f"the reference delta lacks {_some(absent)}; build it from checkpoints that hold them, or step "
-                "them as plain AdamW with missing='plain'"
+                f"the reference delta lacks {some(map(repr, absent))}; build it from checkpoints that hold them, or "
+                "step them as plain AdamW with missing='plain'"
             )
         for name, param, _ in wanted:
             if name in held and delta.shape(name) != param.shape:
@@ -183,7 +183,7 @@ class MergingAdamW(Optimizer):
         self._taus.update(taus)
         plain = [name for name, tau in taus.items() if tau is None]
         if plain:
-            logger.warning("stepping as plain AdamW, without a reference delta: %s", _some(plain, most=20))
+            logger.warning("stepping as plain AdamW, without a reference delta: %s", some(map(repr, plain), shown=20))
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -411,9 +411,3 @@ def _names_in_order(groups: list[list[Tensor]], delta: ReferenceDelta) -> list[l
         )
     names = iter(delta.names)
     return [[next(names) for _ in group] for group in groups]
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    """Return the first few names and how many there are in all."""
-    listed = ", ".join(map(repr, names[:most]))
-    return listed if len(names) <= most else f"{listed} and {len(names) - most} more"

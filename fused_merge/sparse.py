@@ -74,9 +74,7 @@ class SparseTensor:
                 f"got {keep.dtype} of {list(keep.shape)} on {keep.device}"
             )
         words, values = [], []
-        for x, marks in zip(
-            torch.split(dense.reshape(-1), _CHUNK), torch.split(keep.reshape(-1), _CHUNK), strict=True
-        ):
+        for x, marks in zip(torch.split(dense.reshape(-1), _CHUNK), torch.split(keep.reshape(-1), _CHUNK), strict=True):
             chosen = marks & (x != 0)
             values.append(x[chosen])
             words.append(_pack_bits(chosen))
@@ -100,9 +98,7 @@ class SparseTensor:
             raise ValueError(f"the mask marks elements past the end of {list(shape)}")
         ends = _popcount(mask).view(blocks, WORDS).sum(1).cumsum(0)
         if int(ends[-1]) != values.numel():
-            raise ValueError(
-                f"the mask marks {int(ends[-1])} elements, but {values.numel()} values are stored"
-            )
+            raise ValueError(f"the mask marks {int(ends[-1])} elements, but {values.numel()} values are stored")
         starts = torch.cat([ends.new_zeros(1), ends[:-1]])
         return cls(mask, values, starts.to(_offset_dtype(values.numel())), shape)
 
