@@ -43,9 +43,7 @@ def test_tensors_and_floats_give_one_table(lr):
     assert by_host.dtype == by_tensor.dtype == torch.float64
     torch.testing.assert_close(by_host, by_tensor, rtol=1e-15, atol=0)
     assert torch.equal(by_host[0], by_host[2])
-    assert torch.equal(
-        by_host[1], torch.tensor(derive_scalars(1000.0, HYPER._replace(lr=lr)), dtype=torch.float64)
-    )
+    assert torch.equal(by_host[1], torch.tensor(derive_scalars(1000.0, HYPER._replace(lr=lr)), dtype=torch.float64))
 
 
 def test_the_square_root_is_correctly_rounded():

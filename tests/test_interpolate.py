@@ -150,9 +150,7 @@ def test_strided_tensors_fall_back_to_eager_and_are_refused_by_name_of_triton():
     base, tuned = (x.view(40, 50).t().to(DEVICE) for x in pair(2000, torch.float32))
     (points,) = functional.interpolate([base], [tuned], [0.3])
     assert torch.equal(points[0], eager_interpolate(base, tuned, 0.3))
-    with pytest.raises(
-        RuntimeError, match="impl='triton' cannot serve tensor 0: the kernel takes contiguous tensors"
-    ):
+    with pytest.raises(RuntimeError, match="impl='triton' cannot serve tensor 0: the kernel takes contiguous tensors"):
         functional.interpolate([base], [tuned], [0.3], impl="triton")
 
 

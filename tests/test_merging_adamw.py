@@ -138,9 +138,7 @@ def test_steps_equal_an_independent_calculation(options, dtype):
     options = HYPER | options
     expected = reference.Run(theta, m, v, 4, tau, NAME, **options)
     t = Tensors([(n,)])
-    t.params, t.exp_avgs, t.exp_avg_sqs, t.taus = (
-        [torch.tensor(x, dtype=dtype)] for x in (theta, m, v, expected.tau)
-    )
+    t.params, t.exp_avgs, t.exp_avg_sqs, t.taus = ([torch.tensor(x, dtype=dtype)] for x in (theta, m, v, expected.tau))
     t.steps, t.ids = [torch.tensor(4.0)], [tensor_id(NAME)]
     for _ in range(5):
         g = rng.normal(size=n).astype(np.float32)
@@ -184,9 +182,7 @@ def test_in_low_precision_it_is_no_worse_than_torch_adamw(impl, dtype):
     t = Tensors(shapes, dtype)
     t.steps = [torch.zeros((), device=DEVICE) for _ in shapes]
     t.exp_avgs, t.exp_avg_sqs = ([torch.zeros(shape, device=DEVICE) for shape in shapes] for _ in range(2))
-    runs = {
-        kind: [torch.nn.Parameter(p.clone().to(kind)) for p in t.params] for kind in (dtype, torch.float64)
-    }
+    runs = {kind: [torch.nn.Parameter(p.clone().to(kind)) for p in t.params] for kind in (dtype, torch.float64)}
     options = {"lr": 1e-2, "betas": HYPER["betas"], "eps": 1e-6, "weight_decay": 0.1}
     peers = [torch.optim.AdamW(params, **options) for params in runs.values()]
     generator = torch.Generator().manual_seed(1)
@@ -304,9 +300,7 @@ def test_the_block_size_does_not_show(block, monkeypatch):
     t = Tensors([(5000,), (1025,)], tau=torch.bfloat16, sparse=True)
     by_eager = t.clone()
     launch = kernel.merging_adamw_
-    monkeypatch.setattr(
-        kernel, "merging_adamw_", lambda *args, **kwargs: launch(*args, **kwargs, block=block)
-    )
+    monkeypatch.setattr(kernel, "merging_adamw_", lambda *args, **kwargs: launch(*args, **kwargs, block=block))
     t.step("triton")
     by_eager.step("eager")
     assert_same_bits(t, by_eager)
@@ -341,9 +335,7 @@ def test_a_shard_of_columns_steps_as_its_part_of_the_whole(rows, columns, start,
 @pytest.mark.parametrize("shift", [1, 3])
 def test_unaligned_views_and_nothing_past_their_end(shift):
     n, guard = 1500, 64
-    buffers = {
-        key: torch.full((n + 2 * guard,), 7.0, device=DEVICE) for key in ("params", "exp_avgs", "exp_avg_sqs")
-    }
+    buffers = {key: torch.full((n + 2 * guard,), 7.0, device=DEVICE) for key in ("params", "exp_avgs", "exp_avg_sqs")}
     t = Tensors([(n,)], tau=torch.bfloat16)
     expected = t.clone()
     for key, buffer in buffers.items():
@@ -402,9 +394,7 @@ def test_what_the_kernel_cannot_do_is_said():
     ]
     for tensors, options, reason in cases:
         before = tensors.clone()
-        with pytest.raises(
-            RuntimeError, match=f"impl='triton' cannot serve tensor 0: {reason}; use impl='auto'"
-        ):
+        with pytest.raises(RuntimeError, match=f"impl='triton' cannot serve tensor 0: {reason}; use impl='auto'"):
             tensors.step("triton", **options)
         assert_same_bits(tensors, before)
         tensors.step("auto", **options)

@@ -69,9 +69,7 @@ def test_a_shard_of_rows_sees_its_part_of_the_mask(offset):
         assert local[10] == (words[(offset + 10) & 3] < philox.keep_threshold(0.3))
 
 
-@pytest.mark.parametrize(
-    ("rows", "columns", "start", "stop"), [(37, 64, 16, 32), (37, 61, 5, 18), (9, 7, 6, 7)]
-)
+@pytest.mark.parametrize(("rows", "columns", "start", "stop"), [(37, 64, 16, 32), (37, 61, 5, 18), (9, 7, 6, 7)])
 def test_a_shard_of_columns_sees_its_part_of_the_mask(rows, columns, start, stop):
     whole = keep_mask(rows * columns, 0.3, **KEY).view(rows, columns)
     shard = ShardIndex(start, stop - start, columns)
