@@ -1,7 +1,7 @@
 """Merge language models while they train, or along a line between two checkpoints.
 
-- `OnDAREAdamW`, `OnTIESAdamW`, `MergingAdamW`: AdamW whose every update is merged with the reference delta of
-  supervised fine-tuning (Lu et al. 2024, arXiv 2405.17931).
+- `OnDAREAdamW`, `OnTIESAdamW`, `OnProjAdamW`, `MergingAdamW`: AdamW whose every update is merged with the reference
+  delta of supervised fine-tuning (Lu et al. 2024, arXiv 2405.17931).
 - `ReferenceDelta`: that delta, from models or checkpoints, dense or sparse.
 - `interpolate`, `RatioSweep`, `interpolate_checkpoints`: many points of the line between two models in one read
   (Lin et al. 2024, arXiv 2309.06256).
@@ -14,12 +14,14 @@ from fused_merge import functional
 from fused_merge._version import __version__
 from fused_merge.checkpoints import interpolate_checkpoints
 from fused_merge.interpolation import RatioSweep, interpolate
-from fused_merge.optimizers import MergingAdamW, OnDAREAdamW, OnTIESAdamW
+from fused_merge.optimizers import MergingAdamW, OnDAREAdamW, OnProjAdamW, OnTIESAdamW
 from fused_merge.reference_delta import ReferenceDelta
+from fused_merge.verify import verify
 
 __all__ = [
     "MergingAdamW",
     "OnDAREAdamW",
+    "OnProjAdamW",
     "OnTIESAdamW",
     "RatioSweep",
     "ReferenceDelta",
@@ -27,4 +29,5 @@ __all__ = [
     "functional",
     "interpolate",
     "interpolate_checkpoints",
+    "verify",
 ]

@@ -15,9 +15,12 @@ from torch import Tensor
 from fused_merge import backend
 from fused_merge.eager.adamw import compute_dtype
 from fused_merge.eager.interpolate import interpolate as eager_interpolate
+from fused_merge.eager.merge_stats import MergeStats, merge_stats
+from fused_merge.eager.merging_adamw import Anchor, Delta
 from fused_merge.eager.merging_adamw import merging_adamw_ as eager_merging_adamw_
+from fused_merge.eager.philox import DOMAIN_UPDATE, MaskKey
 from fused_merge.eager.scalars import Hyper, Scalars, scalar_table
-from fused_merge.methods import merge_rule
+from fused_merge.methods import MergeRule
 from fused_merge.sharding import ShardIndex
 from fused_merge.sparse import SparseTensor
 
@@ -33,78 +36,68 @@ def merging_adamw_(
     steps: Sequence[Tensor],
     taus: Sequence[Tau],
     *,
+    rule: MergeRule,
+    hyper: Hyper,
     tensor_ids: Sequence[int],
-    method: str = "ondare",
-    lr: float | Tensor,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    alpha: float = 1e-6,
-    reserve_rate: float = 0.01,
-    tau_reserve_rate: float | None = None,
-    rescale: bool | None = None,
-    vote: str | None = None,
     seed: int = 0,
     shards: Sequence[ShardIndex] | None = None,
+    full_taus: Sequence[Tensor | None] | None = None,
+    anchors: Sequence[Anchor | None] | None = None,
+    masters: Sequence[Tensor | None] | None = None,
+    stats: bool = False,
     impl: str = "auto",
-) -> None:
+) -> list[MergeStats | None]:
     """Take one merged AdamW step on every tensor: theta += F(u) ⊕ F(tau).
 
     Source: Lu et al. 2024 (arXiv 2405.17931), algorithm 1.
 
     Args:
-        params: T floating tensors of any shapes and strides; mutated, unless `lr` is 0.
+        params: T floating tensors of any shapes and strides; mutated, unless the learning rate is 0.
         grads: T dense gradients of the same shapes.
         exp_avgs: T first moments; mutated.
         exp_avg_sqs: T second moments; mutated.
         steps: T step counts, 0-d fp32; incremented. On the CPU, or beside the parameters.
         taus: F(tau) of each tensor: already sparsified, unscaled, dense or sparse; None for plain AdamW.
-        tensor_ids: `fused_merge.names.tensor_id` of each tensor's name, the key of its random masks.
-        method: a row of `fused_merge.methods.METHODS`.
-        lr: learning rate, a float or a 0-d tensor; at 0 the moments and steps advance and no weight moves.
-        betas: decay rates of the moments.
-        eps: added to the square root of the second moment.
-        weight_decay: decoupled, before the merge.
-        alpha: weight of tau in the merge, in [0, 1]; not scaled by `lr`.
-        reserve_rate: p, the share of elements of u that F keeps, in (0, 1].
-        tau_reserve_rate: the rate that `taus` were sparsified with; None is `reserve_rate`.
-        rescale: divide what a random drop keeps by its rate; None is the row's default.
-        vote: how a sign consensus votes, `"reference"` or `"paper"`; None is the row's default.
-        seed: 64-bit key of the random masks.
+        rule: a row of the table of methods with its options, from `fused_merge.methods.merge_rule`.
+        hyper: learning rate, betas and the like; a tensor among them is never read by the host.
+        tensor_ids: `fused_merge.names.tensor_id` of each tensor's name, the key of its random numbers.
+        seed: 64-bit key of the random numbers.
         shards: where each tensor lies in the unsharded one; None where all are whole.
+        full_taus: tau before F, where the rule projects and `taus` are sparsified.
+        anchors: what step-K keeps between merges; mutated. None merges at every step.
+        masters: fp32 copies of 16-bit parameters or int16 low halves of bf16 ones; mutated.
+        stats: also return what the merge did; eager.
         impl: `"auto"`, `"triton"` or `"eager"`.
 
+    Returns:
+        T statistics if asked for, else T times None; None for tensors without a delta.
+
     Raises:
-        ValueError: for an option that the row lacks or that is out of range, or lists that do not match.
+        ValueError: for lists or shapes that do not match. Nothing has changed then.
         RuntimeError: if `impl="triton"` cannot run here.
     """
-    rule = merge_rule(method, reserve_rate, rescale=rescale, vote=vote)
-    tensors = list(zip(params, grads, exp_avgs, exp_avg_sqs, taus, strict=True))
     shards = shards or [ShardIndex.whole(param.numel()) for param in params]
-    for index, (param, grad, exp_avg, exp_avg_sq, tau) in enumerate(tensors):
-        shapes = {other.shape for other in (grad, exp_avg, exp_avg_sq, tau) if other is not None}
+    nothing = [None] * len(params)
+    extras = list(zip(full_taus or nothing, anchors or nothing, masters or nothing, strict=True))
+    tensors = list(zip(params, grads, exp_avgs, exp_avg_sqs, taus, strict=True))
+    for index, ((param, *others, tau), (full, anchor, master)) in enumerate(zip(tensors, extras, strict=True)):
+        optional = (tau, full, master, anchor and anchor.weights)
+        shapes = {other.shape for other in (*others, *optional) if other is not None}
         if shapes != {param.shape}:
             raise ValueError(
-                f"tensor {index}: gradient, moments and reference delta must have the parameter's shape "
+                f"tensor {index}: gradient, states and reference delta must have the parameter's shape "
                 f"{tuple(param.shape)}, got {sorted(map(tuple, shapes))}"
             )
 
     def refusal(i: int) -> str | None:
         from fused_merge.kernels.merging_adamw import unsupported
 
-        reason: str | None = unsupported(*tensors[i], rule)
-        return reason
+        reason: str | None = unsupported(*tensors[i], rule, stepk=extras[i][1] is not None, master=extras[i][2])
+        return reason or ("statistics have no kernel yet" if stats else None)
 
     plan = _plan(impl, [param.device for param in params], refusal)
-    hyper = Hyper(
-        lr,
-        betas,
-        eps,
-        weight_decay,
-        alpha,
-        update_scale=rule.scale(reserve_rate),
-        tau_scale=rule.scale(reserve_rate if tau_reserve_rate is None else tau_reserve_rate),
-    )
+    hyper = hyper._replace(update_scale=rule.scale(rule.reserve_rate), tau_scale=rule.scale(rule.tau_reserve_rate))
+    gathered: list[MergeStats | None] = [None] * len(params)
     torch._foreach_add_(list(steps), 1.0)
     for runs, device, members in plan:
         table = scalar_table([steps[i] for i in members], hyper, device)
@@ -121,19 +114,36 @@ def merging_adamw_(
             )
             continue
         for i, row in zip(members, table.unbind(), strict=True):
-            tau = taus[i]
-            eager_merging_adamw_(
+            full, anchor, master = extras[i]
+            s = Scalars(*row.to(compute_dtype(params[i].dtype)).unbind())
+            terms = eager_merging_adamw_(
                 params[i],
                 grads[i],
                 exp_avgs[i],
                 exp_avg_sqs[i],
-                tau.unpack() if isinstance(tau, SparseTensor) else tau,
-                Scalars(*row.to(compute_dtype(params[i].dtype)).unbind()),
+                _delta(taus[i], full, rule),
+                s,
                 rule,
-                seed=seed,
-                tensor_id=tensor_ids[i],
-                shard=shards[i],
+                MaskKey(seed, s.step, tensor_ids[i], DOMAIN_UPDATE, shards[i]),
+                anchor=anchor,
+                master=master,
             )
+            if stats and terms is not None:
+                stored = params[i].dtype if master is None else torch.float32
+                gathered[i] = merge_stats(terms, s, rule, stored)
+    if isinstance(hyper.found_inf, Tensor):
+        # An overflow of the scaled gradients takes the count back, without asking the device.
+        for step in steps:
+            step.sub_(hyper.found_inf.to(step.device).clamp(max=1.0).view(()))
+    return gathered
+
+
+def _delta(tau: Tau, full: Tensor | None, rule: MergeRule) -> Delta | None:
+    """Return the delta of one tensor as the eager step takes it."""
+    if tau is None:
+        return None
+    kept = tau.unpack() if isinstance(tau, SparseTensor) else tau
+    return Delta(kept, full if full is not None else kept if rule.project else None)
 
 
 @torch.no_grad()

@@ -5,11 +5,10 @@ The classes keep names, states and hyper-parameters; the arithmetic is `fused_me
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypedDict, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -18,33 +17,20 @@ from torch.optim.optimizer import ParamsT, StateDict
 
 from fused_merge import functional
 from fused_merge.backend import check_impl
+from fused_merge.binding import Binding
 from fused_merge.eager.adamw import compute_dtype
-from fused_merge.methods import merge_rule
-from fused_merge.names import canonical_name, some, tensor_id
-from fused_merge.reference_delta import ReferenceDelta, Sparsity
+from fused_merge.eager.merging_adamw import Anchor
+from fused_merge.eager.scalars import Hyper
+from fused_merge.eager.sums import inner_product
+from fused_merge.names import canonical_name, tensor_id
+from fused_merge.options import FIXED, FOREIGN, AdamWOptions, check_dtype, check_options, rule_of, state_dtype_of
+from fused_merge.reference_delta import ReferenceDelta
+from fused_merge.verify import verified_merging_adamw_
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-logger = logging.getLogger("fused_merge")
-
-_MISSING = ("error", "plain")
-# Hyper-parameters of torch.optim.AdamW that change its result and that a loaded group may carry.
-_FOREIGN = ("amsgrad", "maximize")
-
-
-class AdamWOptions(TypedDict, total=False):
-    """The options that every merging optimizer has; `MergingAdamW` says what they mean."""
-
-    lr: float | Tensor
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    alpha: float
-    reserve_rate: float
-    missing: str
-    seed: int
-    impl: str
+Batch = list[tuple[str, Tensor]]
 
 
 class MergingAdamW(Optimizer):
@@ -54,15 +40,22 @@ class MergingAdamW(Optimizer):
 
     - `"ondare"`: F keeps a random share p; theta += (1 - alpha)*F(u) + alpha*F(tau).
     - `"onties"`: F keeps the share p of largest magnitude; of both only what has the elected sign is added.
+    - `"onproj"`: F keeps everything, and what goes against tau is projected away.
+    - `"onsoft"`: F shrinks every magnitude by the k-th largest.
 
     Everything else is `torch.optim.AdamW`: with `"ondare"`, `alpha=0` and `reserve_rate=1` the step is the same.
+    A step: grad_scale, clip, maximize, project g, moments, u, project u, step-K, F, ⊕, round.
     Source: Lu et al. 2024 (arXiv 2405.17931), algorithm 1; `docs` of the authors' departures in the README.
 
-    State per parameter: `step` (0-d fp32), `exp_avg` and `exp_avg_sq` (shape of the parameter, fp32; fp64 for
-    fp64 parameters), so that a `torch.optim.AdamW` state dict loads as it is. The delta is no part of the state:
-    it is found by name again, and a resumed run whose delta is another one is refused.
+    State per parameter: `step` (0-d fp32), `exp_avg` and `exp_avg_sq` (shape of the parameter, `state_dtype`; fp64 for
+    fp64 parameters), so that a `torch.optim.AdamW` state dict loads as it is; where used also `anchor` (shape of the
+    parameter, dtype of its master or its own) with `anchor_decay` (0-d), `master` (fp32) or `master_low` (int16). The
+    delta is no part of the state: it is found by name again, and a resumed run whose delta is another one is refused.
 
-    Every option but `impl` may differ between parameter groups.
+    Every option may differ between parameter groups but `impl` and `stats_every`, which are the optimizer's and are not
+    saved. `merge_every`, `master`, `seed` and `state_dtype` are fixed once a group has taken a step.
+
+    After a step with a `max_grad_norm`, `grad_norm` holds the norm of all gradients before clipping, 0-d fp64.
 
     Args:
         params: `model.named_parameters()`, or parameter groups of such pairs. Unnamed parameters are matched in
@@ -72,11 +65,28 @@ class MergingAdamW(Optimizer):
         betas: decay rates of the two moments.
         eps: added to the square root of the second moment.
         weight_decay: decoupled; theta is multiplied by 1 - lr*weight_decay before the merge.
-        alpha: weight of the delta, in [0, 1]. Not scaled by `lr`: alpha*tau is added at every step.
-        reserve_rate: p, the share that F keeps, in (0, 1]. A dense delta is sparsified once, with the rate that
-            its group had when it was added; later changes act on u only.
+        alpha: weight of the delta, in [0, 1]. Not scaled by `lr`: alpha*tau is added at every merge.
+        reserve_rate: p, the share that F keeps, in (0, 1]; None is 0.01, or everything for rows whose F drops nothing.
+            A dense delta is sparsified once, with the rate that its group had when it was added; later changes act on
+            u only.
+        merge_every: K; between merges the steps are plain AdamW, and a merge takes all that came since the last one as
+            its u (step-K, section 3.3 of the paper).
+        project: `"conflict"` removes from x its component along tau, c*tau with c = <x, tau> / <tau, tau>, where the
+            step goes against tau; `"onto"` takes (1 - s)*x + s*c*tau; None projects nothing, or what the row implies.
+            Needs the dense delta.
+        project_strength: s of `"onto"`, in [0, 1].
+        project_over: `"tensor"`, or `"rows"`, one coefficient for each index along dim 0.
+        project_on: `"gradient"`, before the moments, or `"update"`, after them: Adam rescales each element, so that
+            only the latter keeps the step itself out of conflict.
+        max_grad_norm: scale all gradients down to this norm, as `clip_grad_norm_` does, without writing them.
+        maximize: step uphill.
         missing: `"error"`, or `"plain"` to step parameters that the delta does not hold as AdamW does.
-        seed: 64-bit key of the random masks.
+        state_dtype: of the moments: fp32, bf16 or fp16.
+        rounding: of the weights: `"nearest"`, or `"stochastic"`, up or down with the probability of the distance; fp32
+            weights too, through the error of the sum.
+        master: `"fp32"` keeps an fp32 copy of 16-bit weights, `"split"` the 16 bits that bf16 weights lack.
+        stats_every: collect `merge_stats` at every n-th step; 0 never does.
+        seed: 64-bit key of the random masks and of stochastic rounding.
         method: a row of the table.
         rescale: divide what a random drop keeps by p (as the authors' experiments did) or do not (equation 4);
             None is True where F is random. Rows without a random drop have no such option.
@@ -88,6 +98,9 @@ class MergingAdamW(Optimizer):
         ValueError: for an option out of range or that the row lacks.
     """
 
+    # What torch.amp.GradScaler asks for: it then hands over `grad_scale` and `found_inf` instead of unscaling.
+    _step_supports_amp_scaling = True
+
     def __init__(
         self,
         params: ParamsT,
@@ -98,8 +111,19 @@ class MergingAdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         alpha: float = 1e-6,
-        reserve_rate: float = 0.01,
+        reserve_rate: float | None = None,
+        merge_every: int = 1,
+        project: str | None = None,
+        project_strength: float = 1.0,
+        project_over: str = "tensor",
+        project_on: str = "gradient",
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
         missing: str = "error",
+        state_dtype: torch.dtype = torch.float32,
+        rounding: str = "nearest",
+        master: str = "none",
+        stats_every: int = 0,
         seed: int = 0,
         method: str = "ondare",
         rescale: bool | None = None,
@@ -107,27 +131,47 @@ class MergingAdamW(Optimizer):
         impl: str = "auto",
     ) -> None:
         check_impl(impl)
+        if stats_every < 0:
+            raise ValueError(f"stats_every must be at least 0, got {stats_every}")
+        if not isinstance(reference_delta, ReferenceDelta):
+            reference_delta = ReferenceDelta.load(reference_delta)
         self.impl = impl
-        self.reference_delta = (
-            reference_delta if isinstance(reference_delta, ReferenceDelta) else ReferenceDelta.load(reference_delta)
-        )
-        self._taus: dict[str, functional.Tau] = {}
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "alpha": alpha,
-                "reserve_rate": reserve_rate,
-                "missing": missing,
-                "seed": seed,
-                "method": method,
-                "rescale": rescale,
-                "vote": vote,
-            },
-        )
+        self.stats_every = stats_every
+        self.verify_steps = 0
+        self.grad_norm: Tensor | None = None
+        self._binding = Binding(reference_delta)
+        self._calls = 0
+        self._stats: dict[str, dict[str, float]] = {}
+        self._fixed: dict[int, dict[str, Any]] = {}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "alpha": alpha,
+            "reserve_rate": reserve_rate,
+            "merge_every": merge_every,
+            "project": project,
+            "project_strength": project_strength,
+            "project_over": project_over,
+            "project_on": project_on,
+            "max_grad_norm": max_grad_norm,
+            "maximize": maximize,
+            "missing": missing,
+            "state_dtype": state_dtype,
+            "rounding": rounding,
+            "master": master,
+            "seed": seed,
+            "method": method,
+            "rescale": rescale,
+            "vote": vote,
+        }
+        super().__init__(params, defaults)
+
+    @property
+    def reference_delta(self) -> ReferenceDelta:
+        """The reference delta, as it was given."""
+        return self._binding.delta
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options default to the optimizer's and are checked as the constructor's are.
@@ -138,7 +182,7 @@ class MergingAdamW(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_options(group)
+            check_options(group)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -146,44 +190,23 @@ class MergingAdamW(Optimizer):
             "identity": self.reference_delta.identity,
             "path": self.reference_delta.path,
             # What tau is sparsified with; `reserve_rate` of the group may change later.
-            "reserve_rate": group["reserve_rate"],
+            "reserve_rate": rule_of(group).reserve_rate,
         }
 
     def bind(self) -> None:
         """Find the delta of every parameter by name and sparsify it; `step` does so when it is needed.
 
+        Logs what steps as plain AdamW, what a dense delta costs, and how much of alpha * tau rounding would lose.
+
         Raises:
             ValueError: naming the parameters that the delta lacks or holds in another shape, or saying how a
                 sparse delta was made if that is not what the group asks for. Nothing is bound then.
         """
-        wanted = [
+        self._binding.bind(
             (name, param, group)
             for group, names in zip(self.param_groups, self._names(), strict=True)
             for name, param in zip(names, group["params"], strict=True)
-            if name not in self._taus
-        ]
-        if not wanted:
-            return
-        delta, held = self.reference_delta, set(self.reference_delta.names)
-        absent = [name for name, _, group in wanted if name not in held and group["missing"] == "error"]
-        if absent:
-            raise ValueError(
-                f"the reference delta lacks {some(map(repr, absent))}; build it from checkpoints that hold them, or "
-                "step them as plain AdamW with missing='plain'"
-            )
-        for name, param, _ in wanted:
-            if name in held and delta.shape(name) != param.shape:
-                raise ValueError(
-                    f"parameter {name!r} has shape {tuple(param.shape)} and its reference delta "
-                    f"{tuple(delta.shape(name))}; train the model that the delta was made of"
-                )
-        taus: dict[str, functional.Tau] = {}
-        for name, param, group in wanted:
-            taus[name] = self._sparsified(name, group, param.device) if name in held else None
-        self._taus.update(taus)
-        plain = [name for name, tau in taus.items() if tau is None]
-        if plain:
-            logger.warning("stepping as plain AdamW, without a reference delta: %s", some(map(repr, plain), shown=20))
+        )
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -200,40 +223,93 @@ class MergingAdamW(Optimizer):
             What the closure returned.
 
         Raises:
-            ValueError: for a gradient that cannot be stepped or a delta that cannot be bound. Nothing has
-                changed then.
+            ValueError: for a gradient or an option that cannot be stepped or a delta that cannot be bound. Nothing
+                has changed then.
+            RuntimeError: while `fused_merge.verify` is on, if a kernel differs from the eager code.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.bind()
         batches = list(self._batches())
+        self.bind()
+        inverse_scale = _reciprocal(getattr(self, "grad_scale", None))
+        self.grad_norm = self._grad_norm(batches, inverse_scale)
+        self._calls += 1
+        stats = self.stats_every > 0 and self._calls % self.stats_every == 0
         for group, batch in batches:
-            params = [param for _, param in batch]
-            states = [self._state_of(param) for param in params]
-            functional.merging_adamw_(
-                params,
-                [grad for param in params if (grad := param.grad) is not None],
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [state["step"] for state in states],
-                [self._tau_on(name, param.device) for name, param in batch],
-                tensor_ids=[tensor_id(name) for name, _ in batch],
-                tau_reserve_rate=group["reference"]["reserve_rate"],
-                impl=self.impl,
-                **{key: group[key] for key in _STEP_OPTIONS},
-            )
+            self._step_group(group, batch, inverse_scale, stats)
+        self.verify_steps = max(0, self.verify_steps - 1)
         return loss
+
+    def _step_group(self, group: dict[str, Any], batch: Batch, inverse_scale: float | Tensor, stats: bool) -> None:
+        names, params = [name for name, _ in batch], [param for _, param in batch]
+        bound = [self._binding.of(name, param.device) for name, param in batch]
+        states = [
+            self._state_of(param, group, merged=delta.kept is not None)
+            for param, delta in zip(params, bound, strict=True)
+        ]
+        lists = (
+            params,
+            [grad for param in params if (grad := param.grad) is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["step"] for state in states],
+            [delta.kept for delta in bound],
+        )
+        options: dict[str, Any] = {
+            "rule": rule_of(group),
+            "hyper": Hyper(
+                group["lr"],
+                group["betas"],
+                group["eps"],
+                group["weight_decay"],
+                group["alpha"],
+                grad_factor=self._grad_factor(group, inverse_scale),
+                found_inf=_found_inf(getattr(self, "found_inf", None)),
+                merge_every=group["merge_every"],
+            ),
+            "tensor_ids": [tensor_id(name) for name in names],
+            "seed": group["seed"],
+            "full_taus": [delta.full for delta in bound],
+            "anchors": [
+                Anchor(state["anchor"], state["anchor_decay"]) if "anchor" in state else None for state in states
+            ],
+            "masters": [state.get("master", state.get("master_low")) for state in states],
+            "stats": stats,
+            "impl": self.impl,
+        }
+        if self.verify_steps:
+            gathered = verified_merging_adamw_(*lists, names=names, **options)
+        else:
+            gathered = functional.merging_adamw_(*lists, **options)
+        for name, entry in zip(names, gathered, strict=True):
+            if entry is not None:
+                self._stats[name] = {field: float(value) for field, value in entry._asdict().items()}
+
+    def merge_stats(self) -> dict[str, dict[str, float]]:
+        """Return what the last merge that was looked at did to each tensor; see `stats_every`.
+
+        Returns:
+            Canonical name -> `cosine` of u and tau, `kept_u` and `kept_tau` (shares of elements), `conflicts` (share of
+            opposite signs), `norm_u`, `norm_tau`, `norm_merged`, and `lost` (share of the kept entries of tau whose
+            addition changed no bit of the weight). Tensors without a delta are absent.
+
+        Raises:
+            ValueError: if nothing is collected.
+        """
+        if not self.stats_every:
+            raise ValueError("no statistics are collected; pass stats_every=n to look at every n-th step")
+        return self._stats
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state dict of this class or of `torch.optim.AdamW`; options that it lacks stay as they are.
 
-        The moments keep their dtype, whatever the parameters' is, and are copied.
+        Moments and masters keep the dtype of the options, whatever the parameters' is, and are copied.
 
         Raises:
             ValueError: if the state dict was saved with another reference delta, or by an AdamW with an option
-                (amsgrad, maximize) that this one does not have. Nothing has changed then.
+                (amsgrad) that this one does not have. Nothing has changed then.
         """
         for group in state_dict["param_groups"]:
             reference = group.get("reference")
@@ -243,7 +319,7 @@ class MergingAdamW(Optimizer):
                     f"{reference['path'] or 'memory'}) and this optimizer has {self.reference_delta.identity[:12]}; "
                     "resume with the delta that the run began with"
                 )
-            for option in _FOREIGN:
+            for option in FOREIGN:
                 if group.get(option):
                     raise ValueError(f"the state dict was saved with {option}=True, which this optimizer lacks")
         before = [dict(group) for group in self.param_groups]
@@ -260,20 +336,25 @@ class MergingAdamW(Optimizer):
             for key, value in old.items():
                 group.setdefault(key, value)
         self._restore_states(state_dict)
-        self._taus.clear()
+        self._binding.clear()
+        self._fixed.clear()
 
     def _restore_states(self, state_dict: StateDict) -> None:
         """Undo what torch does to states on loading: cast them to the parameter's dtype, or share them."""
         saved = (index for group in state_dict["param_groups"] for index in group["params"])
-        params = (param for group in self.param_groups for param in group["params"])
-        for index, param in zip(saved, params, strict=True):
-            state = state_dict["state"].get(index, {})
-            for key in state.keys() & {"exp_avg", "exp_avg_sq"}:
-                self.state[param][key] = state[key].to(param.device, compute_dtype(param.dtype), copy=True)
-            if "step" in state:
-                # On a GPU the count lives beside the parameter, so that no step waits for the host.
-                step = torch.as_tensor(state["step"], dtype=torch.float32)
-                self.state[param]["step"] = step.to(param.device, copy=True)
+        params = ((param, group) for group in self.param_groups for param in group["params"])
+        for index, (param, group) in zip(saved, params, strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                dtype = _state_dtypes(param, group).get(key)
+                if dtype is not None:
+                    # On a GPU the count too lives beside the parameter, so that no step waits for the host.
+                    self.state[param][key] = torch.as_tensor(value).to(param.device, dtype, copy=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and deepcopy keep; the delta is found again by the copy's first step."""
+        kept = ("impl", "stats_every", "verify_steps", "grad_norm", "_calls", "_stats")
+        own = {key: self.__dict__[key] for key in kept}
+        return super().__getstate__() | own | {"_binding": Binding(self.reference_delta), "_fixed": {}}
 
     def _names(self) -> list[list[str]]:
         """Return the canonical names of the parameters of each group."""
@@ -281,47 +362,72 @@ class MergingAdamW(Optimizer):
             return [[canonical_name(name) for name in group["param_names"]] for group in self.param_groups]
         return _names_in_order([group["params"] for group in self.param_groups], self.reference_delta)
 
-    def _batches(self) -> Iterator[tuple[dict[str, Any], list[tuple[str, Tensor]]]]:
+    def _batches(self) -> Iterator[tuple[dict[str, Any], Batch]]:
         """Yield each group with its named parameters that have a gradient, all of them checked."""
-        for group, names in zip(self.param_groups, self._names(), strict=True):
-            _check_options(group)
+        for index, (group, names) in enumerate(zip(self.param_groups, self._names(), strict=True)):
+            check_options(group)
             batch = [(n, p) for n, p in zip(names, group["params"], strict=True) if p.grad is not None]
             for name, param in batch:
-                if not param.is_floating_point():
-                    raise ValueError(
-                        f"parameter {name!r} is {param.dtype}; only real floating parameters can be stepped"
-                    )
+                check_dtype(name, param, group)
                 if param.grad.layout != torch.strided:
                     raise ValueError(
                         f"the gradient of {name!r} is sparse ({param.grad.layout}); use a dense one, as from "
                         "nn.Embedding(sparse=False)"
                     )
             if batch:
+                fixed = self._fixed.setdefault(index, {option: group[option] for option in FIXED})
+                for option, value in fixed.items():
+                    if group[option] != value:
+                        raise ValueError(
+                            f"{option} of a group is fixed once it has taken a step: it was {value} and is "
+                            f"{group[option]}; set it back, or make a new optimizer"
+                        )
                 yield group, batch
 
-    def _state_of(self, param: Tensor) -> dict[str, Tensor]:
+    def _state_of(self, param: Tensor, group: dict[str, Any], *, merged: bool) -> dict[str, Tensor]:
+        """Return the state of a parameter, with what it lacks made and all of it where the parameter is."""
         state: dict[str, Tensor] = self.state[param]
+        dtypes = _state_dtypes(param, group)
+
+        def like_param(key: str) -> Tensor:
+            return torch.zeros_like(param, dtype=dtypes[key], memory_format=torch.preserve_format)
+
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key not in state:
+                state[key] = like_param(key)
         if "step" not in state:
-            dtype = compute_dtype(param.dtype)
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+            state["step"] = torch.zeros((), dtype=dtypes["step"], device=param.device)
+        if group["master"] == "fp32" and "master" not in state:
+            state["master"] = like_param("master").copy_(param)
+        if group["master"] == "split" and "master_low" not in state:
+            state["master_low"] = like_param("master_low")
+        if merged and group["merge_every"] > 1 and "anchor" not in state:
+            state["anchor"] = like_param("anchor").copy_(state.get("master", param))
+            state["anchor_decay"] = torch.ones((), dtype=dtypes["anchor_decay"], device=param.device)
+        for key, value in state.items():
+            if value.device != param.device:
+                state[key] = value.to(param.device)
         return state
 
-    def _sparsified(self, name: str, group: dict[str, Any], device: torch.device) -> functional.Tau:
-        """Return F(tau) of one tensor as its group asks for it, sparse in memory where F drops anything."""
-        rate = group["reference"]["reserve_rate"]
-        method = merge_rule(group["method"], rate).tau
-        if self.reference_delta.sparsity is None and (rate == 1.0 or method == "none"):
-            return self.reference_delta.tensor(name).to(device)
-        return self.reference_delta.sparse(name, Sparsity(method, rate, group["seed"])).to(device)
+    def _grad_norm(self, batches: list[tuple[dict[str, Any], Batch]], inverse_scale: float | Tensor) -> Tensor | None:
+        """Return the norm of all gradients, 0-d fp64, if any group clips by it."""
+        if all(group["max_grad_norm"] is None for group, _ in batches):
+            return None
+        squares = []
+        for _, batch in batches:
+            for _, param in batch:
+                assert param.grad is not None
+                g = param.grad.to(compute_dtype(param.dtype))
+                squares.append(inner_product(g, g).double())
+        total = torch.stack([square.to(squares[0].device) for square in squares]).sum()
+        return torch.as_tensor(inverse_scale, device=total.device) * total.sqrt()
 
-    def _tau_on(self, name: str, device: torch.device) -> functional.Tau:
-        """Return the bound delta, moved along if its parameter went to another device."""
-        tau = self._taus[name]
-        if tau is not None and tau.device != device:
-            tau = self._taus[name] = tau.to(device)
-        return tau
+    def _grad_factor(self, group: dict[str, Any], inverse_scale: float | Tensor) -> float | Tensor:
+        """Return what the gradients of a group are multiplied by: scale, clip, maximize."""
+        factor: float | Tensor = -inverse_scale if group["maximize"] else inverse_scale
+        if group["max_grad_norm"] is not None and self.grad_norm is not None:
+            factor = factor * (group["max_grad_norm"] / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        return factor
 
 
 class OnDAREAdamW(MergingAdamW):
@@ -333,6 +439,7 @@ class OnDAREAdamW(MergingAdamW):
     Args:
         params: as in `MergingAdamW`.
         reference_delta: as in `MergingAdamW`.
+        reserve_rate: p, in (0, 1].
         rescale: divide (1 - alpha)*F(u) and alpha*F(tau) by p, as in the authors' experiments; False is equation 4
             as printed.
         options: as in `MergingAdamW`.
@@ -343,10 +450,18 @@ class OnDAREAdamW(MergingAdamW):
         params: ParamsT,
         *,
         reference_delta: ReferenceDelta | str | os.PathLike[str],
+        reserve_rate: float = 0.01,
         rescale: bool = True,
         **options: Unpack[AdamWOptions],
     ) -> None:
-        super().__init__(params, reference_delta=reference_delta, method="ondare", rescale=rescale, **options)
+        super().__init__(
+            params,
+            reference_delta=reference_delta,
+            method="ondare",
+            reserve_rate=reserve_rate,
+            rescale=rescale,
+            **options,
+        )
 
 
 class OnTIESAdamW(MergingAdamW):
@@ -359,6 +474,7 @@ class OnTIESAdamW(MergingAdamW):
     Args:
         params: as in `MergingAdamW`.
         reference_delta: as in `MergingAdamW`.
+        reserve_rate: p, in (0, 1].
         vote: `"reference"`, of u and tau keep what has the sign of u + tau, then take the weighted sum, as in the
             authors' code; `"paper"`, of (1 - alpha)*u and alpha*tau keep the larger where their signs differ, as
             printed. With a small alpha these are two different optimizers.
@@ -370,32 +486,42 @@ class OnTIESAdamW(MergingAdamW):
         params: ParamsT,
         *,
         reference_delta: ReferenceDelta | str | os.PathLike[str],
+        reserve_rate: float = 0.01,
         vote: str = "reference",
         **options: Unpack[AdamWOptions],
     ) -> None:
-        super().__init__(params, reference_delta=reference_delta, method="onties", vote=vote, **options)
+        super().__init__(
+            params,
+            reference_delta=reference_delta,
+            method="onties",
+            reserve_rate=reserve_rate,
+            vote=vote,
+            **options,
+        )
 
 
-_STEP_OPTIONS = (*("lr", "betas", "eps", "weight_decay", "alpha", "reserve_rate", "seed", "method", "rescale", "vote"),)
+class OnProjAdamW(MergingAdamW):
+    """AdamW whose step is kept out of conflict with the reference delta, or drawn onto it.
 
+    c = <x, tau> / <tau, tau>, over the tensor or over each row, of the gradient or of the update; then
+    theta += (1 - alpha)*u + alpha*tau. The removal of conflicting components is that of PCGrad (Yu et al. 2020, arXiv
+    2001.06782, algorithm 1); on the flat reference delta it is this library's own. Arguments, state, errors:
+    `MergingAdamW`.
 
-def _check_options(group: dict[str, Any]) -> None:
-    """Raise ValueError for the first option of a group that is out of range or that its row lacks."""
-    merge_rule(group["method"], group["reserve_rate"], rescale=group["rescale"], vote=group["vote"])
-    if not isinstance(group["lr"], Tensor) and not group["lr"] >= 0.0:
-        raise ValueError(f"lr must be at least 0, got {group['lr']}")
-    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-        raise ValueError(f"a tensor lr must hold one number, got shape {tuple(group['lr'].shape)}")
-    for name, beta in zip(("betas[0]", "betas[1]"), group["betas"], strict=True):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"{name} must lie in [0, 1), got {beta}")
-    for name in ("eps", "weight_decay"):
-        if not group[name] >= 0.0:
-            raise ValueError(f"{name} must be at least 0, got {group[name]}")
-    if not 0.0 <= group["alpha"] <= 1.0:
-        raise ValueError(f"alpha must lie in [0, 1], got {group['alpha']}")
-    if group["missing"] not in _MISSING:
-        raise ValueError(f"missing must be 'error' or 'plain', got {group['missing']!r}")
+    Args:
+        params: as in `MergingAdamW`.
+        reference_delta: as in `MergingAdamW`; dense.
+        options: as in `MergingAdamW`; `project` is `"conflict"` unless it is given.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *,
+        reference_delta: ReferenceDelta | str | os.PathLike[str],
+        **options: Unpack[AdamWOptions],
+    ) -> None:
+        super().__init__(params, reference_delta=reference_delta, method="onproj", **options)
 
 
 def _names_in_order(groups: list[list[Tensor]], delta: ReferenceDelta) -> list[list[str]]:
@@ -411,3 +537,25 @@ def _names_in_order(groups: list[list[Tensor]], delta: ReferenceDelta) -> list[l
         )
     names = iter(delta.names)
     return [[next(names) for _ in group] for group in groups]
+
+
+def _state_dtypes(param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
+    """Return the dtype of every state that a parameter may have."""
+    moments, full = state_dtype_of(param, group), compute_dtype(param.dtype)
+    return {
+        "step": torch.float32,
+        "exp_avg": moments,
+        "exp_avg_sq": moments,
+        "master": torch.float32,
+        "master_low": torch.int16,
+        "anchor": param.dtype if group["master"] == "none" else torch.float32,
+        "anchor_decay": full,
+    }
+
+
+def _reciprocal(scale: Tensor | None) -> float | Tensor:
+    return 1.0 if scale is None else scale.double().reciprocal().view(())
+
+
+def _found_inf(found: Tensor | None) -> float | Tensor:
+    return 0.0 if found is None else found.double().view(())

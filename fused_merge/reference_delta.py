@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_merge.checkpoints import Manifest, SafetensorsWriter
-from fused_merge.eager.sparsify import tau_mask
+from fused_merge.eager.sparsify import SPARSIFY, sparsify_tau
 from fused_merge.progress import progress_bar
 from fused_merge.sources import (
     CODES,
@@ -43,7 +43,6 @@ from fused_merge.sparse import WORDS, SparseTensor, block_count, packed_nbytes
 
 _VERSION_KEY = "fused_merge.reference_delta"
 _VERSION = "1"
-_METHODS = ("random", "magnitude")
 _MASK, _VALUES = ".mask", ".values"
 _HEAD_BYTES = 4096
 
@@ -52,7 +51,7 @@ class Sparsity(NamedTuple):
     """How tau was sparsified.
 
     Attributes:
-        method: F: `"random"` or `"magnitude"`.
+        method: F: a key of `fused_merge.eager.sparsify.SPARSIFY`.
         reserve_rate: p, the share of elements that F keeps.
         seed: of the random mask; without meaning for magnitudes.
     """
@@ -212,7 +211,7 @@ class ReferenceDelta:
             path: the file to write; an existing one is replaced when the new one is whole.
             reserve_rate: p, the share of each tensor to keep, in (0, 1]; None or 1 saves the delta dense. A
                 delta that is stored sparse is saved as it is and takes no other rate.
-            method: how to choose what is kept, `"random"` or `"magnitude"`.
+            method: how to choose what is kept: `"random"`, `"magnitude"` or `"soft_threshold"`.
             seed: of the random masks.
 
         Returns:
@@ -307,7 +306,8 @@ class ReferenceDelta:
         stored = self._read(name)
         if isinstance(stored, SparseTensor):
             return stored
-        return SparseTensor.pack(stored, tau_mask(stored, name=name, **sparsity._asdict()))
+        kept = sparsify_tau(stored, name=name, **sparsity._asdict())
+        return SparseTensor.pack(kept, kept != 0)
 
     def _spec(self, name: str) -> _Spec:
         if name not in self._specs:
@@ -376,8 +376,9 @@ def _identity(specs: Mapping[str, _Spec], head: Callable[[str, int], Tensor]) ->
 
 
 def _sparsity(reserve_rate: float, method: str | None, seed: int) -> Sparsity:
-    if method not in _METHODS:
-        raise ValueError(f"method must be 'random' or 'magnitude', got {method!r}")
+    if method is None or method == "none" or method not in SPARSIFY:
+        choices = " or ".join(repr(name) for name in SPARSIFY if name != "none")
+        raise ValueError(f"method must be {choices}, got {method!r}")
     if not 0.0 < reserve_rate <= 1.0:
         raise ValueError(f"reserve_rate must lie in (0, 1], got {reserve_rate}")
     return Sparsity(method, float(reserve_rate), seed)

@@ -59,6 +59,7 @@ PARAM_AT, GRAD_AT, EXP_AVG_AT, EXP_AVG_SQ_AT, TAU_AT, TAU_VALUES_AT, TAU_OFFSETS
 NUMEL_AT, OFFSET_AT, LOCAL_INNER_AT, GLOBAL_INNER_AT, ID_AT, SEED_AT, THRESHOLD_AT = map(tl.constexpr, range(7, 14))
 STEP_AT, BETA1_AT, ONE_MINUS_BETA1_AT, BETA2_AT, ONE_MINUS_BETA2_AT, STEP_SIZE_AT = map(tl.constexpr, range(6))
 INV_SQRT_BIAS2_AT, EPS_AT, DECAY_AT, UPDATE_WEIGHT_AT, TAU_WEIGHT_AT, MOVES_AT = map(tl.constexpr, range(6, 12))
+GRAD_FACTOR_AT, ADVANCES_AT = map(tl.constexpr, range(12, 14))
 TENSOR_COLUMNS = tl.constexpr(len(TensorRow._fields))
 SCALAR_COLUMNS = tl.constexpr(len(Scalars._fields))
 SPARSE_BLOCK = tl.constexpr(BLOCK)
@@ -122,6 +123,7 @@ def step_chunk(
     exp_avg_sq = tl.load(tensor + EXP_AVG_SQ_AT)
 
     g = device.load(tl.load(tensor + GRAD_AT), base, left, GRAD, ALIGNED, FULL, BLOCK).to(tl.float32)
+    g = tl.load(scalar + GRAD_FACTOR_AT) * g
     m = device.load(exp_avg, base, left, tl.float32, ALIGNED, FULL, BLOCK)
     v = device.load(exp_avg_sq, base, left, tl.float32, ALIGNED, FULL, BLOCK)
     m, v = device.moments(
@@ -180,7 +182,7 @@ def step_chunk(
 def merging_adamw_kernel(
     programs,  # int32 [P, 2]: tensor, chunk
     tensors,  # int64 [T, 14]: `TensorRow`
-    scalars,  # fp32 [T, 12]: `Scalars`
+    scalars,  # fp32 [T, 15]: `Scalars`
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     TAU: tl.constexpr,
@@ -198,26 +200,17 @@ def merging_adamw_kernel(
     scalar = scalars + index * SCALAR_COLUMNS
     base = tl.load(program + 1).to(tl.int64) * BLOCK
     left = tl.load(tensor + NUMEL_AT) - base
-    # Bounds on single elements would forbid wide accesses: only the last chunk of a tensor pays for them.
-    if left >= BLOCK:
-        step_chunk(tensor, scalar, base, left, PARAM, GRAD, TAU, SPARSE, RANDOM, STRIDED, QUADS, ALIGNED, True, BLOCK)
-    else:
-        step_chunk(
-            tensor,
-            scalar,
-            base,
-            left,
-            PARAM,
-            GRAD,
-            TAU,
-            SPARSE,
-            RANDOM,
-            STRIDED,
-            QUADS,
-            ALIGNED,
-            False,
-            BLOCK,
-        )
+    # An overflow of scaled gradients stops the step on the device; nothing waits to hear of it.
+    if tl.load(scalar + ADVANCES_AT) != 0.0:
+        # Bounds on single elements would forbid wide accesses: only the last chunk of a tensor pays for them.
+        if left >= BLOCK:
+            step_chunk(
+                tensor, scalar, base, left, PARAM, GRAD, TAU, SPARSE, RANDOM, STRIDED, QUADS, ALIGNED, True, BLOCK
+            )
+        else:
+            step_chunk(
+                tensor, scalar, base, left, PARAM, GRAD, TAU, SPARSE, RANDOM, STRIDED, QUADS, ALIGNED, False, BLOCK
+            )
 
 
 class Build(NamedTuple):
@@ -234,11 +227,25 @@ class Build(NamedTuple):
 
 
 def unsupported(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, tau: Tau, rule: MergeRule
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    tau: Tau,
+    rule: MergeRule,
+    *,
+    stepk: bool = False,
+    master: Tensor | None = None,
 ) -> str | None:
     """Return in a few words why the kernel cannot step this tensor, or None."""
-    if tau is not None and rule.update == "magnitude":
-        return "top-p by magnitude has no kernel yet"
+    if tau is not None and (rule.update not in ("none", "random") or rule.consensus != "linear"):
+        return f"F = {rule.update} with a {rule.consensus} consensus has no kernel yet"
+    if tau is not None and rule.project is not None:
+        return "projection has no kernel yet"
+    if stepk:
+        return "merges at every K-th step have no kernel yet"
+    if master is not None or rule.rounding != "nearest":
+        return "master weights and stochastic rounding have no kernel yet"
     if param.dtype not in tables.TL_DTYPE or grad.dtype not in tables.TL_DTYPE:
         return f"{param.dtype} weights with {grad.dtype} gradients have no kernel"
     if exp_avg.dtype != torch.float32 or exp_avg_sq.dtype != torch.float32:
@@ -275,7 +282,7 @@ def merging_adamw_(
         exp_avgs: first moments; mutated in place.
         exp_avg_sqs: second moments; mutated in place.
         taus: F(tau) of each tensor, dense or sparse, or None for a plain AdamW step.
-        scalars: fp32 `[T, 12]`, a row of `Scalars` for each tensor, on the tensors' device.
+        scalars: fp32 `[T, 15]`, a row of `Scalars` for each tensor, on the tensors' device.
         rule: the row of the table of methods.
         seed: key of the random masks.
         tensor_ids: what keys each tensor's mask.

@@ -11,7 +11,9 @@ import torch
 from conftest import DEVICE
 
 from fused_merge import functional
-from fused_merge.eager.sparsify import tau_mask
+from fused_merge.eager.scalars import Hyper
+from fused_merge.eager.sparsify import sparsify_tau
+from fused_merge.methods import merge_rule
 from fused_merge.names import tensor_id
 from fused_merge.sharding import ShardIndex
 from fused_merge.sparse import SparseTensor
@@ -19,6 +21,11 @@ from fused_merge.sparse import SparseTensor
 NAME = "layers.0.weight"
 HYPER = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "alpha": 0.05, "seed": 3}
 STORAGE = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def sparse_tau(tau, name):
+    kept = sparsify_tau(tau, name=name, method="random", reserve_rate=0.1, seed=3)
+    return SparseTensor.pack(kept, kept != 0)
 
 
 class Tensors:
@@ -39,9 +46,7 @@ class Tensors:
         self.taus = [None if tau is None else draw(shape, 1e-2, tau) for shape in shapes]
         if sparse:
             self.taus = [
-                SparseTensor.pack(
-                    tau, tau_mask(tau, name=f"layers.{i}.weight", method="random", reserve_rate=0.1, seed=3)
-                )
+                sparse_tau(tau, f"layers.{i}.weight")
                 for i, tau in enumerate(self.taus)
             ]
 
@@ -54,9 +59,12 @@ class Tensors:
         return other
 
     def step(self, impl, **options):
+        options = HYPER | {"method": "ondare", "reserve_rate": 0.1} | options
+        extras = {key: options.pop(key) for key in ("seed", "shards") if key in options}
+        hyper = Hyper(**{key: options.pop(key) for key in Hyper._fields if key in options})
         functional.merging_adamw_(
             self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, self.taus,
-            tensor_ids=self.ids, impl=impl, **HYPER | {"reserve_rate": 0.1} | options,
+            rule=merge_rule(**options), hyper=hyper, tensor_ids=self.ids, impl=impl, **extras,
         )  # fmt: skip
 
     def outputs(self):
@@ -376,7 +384,7 @@ def test_permuted_strides_number_elements_row_major():
 
 def test_what_the_kernel_cannot_do_is_said():
     cases = [
-        (Tensors([(8,)]), {"method": "onties"}, "top-p by magnitude has no kernel yet"),
+        (Tensors([(8,)]), {"method": "onties"}, "F = magnitude with a sign_reference consensus has no kernel yet"),
         (
             Tensors([(8,)], torch.float64),
             {},

@@ -9,12 +9,12 @@ import triton.language as tl
 from conftest import DEVICE
 
 from fused_merge.eager import philox
-from fused_merge.eager.philox import DOMAIN_TAU, DOMAIN_UPDATE, keep_mask
+from fused_merge.eager.philox import DOMAIN_TAU, DOMAIN_UPDATE, MaskKey, keep_mask, random_words
 from fused_merge.kernels import device as device_functions
 from fused_merge.names import tensor_id
 from fused_merge.sharding import ShardIndex
 
-KEY = {"seed": 2**40 + 12345, "step": 7, "tensor_id": tensor_id("layers.0.weight"), "domain": DOMAIN_UPDATE}
+KEY = MaskKey(seed=2**40 + 12345, step=7, tensor_id=tensor_id("layers.0.weight"), domain=DOMAIN_UPDATE)
 
 # From the test vectors of the Random123 library (kat_vectors, philox4x32 10): counter, key, output.
 KNOWN_ANSWERS = [
@@ -38,66 +38,66 @@ def test_known_answers(counter, key, words):
 @pytest.mark.parametrize("n", [1, 4, 127, 1025, 300_001])
 @pytest.mark.parametrize("rate", [0.01, 0.5, 1 - 2**-33])
 def test_masks_equal_an_independent_calculation(n, rate):
-    expected = reference.keep(n, rate, KEY["seed"], KEY["step"], "layers.0.weight", KEY["domain"])
-    assert np.array_equal(keep_mask(n, rate, **KEY).numpy(), expected)
+    expected = reference.keep(n, rate, KEY.seed, KEY.step, "layers.0.weight", KEY.domain)
+    assert np.array_equal(keep_mask(n, rate, KEY).numpy(), expected)
 
 
 def test_a_rate_of_one_keeps_everything():
-    assert keep_mask(1000, 1.0, **KEY).all()
+    assert keep_mask(1000, 1.0, KEY).all()
 
 
 def test_no_elements():
-    assert keep_mask(0, 0.5, **KEY).shape == (0,)
+    assert keep_mask(0, 0.5, KEY).shape == (0,)
 
 
 def test_the_step_may_be_a_tensor():
     step = torch.tensor(7.0)
-    assert torch.equal(keep_mask(5000, 0.3, **KEY), keep_mask(5000, 0.3, **KEY | {"step": step}))
+    assert torch.equal(keep_mask(5000, 0.3, KEY), keep_mask(5000, 0.3, KEY._replace(step=step)))
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 3, 4, 1021, 2**34 + 5])
 def test_a_shard_of_rows_sees_its_part_of_the_mask(offset):
     shard = ShardIndex(offset, 777, 777)
-    local = keep_mask(777, 0.3, **KEY, shard=shard)
+    local = keep_mask(777, 0.3, KEY._replace(shard=shard))
     if offset < 2**20:
-        whole = keep_mask(offset + 777, 0.3, **KEY)
+        whole = keep_mask(offset + 777, 0.3, KEY)
         assert torch.equal(local, whole[offset:])
     # Far elements: the high word of the counter is in use.
     else:
         block = torch.tensor([(offset + 10) >> 2])
-        words = philox._block_words(block, **KEY)
+        words = philox._block_words(block, KEY)
         assert local[10] == (words[(offset + 10) & 3] < philox.keep_threshold(0.3))
 
 
 @pytest.mark.parametrize(("rows", "columns", "start", "stop"), [(37, 64, 16, 32), (37, 61, 5, 18), (9, 7, 6, 7)])
 def test_a_shard_of_columns_sees_its_part_of_the_mask(rows, columns, start, stop):
-    whole = keep_mask(rows * columns, 0.3, **KEY).view(rows, columns)
+    whole = keep_mask(rows * columns, 0.3, KEY).view(rows, columns)
     shard = ShardIndex(start, stop - start, columns)
-    local = keep_mask(rows * (stop - start), 0.3, **KEY, shard=shard).view(rows, stop - start)
+    local = keep_mask(rows * (stop - start), 0.3, KEY._replace(shard=shard)).view(rows, stop - start)
     assert torch.equal(local, whole[:, start:stop])
 
 
 def test_a_large_shard_of_columns_crosses_pieces():
     rows, columns = 5, 200_000
-    whole = keep_mask(rows * columns, 0.3, **KEY).view(rows, columns)
-    local = keep_mask(rows * 150_001, 0.3, **KEY, shard=ShardIndex(3, 150_001, columns)).view(rows, -1)
+    whole = keep_mask(rows * columns, 0.3, KEY).view(rows, columns)
+    local = keep_mask(rows * 150_001, 0.3, KEY._replace(shard=ShardIndex(3, 150_001, columns))).view(rows, -1)
     assert torch.equal(local, whole[:, 3:150_004])
 
 
 def test_a_shard_that_is_not_made_of_whole_runs_is_refused():
     with pytest.raises(ValueError, match="a shard of 10 elements is not made of whole runs of 4"):
-        keep_mask(10, 0.5, **KEY, shard=ShardIndex(0, 4, 16))
+        keep_mask(10, 0.5, KEY._replace(shard=ShardIndex(0, 4, 16)))
 
 
 def test_masks_have_their_rate_and_are_independent():
     n, rate = 1_000_000, 0.1
     masks = [
-        keep_mask(n, rate, **KEY),
-        keep_mask(n, rate, **KEY | {"step": 8}),
-        keep_mask(n, rate, **KEY | {"tensor_id": tensor_id("layers.1.weight")}),
-        keep_mask(n, rate, **KEY | {"domain": DOMAIN_TAU}),
-        keep_mask(n, rate, **KEY | {"seed": KEY["seed"] + 1}),
-        keep_mask(n, rate, **KEY | {"seed": KEY["seed"] + 2**32}),
+        keep_mask(n, rate, KEY),
+        keep_mask(n, rate, KEY._replace(step=8)),
+        keep_mask(n, rate, KEY._replace(tensor_id=tensor_id("layers.1.weight"))),
+        keep_mask(n, rate, KEY._replace(domain=DOMAIN_TAU)),
+        keep_mask(n, rate, KEY._replace(seed=KEY.seed + 1)),
+        keep_mask(n, rate, KEY._replace(seed=KEY.seed + 2**32)),
     ]
     deviation = (n * rate * (1 - rate)) ** 0.5
     for mask in masks:
@@ -105,6 +105,13 @@ def test_masks_have_their_rate_and_are_independent():
     for i, a in enumerate(masks):
         for b in masks[:i]:
             assert abs(int((a & b).sum()) - n * rate**2) < 5 * (n * rate**2) ** 0.5
+
+
+def test_words_are_what_masks_are_made_of():
+    words = random_words(5000, KEY)
+    assert torch.equal(words < philox.keep_threshold(0.3), keep_mask(5000, 0.3, KEY))
+    assert words.min() >= 0
+    assert words.max() < 2**32
 
 
 @triton.jit
@@ -140,9 +147,9 @@ def _keep_kernel(
 @pytest.mark.parametrize("block", [64, 4096])
 def test_the_device_function_draws_the_same_mask(shard, quads, block):
     n, rate = 4096, 0.3
-    values = (*shard, KEY["seed"], KEY["step"], KEY["tensor_id"], philox.keep_threshold(rate))
+    values = (*shard, KEY.seed, KEY.step, KEY.tensor_id, philox.keep_threshold(rate))
     scalars = [torch.tensor([value], device=DEVICE) for value in values]
     out = torch.zeros(n, dtype=torch.int8, device=DEVICE)
     _keep_kernel[(n // block,)](out, *scalars, 0, STRIDED=shard.local_inner < n, QUADS=quads, BLOCK=block)
-    expected = keep_mask(n, rate, **KEY, shard=shard)
+    expected = keep_mask(n, rate, KEY._replace(shard=shard))
     assert torch.equal(out.cpu().bool(), expected)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import count_reads, equal_bits, llama, save
 from torch import nn
 
-from fused_merge.eager.sparsify import tau_mask
+from fused_merge.eager.sparsify import sparsify_tau
 from fused_merge.reference_delta import ReferenceDelta, Sparsity
 
 RANDOM = Sparsity("random", 0.1, 7)
@@ -191,7 +191,7 @@ def test_sparse_there_and_back(sparsity, models, tmp_path):
     assert path.stat().st_size < 0.6 * delta.nbytes + 20_000
     for name in delta.names:
         tau = delta.tensor(name)
-        keep = tau_mask(tau, name=name, **sparsity._asdict()) & (tau != 0)
+        keep = sparsify_tau(tau, name=name, **sparsity._asdict()) != 0
         expected = torch.where(keep, tau, torch.zeros((), dtype=tau.dtype))
         assert equal_bits(loaded.tensor(name), expected)
         stored, made = loaded.sparse(name, sparsity), delta.sparse(name, sparsity)
@@ -256,7 +256,7 @@ def test_the_seed_of_magnitudes_means_nothing(models, tmp_path):
         ({"reserve_rate": 0.0, "method": "random"}, r"reserve_rate must lie in \(0, 1\], got 0.0"),
         ({"reserve_rate": 1.5, "method": "random"}, "got 1.5"),
         ({"reserve_rate": float("nan"), "method": "random"}, "got nan"),
-        ({"reserve_rate": 0.5}, "method must be 'random' or 'magnitude', got None"),
+        ({"reserve_rate": 0.5}, "method must be 'random' or 'magnitude' or 'soft_threshold', got None"),
         ({"reserve_rate": 0.5, "method": "topk"}, "got 'topk'"),
         ({"method": "random"}, "method 'random' needs a reserve_rate below 1"),
     ],
@@ -350,7 +350,7 @@ def altered(path, *, tensors=(), drop=(), metadata=()):
         ({"metadata": {"tensors": "{"}}, "contradicts its own metadata"),
         ({"metadata": {"tensors": '[["w", "F32", [4]]]'}}, "'w.mask' is torch.int32 of|'w.values' is torch"),
         ({"metadata": {"tensors": '[["w", "F32", [-4]]]'}}, "contradicts its own metadata"),
-        ({"metadata": {"method": "topk"}}, "method must be 'random' or 'magnitude'"),
+        ({"metadata": {"method": "topk"}}, "method must be 'random' or 'magnitude' or 'soft_threshold'"),
         ({"metadata": {"method": None}}, "'w' stands in one of the two only"),
         ({"metadata": {"reserve_rate": "2"}}, r"reserve_rate must lie in \(0, 1\]"),
         ({"drop": ["w.mask"]}, "'w.mask' stands in one of the two only"),

@@ -9,7 +9,9 @@ Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +24,21 @@ ROUNDS = 10
 
 DOMAIN_UPDATE = 0
 DOMAIN_TAU = 1
+DOMAIN_ROUNDING = 2
 
 _MASK32 = 0xFFFFFFFF
 # Blocks whose int64 intermediates stay in a core's cache.
 _BLOCKS_PER_CHUNK = 1 << 15
+
+
+class MaskKey(NamedTuple):
+    """All that the random numbers of one tensor depend on."""
+
+    seed: int  # 64 bits: the key of Philox
+    step: float | Tensor  # counter word 2: the optimizer step, 0 for tau; a 0-d tensor is never read by the host
+    tensor_id: int  # counter word 3: `fused_merge.names.tensor_id` of the tensor's name
+    domain: int  # top byte of counter word 1
+    shard: ShardIndex | None = None  # where local elements lie in the unsharded tensor; None for a whole one
 
 
 def _philox4x32(
@@ -52,17 +65,44 @@ def _philox4x32(
     return c0, c1, c2, c3
 
 
-def _block_words(block: Tensor, *, seed: int, step: int | Tensor, tensor_id: int, domain: int) -> Tensor:
+def _block_words(block: Tensor, key: MaskKey) -> Tensor:
     """Return the words of the Philox blocks `block` (int64 `[..., B]`) as int64 `[..., 4 * B]` in element order."""
-    step_word = torch.as_tensor(step, device=block.device).to(torch.int64)
+    step = torch.as_tensor(key.step, device=block.device).to(torch.int64)
     counter = (
         block & _MASK32,
-        (domain << 24) | (block >> 32),
-        step_word.expand_as(block),
-        torch.full_like(block, tensor_id),
+        (key.domain << 24) | (block >> 32),
+        step.expand_as(block),
+        torch.full_like(block, key.tensor_id),
     )
-    words = _philox4x32(counter, (seed & _MASK32, (seed >> 32) & _MASK32))
+    words = _philox4x32(counter, (key.seed & _MASK32, (key.seed >> 32) & _MASK32))
     return torch.stack(words, dim=-1).flatten(-2)
+
+
+def _fill(out: Tensor, key: MaskKey, convert: Callable[[Tensor], Tensor]) -> Tensor:
+    """Write `convert(word)` of each local, row-major element into `out`, `[n]`."""
+    if out.numel() == 0:
+        return out
+    offset, inner, global_inner = key.shard or ShardIndex.whole(out.numel())
+    inner = min(inner, out.numel())
+    if out.numel() % inner:
+        raise ValueError(f"a shard of {out.numel()} elements is not made of whole runs of {inner}")
+    grid = out.view(-1, inner)
+    # Rows are runs, drawn as whole blocks in pieces that fit a cache, then trimmed to their elements.
+    width = min(4 * _BLOCKS_PER_CHUNK, inner)
+    rows_per_chunk = max(1, 4 * _BLOCKS_PER_CHUNK // width)
+    for rows, columns in product(range(0, len(grid), rows_per_chunk), range(0, inner, width)):
+        piece = grid[rows : rows + rows_per_chunk, columns : columns + width]
+        run = torch.arange(rows, rows + len(piece), device=out.device)
+        start = (offset + columns + run * global_inner)[:, None]
+        blocks = (start >> 2) + torch.arange((piece.shape[1] + 6) // 4, device=out.device)
+        lanes = (start & 3) + torch.arange(piece.shape[1], device=out.device)
+        piece.copy_(convert(_block_words(blocks, key).gather(1, lanes)))
+    return out
+
+
+def random_words(numel: int, key: MaskKey, *, device: torch.device | str = "cpu") -> Tensor:
+    """Return the 32-bit word of each of `numel` local, row-major elements as int64 `[numel]` on `device`."""
+    return _fill(torch.zeros(numel, dtype=torch.int64, device=device), key, lambda words: words)
 
 
 def keep_threshold(rate: float) -> int:
@@ -70,51 +110,16 @@ def keep_threshold(rate: float) -> int:
     return int(rate * 2**32)
 
 
-def keep_mask(
-    numel: int,
-    rate: float,
-    *,
-    seed: int,
-    step: int | Tensor,
-    tensor_id: int,
-    domain: int,
-    shard: ShardIndex | None = None,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """Return which of `numel` local elements a random drop at `rate` keeps.
+def keep_mask(numel: int, rate: float, key: MaskKey, *, device: torch.device | str = "cpu") -> Tensor:
+    """Return which of `numel` local, row-major elements a random drop keeps, as bool `[numel]` on `device`.
 
     Args:
-        numel: number of local, row-major elements.
+        numel: number of local elements.
         rate: probability of keeping an element, in (0, 1]; 1 keeps all without drawing a number.
-        seed: 64-bit key; low and high word are the key of Philox.
-        step: counter word 2: the optimizer step for updates, 0 for the reference delta. An int, or a 0-d
-            tensor on `device`, which is then never read by the host.
-        tensor_id: counter word 3, `fused_merge.names.tensor_id` of the tensor's name.
-        domain: `DOMAIN_UPDATE` or `DOMAIN_TAU`, in the top byte of counter word 1.
-        shard: where the local elements lie in the unsharded tensor; None for a whole tensor.
-        device: where the mask is made.
-
-    Returns:
-        Bool tensor `[numel]` on `device`.
+        key: what the mask depends on.
+        device: where it is made.
     """
-    keep = torch.ones(numel, dtype=torch.bool, device=device)
-    if rate == 1.0 or numel == 0:
-        return keep
-    offset, inner, global_inner = shard or ShardIndex.whole(numel)
-    inner = min(inner, numel)
-    if numel % inner:
-        raise ValueError(f"a shard of {numel} elements is not made of whole runs of {inner}")
+    if rate == 1.0:
+        return torch.ones(numel, dtype=torch.bool, device=device)
     threshold = keep_threshold(rate)
-    grid = keep.view(-1, inner)
-    # Rows are runs, drawn as whole blocks in pieces that fit a cache, then trimmed to their elements.
-    width = min(4 * _BLOCKS_PER_CHUNK, inner)
-    rows_per_chunk = max(1, 4 * _BLOCKS_PER_CHUNK // width)
-    for rows, columns in product(range(0, len(grid), rows_per_chunk), range(0, inner, width)):
-        piece = grid[rows : rows + rows_per_chunk, columns : columns + width]
-        run = torch.arange(rows, rows + len(piece), device=device)
-        start = (offset + columns + run * global_inner)[:, None]
-        blocks = (start >> 2) + torch.arange((piece.shape[1] + 6) // 4, device=device)
-        words = _block_words(blocks, seed=seed, step=step, tensor_id=tensor_id, domain=domain)
-        lanes = (start & 3) + torch.arange(piece.shape[1], device=device)
-        piece.copy_(words.gather(1, lanes) < threshold)
-    return keep
+    return _fill(torch.zeros(numel, dtype=torch.bool, device=device), key, lambda words: words < threshold)

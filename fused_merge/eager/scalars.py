@@ -29,6 +29,9 @@ class Scalars(NamedTuple):
     update_weight: Scalar  # (1 - alpha), over the reserve rate of u when rescaled
     tau_weight: Scalar  # alpha, over the reserve rate of tau when rescaled
     moves: Scalar  # 1, or 0 when lr = 0: the moments advance and the weights do not
+    grad_factor: Scalar  # what g is multiplied by: 1 / grad_scale, the clipping coefficient, -1 to maximize
+    advances: Scalar  # 1, or 0 when found_inf: nothing moves at all
+    merges: Scalar  # 1 where t is a multiple of merge_every, else 0
 
 
 class Hyper(NamedTuple):
@@ -41,6 +44,9 @@ class Hyper(NamedTuple):
     alpha: float
     update_scale: float = 1.0  # 1/p under a rescaled random drop of u
     tau_scale: float = 1.0  # 1/p with the rate that tau was stored with
+    grad_factor: Scalar = 1.0
+    found_inf: Scalar = 0.0
+    merge_every: int = 1
 
 
 def derive_scalars(step: Scalar, hyper: Hyper) -> Scalars:
@@ -61,17 +67,25 @@ def derive_scalars(step: Scalar, hyper: Hyper) -> Scalars:
         decay=1 - lr * hyper.weight_decay,
         update_weight=(1 - hyper.alpha) * hyper.update_scale,
         tau_weight=hyper.alpha * hyper.tau_scale,
-        moves=(lr != 0).double() if isinstance(lr, Tensor) else float(lr != 0),
+        moves=_flag(lr != 0),
+        grad_factor=hyper.grad_factor,
+        advances=_flag(hyper.found_inf == 0),
+        merges=_flag(step % hyper.merge_every == 0),
     )
 
 
+def _flag(condition: bool | Tensor) -> Scalar:
+    return condition.double() if isinstance(condition, Tensor) else float(condition)
+
+
 def scalar_table(steps: Sequence[Tensor], hyper: Hyper, device: torch.device) -> Tensor:
-    """Return fp64 `[T, 12]` on `device`: a row of `Scalars` for each of T step counts.
+    """Return fp64 `[T, 15]` on `device`: a row of `Scalars` for each of T step counts.
 
     Rounding the table to fp32 rounds each scalar once. Nothing waits for a device: step counts are read by the
-    host only where they lie on the CPU and the learning rate is a float.
+    host only where they lie on the CPU and no hyper-parameter is a tensor.
     """
-    if not isinstance(hyper.lr, Tensor) and all(step.device.type == "cpu" for step in steps):
+    on_host = not any(isinstance(value, Tensor) for value in (hyper.lr, hyper.grad_factor, hyper.found_inf))
+    if on_host and all(step.device.type == "cpu" for step in steps):
         counts = [float(step) for step in steps]
         rows = {t: derive_scalars(t, hyper) for t in set(counts)}
         return torch.tensor([rows[t] for t in counts], dtype=torch.float64).to(device, non_blocking=True)

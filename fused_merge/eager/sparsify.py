@@ -1,20 +1,69 @@
-"""F: which elements of an update, or of the reference delta, take part in a merge.
+"""F: what of an update, or of the reference delta, takes part in a merge.
 
-Source: Lu et al. 2024 (arXiv 2405.17931), section 3: random drop (OnDARE, after DARE, arXiv 2311.03099) and
-top-p by magnitude (OnTIES, after TIES-Merging, arXiv 2306.01708).
+Each function takes x (fp32 or fp64, any shape), the share p of elements to keep, in (0, 1], and the key of the
+tensor's random numbers, and returns F(x) with zeros where nothing is kept.
+
+Source: Lu et al. 2024 (arXiv 2405.17931), section 3: random drop (OnDARE, after DARE, arXiv 2311.03099) and top-p by
+magnitude (OnTIES, after TIES-Merging, arXiv 2306.01708).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fused_merge.eager.philox import DOMAIN_TAU, keep_mask
+from fused_merge.eager.philox import DOMAIN_TAU, MaskKey, keep_mask
 from fused_merge.names import tensor_id
 
 _PATTERN = {torch.float64: torch.int64, torch.float32: torch.int32}
+
+
+def none(x: Tensor, rate: float, key: MaskKey) -> Tensor:
+    """Return x."""
+    return x
+
+
+def random(x: Tensor, rate: float, key: MaskKey) -> Tensor:
+    """Keep each element with probability p, as its Philox word says; nothing is rescaled here."""
+    if rate == 1.0:
+        return x
+    return torch.where(keep_mask(x.numel(), rate, key, device=x.device).view(x.shape), x, 0.0)
+
+
+def magnitude(x: Tensor, rate: float, key: MaskKey) -> Tensor:
+    """Keep where |x| is at least the k-th largest |x| of the tensor, k = max(1, floor(p*n)).
+
+    All ties at the threshold stay, so that the choice does not depend on any order. Magnitudes compare as the integer
+    patterns of |x|, which order finite values as themselves and NaN above infinity.
+    """
+    if rate == 1.0 or x.numel() == 0:
+        return x
+    return torch.where(_pattern(x) >= _kth_largest(x, rate), x, 0.0)
+
+
+def soft_threshold(x: Tensor, rate: float, key: MaskKey) -> Tensor:
+    """Shrink every |x| by the k-th largest |x|, k = max(1, floor(p*n)), and drop what would change its sign.
+
+    Source: Donoho 1995, "De-noising by soft-thresholding", equation 1.2, with the threshold at a quantile; as a merge
+    it is the nearswap of model-merging tools, which thresholds the difference of two models. NaN stays NaN.
+    """
+    if rate == 1.0 or x.numel() == 0:
+        return x
+    threshold = _kth_largest(x, rate).view(x.dtype)
+    # An infinite or NaN threshold would turn all that is finite into NaN.
+    shrunk = torch.where(x.abs() > threshold, x - threshold.copysign(x), 0.0)
+    return torch.where(x.isnan(), x, shrunk)
+
+
+SPARSIFY: dict[str, Callable[[Tensor, float, MaskKey], Tensor]] = {
+    "none": none,
+    "random": random,
+    "magnitude": magnitude,
+    "soft_threshold": soft_threshold,
+}
 
 
 def kept_count(numel: int, rate: float) -> int:
@@ -22,60 +71,33 @@ def kept_count(numel: int, rate: float) -> int:
     return max(1, math.floor(rate * numel))
 
 
-def magnitude_mask(x: Tensor, rate: float) -> Tensor:
-    """Return where |x| is at least the k-th largest |x| of the tensor, k = max(1, floor(rate * numel)).
-
-    All ties at the threshold stay, so that the choice does not depend on any order. Magnitudes compare as the
-    integer patterns of |x|, which order finite values as themselves and NaN above infinity.
-
-    Args:
-        x: fp32 or fp64 tensor of any shape.
-        rate: share to keep, in (0, 1].
-
-    Returns:
-        Bool tensor of the shape of `x`.
-    """
-    if rate == 1.0 or x.numel() == 0:
-        return torch.ones_like(x, dtype=torch.bool)
-    pattern = x.abs().view(_PATTERN[x.dtype])
-    k = kept_count(x.numel(), rate)
-    kth_largest = pattern.flatten().kthvalue(x.numel() - k + 1).values
-    return pattern >= kth_largest
-
-
-def sparsify(x: Tensor, keep: Tensor) -> Tensor:
-    """Return F(x): `x` where `keep`, zero elsewhere."""
-    return torch.where(keep, x, torch.zeros_like(x))
-
-
-def tau_mask(tau: Tensor, *, name: str, method: str, reserve_rate: float, seed: int) -> Tensor:
-    """Return which elements of a reference delta are kept, once and for the whole run.
+def sparsify_tau(tau: Tensor, *, name: str, method: str, reserve_rate: float, seed: int) -> Tensor:
+    """Return F(tau), once and for the whole run, unscaled and in the dtype of tau.
 
     Args:
         tau: the whole (unsharded) delta of one tensor, any floating dtype, any shape.
         name: the tensor's name; its canonical form keys the random mask.
-        method: `"random"`, `"magnitude"` or `"none"` (all are kept).
+        method: a key of `SPARSIFY`.
         reserve_rate: share to keep, in (0, 1].
-        seed: of the random mask; the mask of tau is drawn in a domain of its own.
-
-    Returns:
-        Bool tensor of the shape of `tau`.
+        seed: of the random mask; the mask of tau is drawn in a domain of its own, at step 0.
 
     Raises:
-        ValueError: if `method` is not one of the three.
+        ValueError: if there is no such method.
     """
-    if method == "none":
-        return torch.ones_like(tau, dtype=torch.bool)
-    if method == "random":
-        return keep_mask(
-            tau.numel(),
-            reserve_rate,
-            seed=seed,
-            step=0,
-            tensor_id=tensor_id(name),
-            domain=DOMAIN_TAU,
-            device=tau.device,
-        ).view(tau.shape)
-    if method == "magnitude":
-        return magnitude_mask(tau if tau.dtype == torch.float64 else tau.float(), reserve_rate)
-    raise ValueError(f"unknown way to sparsify a reference delta: {method!r}; use 'random', 'magnitude' or 'none'")
+    if method not in SPARSIFY:
+        raise ValueError(
+            f"unknown way to sparsify a reference delta: {method!r}; use one of {', '.join(map(repr, SPARSIFY))}"
+        )
+    wide = tau if tau.dtype == torch.float64 else tau.float()
+    key = MaskKey(seed=seed, step=0, tensor_id=tensor_id(name), domain=DOMAIN_TAU)
+    return SPARSIFY[method](wide, reserve_rate, key).to(tau.dtype)
+
+
+def _pattern(x: Tensor) -> Tensor:
+    return x.abs().view(_PATTERN[x.dtype])
+
+
+def _kth_largest(x: Tensor, rate: float) -> Tensor:
+    """Return the pattern of the k-th largest |x|, 0-d."""
+    k = kept_count(x.numel(), rate)
+    return _pattern(x).flatten().kthvalue(x.numel() - k + 1).values
