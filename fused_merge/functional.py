@@ -20,9 +20,11 @@ from fused_merge.eager.merging_adamw import Anchor, Delta
 from fused_merge.eager.merging_adamw import merging_adamw_ as eager_merging_adamw_
 from fused_merge.eager.philox import DOMAIN_UPDATE, MaskKey
 from fused_merge.eager.scalars import Hyper, Scalars, scalar_table
-from fused_merge.methods import MergeRule
+from fused_merge.methods import MergeRule, merge_rule
 from fused_merge.sharding import ShardIndex
 from fused_merge.sparse import SparseTensor
+
+__all__ = ["Anchor", "Hyper", "MergeRule", "MergeStats", "ShardIndex", "interpolate", "merge_rule", "merging_adamw_"]
 
 Tau = Tensor | SparseTensor | None
 
@@ -58,9 +60,9 @@ def merging_adamw_(
         exp_avg_sqs: T second moments; mutated.
         steps: T step counts, 0-d fp32; incremented. On the CPU, or beside the parameters.
         taus: F(tau) of each tensor: already sparsified, unscaled, dense or sparse; None for plain AdamW.
-        rule: a row of the table of methods with its options, from `fused_merge.methods.merge_rule`.
+        rule: a row of the table of methods with its options, from `merge_rule`.
         hyper: learning rate, betas and the like; a tensor among them is never read by the host.
-        tensor_ids: `fused_merge.names.tensor_id` of each tensor's name, the key of its random numbers.
+        tensor_ids: `fused_merge.names.tensor_id` of each tensor's name, which keys its random numbers.
         seed: 64-bit key of the random numbers.
         shards: where each tensor lies in the unsharded one; None where all are whole.
         full_taus: tau before F, where the rule projects and `taus` are sparsified.

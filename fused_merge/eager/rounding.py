@@ -51,7 +51,7 @@ def stochastic(x: Tensor, error: Tensor, dtype: torch.dtype, key: MaskKey) -> Te
         error = x - nearest.to(x.dtype)
     pattern = nearest.view(_PATTERN[dtype])
     # One pattern up is one step away from zero; from zero itself the step has the sign of the error.
-    away = (error > 0) == (nearest > 0)
+    away = ((error > 0) == (nearest > 0)).to(pattern.dtype)
     smallest = torch.ones_like(pattern).view(dtype).copysign(error.to(dtype))
     neighbour = torch.where(nearest == 0, smallest, (pattern + 2 * away - 1).view(dtype))
     gap = (neighbour.to(x.dtype) - nearest.to(x.dtype)).abs()
