@@ -50,9 +50,17 @@ class Binding:
         """Find the delta of every (name, parameter, group) that has none yet.
 
         Raises:
-            ValueError: naming the parameters that the delta lacks or holds in another shape, or saying how a
-                sparse delta was made if that is not what the group asks for. Nothing is bound then.
+            ValueError: naming the parameters that share a name or that the delta lacks or holds in another shape, or
+                saying how a sparse delta was made if that is not what the group asks for. Nothing is bound then.
         """
+        parameters = list(parameters)
+        owners: dict[str, Tensor] = {}
+        for name, param, _ in parameters:
+            if owners.setdefault(name, param) is not param:
+                raise ValueError(
+                    f"two parameters are called {name!r}, and the reference delta goes by names; "
+                    "tell them apart, as by a prefix, or give each model an optimizer of its own"
+                )
         wanted = [entry for entry in parameters if entry[0] not in self._bound]
         held = set(self.delta.names)
         absent = [name for name, _, group in wanted if name not in held and group["missing"] == "error"]

@@ -123,6 +123,44 @@ def _app() -> "typer.Typer":
             print(*folders, sep="\n")
 
     @app.command()
+    def inspect(
+        delta: Annotated[Path, typer.Argument(metavar="DELTA_OR_BASE", help="A saved delta, or the base checkpoint.")],
+        tuned: Annotated[
+            Path | None, typer.Argument(metavar="TUNED", help="The tuned checkpoint, if the first is a base.")
+        ] = None,
+        other: Annotated[Path | None, typer.Option(help="Another saved delta: overlap of the two.")] = None,
+        reserve_rate: Annotated[float | None, typer.Option(help="Show what top-p really keeps at this p.")] = None,
+        json_output: Annotated[bool, as_json] = False,
+        debug: Annotated[bool, with_traceback] = False,
+    ) -> None:
+        """Show norms and real density of a reference delta, by tensor and by layer, and its overlap with another."""
+        from fused_merge.inspection import inspect_delta
+        from fused_merge.reference_delta import ReferenceDelta
+
+        with _one_sentence(debug):
+            tau = ReferenceDelta.load(delta) if tuned is None else ReferenceDelta.from_checkpoints(delta, tuned)
+            rows = inspect_delta(
+                tau,
+                base=None if tuned is None else delta,
+                other=None if other is None else ReferenceDelta.load(other),
+                reserve_rate=reserve_rate,
+            )
+        if json_output:
+            print(json.dumps(rows))
+            return
+        table = Table(box=None)
+        for key in rows[0]:
+            table.add_column(key, justify="left" if key in ("scope", "name") else "right", overflow="fold")
+        for row in rows:
+            table.add_row(
+                *(
+                    "-" if cell is None else f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+                    for cell in row.values()
+                )
+            )
+        Console().print(table)
+
+    @app.command()
     def env(json_output: Annotated[bool, as_json] = False) -> None:
         """Show versions, machine and what runs here: for bug reports."""
         report = environment()

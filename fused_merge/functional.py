@@ -68,11 +68,11 @@ def merging_adamw_(
         full_taus: tau before F, where the rule projects and `taus` are sparsified.
         anchors: what step-K keeps between merges; mutated. None merges at every step.
         masters: fp32 copies of 16-bit parameters or int16 low halves of bf16 ones; mutated.
-        stats: also return what the merge did; eager.
+        stats: also return what the merge did; eager, and the host waits for the device.
         impl: `"auto"`, `"triton"` or `"eager"`.
 
     Returns:
-        T statistics if asked for, else T times None; None for tensors without a delta.
+        T statistics if asked for, else T times None; None for tensors without a delta or that did not merge.
 
     Raises:
         ValueError: for lists or shapes that do not match. Nothing has changed then.
@@ -130,7 +130,7 @@ def merging_adamw_(
                 anchor=anchor,
                 master=master,
             )
-            if stats and terms is not None:
+            if stats and terms is not None and _merged(s, anchor):
                 stored = params[i].dtype if master is None else torch.float32
                 gathered[i] = merge_stats(terms, s, rule, stored)
     if isinstance(hyper.found_inf, Tensor):
@@ -138,6 +138,11 @@ def merging_adamw_(
         for step in steps:
             step.sub_(hyper.found_inf.to(step.device).clamp(max=1.0).view(()))
     return gathered
+
+
+def _merged(s: Scalars, anchor: Anchor | None) -> bool:
+    """Return whether a step merged: not between merges, at lr = 0 or at an overflow."""
+    return bool(s.moves * s.advances) and (anchor is None or bool(s.merges))
 
 
 def _delta(tau: Tau, full: Tensor | None, rule: MergeRule) -> Delta | None:

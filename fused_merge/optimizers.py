@@ -23,7 +23,17 @@ from fused_merge.eager.merging_adamw import Anchor
 from fused_merge.eager.scalars import Hyper
 from fused_merge.eager.sums import inner_product
 from fused_merge.names import canonical_name, tensor_id
-from fused_merge.options import FIXED, FOREIGN, AdamWOptions, check_dtype, check_options, rule_of, state_dtype_of
+from fused_merge.options import (
+    FIXED,
+    FOREIGN,
+    STATE_DTYPES,
+    AdamWOptions,
+    check_dtype,
+    check_options,
+    dtype_name,
+    rule_of,
+    state_dtype_of,
+)
 from fused_merge.reference_delta import ReferenceDelta
 from fused_merge.verify import verified_merging_adamw_
 
@@ -182,6 +192,9 @@ class MergingAdamW(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            for option in ("impl", "stats_every"):
+                if option in group:
+                    raise ValueError(f"{option} is an option of the optimizer, not of a parameter group")
             check_options(group)
         except ValueError:
             self.param_groups.pop()
@@ -239,6 +252,7 @@ class MergingAdamW(Optimizer):
         stats = self.stats_every > 0 and self._calls % self.stats_every == 0
         for group, batch in batches:
             self._step_group(group, batch, inverse_scale, stats)
+        self._fix_options()
         self.verify_steps = max(0, self.verify_steps - 1)
         return loss
 
@@ -302,14 +316,23 @@ class MergingAdamW(Optimizer):
             raise ValueError("no statistics are collected; pass stats_every=n to look at every n-th step")
         return self._stats
 
+    def state_dict(self) -> StateDict:
+        """Return what `load_state_dict` takes, made of tensors, numbers and strings; see `torch.optim.Optimizer`."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            # Of a torch.dtype, torch.distributed.checkpoint cannot gather a full state dict.
+            group["state_dtype"] = dtype_name(group["state_dtype"])
+        return saved
+
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state dict of this class or of `torch.optim.AdamW`; options that it lacks stay as they are.
 
         Moments and masters keep the dtype of the options, whatever the parameters' is, and are copied.
 
         Raises:
-            ValueError: if the state dict was saved with another reference delta, or by an AdamW with an option
-                (amsgrad) that this one does not have. Nothing has changed then.
+            ValueError: if the state dict was saved with another reference delta, by an AdamW with an option (amsgrad)
+                that this one does not have, or by an Adam whose weight decay is part of the gradient. Nothing has
+                changed then.
         """
         for group in state_dict["param_groups"]:
             reference = group.get("reference")
@@ -322,8 +345,19 @@ class MergingAdamW(Optimizer):
             for option in FOREIGN:
                 if group.get(option):
                     raise ValueError(f"the state dict was saved with {option}=True, which this optimizer lacks")
+            if group.get("decoupled_weight_decay") is False and group["weight_decay"]:
+                raise ValueError(
+                    "the state dict was saved by torch.optim.Adam, which adds weight_decay to the gradient; set "
+                    "it to 0 in the param_groups of the state dict and give this optimizer one of its own"
+                )
         before = [dict(group) for group in self.param_groups]
-        super().load_state_dict(state_dict)
+        # Whoever registered hooks may have replaced the state dict: what the last of them left is what is loaded.
+        loaded_dicts = [state_dict]
+        last = self.register_load_state_dict_pre_hook(lambda _, loaded: loaded_dicts.append(loaded))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
         for group, old in zip(self.param_groups, before, strict=True):
             names, loaded = old.get("param_names"), group.get("param_names")
             if names and loaded and list(map(canonical_name, names)) != list(map(canonical_name, loaded)):
@@ -335,9 +369,13 @@ class MergingAdamW(Optimizer):
             group.update({"param_names": names} if names else {})
             for key, value in old.items():
                 group.setdefault(key, value)
-        self._restore_states(state_dict)
+            group["state_dtype"] = _STATE_DTYPES.get(group["state_dtype"], group["state_dtype"])
+            # A full state dict of torch.distributed.checkpoint has it as a list.
+            group["betas"] = tuple(group["betas"])
+        self._restore_states(loaded_dicts[-1])
         self._binding.clear()
         self._fixed.clear()
+        self._fix_options()
 
     def _restore_states(self, state_dict: StateDict) -> None:
         """Undo what torch does to states on loading: cast them to the parameter's dtype, or share them."""
@@ -352,9 +390,9 @@ class MergingAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep; the delta is found again by the copy's first step."""
-        kept = ("impl", "stats_every", "verify_steps", "grad_norm", "_calls", "_stats")
+        kept = ("impl", "stats_every", "verify_steps", "grad_norm", "_calls", "_stats", "_fixed")
         own = {key: self.__dict__[key] for key in kept}
-        return super().__getstate__() | own | {"_binding": Binding(self.reference_delta), "_fixed": {}}
+        return super().__getstate__() | own | {"_binding": Binding(self.reference_delta)}
 
     def _names(self) -> list[list[str]]:
         """Return the canonical names of the parameters of each group."""
@@ -366,6 +404,12 @@ class MergingAdamW(Optimizer):
         """Yield each group with its named parameters that have a gradient, all of them checked."""
         for index, (group, names) in enumerate(zip(self.param_groups, self._names(), strict=True)):
             check_options(group)
+            for option, value in self._fixed.get(index, {}).items():
+                if group[option] != value:
+                    raise ValueError(
+                        f"{option} of a group is fixed once it has taken a step: it was {value} and is "
+                        f"{group[option]}; set it back, or make a new optimizer"
+                    )
             batch = [(n, p) for n, p in zip(names, group["params"], strict=True) if p.grad is not None]
             for name, param in batch:
                 check_dtype(name, param, group)
@@ -375,14 +419,13 @@ class MergingAdamW(Optimizer):
                         "nn.Embedding(sparse=False)"
                     )
             if batch:
-                fixed = self._fixed.setdefault(index, {option: group[option] for option in FIXED})
-                for option, value in fixed.items():
-                    if group[option] != value:
-                        raise ValueError(
-                            f"{option} of a group is fixed once it has taken a step: it was {value} and is "
-                            f"{group[option]}; set it back, or make a new optimizer"
-                        )
                 yield group, batch
+
+    def _fix_options(self) -> None:
+        """Remember what the states of each group that has any were made with."""
+        for index, group in enumerate(self.param_groups):
+            if index not in self._fixed and any(param in self.state for param in group["params"]):
+                self._fixed[index] = {option: group[option] for option in FIXED}
 
     def _state_of(self, param: Tensor, group: dict[str, Any], *, merged: bool) -> dict[str, Tensor]:
         """Return the state of a parameter, with what it lacks made and all of it where the parameter is."""
@@ -551,6 +594,9 @@ def _state_dtypes(param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype
         "anchor": param.dtype if group["master"] == "none" else torch.float32,
         "anchor_decay": full,
     }
+
+
+_STATE_DTYPES = {dtype_name(dtype): dtype for dtype in STATE_DTYPES}
 
 
 def _reciprocal(scale: Tensor | None) -> float | Tensor:

@@ -69,6 +69,11 @@ def state_dtype_of(param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
     return torch.float64 if compute_dtype(param.dtype) == torch.float64 else dtype
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name by which `torch` has a dtype, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def check_options(group: Mapping[str, Any]) -> None:
     """Raise ValueError for the first option of a group that is out of range or that its row lacks."""
     rule_of(group)

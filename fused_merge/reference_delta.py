@@ -16,11 +16,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +110,8 @@ class ReferenceDelta:
         self._specs = dict(specs)
         self._read_stored = read
         self._identity = identity
+        # How a pickle makes it again.
+        self._maker: tuple[Callable[..., ReferenceDelta], tuple[Any, ...]]
 
     @classmethod
     def from_models(cls, base: SourceLike, tuned: SourceLike) -> ReferenceDelta:
@@ -129,10 +132,16 @@ class ReferenceDelta:
             taus[name] = _tau(first[name], second[name], dtype)
             _check_finite(name, taus[name])
 
+        return cls._in_memory(specs, taus, isinstance(base, nn.Module))
+
+    @classmethod
+    def _in_memory(cls, specs: Mapping[str, _Spec], taus: Mapping[str, Tensor], ordered: bool) -> ReferenceDelta:
         def head(name: str, n: int) -> Tensor:
             return taus[name].reshape(-1)[:n]
 
-        return cls(specs, taus.__getitem__, lambda: _identity(specs, head), ordered=isinstance(base, nn.Module))
+        delta = cls(specs, taus.__getitem__, lambda: _identity(specs, head), ordered=ordered)
+        delta._maker = cls._in_memory, (dict(specs), dict(taus), ordered)
+        return delta
 
     @classmethod
     def from_checkpoints(cls, base: PathLike, tuned: PathLike) -> ReferenceDelta:
@@ -155,7 +164,9 @@ class ReferenceDelta:
         def head(name: str, n: int) -> Tensor:
             return _tau(first.head(name, n), second.head(name, n), specs[name].dtype)
 
-        return cls(specs, read, lambda: _identity(specs, head), ordered=False)
+        delta = cls(specs, read, lambda: _identity(specs, head), ordered=False)
+        delta._maker = cls.from_checkpoints, (os.path.abspath(base), os.path.abspath(tuned))
+        return delta
 
     @classmethod
     def load(cls, path: PathLike) -> ReferenceDelta:
@@ -202,7 +213,9 @@ class ReferenceDelta:
 
         kept = None if sparsity is None else {name: source.shape(name + _VALUES).numel() for name in specs}
         ordered = metadata.get("ordered") == "true"
-        return cls(specs, read, lambda: identity, ordered=ordered, path=str(path), sparsity=sparsity, kept=kept)
+        delta = cls(specs, read, lambda: identity, ordered=ordered, path=str(path), sparsity=sparsity, kept=kept)
+        delta._maker = cls.load, (os.path.abspath(path),)
+        return delta
 
     def save(self, path: PathLike, reserve_rate: float | None = None, method: str | None = None, seed: int = 0) -> Path:
         """Write the delta to one safetensors file, tensor by tensor, beside `path` first and then renamed.
@@ -262,6 +275,16 @@ class ReferenceDelta:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __reduce__(self) -> tuple[Callable[..., ReferenceDelta], tuple[Any, ...]]:
+        """Pickle a delta that was made in memory with its tensors, and one that is read from files as their paths."""
+        return _remade, (*self._maker, self.identity)
+
+    def __copy__(self) -> ReferenceDelta:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ReferenceDelta:
+        return self
 
     def __repr__(self) -> str:
         how = "dense" if self.sparsity is None else f"{self.sparsity.method} at {self.sparsity.reserve_rate}"
@@ -338,6 +361,16 @@ class ReferenceDelta:
         asked = _sparsity(reserve_rate, method, seed)
         self._check_sparsity(asked)
         return asked
+
+
+def _remade(make: Callable[..., ReferenceDelta], arguments: tuple[Any, ...], identity: str) -> ReferenceDelta:
+    """Unpickle a delta; the files must still hold what they held."""
+    delta = make(*arguments)
+    if delta.identity != identity:
+        raise ValueError(
+            f"{' and '.join(map(str, arguments))} changed after the reference delta was pickled; pickle it again"
+        )
+    return delta
 
 
 def _specs_of(base: TensorSource, tuned: TensorSource) -> dict[str, _Spec]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fused_merge import backend, functional
 from fused_merge.eager.merge_stats import MergeStats
 from fused_merge.eager.merging_adamw import Anchor
+from fused_merge.sources import bits
 
 if TYPE_CHECKING:
     from fused_merge.optimizers import MergingAdamW
@@ -48,32 +50,42 @@ def verified_merging_adamw_(
     gathered = []
     for i, name in enumerate(names):
         own: dict[str, Any] = {key: [value[i]] if key in _PER_TENSOR else value for key, value in options.items()}
-        theirs = own | {key: [_clone(value[0])] for key, value in own.items() if key in _PER_TENSOR}
-        columns = [column[i] for column in lists]
-        clones = [_clone(value) for value in columns]
-        gathered += functional.merging_adamw_(*([value] for value in columns), impl=impl, **own)
-        functional.merging_adamw_(*([value] for value in clones), impl="eager", **theirs | {"stats": False})
-        for state, kernel, eager in zip(_STATES, columns, clones, strict=False):
-            if not _same(kernel, eager):
-                raise RuntimeError(
-                    f"the kernel and the eager code differ in {state!r} of {name!r}, by at most "
-                    f"{float((kernel.double() - eager.double()).abs().nan_to_num().max()):.3g}; "
-                    "train with impl='eager' and report it with the output of `fused-merge env`"
-                )
+        # In a call of its own: the copies of one tensor are gone before the next one is copied.
+        gathered += _verified_step(name, [column[i] for column in lists], own | {"impl": impl})
+    return gathered
+
+
+def _verified_step(name: str, columns: list[Any], options: dict[str, Any]) -> list[MergeStats | None]:
+    (anchor,), (master,) = options["anchors"], options["masters"]
+    anchor_copy = None if anchor is None else Anchor(*(tensor.clone() for tensor in anchor))
+    master_copy = None if master is None else master.clone()
+    copies = [tensor.clone() for tensor in columns[: len(_STATES)]]
+    gathered = functional.merging_adamw_(*([value] for value in columns), **options)
+    functional.merging_adamw_(
+        *([value] for value in (*copies, *columns[len(_STATES) :])),
+        **options | {"anchors": [anchor_copy], "masters": [master_copy], "impl": "eager", "stats": False},
+    )
+    pairs = [*zip(_STATES, columns, copies, strict=False)]
+    if anchor is not None and anchor_copy is not None:
+        pairs += zip(("anchor", "anchor_decay"), anchor, anchor_copy, strict=True)
+    if master is not None and master_copy is not None:
+        pairs.append(("master_low" if master.dtype == torch.int16 else "master", master, master_copy))
+    for state, kernel, eager in pairs:
+        if not _same(kernel, eager):
+            raise RuntimeError(
+                f"the kernel and the eager code differ in {state!r} of {name!r}, by at most "
+                f"{float((kernel.double() - eager.double()).abs().nan_to_num().max()):.3g}; "
+                "train with impl='eager' and report it with the output of `fused-merge env`"
+            )
     return gathered
 
 
 # The options of the functional form that hold one entry a tensor.
 _PER_TENSOR = ("tensor_ids", "full_taus", "anchors", "masters")
+# Its first lists.
 _STATES = ("param", "grad", "exp_avg", "exp_avg_sq", "step")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors have equal values; NaN has many patterns and equals NaN."""
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
-
-
-def _clone(value: Any) -> Any:
-    if isinstance(value, Anchor):
-        return Anchor(*(tensor.clone() for tensor in value))
-    return value.clone() if isinstance(value, Tensor) else value
+    """Return whether two tensors have equal bits; NaN has many patterns and equals NaN."""
+    return bool(((bits(a) == bits(b)) | (a.isnan() & b.isnan())).all())

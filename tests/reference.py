@@ -32,8 +32,8 @@ def name_id(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:4], "little")
 
 
-def keep(n: int, rate: float, seed: int, step: int, name: str, domain: int) -> Array:
-    """The mask of design: word e & 3 of block e >> 2 is below floor(rate * 2^32)."""
+def words(n: int, seed: int, step: int, name: str, domain: int) -> Array:
+    """The random number of each element: word e & 3 of block e >> 2."""
     e = np.arange(n, dtype=np.uint64)
     block = e >> np.uint64(2)
     counter = (
@@ -42,8 +42,13 @@ def keep(n: int, rate: float, seed: int, step: int, name: str, domain: int) -> A
         np.full(n, step, dtype=np.uint64),
         np.full(n, name_id(name), dtype=np.uint64),
     )
-    words = philox(counter, seed % 2**32, seed // 2**32 % 2**32)
-    return words[np.arange(n), (e & np.uint64(3)).astype(int)] < math.floor(rate * 2**32)
+    blocks = philox(counter, seed % 2**32, seed // 2**32 % 2**32)
+    return blocks[np.arange(n), (e & np.uint64(3)).astype(int)]
+
+
+def keep(n: int, rate: float, seed: int, step: int, name: str, domain: int) -> Array:
+    """The mask of design: the random number is below floor(rate * 2^32)."""
+    return words(n, seed, step, name, domain) < math.floor(rate * 2**32)
 
 
 def top(x: Array, rate: float) -> Array:
@@ -51,45 +56,100 @@ def top(x: Array, rate: float) -> Array:
     return np.abs(x) >= np.sort(np.abs(x), axis=None)[-k]
 
 
+def soft(x: Array, rate: float) -> Array:
+    k = max(1, math.floor(rate * x.size))
+    return np.sign(x) * np.maximum(np.abs(x) - np.sort(np.abs(x), axis=None)[-k], 0)
+
+
+def projected(x: Array, tau: Array, how: str, strength: float, over: str, uphill: bool) -> Array:
+    """Row by row in a loop; over the tensor is one long row."""
+    rows = len(x) if over == "rows" and x.ndim > 1 else 1
+    out = []
+    for a, t in zip(x.reshape(rows, -1), tau.reshape(rows, -1), strict=True):
+        if not t.any():
+            out.append(a)
+            continue
+        along = a.dot(t) / t.dot(t) * t
+        if how == "onto":
+            out.append((1 - strength) * a + strength * along)
+        elif (-a if uphill else a).dot(t) < 0:
+            out.append(np.where(np.abs(a - along) < 2.0**-20 * (np.abs(a) + np.abs(along)), 0, a - along))
+        else:
+            out.append(a)
+    return np.array(out).reshape(x.shape)
+
+
+def merged(u: Array, tau: Array, update_weight: float, tau_weight: float, consensus: str) -> Array:
+    if consensus == "linear":
+        return update_weight * u + tau_weight * tau
+    if consensus == "reference":
+        sign = np.where(u + tau >= 0, 1.0, -1.0)
+        return update_weight * np.where(np.sign(u) == sign, u, 0) + tau_weight * np.where(np.sign(tau) == sign, tau, 0)
+    a, b = update_weight * u, tau_weight * tau
+    return np.where(a * b >= 0, a + b, np.where(np.abs(a) > np.abs(b), a, np.where(a == -b, 0.0, b)))
+
+
 class Run:
-    """A merged AdamW over several steps of one vector."""
+    """A merged AdamW over several steps of one tensor."""
 
     def __init__(
         self, theta: Array, m: Array, v: Array, t: int, tau: Array, name: str, **options: float | str | bool
     ) -> None:
-        self.theta, self.m, self.v = (x.astype(np.float64) for x in (theta, m, v))
+        self.theta, self.m, self.v, self.full = (x.astype(np.float64) for x in (theta, m, v, tau))
         self.t = t
         self.name = name
-        self.o = options
-        p, seed = options["reserve_rate"], options.get("seed", 0)
-        if p < 1:
-            chosen = keep(tau.size, p, seed, 0, name, 1) if options["method"] == "ondare" else top(tau, p)
-            tau = np.where(chosen, tau, 0)
-        self.tau = tau.astype(np.float64)
+        self.o = {"reserve_rate": 1.0, "seed": 0, "project": None, "merge_every": 1} | options
+        self.tau = self.sparsified(self.full, 0, 1)
+        self.anchor, self.since = self.theta.copy(), 1.0
+
+    def sparsified(self, x: Array, step: int, domain: int) -> Array:
+        p, method = self.o["reserve_rate"], self.o["method"]
+        if p == 1 or method == "onproj":
+            return x
+        if method == "onsoft":
+            return soft(x, p)
+        chosen = (
+            keep(x.size, p, self.o["seed"], step, self.name, domain).reshape(x.shape)
+            if method == "ondare"
+            else top(x, p)
+        )
+        return np.where(chosen, x, 0)
+
+    def projected(self, x: Array, on: str) -> Array:
+        o = self.o
+        if o["project"] is None or o.get("project_on", "gradient") != on:
+            return x
+        return projected(
+            x,
+            self.full,
+            o["project"],
+            o.get("project_strength", 1.0),
+            o.get("project_over", "tensor"),
+            on == "gradient",
+        )
+
+    def merged(self, u: Array) -> Array:
+        """F(u) ⊕ F(tau) of this step."""
+        o = self.o
+        scale = 1 / o["reserve_rate"] if o["method"] == "ondare" and o.get("rescale", True) else 1.0
+        consensus = o.get("vote", "reference") if o["method"] == "onties" else "linear"
+        u = self.sparsified(u, self.t, 0)
+        return merged(u, self.tau, scale * (1 - o["alpha"]), scale * o["alpha"], consensus)
 
     def step(self, g: Array) -> None:
-        o, p, alpha = self.o, self.o["reserve_rate"], self.o["alpha"]
+        o, lr = self.o, self.o["lr"]
         b1, b2 = o["betas"]
         self.t += 1
-        g = g.astype(np.float64)
+        g = self.projected(g.astype(np.float64), "gradient")
         self.m = b1 * self.m + (1 - b1) * g
         self.v = b2 * self.v + (1 - b2) * g**2
+        if lr == 0:
+            return
         m_hat, v_hat = self.m / (1 - b1**self.t), self.v / (1 - b2**self.t)
-        u = -o["lr"] * m_hat / (np.sqrt(v_hat) + o["eps"])
-        self.theta *= 1 - o["lr"] * o["weight_decay"]
-        if o["method"] == "ondare":
-            if p < 1:
-                u = np.where(keep(u.size, p, o.get("seed", 0), self.t, self.name, 0), u, 0)
-            scale = 1 / p if o.get("rescale", True) else 1.0
-            self.theta += scale * ((1 - alpha) * u + alpha * self.tau)
-            return
-        if p < 1:
-            u = np.where(top(u, p), u, 0)
-        if o.get("vote", "reference") == "reference":
-            sign = np.where(u + self.tau >= 0, 1.0, -1.0)
-            u = np.where(np.sign(u) == sign, u, 0)
-            tau = np.where(np.sign(self.tau) == sign, self.tau, 0)
-            self.theta += (1 - alpha) * u + alpha * tau
-            return
-        a, b = (1 - alpha) * u, alpha * self.tau
-        self.theta += np.where(a * b >= 0, a + b, np.where(np.abs(a) > np.abs(b), a, np.where(a == -b, 0.0, b)))
+        u = self.projected(-lr * m_hat / (np.sqrt(v_hat) + o["eps"]), "update")
+        self.theta = self.theta * (1 - lr * o["weight_decay"]) + u
+        self.since *= 1 - lr * o["weight_decay"]
+        if self.t % o["merge_every"] == 0:
+            start = self.since * self.anchor
+            self.theta = start + self.merged(self.theta - start)
+            self.anchor, self.since = self.theta.copy(), 1.0

@@ -1,4 +1,4 @@
-"""The contracts of `torch.optim.Optimizer`, and what names, states and bad input mean."""
+"""The optimizers as `torch.optim.Optimizer`s: steps, names, deltas, options and bad input."""
 
 from __future__ import annotations
 
@@ -11,64 +11,18 @@ import pytest
 import reference
 import torch
 from conftest import DEVICE
+from models import Model, assert_same, fill_gradients, run, trained
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_merge as fm
 
 CLASSES = [fm.OnDAREAdamW, fm.OnTIESAdamW]
 
 
-class Model(nn.Module):
-    def __init__(self, seed: int = 0, head: bool = True) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.embed = nn.Embedding(11, 8)
-        self.hidden = nn.Linear(8, 16)
-        self.norm = nn.LayerNorm(16)
-        if head:
-            self.head = nn.Linear(16, 3, bias=False)
-        self.to(DEVICE)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.head(self.norm(torch.tanh(self.hidden(self.embed(tokens)))))
-
-
-def trained(seed: int = 1) -> nn.Module:
-    """A model near `Model(0)`, as after fine-tuning."""
-    model = Model(0)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.01 * torch.randn_like(parameter))
-    return model
-
-
 @pytest.fixture
 def delta() -> fm.ReferenceDelta:
     return fm.ReferenceDelta.from_models(Model(0), trained())
-
-
-def fill_gradients(model: nn.Module, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
-
-
-def run(optimizer, model, steps, first=0):
-    for step in range(first, first + steps):
-        fill_gradients(model, step)
-        optimizer.step()
-
-
-def assert_same(a, b):
-    """Same bits in parameters and in every state tensor."""
-    for group_a, group_b in zip(a.param_groups, b.param_groups, strict=True):
-        for p, q in zip(group_a["params"], group_b["params"], strict=True):
-            assert torch.equal(p, q)
-            assert a.state[p].keys() == b.state[q].keys()
-            for key in a.state[p]:
-                assert a.state[p][key].dtype == b.state[q][key].dtype
-                assert torch.equal(a.state[p][key], b.state[q][key])
 
 
 @pytest.mark.parametrize(
@@ -115,122 +69,6 @@ def test_without_merging_it_is_torch_adamw(delta):
         theirs.step()
     for p, q in zip(model.parameters(), peer.parameters(), strict=True):
         assert (p - q).abs().max() <= 1e-6 * q.abs().max()
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_state_holds_three_tensors_and_no_delta(cls, delta):
-    model = trained()
-    optimizer = cls(model.named_parameters(), reference_delta=delta)
-    run(optimizer, model, 1)
-    for p in model.parameters():
-        state = optimizer.state[p]
-        assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
-        assert state["step"].shape == ()
-        assert state["step"].dtype == state["exp_avg"].dtype == torch.float32
-        assert state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_weights_have_fp32_moments(dtype, delta):
-    model = trained().to(dtype)
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, lr=1e-2)
-    run(optimizer, model, 2)
-    assert all(p.dtype == dtype for p in model.parameters())
-    assert all(optimizer.state[p]["exp_avg"].dtype == torch.float32 for p in model.parameters())
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_state_dict_there_and_back_is_the_same_run(cls, dtype, delta, tmp_path):
-    straight, resumed = trained().to(dtype), trained().to(dtype)
-    options = {"reference_delta": delta, "lr": 1e-2, "reserve_rate": 0.5, "alpha": 1e-3}
-    one, two = (cls(model.named_parameters(), **options) for model in (straight, resumed))
-    run(one, straight, 5)
-    run(two, resumed, 3)
-    torch.save({"model": resumed.state_dict(), "optimizer": two.state_dict()}, tmp_path / "checkpoint.pt")
-    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    fresh = Model(7).to(dtype)
-    fresh.load_state_dict(saved["model"])
-    # What the constructor was told is overruled by what the run was doing.
-    three = cls(fresh.named_parameters(), reference_delta=delta, lr=1.0, reserve_rate=0.9)
-    three.load_state_dict(saved["optimizer"])
-    assert_same(two, three)
-    run(three, fresh, 2, first=3)
-    assert_same(one, three)
-
-
-def test_a_loaded_state_is_not_shared(delta):
-    model, other = trained(), trained()
-    one = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta)
-    run(one, model, 1)
-    two = fm.OnDAREAdamW(other.named_parameters(), reference_delta=delta)
-    two.load_state_dict(one.state_dict())
-    before = [one.state[p]["exp_avg"].clone() for p in model.parameters()]
-    run(two, other, 1)
-    for p, m in zip(model.parameters(), before, strict=True):
-        assert torch.equal(one.state[p]["exp_avg"], m)
-
-
-def test_a_run_goes_on_in_the_other_backend(delta):
-    one_model, two_model = trained(), trained()
-    options = {"reference_delta": delta, "lr": 1e-2, "reserve_rate": 0.5}
-    one = fm.OnDAREAdamW(one_model.named_parameters(), impl="eager", **options)
-    two = fm.OnDAREAdamW(two_model.named_parameters(), impl="triton", **options)
-    run(one, one_model, 2)
-    run(two, two_model, 2)
-    assert_same(one, two)
-    two.load_state_dict(one.state_dict())
-    run(one, one_model, 2, first=2)
-    run(two, two_model, 2, first=2)
-    assert_same(one, two)
-
-
-def test_a_state_dict_of_torch_adamw_loads_as_it_is(delta):
-    model, peer = trained(), trained()
-    theirs = torch.optim.AdamW(peer.parameters(), lr=3e-3, betas=(0.7, 0.8), weight_decay=0.2)
-    run(theirs, peer, 3)
-    ours = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, alpha=0.0, reserve_rate=1.0)
-    ours.load_state_dict(theirs.state_dict())
-    model.load_state_dict(peer.state_dict())
-    group = ours.param_groups[0]
-    assert (group["lr"], group["betas"], group["weight_decay"]) == (3e-3, (0.7, 0.8), 0.2)
-    assert (group["alpha"], group["reserve_rate"], group["method"]) == (0.0, 1.0, "ondare")
-    run(ours, model, 3, first=3)
-    run(theirs, peer, 3, first=3)
-    for p, q in zip(model.parameters(), peer.parameters(), strict=True):
-        assert ours.state[p]["step"] == 6
-        assert (p - q).abs().max() <= 1e-6 * q.abs().max()
-
-
-@pytest.mark.parametrize("option", ["amsgrad"])
-def test_an_adamw_that_computes_something_else_is_refused(option, delta):
-    model, peer = trained(), trained()
-    theirs = torch.optim.AdamW(peer.parameters(), **{option: True})
-    ours = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta)
-    with pytest.raises(ValueError, match=f"saved with {option}=True, which this optimizer lacks"):
-        ours.load_state_dict(theirs.state_dict())
-
-
-def test_another_delta_is_refused_on_resume(delta):
-    model = trained()
-    saved = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta).state_dict()
-    other = fm.ReferenceDelta.from_models(Model(0), trained(seed=2))
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=other, lr=0.5)
-    sentence = f"saved with the reference delta {delta.identity[:12]} .from memory. and this optimizer has"
-    with pytest.raises(ValueError, match=sentence):
-        optimizer.load_state_dict(saved)
-    assert optimizer.param_groups[0]["lr"] == 0.5
-
-
-def test_other_names_are_loaded_by_position_with_a_warning(delta):
-    model = trained()
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta)
-    saved = optimizer.state_dict()
-    saved["param_groups"][0]["param_names"] = [f"other.{n}" for n in saved["param_groups"][0]["param_names"]]
-    with pytest.warns(UserWarning, match=r"loaded by position: 'other.embed.weight'... .* become 'embed.weight'"):
-        optimizer.load_state_dict(saved)
-    assert optimizer.param_groups[0]["param_names"][0] == "embed.weight"
-    run(optimizer, model, 1)
 
 
 def test_wrapped_names_are_the_same_names(delta):
@@ -316,6 +154,7 @@ def test_a_later_reserve_rate_acts_on_the_update_only(delta):
     model, resumed = trained(), trained()
     optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, reserve_rate=0.5, lr=1e-2)
     run(optimizer, model, 1)
+
     def kept_of(optimizer):
         return {name: optimizer._binding.of(name, DEVICE).kept.unpack() for name in delta.names}
 
@@ -410,35 +249,6 @@ def test_tied_weights_are_one_tensor_under_their_first_name():
     optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta)
     run(optimizer, model, 1)
     assert optimizer.state[model.embed.weight]["step"] == 1
-
-
-@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["float", "tensor"])
-def test_the_probe_of_a_state_dict_moves_no_weight(lr, delta):
-    model = trained()
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, lr=lr, alpha=0.5)
-    before = copy.deepcopy(model.state_dict())
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert all(optimizer.state[p]["step"] == 1 for p in model.parameters())
-
-
-def test_distributed_checkpoint_reads_and_writes_the_state(delta):
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-
-    model, other = trained(), trained()
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, lr=1e-2)
-    run(optimizer, model, 2)
-    saved = get_optimizer_state_dict(model, optimizer)
-    before = copy.deepcopy(other.state_dict())
-    fresh = fm.OnDAREAdamW(other.named_parameters(), reference_delta=delta, lr=1e-2)
-    set_optimizer_state_dict(other, fresh, saved)
-    assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
-    other.load_state_dict(model.state_dict())
-    run(optimizer, model, 1, first=2)
-    run(fresh, other, 1, first=2)
-    assert_same(optimizer, fresh)
 
 
 def test_schedulers_and_changed_options_act_on_the_next_step(delta):
@@ -585,9 +395,326 @@ def test_only_what_drops_anything_is_held_sparse(delta):
         assert isinstance(dense._binding.of(name, DEVICE).kept, torch.Tensor)
 
 
-def test_the_delta_follows_a_moved_parameter(delta):
+class HostReads(TorchDispatchMode):
+    """Fails where a number is taken out of a tensor, which on a GPU waits for it."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        assert operator is not torch.ops.aten._local_scalar_dense.default, "the host read a tensor"
+        return operator(*args, **(kwargs or {}))
+
+
+def test_reading_a_tensor_on_the_host_is_noticed():
+    with HostReads(), pytest.raises(AssertionError, match="the host read a tensor"):
+        torch.ones(()).item()
+
+
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}, {"merge_every": 2}], ids=str)
+@pytest.mark.parametrize("method", ["ondare", "onties", "onproj", "onsoft"])
+def test_a_tensor_lr_is_a_float_lr_that_the_host_never_reads(method, options, delta):
+    model, peer = trained(), trained()
+    options |= {"reference_delta": delta, "method": method, "alpha": 0.1, "impl": "eager"}
+    # A power of two is the same number as a tensor in fp32 and as a float.
+    ours = fm.MergingAdamW(model.named_parameters(), lr=torch.tensor(2.0**-6), **options)
+    theirs = fm.MergingAdamW(peer.named_parameters(), lr=2.0**-6, **options)
+    ours.bind()
+    # Decoding a sparse delta on the CPU reads its offsets.
+    for name in delta.names:
+        kept = ours._binding.of(name, DEVICE).kept
+        ours._binding._bound[name] = ours._binding._bound[name]._replace(
+            kept=kept.unpack() if isinstance(kept, fm.sparse.SparseTensor) else kept
+        )
+    for step in range(3):
+        fill_gradients(model, step)
+        with HostReads():
+            ours.step()
+        # As a scheduler does: in place.
+        ours.param_groups[0]["lr"].mul_(0.5)
+        run(theirs, peer, 1, first=step)
+        theirs.param_groups[0]["lr"] *= 0.5
+    assert_same(ours, theirs)
+
+
+def test_a_scheduler_moves_a_tensor_lr(delta):
+    model, peer = trained(), trained()
+    lr = torch.tensor(2.0**-6)
+    ours = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, lr=lr)
+    theirs = fm.OnDAREAdamW(peer.named_parameters(), reference_delta=delta, lr=2.0**-6)
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) for optimizer in (ours, theirs)]
+    for step in range(3):
+        for optimizer, its_model, scheduler in zip((ours, theirs), (model, peer), schedulers, strict=True):
+            run(optimizer, its_model, 1, first=step)
+            scheduler.step()
+    assert ours.param_groups[0]["lr"] is lr
+    assert lr == 2.0**-9
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}], ids=str)
+def test_to_maximize_is_to_minimize_the_negated_gradient(options, impl, delta):
+    model, peer = trained(), trained()
+    options |= {"reference_delta": delta, "lr": 1e-2, "reserve_rate": 0.5, "impl": impl}
+    ours = fm.OnDAREAdamW(model.named_parameters(), maximize=True, **options)
+    theirs = fm.OnDAREAdamW(peer.named_parameters(), **options)
+    for step in range(3):
+        fill_gradients(model, step)
+        fill_gradients(peer, step)
+        for p in peer.parameters():
+            p.grad.neg_()
+        ours.step()
+        theirs.step()
+    assert_same(ours, theirs)
+    assert all((p.grad == -q.grad).all() for p, q in zip(model.parameters(), peer.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "value"),
+    [
+        ("ondare", "lr", 3e-2),
+        ("ondare", "lr", torch.tensor(3e-2)),
+        ("ondare", "betas", (0.5, 0.6)),
+        ("ondare", "eps", 1e-2),
+        ("ondare", "weight_decay", 0.3),
+        ("ondare", "alpha", 0.4),
+        ("ondare", "reserve_rate", 0.2),
+        ("ondare", "merge_every", 2),
+        ("ondare", "project", "conflict"),
+        ("ondare", "project", "onto"),
+        ("onproj", "project", "onto"),
+        ("onproj", "project_over", "rows"),
+        ("onproj", "project_on", "update"),
+        ("ondare", "maximize", True),
+        ("ondare", "missing", "plain"),
+        ("ondare", "state_dtype", torch.bfloat16),
+        ("ondare", "rounding", "stochastic"),
+        ("ondare", "master", "fp32"),
+        ("ondare", "master", "split"),
+        ("ondare", "seed", 5),
+        ("ondare", "method", "onties"),
+        ("ondare", "method", "onsoft"),
+        ("ondare", "rescale", False),
+        ("onties", "vote", "paper"),
+    ],
+    ids=str,
+)
+def test_an_option_of_one_group_is_that_of_an_optimizer_of_its_own(method, option, value, delta):
+    def halves():
+        model = trained()
+        if option in ("master", "rounding"):
+            model.bfloat16()
+        if option == "missing":
+            model.extra = nn.Parameter(torch.ones(3, device=DEVICE))
+        named = list(model.named_parameters())
+        return model, named[::2], named[1::2]
+
+    options = {"reference_delta": delta, "method": method, "lr": 1e-2, "alpha": 0.1, "weight_decay": 0.1}
+    if option != "reserve_rate" and method in ("ondare", "onties"):
+        options["reserve_rate"] = 0.5 if option != "method" else None
+    model, first, second = halves()
+    if option == "missing":
+        first, second = second, first
+    together = fm.MergingAdamW([{"params": first}, {"params": second, option: value}], **options)
+    peer, first, second = halves()
+    if option == "missing":
+        first, second = second, first
+    apart = [fm.MergingAdamW(first, **options), fm.MergingAdamW(second, **options | {option: value})]
+    plain_model, _, third = halves()
+    for step in range(3):
+        run(together, model, 1, first=step)
+        fill_gradients(peer, step)
+        for optimizer in apart:
+            optimizer.step()
+    for group, optimizer in zip(together.param_groups, apart, strict=True):
+        for p, q in zip(group["params"], optimizer.param_groups[0]["params"], strict=True):
+            assert torch.equal(p, q)
+            assert together.state[p].keys() == optimizer.state[q].keys()
+            assert all(torch.equal(together.state[p][key], optimizer.state[q][key]) for key in together.state[p])
+    if option == "missing":
+        return
+    # And the option shows.
+    plain = fm.MergingAdamW(third, **options)
+    run(plain, plain_model, 3)
+    shown = [
+        set(together.state[p]) != set(plain.state[q])
+        or not torch.equal(p, q)
+        or together.state[p]["exp_avg"].dtype != plain.state[q]["exp_avg"].dtype
+        for p, q in zip(together.param_groups[1]["params"], plain.param_groups[0]["params"], strict=True)
+    ]
+    assert any(shown)
+
+
+def test_the_strength_of_a_projection_may_differ_by_group(delta):
+    def optimizer_of(model, strengths):
+        named = list(model.named_parameters())
+        groups = [{"params": [pair], "project_strength": s} for pair, s in zip(named, strengths, strict=True)]
+        return fm.OnProjAdamW(groups, reference_delta=delta, project="onto", lr=1e-2)
+
+    runs = []
+    for strengths in ([0.25] * 6, [0.75] * 6, [0.25, 0.75] * 3):
+        model = trained()
+        run(optimizer_of(model, strengths), model, 2)
+        runs.append(list(model.parameters()))
+    for i, (quarter, half, mixed) in enumerate(zip(*runs, strict=True)):
+        assert torch.equal(mixed, (quarter, half)[i % 2])
+        assert not torch.equal(quarter, half)
+
+
+@pytest.mark.parametrize("option", ["impl", "stats_every"])
+def test_options_of_the_optimizer_are_refused_in_a_group(option, delta):
+    groups = [{"params": trained().named_parameters(), option: 1}]
+    with pytest.raises(ValueError, match=f"{option} is an option of the optimizer, not of a parameter group"):
+        fm.OnDAREAdamW(groups, reference_delta=delta)
+
+
+def test_two_parameters_of_one_name_are_refused(delta):
+    """As of a policy and a critic; a wrapper does not tell them apart."""
+    one, two = trained(), trained()
+    pairs = [*one.named_parameters(), *((f"module.{name}", p) for name, p in two.named_parameters())]
+    optimizer = fm.OnDAREAdamW(pairs, reference_delta=delta)
+    fill_gradients(one, 0)
+    with pytest.raises(ValueError, match=r"two parameters are called 'embed.weight', .* tell them apart"):
+        optimizer.step()
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_may_have_another_dtype_than_their_parameters(dtype, impl, delta):
+    """As torch allows since `grad_dtype`: they are taken as they are and not cast to the weights' dtype."""
+    other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+    model, peer = trained().to(dtype), trained()
+    ours = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, impl=impl, lr=1e-2)
+    theirs = fm.OnDAREAdamW(peer.named_parameters(), reference_delta=delta, impl=impl, lr=1e-2)
+    for step in range(2):
+        fill_gradients(peer, step)
+        for p, q in zip(model.parameters(), peer.parameters(), strict=True):
+            q.grad = q.grad.to(other).float()
+            p.grad_dtype = other
+            p.grad = q.grad.to(other)
+        ours.step()
+        theirs.step()
+        for p, q in zip(model.parameters(), peer.parameters(), strict=True):
+            assert p.grad.dtype == other
+            assert torch.equal(ours.state[p]["exp_avg"], theirs.state[q]["exp_avg"])
+            assert torch.equal(ours.state[p]["exp_avg_sq"], theirs.state[q]["exp_avg_sq"])
+
+
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float16])
+def test_moments_of_another_dtype_are_rounded_once_a_step(state_dtype, delta):
     model = trained()
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta)
-    optimizer.bind()
-    elsewhere = torch.device("meta")
-    assert optimizer._binding.of("head.weight", elsewhere).kept.device == elsewhere
+    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, state_dtype=state_dtype, lr=1e-2)
+    expected = {name: (torch.zeros_like(p, dtype=torch.float64),) * 2 for name, p in model.named_parameters()}
+    for step in range(3):
+        run(optimizer, model, 1, first=step)
+        for name, p in model.named_parameters():
+            m, v = expected[name]
+            g = p.grad.double()
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+            bound = torch.finfo(state_dtype).eps
+            for key, exact in (("exp_avg", m), ("exp_avg_sq", v)):
+                ours = optimizer.state[p][key]
+                assert ours.dtype == state_dtype
+                assert ((ours.double() - exact).abs() <= bound * exact.abs() + torch.finfo(state_dtype).tiny).all()
+            expected[name] = tuple(optimizer.state[p][key].double() for key in ("exp_avg", "exp_avg_sq"))
+
+
+def test_fp64_parameters_are_stepped_in_fp64(delta):
+    model = trained().double()
+    optimizer = fm.OnDAREAdamW(
+        model.named_parameters(),
+        reference_delta=delta,
+        lr=1e-2,
+        alpha=0.1,
+        reserve_rate=1.0,
+        state_dtype=torch.bfloat16,
+    )
+    theta = {name: p.detach().cpu().numpy().copy() for name, p in model.named_parameters()}
+    run(optimizer, model, 1)
+    for name, p in model.named_parameters():
+        g, tau = p.grad.cpu().numpy(), delta.tensor(name).double().numpy()
+        m, v = 0.1 * g / (1 - 0.9), 0.001 * g**2 / (1 - 0.999)
+        expected = theta[name] + 0.9 * -1e-2 * m / (np.sqrt(v) + 1e-8) + 0.1 * tau
+        assert optimizer.state[p]["exp_avg"].dtype == torch.float64
+        assert np.abs(p.detach().cpu().numpy() - expected).max() <= 1e-14
+
+
+SHAPES = {"empty": (0, 4), "flat": (4, 0), "one": (1,), "scalar": (), "single": (1, 1), "row": (1, 5), "column": (5, 1)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "ondare"},
+        {"method": "onties"},
+        {"method": "onties", "vote": "paper", "merge_every": 2},
+        {"method": "onsoft"},
+        {"method": "onproj"},
+        {"method": "onproj", "project_over": "rows"},
+        {"method": "onproj", "project": "onto", "project_over": "rows", "project_on": "update"},
+        {"method": "ondare", "rounding": "stochastic", "max_grad_norm": 1.0},
+    ],
+    ids=str,
+)
+def test_tensors_of_hardly_any_elements(options):
+    """Each steps as it does alone; those of one element also as one of another shape."""
+    base = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    tuned = {name: torch.ones(shape) for name, shape in SHAPES.items()}
+    delta = fm.ReferenceDelta.from_models(base, tuned)
+
+    def stepped(names):
+        parameters = {name: nn.Parameter(tuned[name].to(DEVICE)) for name in names}
+        optimizer = fm.MergingAdamW(
+            parameters.items(), reference_delta=delta, lr=0.1, alpha=0.5, stats_every=1, **options
+        )
+        for _ in range(3):
+            for p in parameters.values():
+                p.grad = torch.full_like(p, 0.25)
+            optimizer.step()
+        assert all(stat == stat for row in optimizer.merge_stats().values() for stat in row.values())
+        return parameters
+
+    together = stepped(SHAPES)
+    for name, p in together.items():
+        assert p.shape == SHAPES[name]
+        assert p.isfinite().all()
+        if "max_grad_norm" not in options:
+            assert torch.equal(stepped([name])[name], p)
+    if options["method"] != "ondare":
+        assert together["one"].item() == together["scalar"].item() == together["single"].item()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "ondare"},
+        {"method": "onties"},
+        {"method": "onproj", "project_over": "rows"},
+        {"method": "ondare", "merge_every": 2},
+        {"method": "ondare", "rounding": "stochastic"},
+        {"method": "ondare", "master": "split"},
+        {"method": "ondare", "master": "fp32"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("layout", ["permuted", "strided", "expanded gradient"])
+def test_the_layout_of_a_parameter_does_not_show(layout, options, delta):
+    dtype = torch.bfloat16 if "master" in options else torch.float32
+    plain, odd = trained().to(dtype), trained().to(dtype)
+    weight = odd.hidden.weight.detach()
+    if layout == "permuted":
+        odd.hidden.weight = nn.Parameter(weight.t().contiguous().t())
+    elif layout == "strided":
+        room = torch.zeros(16, 16, dtype=dtype, device=DEVICE)
+        room[:, ::2] = weight
+        odd.hidden.weight = nn.Parameter(room[:, ::2])
+    options |= {"reference_delta": delta, "lr": 1e-2, "alpha": 0.1}
+    one, two = (fm.MergingAdamW(model.named_parameters(), **options) for model in (plain, odd))
+    for step in range(3):
+        for model, optimizer in ((plain, one), (odd, two)):
+            fill_gradients(model, step)
+            row = model.hidden.weight.grad[:1].clone()
+            expanded = row.expand(16, 8)
+            model.hidden.weight.grad = expanded if optimizer is two and layout[0] == "e" else expanded.contiguous()
+            optimizer.step()
+    assert odd.hidden.weight.is_contiguous() == (layout == "expanded gradient")
+    assert_same(one, two)

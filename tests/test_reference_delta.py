@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+import re
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -373,3 +377,67 @@ def test_a_mask_that_does_not_count_its_values(tmp_path):
     loaded = ReferenceDelta.load(altered(path, tensors={"w.values": torch.ones(3)}))
     with pytest.raises(ValueError, match=r"'w' in .*tau\.safetensors is broken: the mask marks \d+ .*save the delta"):
         loaded.tensor("w")
+
+
+# --- copied and pickled
+
+
+def made(kind, models, folder):
+    """A delta of each kind, and the files behind it."""
+    if kind == "memory":
+        return ReferenceDelta.from_models(*models), []
+    paths = [save(model, folder / name) for model, name in zip(models, ("base", "tuned"), strict=True)]
+    if kind == "checkpoints":
+        return ReferenceDelta.from_checkpoints(*paths), paths
+    rate = {"reserve_rate": 0.1, "method": "random", "seed": 7} if kind == "sparse" else {}
+    path = ReferenceDelta.from_checkpoints(*paths).save(folder / "tau.safetensors", **rate)
+    return ReferenceDelta.load(path), [path]
+
+
+KINDS = ["memory", "checkpoints", "dense", "sparse"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pickled_delta_is_the_same_delta(kind, models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    delta, files = made(kind, models, Path())
+    pickled = pickle.dumps(delta)
+    # Files travel as their paths: those of another process need not start in the same folder.
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    twin = pickle.loads(pickled)
+    assert twin.ordered == delta.ordered
+    assert twin.sparsity == delta.sparsity
+    assert twin.nbytes == delta.nbytes
+    monkeypatch.chdir(tmp_path)
+    assert_same(delta, twin)
+    # Only a delta in memory has tensors to carry.
+    size = sum(tensor.nbytes for tensor in map(delta.tensor, delta.names))
+    assert (len(pickled) > size) == (not files)
+    assert pickle.loads(pickle.dumps(twin)).identity == delta.identity
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_delta_is_immutable_and_its_own_copy(kind, models, tmp_path):
+    delta, _ = made(kind, models, tmp_path)
+    assert copy.deepcopy(delta) is delta
+    assert copy.copy(delta) is delta
+    assert copy.deepcopy({"delta": delta})["delta"] is delta
+
+
+@pytest.mark.parametrize("kind", ["checkpoints", "dense", "sparse"])
+def test_files_that_changed_or_went_are_noticed(kind, models, tmp_path):
+    delta, paths = made(kind, models, tmp_path)
+    pickled = pickle.dumps(delta)
+    file = paths[-1] / "model.safetensors" if paths[-1].is_dir() else paths[-1]
+    (tmp_path / "other").mkdir()
+    other, others = made(kind, (models[0], llama(2, dtype=torch.bfloat16)), tmp_path / "other")
+    assert other.identity != delta.identity
+    replacement = others[-1] / "model.safetensors" if others[-1].is_dir() else others[-1]
+    replacement.replace(file)
+    sentence = rf"{re.escape(str(paths[-1]))} changed after the reference delta was pickled; pickle it again"
+    with pytest.raises(ValueError, match=sentence):
+        pickle.loads(pickled)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(str(paths[-1]))):
+        pickle.loads(pickled)

@@ -137,8 +137,7 @@ def _load(param: Tensor, master: Tensor | None, compute: torch.dtype) -> Tensor:
         return param.to(compute)
     if master.dtype == torch.int16:
         return rounding.join(param, master)
-    same = (master.to(param.dtype) == param) | (master.isnan() & param.isnan())
-    return torch.where(same, master, param.to(compute))
+    return torch.where(master.to(param.dtype) == param, master, param.to(compute))
 
 
 def _store(

@@ -27,8 +27,8 @@ DOMAIN_TAU = 1
 DOMAIN_ROUNDING = 2
 
 _MASK32 = 0xFFFFFFFF
-# Blocks whose int64 intermediates stay in a core's cache.
-_BLOCKS_PER_CHUNK = 1 << 15
+# Blocks whose int64 intermediates stay in a core's cache, below the size at which torch wakes other threads.
+_BLOCKS_PER_CHUNK = 1 << 13
 
 
 class MaskKey(NamedTuple):

@@ -70,5 +70,10 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join(weight: Tensor, low: Tensor) -> Tensor:
-    """Return the fp32 tensor that `split` took apart, exactly."""
-    return ((weight.view(torch.int16).int() << 16) + low.int()).view(torch.float32)
+    """Return the fp32 tensor that `split` took apart, exactly.
+
+    A weight that was changed from outside since stays within half a unit of its last place.
+    """
+    whole = ((weight.view(torch.int16).int() << 16) + low.int()).view(torch.float32)
+    # Below the patterns of zero, and above those of infinity, lie the NaNs: such a low half is of an earlier weight.
+    return torch.where(whole.isnan(), weight.float(), whole)

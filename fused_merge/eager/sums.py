@@ -37,4 +37,4 @@ def inner_product(x: Tensor, y: Tensor, *, rows: bool = False) -> Tensor:
     product = x * y
     if not rows or x.ndim < 2:
         return tree_sum(product.reshape(-1))
-    return tree_sum(product.reshape(len(x), -1)).view(-1, *[1] * (x.ndim - 1))
+    return tree_sum(product.flatten(1)).view(-1, *[1] * (x.ndim - 1))

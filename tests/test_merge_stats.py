@@ -1,0 +1,258 @@
+"""What a merge says about itself: each number by hand, when it is taken, and the warning for what rounding loses."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import fused_merge as fm
+from fused_merge.eager.merge_stats import lost_share, merge_stats
+from fused_merge.eager.merging_adamw import Terms
+from fused_merge.eager.scalars import Hyper, derive_scalars
+from fused_merge.methods import merge_rule
+
+HALF = derive_scalars(1.0, Hyper(0.5, (0.0, 0.0), 0.0, 0.0, alpha=0.5))
+FIELDS = {"cosine", "kept_u", "kept_tau", "conflicts", "norm_u", "norm_tau", "norm_merged", "lost"}
+
+
+def stats_of(u, u_kept, tau, merged, start, stored=torch.float32, method="ondare"):
+    terms = Terms(*(torch.tensor(x) for x in (u, u_kept, tau, merged, start)))
+    stats = merge_stats(terms, HALF, merge_rule(method, 0.5), stored)
+    assert all(value.shape == () for value in stats)
+    return {key: value.item() for key, value in stats._asdict().items()}
+
+
+FOUR = {
+    "u": [3.0, -4.0, 0.0, 0.0],
+    "u_kept": [0.0, -4.0, 0.0, 0.0],
+    "tau": [0.0, 3.0, 0.0, 4.0],
+    "merged": [0.0, -0.5, 0.0, 2.0],
+    "start": [1.0, 1.0, 1.0, 1.0],
+}
+
+
+def test_each_number_by_hand():
+    stats = stats_of(**FOUR)
+    assert stats == {
+        # -12 / (5 * 5)
+        "cosine": pytest.approx(-0.48, rel=1e-6),
+        "kept_u": 0.25,
+        "kept_tau": 0.5,
+        # Only the second element has both, and they are opposite.
+        "conflicts": 1.0,
+        "norm_u": 5.0,
+        "norm_tau": 5.0,
+        "norm_merged": pytest.approx(4.25**0.5, rel=1e-6),
+        "lost": 0.0,
+    }
+
+
+def test_a_conflict_needs_both_signs():
+    stats = stats_of([1.0, -1.0, 2.0, 0.0], [1.0, -1.0, 2.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0] * 4, [0.0] * 4)
+    assert stats["conflicts"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("stored", "start", "lost"),
+    [
+        # 0.5 * tau adds 1.5 to the second element and 2 to the last. Numbers at 2^25 are 4 apart, and 2^25 + 2 goes
+        # to the even neighbour: the half of tau is lost.
+        (torch.float32, [1.0, 1.0, 1.0, 2.0**25], 0.5),
+        (torch.float32, [1.0, 1.0, 1.0, 2.0**24], 0.0),
+        (torch.float32, [2.0**30] * 4, 1.0),
+        # bf16 has 8 digits: 4 apart from 512 on, 2 from 256 on.
+        (torch.bfloat16, [1.0, 1.0, 1.0, 512.0], 0.5),
+        (torch.bfloat16, [1.0, 1.0, 1.0, 256.0], 0.0),
+        (torch.float16, [1.0, 1.0, 1.0, 4096.0], 0.5),
+        (torch.float16, [1.0, 1.0, 1.0, 2048.0], 0.0),
+    ],
+    ids=str,
+)
+def test_what_is_lost_depends_on_what_is_stored(stored, start, lost):
+    assert stats_of(**FOUR | {"start": start}, stored=stored)["lost"] == lost
+
+
+def test_what_a_vote_drops_changes_nothing_either():
+    # u + tau < 0 in the second element: tau is dropped there, u alone stays.
+    merged = [0.0, -2.0, 0.0, 2.0]
+    assert stats_of(**FOUR | {"merged": merged}, method="onties")["lost"] == 0.5
+
+
+@pytest.mark.parametrize("zero", ["u", "tau"])
+def test_nothing_has_no_direction(zero):
+    stats = stats_of(**FOUR | {zero: [0.0] * 4})
+    assert (stats["cosine"], stats["conflicts"], stats[f"norm_{zero}"]) == (0.0, 0.0, 0.0)
+    assert stats["lost"] == 0.0
+
+
+def test_an_empty_tensor_has_stats_too():
+    empty = stats_of(**{key: [] for key in FOUR})
+    assert empty == dict.fromkeys(FIELDS, 0.0)
+
+
+def test_lost_share_by_hand():
+    param = torch.tensor([1.0, 1.0, 256.0, 256.0], dtype=torch.bfloat16)
+    tau = torch.tensor([0.0, 1.0, 2.0, 4.0])
+    # 0.5 * tau = 0.5, 1 and 2; 257 goes to the even 256.
+    assert lost_share(param, tau, 0.5, torch.bfloat16) == pytest.approx(1 / 3)
+    assert lost_share(param, tau, 0.5, torch.float32) == 0.0
+    assert lost_share(param, torch.zeros(4), 0.5, torch.bfloat16) == 0.0
+
+
+def optimizer_of(values, tau, dtype=torch.float32, **options):
+    param, tau = nn.Parameter(torch.tensor(values, dtype=dtype)), torch.tensor(tau)
+    delta = fm.ReferenceDelta.from_models({"w": torch.zeros_like(tau)}, {"w": tau})
+    base = {"betas": (0.0, 0.0), "eps": 0.0, "lr": 0.5, "alpha": 0.5, "reserve_rate": 1.0, "impl": "eager"}
+    return param, fm.MergingAdamW([("w", param)], reference_delta=delta, **base | options)
+
+
+def step(param, optimizer, g=(2.0, 3.0, -1.0, -4.0)):
+    param.grad = torch.tensor(g, dtype=param.dtype)
+    optimizer.step()
+
+
+def test_the_optimizer_reports_its_step():
+    # u = -lr * sign(g) = (-0.5, -0.5, 0.5, 0.5).
+    param, optimizer = optimizer_of([1.0, 1.0, 1.0, 2.0**25], [0.0, 2.0, 2.0, 1.0], stats_every=1)
+    step(param, optimizer)
+    assert optimizer.merge_stats() == {
+        "w": {
+            "cosine": pytest.approx(0.5 / 3),
+            "kept_u": 1.0,
+            "kept_tau": 0.75,
+            "conflicts": pytest.approx(1 / 3),
+            "norm_u": 1.0,
+            "norm_tau": 3.0,
+            # (-0.25, 0.75, 1.25, 0.75)
+            "norm_merged": pytest.approx(2.75**0.5),
+            "lost": pytest.approx(1 / 3),
+        }
+    }
+    assert all(isinstance(value, float) for value in optimizer.merge_stats()["w"].values())
+
+
+@pytest.mark.parametrize(("master", "lost"), [("none", 1.0), ("fp32", 0.0), ("split", 0.0)])
+def test_a_master_loses_less(master, lost):
+    # alpha * tau = 2^-10, where the neighbours of 1 in bf16 are at least 2^-8 away.
+    param, optimizer = optimizer_of(
+        [1.0] * 4, [2.0**-4] * 4, torch.bfloat16, alpha=2.0**-6, lr=2.0**-12, master=master, stats_every=1
+    )
+    step(param, optimizer)
+    assert optimizer.merge_stats()["w"]["lost"] == lost
+
+
+def test_the_density_that_ties_leave_is_reported():
+    # p = 0.5 asks for two of four; all of |u| and three of |tau| are equal.
+    param, optimizer = optimizer_of([1.0] * 4, [2.0, -2.0, 2.0, 1.0], method="onties", reserve_rate=0.5, stats_every=1)
+    step(param, optimizer)
+    stats = optimizer.merge_stats()["w"]
+    assert (stats["kept_u"], stats["kept_tau"]) == (1.0, 0.75)
+
+
+def test_only_every_nth_step_is_looked_at():
+    param, optimizer = optimizer_of([1.0] * 4, [1.0] * 4, stats_every=3)
+    seen = []
+    for i in range(1, 8):
+        optimizer.param_groups[0]["lr"] = float(i)
+        step(param, optimizer)
+        # |u| = lr on four elements.
+        seen.append(optimizer.merge_stats().get("w", {}).get("norm_u"))
+    assert seen == [None, None, 6.0, 6.0, 6.0, 12.0, 12.0]
+
+
+def test_between_merges_there_is_nothing_to_look_at():
+    param, optimizer = optimizer_of([1.0] * 4, [1.0] * 4, merge_every=3, stats_every=1, weight_decay=0.0)
+    norms = []
+    for _ in range(7):
+        step(param, optimizer)
+        norms.append(optimizer.merge_stats().get("w", {}).get("norm_u"))
+    # A window of three steps of lr = 0.5 each on four elements.
+    assert norms == [None, None, 3.0, 3.0, 3.0, 3.0, 3.0]
+
+
+def test_a_skipped_merge_has_no_stats():
+    param, optimizer = optimizer_of([1.0] * 4, [1.0] * 4, stats_every=1, lr=0.0)
+    step(param, optimizer)
+    assert optimizer.merge_stats() == {}
+    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.found_inf = torch.tensor(1.0)
+    step(param, optimizer)
+    assert optimizer.merge_stats() == {}
+    optimizer.found_inf = torch.tensor(0.0)
+    step(param, optimizer)
+    assert optimizer.merge_stats()["w"]["norm_u"] == 1.0
+
+
+def test_statistics_change_no_bit():
+    ends = []
+    for every in (0, 1):
+        param, optimizer = optimizer_of([1.0, 2.0, 3.0, 4.0], [0.1, -0.2, 0.3, 0.4], stats_every=every)
+        for _ in range(3):
+            step(param, optimizer)
+        ends.append(param.detach())
+    assert torch.equal(*ends)
+
+
+def test_a_tensor_without_a_delta_has_no_stats():
+    param, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    delta = fm.ReferenceDelta.from_models({"w": torch.zeros(2)}, {"w": torch.ones(2)})
+    optimizer = fm.OnDAREAdamW(
+        [("w", param), ("head", other)], reference_delta=delta, missing="plain", stats_every=1, impl="eager", lr=0.5
+    )
+    param.grad = other.grad = torch.ones(2)
+    optimizer.step()
+    assert set(optimizer.merge_stats()) == {"w"}
+
+
+def test_asking_without_collecting_is_refused():
+    param, optimizer = optimizer_of([1.0] * 4, [1.0] * 4)
+    step(param, optimizer)
+    with pytest.raises(ValueError, match="no statistics are collected; pass stats_every=n to look at every n-th step"):
+        optimizer.merge_stats()
+    with pytest.raises(ValueError, match="stats_every must be at least 0, got -1"):
+        optimizer_of([1.0], [1.0], stats_every=-1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "lost"),
+    [
+        # alpha * tau = 2^-10; the neighbours of 1 in bf16 are 2^-7 away, in fp16 2^-10.
+        (torch.bfloat16, {}, "100 % of 'w'"),
+        (torch.float16, {}, None),
+        (torch.float32, {}, None),
+        (torch.bfloat16, {"master": "fp32"}, None),
+        (torch.bfloat16, {"master": "split"}, None),
+        (torch.bfloat16, {"rounding": "stochastic"}, None),
+        (torch.bfloat16, {"alpha": 0.0}, None),
+        (torch.bfloat16, {"alpha": 2.0**-1}, None),
+        # Rescaled: 2^-10 / p.
+        (torch.bfloat16, {"reserve_rate": 2.0**-4}, None),
+        (torch.bfloat16, {"reserve_rate": 2.0**-4, "rescale": False}, "100 % of 'w'"),
+        (torch.float32, {"alpha": 2.0**-22}, "100 % of 'w'"),
+        (torch.float32, {"alpha": 2.0**-22, "rounding": "stochastic"}, None),
+        (torch.bfloat16, {"alpha": 2.0**-22, "master": "split"}, "100 % of 'w'"),
+    ],
+    ids=str,
+)
+def test_binding_warns_of_what_rounding_will_lose(dtype, options, lost, caplog):
+    _, optimizer = optimizer_of([1.0] * 200, [2.0**-4] * 200, dtype, **{"alpha": 2.0**-6} | options)
+    with caplog.at_level(logging.WARNING, logger="fused_merge"):
+        optimizer.bind()
+        optimizer.bind()
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == (lost is not None)
+    if lost:
+        assert "will change no bit for more than 20 % of the kept entries of 1 tensors" in messages[0]
+        assert lost in messages[0]
+
+
+@pytest.mark.parametrize(("large", "warned"), [(1, False), (2, True)])
+def test_a_fifth_may_be_lost(large, warned, caplog):
+    # 0.5 * tau is lost in a weight of 512 and not in one of 1.
+    _, optimizer = optimizer_of([512.0] * large + [1.0] * (5 - large), [2.0] * 5, torch.bfloat16)
+    with caplog.at_level(logging.WARNING, logger="fused_merge"):
+        optimizer.bind()
+    assert bool(caplog.records) == warned

@@ -1,0 +1,339 @@
+"""Merges at every K-th step: by hand, against numpy, against plain AdamW between them, and across a resume."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+import torch
+from torch import nn
+
+import fused_merge as fm
+from fused_merge.eager.rounding import join
+
+HYPER = {"lr": 1e-2, "betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 0.1, "alpha": 0.05}
+
+
+def parameter(values, dtype=torch.float32):
+    return nn.Parameter(torch.as_tensor(values, dtype=dtype).clone())
+
+
+def delta_of(tau, name="w"):
+    tau = torch.as_tensor(tau)
+    return fm.ReferenceDelta.from_models({name: torch.zeros_like(tau)}, {name: tau})
+
+
+def optimizer_of(param, tau, method="ondare", **options):
+    return fm.MergingAdamW(
+        [("w", param)], reference_delta=delta_of(tau), method=method, impl="eager", **HYPER | options
+    )
+
+
+def plain(param, **options):
+    """The same class where it has nothing to merge."""
+    return fm.MergingAdamW(
+        [("w", param)], reference_delta=delta_of([1.0], "other"), missing="plain", impl="eager", **HYPER | options
+    )
+
+
+def draw(shape, scale=1.0, seed=0):
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def run(optimizer, steps, first=0):
+    (param,) = optimizer.param_groups[0]["params"]
+    for step in range(first, first + steps):
+        param.grad = draw(param.shape, seed=1000 + step).to(param.dtype)
+        optimizer.step()
+
+
+def assert_same(a, b):
+    (p,), (q,) = a.param_groups[0]["params"], b.param_groups[0]["params"]
+    assert torch.equal(p, q)
+    assert a.state[p].keys() == b.state[q].keys()
+    for key, value in a.state[p].items():
+        assert value.dtype == b.state[q][key].dtype
+        assert torch.equal(value, b.state[q][key])
+
+
+def test_two_steps_and_one_merge_by_hand():
+    # Betas and eps 0: u = -lr * sign(g). lr = wd = 0.5: decay 0.75.
+    param = parameter([1.0, 2.0, -4.0])
+    optimizer = optimizer_of(
+        param, [4.0, 0.0, 8.0], lr=0.5, betas=(0.0, 0.0), eps=0.0, weight_decay=0.5, alpha=0.25, reserve_rate=1.0,
+        merge_every=2,
+    )  # fmt: skip
+    state = optimizer.state[param]
+    param.grad = torch.tensor([1.0, -1.0, 1.0])
+    optimizer.step()
+    # 0.75 * theta + u: 0.75 - 0.5, 1.5 + 0.5, -3 - 0.5.
+    assert param.tolist() == [0.25, 2.0, -3.5]
+    assert state["anchor"].tolist() == [1.0, 2.0, -4.0]
+    assert state["anchor_decay"].item() == 0.75
+    param.grad = torch.tensor([1.0, 1.0, -1.0])
+    optimizer.step()
+    # c = 0.5625, c*anchor = (0.5625, 1.125, -2.25); u = 0.75*u_1 + u_2 = (-0.875, -0.125, 0.125), none of it decay;
+    # then c*anchor + 0.75*u + 0.25*tau.
+    merged = [0.5625 - 0.65625 + 1.0, 1.125 - 0.09375, -2.25 + 0.09375 + 2.0]
+    assert param.tolist() == merged == [0.90625, 1.03125, -0.15625]
+    assert state["anchor"].tolist() == merged
+    assert state["anchor_decay"].item() == 1.0
+
+
+ROWS = [
+    {"method": "ondare", "reserve_rate": 0.3},
+    {"method": "ondare", "reserve_rate": 0.3, "rescale": False},
+    {"method": "ondare", "reserve_rate": 1.0},
+    {"method": "onties", "reserve_rate": 0.3},
+    {"method": "onties", "reserve_rate": 0.3, "vote": "paper"},
+    {"method": "onproj", "project": "conflict", "project_on": "update", "project_over": "rows"},
+    {"method": "onsoft", "reserve_rate": 0.3},
+]
+
+
+@pytest.mark.parametrize("options", ROWS, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("every", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_it_equals_an_independent_calculation(options, every, dtype):
+    theta, tau = draw((15, 20)).float().numpy(), draw((15, 20), 1e-2, 1).float().numpy()
+    param = parameter(theta, dtype)
+    optimizer = optimizer_of(param, torch.from_numpy(tau), merge_every=every, **options)
+    # Mid-run: in Adam's first step every |u| is lr, and rounding would choose the top. 3 is no multiple of 2.
+    m, v = draw(theta.shape, 0.1, 2).float(), draw(theta.shape, 0.1, 3).float().square()
+    optimizer.state[param].update(step=torch.tensor(3.0), exp_avg=m.to(dtype), exp_avg_sq=v.to(dtype))
+    expected = reference.Run(theta, m.numpy(), v.numpy(), 3, tau, "w", merge_every=every, **HYPER, **options)
+    for step in range(8):
+        g = draw(theta.shape, seed=1000 + step).float()
+        param.grad = g.to(dtype)
+        expected.step(g.numpy())
+        optimizer.step()
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-13
+    for ours, theirs in (
+        (param.detach(), expected.theta),
+        *([] if every == 1 else [(optimizer.state[param]["anchor"], expected.anchor)]),
+    ):
+        assert np.abs(ours.double().numpy() - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_between_merges_it_is_plain_adamw_bit_for_bit(dtype):
+    param, other = parameter(draw(300), dtype), parameter(draw(300), dtype)
+    ours, theirs = optimizer_of(param, draw(300, 1e-2, 1), merge_every=4, reserve_rate=0.5), plain(other)
+
+    def equal():
+        return all(
+            torch.equal(a, b)
+            for a, b in (
+                (param, other),
+                *((ours.state[param][key], theirs.state[other][key]) for key in ("step", "exp_avg", "exp_avg_sq")),
+            )
+        )
+
+    for step in range(3):
+        run(ours, 1, step)
+        run(theirs, 1, step)
+        assert equal()
+    run(ours, 1, 3)
+    run(theirs, 1, 3)
+    assert not torch.equal(param, other)
+    # A merge changes the weights and not how AdamW goes on from them.
+    other.detach().copy_(param.detach())
+    for step in range(4, 7):
+        run(ours, 1, step)
+        run(theirs, 1, step)
+        assert equal()
+
+
+def test_without_a_merge_in_the_run_it_is_torch_adamw():
+    param, other = parameter(draw(300)), parameter(draw(300))
+    ours = optimizer_of(param, draw(300, 1e-2, 1), merge_every=100)
+    theirs = torch.optim.AdamW([other], **{key: HYPER[key] for key in ("lr", "betas", "eps", "weight_decay")})
+    run(ours, 20)
+    run(theirs, 20)
+    assert (param - other).abs().max() <= 1e-6 * other.abs().max()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "ondare", "reserve_rate": 0.3},
+        {"method": "onties", "reserve_rate": 0.3},
+        {"method": "onties", "reserve_rate": 0.3, "vote": "paper"},
+    ],
+    ids=lambda o: "-".join(map(str, o.values())),
+)
+def test_one_merge_at_the_end_is_a_merge_of_two_models(options):
+    theta, tau, steps = draw(300), draw(300, 1e-2, 1), 12
+    param, other = parameter(theta, torch.float64), parameter(theta, torch.float64)
+    run(optimizer_of(param, tau, merge_every=steps, **options), steps)
+    adamw = torch.optim.AdamW([other], **{key: HYPER[key] for key in ("lr", "betas", "eps", "weight_decay")})
+    run(adamw, steps)
+    # Offline: from the decayed start to the end of plain AdamW, sparsified once and merged with F(tau).
+    start = (1 - HYPER["lr"] * HYPER["weight_decay"]) ** steps * theta.numpy()
+    u, full, p = other.detach().numpy() - start, tau.numpy(), options["reserve_rate"]
+    if options["method"] == "ondare":
+        kept_u = np.where(reference.keep(300, p, 0, steps, "w", 0), u, 0) / p
+        kept_tau = np.where(reference.keep(300, p, 0, 0, "w", 1), full, 0) / p
+    else:
+        kept_u, kept_tau = (np.where(reference.top(x, p), x, 0) for x in (u, full))
+    consensus = options.get("vote", "reference") if options["method"] == "onties" else "linear"
+    expected = start + reference.merged(kept_u, kept_tau, 1 - HYPER["alpha"], HYPER["alpha"], consensus)
+    assert np.abs(param.detach().numpy() - expected).max() <= 1e-13 * np.abs(expected).max()
+
+
+def test_the_delta_is_added_once_a_merge():
+    # Without gradients u is 0, and without decay nothing else moves.
+    param = parameter([1.0, 2.0])
+    optimizer = optimizer_of(param, [0.5, -1.0], alpha=0.25, weight_decay=0.0, reserve_rate=1.0, merge_every=3)
+    for step in range(1, 11):
+        param.grad = torch.zeros(2)
+        optimizer.step()
+        merges = step // 3
+        assert param.tolist() == [1.0 + merges * 0.125, 2.0 - merges * 0.25]
+
+
+@pytest.mark.parametrize("method", ["ondare", "onties", "onsoft"])
+def test_a_merge_at_lr_zero_is_skipped_and_the_next_takes_both_windows(method):
+    theta, tau = draw(300), draw(300, 1e-2, 1)
+    param = parameter(theta, torch.float64)
+    optimizer = optimizer_of(param, tau, method, merge_every=3, reserve_rate=0.5)
+    expected = reference.Run(
+        theta.numpy(), 0 * theta.numpy(), 0 * theta.numpy(), 0, tau.numpy(), "w", method=method, merge_every=3,
+        reserve_rate=0.5, **HYPER,
+    )  # fmt: skip
+    state = optimizer.state[param]
+    for step, lr in enumerate((1e-2, 2e-2, 0.0, 1e-2, 1e-2, 3e-2), start=1):
+        optimizer.param_groups[0]["lr"] = expected.o["lr"] = lr
+        before = param.detach().clone()
+        param.grad = draw(300, seed=step)
+        expected.step(param.grad.numpy())
+        optimizer.step()
+        if lr == 0:
+            assert torch.equal(param, before)
+        if step < 6:
+            assert torch.equal(state["anchor"], theta)
+            assert abs(state["anchor_decay"].item() - expected.since) < 1e-15
+    assert torch.equal(state["anchor"], param)
+    assert state["anchor_decay"] == 1.0
+    assert np.abs(param.detach().numpy() - expected.theta).max() <= 1e-13 * np.abs(expected.theta).max()
+
+
+def test_an_overflow_at_a_merge_moves_nothing_and_the_merge_comes_next():
+    param, other = parameter(draw(300)), parameter(draw(300))
+    ours, without = (optimizer_of(p, draw(300, 1e-2, 1), merge_every=3) for p in (param, other))
+    run(ours, 2)
+    run(without, 3)
+    ours.found_inf = torch.tensor(1.0)
+    before = {key: value.clone() for key, value in ours.state[param].items()}
+    weights = param.detach().clone()
+    run(ours, 1, 99)
+    assert torch.equal(param, weights)
+    assert all(torch.equal(ours.state[param][key], value) for key, value in before.items())
+    ours.found_inf = torch.tensor(0.0)
+    run(ours, 1, 2)
+    assert_same(ours, without)
+
+
+STORAGE = [
+    (torch.float32, "none", {"anchor": torch.float32}),
+    (torch.float64, "none", dict.fromkeys(("anchor", "anchor_decay", "exp_avg", "exp_avg_sq"), torch.float64)),
+    (torch.bfloat16, "none", {"anchor": torch.bfloat16}),
+    (torch.float16, "none", {"anchor": torch.float16}),
+    (torch.bfloat16, "fp32", {"anchor": torch.float32, "master": torch.float32}),
+    (torch.float16, "fp32", {"anchor": torch.float32, "master": torch.float32}),
+    (torch.bfloat16, "split", {"anchor": torch.float32, "master_low": torch.int16}),
+]
+
+
+@pytest.mark.parametrize(("dtype", "master", "special"), STORAGE, ids=str)
+@pytest.mark.parametrize("every", [1, 4])
+def test_states_are_there_only_where_they_are_used(dtype, master, special, every):
+    param = parameter(draw((4, 5)), dtype)
+    optimizer = optimizer_of(param, draw((4, 5), 1e-2, 1), master=master, merge_every=every)
+    run(optimizer, 2)
+    expected = dict.fromkeys(("step", "exp_avg", "exp_avg_sq", "anchor_decay"), torch.float32) | special
+    if every == 1:
+        del expected["anchor"], expected["anchor_decay"]
+    state = optimizer.state[param]
+    assert {key: value.dtype for key, value in state.items()} == expected
+    scalars = {"step", "anchor_decay"}
+    assert all(value.shape == (() if key in scalars else (4, 5)) for key, value in state.items())
+
+
+@pytest.mark.parametrize("master", ["fp32", "split"])
+def test_with_a_master_bf16_weights_merge_as_fp32_weights_do(master):
+    runs = {}
+    for dtype, kind in ((torch.float32, "none"), (torch.bfloat16, master)):
+        param = parameter(draw(300).bfloat16(), dtype)
+        optimizer = optimizer_of(param, draw(300, 1e-2, 1).float(), merge_every=3, reserve_rate=0.5, master=kind)
+        for step in range(7):
+            param.grad = draw(300, seed=step).bfloat16().to(dtype)
+            optimizer.step()
+        runs[kind] = param.detach(), optimizer.state[param]
+    (exact, exact_state), (weight, state) = runs.values()
+    assert torch.equal(state["master"] if master == "fp32" else join(weight, state["master_low"]), exact)
+    assert torch.equal(state["anchor"], exact_state["anchor"])
+    assert not torch.equal(state["anchor"], state["anchor"].bfloat16().float())
+
+
+def test_what_is_never_merged_has_no_anchor():
+    param = parameter(draw(5))
+    optimizer = plain(param, merge_every=4)
+    run(optimizer, 2)
+    assert set(optimizer.state[param]) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize(("dtype", "master"), [entry[:2] for entry in STORAGE], ids=str)
+def test_a_run_resumed_between_merges_is_the_same_run(dtype, master, tmp_path):
+    options = {"merge_every": 4, "master": master, "reserve_rate": 0.5}
+    param, other = parameter(draw(300), dtype), parameter(draw(300), dtype)
+    tau = draw(300, 1e-2, 1)
+    straight, first = (optimizer_of(p, tau, **options) for p in (param, other))
+    run(straight, 10)
+    run(first, 6)
+    torch.save((other.detach(), first.state_dict()), tmp_path / "checkpoint.pt")
+    weights, saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    fresh = parameter(weights, dtype)
+    resumed = optimizer_of(fresh, tau, **options)
+    resumed.load_state_dict(saved)
+    assert_same(first, resumed)
+    run(resumed, 4, 6)
+    assert_same(straight, resumed)
+
+
+def test_a_state_of_torch_adamw_begins_its_window_where_it_is_loaded():
+    theta, tau = draw(300), draw(300, 1e-2, 1)
+    param, other = parameter(theta, torch.float64), parameter(theta, torch.float64)
+    adamw = torch.optim.AdamW([other], **{key: HYPER[key] for key in ("lr", "betas", "eps", "weight_decay")})
+    run(adamw, 3)
+    optimizer = optimizer_of(param, tau, merge_every=5, reserve_rate=0.5)
+    optimizer.load_state_dict(adamw.state_dict())
+    param.detach().copy_(other.detach())
+    assert optimizer.param_groups[0]["merge_every"] == 5
+    m, v = (adamw.state[other][key].numpy() for key in ("exp_avg", "exp_avg_sq"))
+    expected = reference.Run(
+        other.detach().numpy(), m, v, 3, tau.numpy(), "w", method="ondare", merge_every=5, reserve_rate=0.5, **HYPER
+    )
+    for step in range(3, 10):
+        run(optimizer, 1, step)
+        expected.step(param.grad.numpy())
+        assert np.abs(param.detach().numpy() - expected.theta).max() <= 1e-13 * np.abs(expected.theta).max()
+    assert torch.equal(optimizer.state[param]["anchor"], param)
+
+
+@pytest.mark.parametrize("every", [0, -1, 2.0])
+def test_a_window_is_a_whole_number_of_steps(every):
+    with pytest.raises(ValueError, match=f"merge_every must be a whole number of steps, at least 1, got {every}"):
+        optimizer_of(parameter([1.0]), [1.0], merge_every=every)
+
+
+def test_the_window_is_fixed_once_a_step_is_taken():
+    param = parameter(draw(5))
+    optimizer = optimizer_of(param, draw(5), merge_every=4)
+    optimizer.param_groups[0]["merge_every"] = 3
+    run(optimizer, 1)
+    optimizer.param_groups[0]["merge_every"] = 2
+    before = param.detach().clone()
+    with pytest.raises(ValueError, match="merge_every of a group is fixed once it has taken a step: it was 3 and is 2"):
+        run(optimizer, 1)
+    assert torch.equal(param, before)
