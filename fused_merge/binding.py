@@ -133,7 +133,8 @@ def _log(bound: Mapping[str, Bound], wanted: Iterable[tuple[str, Tensor, Mapping
         worst = max(lost, key=lambda name: lost[name])
         logger.warning(
             "adding alpha * tau will change no bit for more than %.0f %% of the kept entries of %d tensors (%.0f %% of "
-            "%r): weights are too coarse for it; use master='split', rounding='stochastic' or a larger alpha",
+            "%r): the weights are too coarse for it; use rounding='stochastic', a larger alpha or, for 16-bit weights, "
+            "a master",
             100 * _LOST,
             len(lost),
             100 * lost[worst],

@@ -18,23 +18,22 @@ from torch.optim.optimizer import ParamsT, StateDict
 from fused_merge import functional
 from fused_merge.backend import check_impl
 from fused_merge.binding import Binding
-from fused_merge.eager.adamw import compute_dtype
 from fused_merge.eager.merging_adamw import Anchor
 from fused_merge.eager.scalars import Hyper
-from fused_merge.eager.sums import inner_product
+from fused_merge.gradients import grad_factor, grad_norm, inverse_of
 from fused_merge.names import canonical_name, tensor_id
 from fused_merge.options import (
     FIXED,
     FOREIGN,
-    STATE_DTYPES,
     AdamWOptions,
     check_dtype,
     check_options,
     dtype_name,
+    dtype_of,
     rule_of,
-    state_dtype_of,
 )
 from fused_merge.reference_delta import ReferenceDelta
+from fused_merge.states import complete_state, state_dtypes
 from fused_merge.verify import verified_merging_adamw_
 
 if TYPE_CHECKING:
@@ -246,8 +245,10 @@ class MergingAdamW(Optimizer):
                 loss = closure()
         batches = list(self._batches())
         self.bind()
-        inverse_scale = _reciprocal(getattr(self, "grad_scale", None))
-        self.grad_norm = self._grad_norm(batches, inverse_scale)
+        inverse_scale = inverse_of(getattr(self, "grad_scale", None))
+        clips = any(group["max_grad_norm"] is not None for group, _ in batches)
+        grads = (param.grad for _, batch in batches for _, param in batch if param.grad is not None)
+        self.grad_norm = grad_norm(grads, inverse_scale) if clips else None
         self._calls += 1
         stats = self.stats_every > 0 and self._calls % self.stats_every == 0
         for group, batch in batches:
@@ -259,10 +260,10 @@ class MergingAdamW(Optimizer):
     def _step_group(self, group: dict[str, Any], batch: Batch, inverse_scale: float | Tensor, stats: bool) -> None:
         names, params = [name for name, _ in batch], [param for _, param in batch]
         bound = [self._binding.of(name, param.device) for name, param in batch]
-        states = [
-            self._state_of(param, group, merged=delta.kept is not None)
-            for param, delta in zip(params, bound, strict=True)
-        ]
+        states: list[dict[str, Tensor]] = [self.state[param] for param in params]
+        for param, state, delta in zip(params, states, bound, strict=True):
+            complete_state(state, param, group, merged=delta.kept is not None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
         lists = (
             params,
             [grad for param in params if (grad := param.grad) is not None],
@@ -279,8 +280,8 @@ class MergingAdamW(Optimizer):
                 group["eps"],
                 group["weight_decay"],
                 group["alpha"],
-                grad_factor=self._grad_factor(group, inverse_scale),
-                found_inf=_found_inf(getattr(self, "found_inf", None)),
+                grad_factor=grad_factor(group, self.grad_norm, inverse_scale),
+                found_inf=0.0 if found_inf is None else found_inf.double().view(()),
                 merge_every=group["merge_every"],
             ),
             "tensor_ids": [tensor_id(name) for name in names],
@@ -369,7 +370,7 @@ class MergingAdamW(Optimizer):
             group.update({"param_names": names} if names else {})
             for key, value in old.items():
                 group.setdefault(key, value)
-            group["state_dtype"] = _STATE_DTYPES.get(group["state_dtype"], group["state_dtype"])
+            group["state_dtype"] = dtype_of(group["state_dtype"])
             # A full state dict of torch.distributed.checkpoint has it as a list.
             group["betas"] = tuple(group["betas"])
         self._restore_states(loaded_dicts[-1])
@@ -383,9 +384,8 @@ class MergingAdamW(Optimizer):
         params = ((param, group) for group in self.param_groups for param in group["params"])
         for index, (param, group) in zip(saved, params, strict=True):
             for key, value in state_dict["state"].get(index, {}).items():
-                dtype = _state_dtypes(param, group).get(key)
+                dtype = state_dtypes(param, group).get(key)
                 if dtype is not None:
-                    # On a GPU the count too lives beside the parameter, so that no step waits for the host.
                     self.state[param][key] = torch.as_tensor(value).to(param.device, dtype, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -426,51 +426,6 @@ class MergingAdamW(Optimizer):
         for index, group in enumerate(self.param_groups):
             if index not in self._fixed and any(param in self.state for param in group["params"]):
                 self._fixed[index] = {option: group[option] for option in FIXED}
-
-    def _state_of(self, param: Tensor, group: dict[str, Any], *, merged: bool) -> dict[str, Tensor]:
-        """Return the state of a parameter, with what it lacks made and all of it where the parameter is."""
-        state: dict[str, Tensor] = self.state[param]
-        dtypes = _state_dtypes(param, group)
-
-        def like_param(key: str) -> Tensor:
-            return torch.zeros_like(param, dtype=dtypes[key], memory_format=torch.preserve_format)
-
-        for key in ("exp_avg", "exp_avg_sq"):
-            if key not in state:
-                state[key] = like_param(key)
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=dtypes["step"], device=param.device)
-        if group["master"] == "fp32" and "master" not in state:
-            state["master"] = like_param("master").copy_(param)
-        if group["master"] == "split" and "master_low" not in state:
-            state["master_low"] = like_param("master_low")
-        if merged and group["merge_every"] > 1 and "anchor" not in state:
-            state["anchor"] = like_param("anchor").copy_(state.get("master", param))
-            state["anchor_decay"] = torch.ones((), dtype=dtypes["anchor_decay"], device=param.device)
-        for key, value in state.items():
-            if value.device != param.device:
-                state[key] = value.to(param.device)
-        return state
-
-    def _grad_norm(self, batches: list[tuple[dict[str, Any], Batch]], inverse_scale: float | Tensor) -> Tensor | None:
-        """Return the norm of all gradients, 0-d fp64, if any group clips by it."""
-        if all(group["max_grad_norm"] is None for group, _ in batches):
-            return None
-        squares = []
-        for _, batch in batches:
-            for _, param in batch:
-                assert param.grad is not None
-                g = param.grad.to(compute_dtype(param.dtype))
-                squares.append(inner_product(g, g).double())
-        total = torch.stack([square.to(squares[0].device) for square in squares]).sum()
-        return torch.as_tensor(inverse_scale, device=total.device) * total.sqrt()
-
-    def _grad_factor(self, group: dict[str, Any], inverse_scale: float | Tensor) -> float | Tensor:
-        """Return what the gradients of a group are multiplied by: scale, clip, maximize."""
-        factor: float | Tensor = -inverse_scale if group["maximize"] else inverse_scale
-        if group["max_grad_norm"] is not None and self.grad_norm is not None:
-            factor = factor * (group["max_grad_norm"] / (self.grad_norm + 1e-6)).clamp(max=1.0)
-        return factor
 
 
 class OnDAREAdamW(MergingAdamW):
@@ -580,28 +535,3 @@ def _names_in_order(groups: list[list[Tensor]], delta: ReferenceDelta) -> list[l
         )
     names = iter(delta.names)
     return [[next(names) for _ in group] for group in groups]
-
-
-def _state_dtypes(param: Tensor, group: dict[str, Any]) -> dict[str, torch.dtype]:
-    """Return the dtype of every state that a parameter may have."""
-    moments, full = state_dtype_of(param, group), compute_dtype(param.dtype)
-    return {
-        "step": torch.float32,
-        "exp_avg": moments,
-        "exp_avg_sq": moments,
-        "master": torch.float32,
-        "master_low": torch.int16,
-        "anchor": param.dtype if group["master"] == "none" else torch.float32,
-        "anchor_decay": full,
-    }
-
-
-_STATE_DTYPES = {dtype_name(dtype): dtype for dtype in STATE_DTYPES}
-
-
-def _reciprocal(scale: Tensor | None) -> float | Tensor:
-    return 1.0 if scale is None else scale.double().reciprocal().view(())
-
-
-def _found_inf(found: Tensor | None) -> float | Tensor:
-    return 0.0 if found is None else found.double().view(())

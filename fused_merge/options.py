@@ -8,7 +8,6 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from fused_merge.eager.adamw import compute_dtype
 from fused_merge.methods import MergeRule, merge_rule
 
 MISSING = ("error", "plain")
@@ -63,15 +62,14 @@ def rule_of(group: Mapping[str, Any]) -> MergeRule:
     )
 
 
-def state_dtype_of(param: Tensor, group: Mapping[str, Any]) -> torch.dtype:
-    """Return the dtype of the moments of a parameter."""
-    dtype: torch.dtype = group["state_dtype"]
-    return torch.float64 if compute_dtype(param.dtype) == torch.float64 else dtype
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     """Return the name by which `torch` has a dtype, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str | torch.dtype) -> torch.dtype | str:
+    """Return the state dtype of that name; what is none comes back as it is, for `check_options` to refuse."""
+    return {dtype_name(dtype): dtype for dtype in STATE_DTYPES}.get(str(name), name)
 
 
 def check_options(group: Mapping[str, Any]) -> None:

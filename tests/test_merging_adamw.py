@@ -45,10 +45,7 @@ class Tensors:
         self.ids = [tensor_id(f"layers.{i}.weight") for i in range(len(shapes))]
         self.taus = [None if tau is None else draw(shape, 1e-2, tau) for shape in shapes]
         if sparse:
-            self.taus = [
-                sparse_tau(tau, f"layers.{i}.weight")
-                for i, tau in enumerate(self.taus)
-            ]
+            self.taus = [sparse_tau(tau, f"layers.{i}.weight") for i, tau in enumerate(self.taus)]
 
     def clone(self):
         other = object.__new__(Tensors)

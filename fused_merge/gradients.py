@@ -1,0 +1,47 @@
+"""What gradients are multiplied by before a step: loss scale, clipping, sign."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_merge.eager.adamw import compute_dtype
+from fused_merge.eager.sums import inner_product
+
+
+def inverse_of(grad_scale: Tensor | None) -> float | Tensor:
+    """Return 1 / grad_scale, 0-d fp64, as `torch.amp.GradScaler` handed it over; 1 without one."""
+    return 1.0 if grad_scale is None else grad_scale.double().reciprocal().view(())
+
+
+def grad_norm(grads: Iterable[Tensor], inverse_scale: float | Tensor) -> Tensor:
+    """Return the norm of all unscaled gradients, 0-d fp64 on the device of the first; nothing waits for it.
+
+    Args:
+        grads: gradients of any shapes, floating dtypes and devices.
+        inverse_scale: what undoes their loss scale.
+    """
+    squares: list[Tensor] = []
+    for grad in grads:
+        compute = compute_dtype(grad.dtype)
+        # Unscaled first: the squares of scaled gradients may leave the range of fp32.
+        g = torch.as_tensor(inverse_scale, dtype=compute, device=grad.device) * grad.to(compute)
+        squares.append(inner_product(g, g).double())
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+
+
+def grad_factor(group: Mapping[str, Any], norm: Tensor | None, inverse_scale: float | Tensor) -> float | Tensor:
+    """Return the one factor of a group's gradients: 1 / grad_scale, the clipping coefficient, -1 to maximize.
+
+    Args:
+        group: the options of the group.
+        norm: of all gradients, where any group clips.
+        inverse_scale: what undoes the loss scale.
+    """
+    factor: float | Tensor = -inverse_scale if group["maximize"] else inverse_scale
+    if group["max_grad_norm"] is not None and norm is not None:
+        factor = factor * (group["max_grad_norm"] / (norm + 1e-6)).clamp(max=1.0)
+    return factor
