@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,18 +13,23 @@ from fused_merge.eager.merge_stats import MergeStats
 from fused_merge.eager.merging_adamw import Anchor
 from fused_merge.sources import bits
 
-if TYPE_CHECKING:
-    from fused_merge.optimizers import MergingAdamW
+
+class Verifiable(Protocol):
+    """What `verify` needs of an optimizer; `MergingAdamW` has it."""
+
+    param_groups: list[dict[str, Any]]
+    impl: str
+    verify_steps: int
 
 
-def verify(optimizer: MergingAdamW, steps: int = 10) -> None:
+def verify(optimizer: Verifiable, steps: int = 10) -> None:
     """Compare the next steps of an optimizer with the eager code, tensor by tensor and bit for bit.
 
     Each tensor is cloned, stepped by the kernel, stepped on the clone by the eager code, and compared: parameter and
     every state. Extra memory is that of the largest tensor and its state. The run itself is unchanged.
 
     Args:
-        optimizer: whose steps are compared.
+        optimizer: a `MergingAdamW`, whose steps are compared.
         steps: for how many calls of `step`; 0 stops.
 
     Raises:
