@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import shutil
 
 import torch
 
-IMPLS = ("auto", "triton", "eager")
+IMPLS = ("auto", "triton", "compiled", "eager")
+
+# Elements from which on a CPU the compiled step pays for its compilation.
+COMPILE_FROM = 50_000_000
 
 logger = logging.getLogger("fused_merge")
 
@@ -21,6 +25,15 @@ def why_not_triton(device: torch.device) -> str | None:
 
     reason: str | None = why_unusable(device)
     return reason
+
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """Return in one sentence why the compiled step cannot run on `device`, or None where it can."""
+    if device.type != "cpu":
+        return "it is for the CPU, where compilers keep IEEE arithmetic; use impl='triton' or 'eager'"
+    if not any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "cl") if name):
+        return "torch.compile needs a C++ compiler and finds none; install one, or use impl='eager'"
+    return None
 
 
 def check_impl(impl: str) -> str:
@@ -36,19 +49,28 @@ def check_impl(impl: str) -> str:
     return asked
 
 
-def resolve(impl: str, device: torch.device) -> str:
-    """Return `"triton"` or `"eager"` for tensors on `device`.
+def resolve(impl: str, device: torch.device, numel: int = 0) -> str:
+    """Return `"triton"`, `"compiled"` or `"eager"` for tensors of `numel` elements in all on `device`.
 
-    `"auto"` is Triton on a GPU that it can drive, and eager everywhere else; the interpreter, which is there
-    to verify and not to be fast, runs only when asked for by name. The environment variable
-    `FUSED_MERGE_IMPL` overrides `impl`.
+    `"auto"` is Triton on a GPU that it can drive; on a CPU eager below 50 M elements and compiled above, where there
+    is a C++ compiler; elsewhere eager. The interpreter, which is there to verify and not to be fast, runs only when
+    asked for by name. The environment variable `FUSED_MERGE_IMPL` overrides `impl`.
 
     Raises:
         ValueError: for an unknown name.
-        RuntimeError: if `"triton"` was asked for and cannot run; the sentence says why.
+        RuntimeError: if what was asked for by name cannot run; the sentence says why.
     """
     asked = check_impl(impl)
-    if asked == "eager" or (asked == "auto" and device.type == "cpu"):
+    if asked == "eager":
+        return "eager"
+    if asked == "compiled" or (asked == "auto" and device.type == "cpu"):
+        if asked == "auto" and numel < COMPILE_FROM:
+            return "eager"
+        reason = why_not_compiled(device)
+        if reason is None:
+            return "compiled"
+        if asked == "compiled":
+            raise RuntimeError(f"impl='compiled' cannot run on {device}: {reason}")
         return "eager"
     reason = why_not_triton(device)
     if reason is None:

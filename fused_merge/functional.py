@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fused_merge import backend
+from fused_merge import backend, compiled
 from fused_merge.eager.adamw import compute_dtype
 from fused_merge.eager.interpolate import interpolate as eager_interpolate
 from fused_merge.eager.merge_stats import MergeStats, merge_stats
@@ -68,8 +68,8 @@ def merging_adamw_(
         full_taus: tau before F, where the rule projects and `taus` are sparsified.
         anchors: what step-K keeps between merges; mutated. None merges at every step.
         masters: fp32 copies of 16-bit parameters or int16 low halves of bf16 ones; mutated.
-        stats: also return what the merge did; eager, and the host waits for the device.
-        impl: `"auto"`, `"triton"` or `"eager"`.
+        stats: also return what the merge did; not in Triton, and the host waits for the device.
+        impl: `"auto"`, `"triton"`, `"compiled"` or `"eager"`.
 
     Returns:
         T statistics if asked for, else T times None; None for tensors without a delta or that did not merge.
@@ -97,7 +97,7 @@ def merging_adamw_(
         reason: str | None = unsupported(*tensors[i], rule, stepk=extras[i][1] is not None, master=extras[i][2])
         return reason or ("statistics have no kernel yet" if stats else None)
 
-    plan = _plan(impl, [param.device for param in params], refusal)
+    plan = _plan(impl, params, refusal)
     hyper = hyper._replace(update_scale=rule.scale(rule.reserve_rate), tau_scale=rule.scale(rule.tau_reserve_rate))
     gathered: list[MergeStats | None] = [None] * len(params)
     torch._foreach_add_(list(steps), 1.0)
@@ -115,10 +115,11 @@ def merging_adamw_(
                 shards=[shards[i] for i in members],
             )
             continue
+        run = compiled.merging_adamw_ if runs == "compiled" else eager_merging_adamw_
         for i, row in zip(members, table.unbind(), strict=True):
             full, anchor, master = extras[i]
             s = Scalars(*row.to(compute_dtype(params[i].dtype)).unbind())
-            terms = eager_merging_adamw_(
+            terms = run(
                 params[i],
                 grads[i],
                 exp_avgs[i],
@@ -129,6 +130,7 @@ def merging_adamw_(
                 MaskKey(seed, s.step, tensor_ids[i], DOMAIN_UPDATE, shards[i]),
                 anchor=anchor,
                 master=master,
+                keep_terms=stats,
             )
             if stats and terms is not None and _merged(s, anchor):
                 stored = params[i].dtype if master is None else torch.float32
@@ -174,7 +176,7 @@ def interpolate(
             extrapolate.
         outs: R tensors for each of the T pairs, of the shape, dtype and device of the pair: mutated. With
             R = 1 an output may be one of its inputs; they may not overlap otherwise. None allocates.
-        impl: `"auto"`, `"triton"` or `"eager"`.
+        impl: `"auto"`, `"triton"` or `"eager"`; `"compiled"` is the step's, and runs eager code here.
 
     Returns:
         `outs`, or R new tensors for each of the T pairs: `result[t][r]`.
@@ -208,7 +210,7 @@ def interpolate(
         reason: str | None = unsupported(*pairs[i], outs[i])
         return reason
 
-    plan = _plan(impl, [base.device for base in bases], refusal)
+    plan = _plan(impl, bases, refusal)
     for runs, _, members in plan:
         if runs == "triton":
             from fused_merge.kernels import interpolate as kernel
@@ -240,13 +242,13 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _plan(
-    impl: str, devices: Sequence[torch.device], refusal: Callable[[int], str | None]
+    impl: str, tensors: Sequence[Tensor], refusal: Callable[[int], str | None]
 ) -> list[tuple[str, torch.device, list[int]]]:
     """Decide what runs which tensors, before anything is changed.
 
     Args:
         impl: as asked for.
-        devices: where each tensor lies.
+        tensors: whose devices and sizes decide.
         refusal: why the kernel cannot take tensor i, or None.
 
     Returns:
@@ -256,9 +258,12 @@ def _plan(
         RuntimeError: if `impl` is "triton" and a tensor is refused.
     """
     explicit = backend.check_impl(impl) == "triton"
-    chosen = {device: backend.resolve(impl, device) for device in set(devices)}
+    numels: dict[torch.device, int] = {}
+    for tensor in tensors:
+        numels[tensor.device] = numels.get(tensor.device, 0) + tensor.numel()
+    chosen = {device: backend.resolve(impl, device, numel) for device, numel in numels.items()}
     groups: dict[tuple[str, torch.device], list[int]] = {}
-    for index, device in enumerate(devices):
+    for index, device in enumerate(tensor.device for tensor in tensors):
         runs = chosen[device]
         if runs == "triton" and (reason := refusal(index)):
             if explicit:

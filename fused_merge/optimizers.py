@@ -101,7 +101,8 @@ class MergingAdamW(Optimizer):
             None is True where F is random. Rows without a random drop have no such option.
         vote: `"reference"` elects the sign of u + tau (the authors' code), `"paper"` that of
             (1 - alpha)*u + alpha*tau (equations 5-7); None is `"reference"` where ⊕ is a sign vote.
-        impl: `"auto"` (Triton on a GPU, else eager), `"triton"` or `"eager"`; `FUSED_MERGE_IMPL` overrides it.
+        impl: `"auto"` (Triton on a GPU; on a CPU eager, above 50 M parameters compiled), `"triton"`, `"compiled"` or
+            `"eager"`; all give the same bits. `FUSED_MERGE_IMPL` overrides it.
 
     Raises:
         ValueError: for an option out of range or that the row lacks.

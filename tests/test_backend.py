@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -28,13 +29,28 @@ def test_auto_is_eager_on_a_cpu_and_triton_on_a_gpu():
         assert backend.resolve("auto", DEVICE) == "triton"
 
 
+def test_auto_compiles_on_a_cpu_above_fifty_million_elements(monkeypatch):
+    assert backend.resolve("auto", CPU, 49_999_999) == "eager"
+    assert backend.resolve("auto", CPU, 50_000_000) == "compiled"
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert backend.resolve("auto", CPU, 50_000_000) == "eager"
+    with pytest.raises(RuntimeError, match=r"impl='compiled' cannot run on cpu: torch.compile needs a C\+\+ compiler"):
+        backend.resolve("compiled", CPU)
+
+
+def test_compiling_is_for_the_cpu():
+    with pytest.raises(RuntimeError, match="impl='compiled' cannot run on meta: it is for the CPU"):
+        backend.resolve("compiled", torch.device("meta"))
+
+
 def test_what_is_asked_for_by_name():
+    assert backend.resolve("compiled", CPU) == "compiled"
     assert backend.resolve("eager", DEVICE) == "eager"
     assert backend.resolve("triton", DEVICE) == "triton"
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="impl must be one of 'auto', 'triton', 'eager', got 'cuda'"):
+    with pytest.raises(ValueError, match="impl must be one of 'auto', 'triton', 'compiled', 'eager', got 'cuda'"):
         backend.resolve("cuda", CPU)
 
 

@@ -62,6 +62,7 @@ def merging_adamw_(
     *,
     anchor: Anchor | None = None,
     master: Tensor | None = None,
+    keep_terms: bool = False,
 ) -> Terms | None:
     """Advance `param` and its state by one merged AdamW step, in place.
 
@@ -76,9 +77,10 @@ def merging_adamw_(
         key: of the tensor's random numbers at this step.
         anchor: for merges at every K-th step; mutated. None merges at every step.
         master: fp32 copy of a 16-bit `param`, or int16 low halves of a bf16 one; mutated.
+        keep_terms: also return what was merged.
 
     Returns:
-        What was merged; None where there is no delta.
+        What was merged, if asked for and there is a delta.
     """
     compute = adamw.compute_dtype(param.dtype)
     g = s.grad_factor * grad.to(compute)
@@ -100,7 +102,8 @@ def merging_adamw_(
         merged = CONSENSUS[rule.consensus](u_kept, tau, s.update_weight, s.tau_weight)
         if anchor is not None:
             merged = torch.where(_flag(s.merges, param), merged, u)
-        terms = Terms(u, u_kept, tau, merged, start)
+        if keep_terms:
+            terms = Terms(u, u_kept, tau, merged, start)
 
     advances = _flag(s.advances, param)
     moves = advances & _flag(s.moves, param)

@@ -9,13 +9,14 @@ Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fused_merge.eager.opaque import opaque
 from fused_merge.sharding import ShardIndex
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -78,14 +79,26 @@ def _block_words(block: Tensor, key: MaskKey) -> Tensor:
     return torch.stack(words, dim=-1).flatten(-2)
 
 
-def _fill(out: Tensor, key: MaskKey, convert: Callable[[Tensor], Tensor]) -> Tensor:
-    """Write `convert(word)` of each local, row-major element into `out`, `[n]`."""
-    if out.numel() == 0:
+def _dtype_of_draw(threshold: int) -> torch.dtype:
+    return torch.int64 if threshold < 0 else torch.bool
+
+
+@opaque(
+    "(SymInt numel, int threshold, Tensor step, SymInt seed, SymInt tensor_id, int domain, SymInt[] shard) -> Tensor",
+    lambda numel, threshold, step, *_: step.new_empty((numel,), dtype=_dtype_of_draw(threshold)),
+)
+def _draw(
+    numel: int, threshold: int, step: Tensor, seed: int, tensor_id: int, domain: int, shard: Sequence[int]
+) -> Tensor:
+    """Return the words of `numel` elements below `threshold`, or the words where it is negative, beside `step`."""
+    out = torch.zeros(numel, dtype=_dtype_of_draw(threshold), device=step.device)
+    if numel == 0:
         return out
-    offset, inner, global_inner = key.shard or ShardIndex.whole(out.numel())
-    inner = min(inner, out.numel())
-    if out.numel() % inner:
-        raise ValueError(f"a shard of {out.numel()} elements is not made of whole runs of {inner}")
+    key = MaskKey(seed, step, tensor_id, domain)
+    offset, inner, global_inner = shard
+    inner = min(inner, numel)
+    if numel % inner:
+        raise ValueError(f"a shard of {numel} elements is not made of whole runs of {inner}")
     grid = out.view(-1, inner)
     # Rows are runs, drawn as whole blocks in pieces that fit a cache, then trimmed to their elements.
     width = min(4 * _BLOCKS_PER_CHUNK, inner)
@@ -96,13 +109,21 @@ def _fill(out: Tensor, key: MaskKey, convert: Callable[[Tensor], Tensor]) -> Ten
         start = (offset + columns + run * global_inner)[:, None]
         blocks = (start >> 2) + torch.arange((piece.shape[1] + 6) // 4, device=out.device)
         lanes = (start & 3) + torch.arange(piece.shape[1], device=out.device)
-        piece.copy_(convert(_block_words(blocks, key).gather(1, lanes)))
+        words = _block_words(blocks, key).gather(1, lanes)
+        piece.copy_(words if threshold < 0 else words < threshold)
     return out
+
+
+def _drawn(numel: int, threshold: int, key: MaskKey, device: torch.device | str) -> Tensor:
+    step = torch.as_tensor(key.step, dtype=torch.float64, device=device)
+    # An operator's integers are signed; the 64 bits of the key are the same.
+    seed = (key.seed + 2**63) % 2**64 - 2**63
+    return _draw(numel, threshold, step, seed, key.tensor_id, key.domain, list(key.shard or ShardIndex.whole(numel)))
 
 
 def random_words(numel: int, key: MaskKey, *, device: torch.device | str = "cpu") -> Tensor:
     """Return the 32-bit word of each of `numel` local, row-major elements as int64 `[numel]` on `device`."""
-    return _fill(torch.zeros(numel, dtype=torch.int64, device=device), key, lambda words: words)
+    return _drawn(numel, -1, key, device)
 
 
 def keep_threshold(rate: float) -> int:
@@ -121,5 +142,4 @@ def keep_mask(numel: int, rate: float, key: MaskKey, *, device: torch.device | s
     """
     if rate == 1.0:
         return torch.ones(numel, dtype=torch.bool, device=device)
-    threshold = keep_threshold(rate)
-    return _fill(torch.zeros(numel, dtype=torch.bool, device=device), key, lambda words: words < threshold)
+    return _drawn(numel, keep_threshold(rate), key, device)

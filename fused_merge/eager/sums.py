@@ -10,10 +10,13 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fused_merge.eager.opaque import opaque
 
+
+@opaque("(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape[:-1]))
 def tree_sum(x: Tensor) -> Tensor:
     """Return the sum over the last dimension `[..., n]` as `[...]`, in the dtype of `x`; 0 for no elements."""
-    if x.shape[-1] == 0:
+    if x.shape[-1] < 2:
         return x.sum(-1)
     while x.shape[-1] > 1:
         # A zero at the end of an odd level stands for all the padding above it.
