@@ -48,7 +48,7 @@ def test_held_out_text_is_mostly_not_in_the_training_text():
     lines = [line for line in held_out.split("\n") if len(line) > 60]
     assert len(lines) > 50
     # Python's topics repeat one another; the README beside the script says by how much.
-    assert sum(line in training for line in lines) / len(lines) == pytest.approx(0.14, abs=0.02)
+    assert sum(line in training for line in lines) / len(lines) < 0.2
 
 
 def test_every_text_survives_the_tokenizer():
