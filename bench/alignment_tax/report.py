@@ -15,10 +15,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MultipleLocator
-from settings import ADDED_TAU, MAIN, RATIOS, SFT_SHARE, Setting, adamw
+from matplotlib.ticker import FixedLocator
+from settings import ADDED_TAU, FROM_FULL, MAIN, RATIOS, SFT_SHARE, Setting
 
-FROM_FULL = adamw(MAIN.lr, start="sft-full").name
 PACKAGES = ("fused_merge", "torch", "transformers", "trl", "datasets", "tokenizers")
 
 
@@ -114,8 +113,8 @@ def adamw_line(point: Point) -> bool:
     return point.start == "sft" and point.role in ("adamw", "interpolation")
 
 
-def free(point: Point) -> bool:
-    """All that needs no change of the optimizer: the AdamW line, and c*tau added after AdamW."""
+def tau_afterwards(point: Point) -> bool:
+    """The same, and c*tau added after AdamW."""
     return adamw_line(point) or (point.start == "sft" and point.role == "tau afterwards")
 
 
@@ -124,12 +123,18 @@ def from_full(point: Point) -> bool:
     return point.start == "sft-full" and point.run.startswith("adamw")
 
 
+def free(point: Point) -> bool:
+    """All that needs no new optimizer."""
+    return tau_afterwards(point) or from_full(point)
+
+
 COMPARED = ("method", "control")
-FREE = "these and AdamW + c*tau afterwards"
+FREE = "all of these"
 FAMILIES: dict[str, Callable[[Point], bool]] = {
     "AdamW and its interpolations": adamw_line,
-    FREE: free,
+    "these and AdamW + c*tau afterwards": tau_afterwards,
     "AdamW from the full SFT": from_full,
+    FREE: free,
 }
 
 
@@ -186,8 +191,8 @@ def summary(points: Sequence[Point]) -> list[str]:
         for run in runs_of(points, "method")
     ]
     lines.append(
-        "In short: against all that needs no new optimizer (AdamW, its interpolations, c*tau added afterwards), at "
-        f"equal reward, the runs in which online merging is better: {'; '.join(counts)}."
+        "In short: against all that needs no new optimizer (AdamW, its interpolations, c*tau added afterwards, AdamW "
+        f"from the full SFT), at equal reward, the runs in which online merging is better: {'; '.join(counts)}."
     )
 
     def mean(field: str, role: str, run: str) -> float:
@@ -257,7 +262,7 @@ MARKS = {"ondare": ("OnDARE", ORANGE, "s"), "onties": ("OnTIES", GREEN, "D")}
 def draw(path: Path, points: Sequence[Point]) -> None:
     """Reward to the right, what is kept of the old skills upwards: further up and right is better."""
     with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(12, 5.6), dpi=130, layout="constrained")
+        figure = Figure(figsize=(12, 6), dpi=130, layout="constrained")
         axes = figure.subplots(1, 2)
         for axis, tax in zip(axes, TAXES, strict=True):
             _panel(axis, points, tax)
@@ -265,13 +270,13 @@ def draw(path: Path, points: Sequence[Point]) -> None:
             # The fronts are steep near the maximum of 4: there the axis shows more.
             axis.set_xscale("function", functions=(lambda r: -np.log(4 - r), lambda x: 4 - np.exp(-x)))
             axis.set_xlabel("reward (0 to 4; the axis widens to the right)")
-            axis.xaxis.set_major_locator(MultipleLocator(0.25))
+            axis.xaxis.set_major_locator(FixedLocator([1.5, 2, 2.5, 2.75, 3, 3.25, 3.5]))
             axis.grid(color="#eaeef2")
             axis.set_axisbelow(True)
             axis.yaxis.set_inverted(tax.sign < 0)
         figure.get_layout_engine().set(wspace=0.06)
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
         units = len({(p.seed, p.order) for p in points if p.order is not None})
         runs = "one run" if units == 1 else f"means over {units} runs, bars: standard deviation"
         figure.suptitle(f"What preference training earns and costs: up and right is better ({runs})", color=INK)
@@ -287,8 +292,9 @@ def _panel(axis: Axes, points: Sequence[Point], tax: Tax) -> None:
 
     def mark(role: str, run: str, name: str | None, colour: str, marker: str, size: float, **style) -> None:
         at, sd = place(role, run)
-        bars = {"xerr": sd[0], "yerr": sd[1], "capsize": 2, "elinewidth": 0.8} if sd.any() else {}
-        axis.errorbar(*at, **bars, fmt=marker, color=colour, ms=size, label=name, zorder=5, **style)
+        bars = {"xerr": sd[0], "yerr": sd[1], "elinewidth": 0.7} if sd.any() else {}
+        axis.errorbar(*at, **bars, fmt="none", ecolor=colour, alpha=0.6, zorder=3)
+        axis.plot(*at, marker, color=colour, ms=size, label=name, zorder=5, **style)
 
     def note(text: str, at: np.ndarray, colour: str, shift: tuple[int, int], align: str) -> None:
         axis.annotate(
@@ -336,6 +342,6 @@ def _panel(axis: Axes, points: Sequence[Point], tax: Tax) -> None:
                 note(f"+{c}", at, PURPLE, *(((0, 9), "center") if tax.sign > 0 else ((-7, 0), "right")))
     for run, (name, colour, marker) in MARKS.items():
         mark("method", run, name, colour, marker, 10)
-    if any(p.run == FROM_FULL for p in points):
-        mark("control", FROM_FULL, "AdamW from full SFT", BLUE, "o", 9, mfc="none")
+    for run in FROM_FULL:
+        mark("control", run.name, "AdamW from the full SFT" if run.lr == MAIN.lr else None, BLUE, "o", 8, mfc="none")
     mark("checkpoint", "sft", "SFT (start)", INK, "*", 16)

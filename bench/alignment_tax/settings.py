@@ -56,7 +56,9 @@ MAIN = adamw(4e-4)  # at the learning rate of the methods
 
 METHODS = (Run("ondare", "ondare", alpha=4e-3), Run("onties", "onties", alpha=4e-3))
 
-QUICK = Setting("quick", seeds=(0,), orders=(0,), runs=(MAIN, adamw(2e-4), *METHODS))
+FROM_FULL = tuple(adamw(lr, start="sft-full", role="control") for lr in (2e-4, 4e-4))
+
+QUICK = Setting("quick", seeds=(0,), orders=(0,), runs=(MAIN, adamw(2e-4), *METHODS, *FROM_FULL))
 
 FULL = Setting(
     "full",
@@ -73,8 +75,7 @@ FULL = Setting(
         Run("onties-alpha0", "onties", role="control"),
         Run("ondare-shuffled", "ondare", alpha=4e-3, tau="shuffled", role="control"),
         Run("onties-shuffled", "onties", alpha=4e-3, tau="shuffled", role="control"),
-        adamw(2e-4, start="sft-full", role="control"),
-        adamw(4e-4, start="sft-full", role="control"),
+        *FROM_FULL,
         Run("ondare-from-sft-full", "ondare", alpha=4e-3, start="sft-full", role="control"),
         Run("onties-from-sft-full", "onties", alpha=4e-3, start="sft-full", role="control"),
     ),
