@@ -28,8 +28,8 @@ DOMAIN_TAU = 1
 DOMAIN_ROUNDING = 2
 
 _MASK32 = 0xFFFFFFFF
-# Blocks whose int64 intermediates stay in a core's cache, below the size at which torch wakes other threads.
-_BLOCKS_PER_CHUNK = 1 << 13
+# Blocks drawn at once: enough to wake torch's threads, few enough for the intermediates to stay in a cache.
+_BLOCKS_PER_CHUNK = 1 << 15
 
 
 class MaskKey(NamedTuple):
@@ -66,8 +66,8 @@ def _philox4x32(
     return c0, c1, c2, c3
 
 
-def _block_words(block: Tensor, key: MaskKey) -> Tensor:
-    """Return the words of the Philox blocks `block` (int64 `[..., B]`) as int64 `[..., 4 * B]` in element order."""
+def _block_words(block: Tensor, key: MaskKey) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the four words of the Philox blocks `block` (int64), each in the shape of `block`."""
     step = torch.as_tensor(key.step, device=block.device).to(torch.int64)
     counter = (
         block & _MASK32,
@@ -75,8 +75,7 @@ def _block_words(block: Tensor, key: MaskKey) -> Tensor:
         step.expand_as(block),
         torch.full_like(block, key.tensor_id),
     )
-    words = _philox4x32(counter, (key.seed & _MASK32, (key.seed >> 32) & _MASK32))
-    return torch.stack(words, dim=-1).flatten(-2)
+    return _philox4x32(counter, (key.seed & _MASK32, (key.seed >> 32) & _MASK32))
 
 
 def _dtype_of_draw(threshold: int) -> torch.dtype:
@@ -109,8 +108,9 @@ def _draw(
         start = (offset + columns + run * global_inner)[:, None]
         blocks = (start >> 2) + torch.arange((piece.shape[1] + 6) // 4, device=out.device)
         lanes = (start & 3) + torch.arange(piece.shape[1], device=out.device)
-        words = _block_words(blocks, key).gather(1, lanes)
-        piece.copy_(words if threshold < 0 else words < threshold)
+        words = _block_words(blocks, key)
+        values = words if threshold < 0 else tuple(word < threshold for word in words)
+        piece.copy_(torch.stack(values, dim=-1).flatten(-2).gather(1, lanes))
     return out
 
 
