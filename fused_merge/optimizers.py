@@ -54,7 +54,7 @@ class MergingAdamW(Optimizer):
 
     Everything else is `torch.optim.AdamW`: with `"ondare"`, `alpha=0` and `reserve_rate=1` the step is the same.
     A step: grad_scale, clip, maximize, project g, moments, u, project u, step-K, F, ⊕, round.
-    Source: Lu et al. 2024 (arXiv 2405.17931), algorithm 1; `docs` of the authors' departures in the README.
+    Source: Lu et al. 2024 (arXiv 2405.17931), algorithm 1; docs/numerics.md says where their code departs from it.
 
     State per parameter: `step` (0-d fp32), `exp_avg` and `exp_avg_sq` (shape of the parameter, `state_dtype`; fp64 for
     fp64 parameters), so that a `torch.optim.AdamW` state dict loads as it is; where used also `anchor` (shape of the
@@ -79,7 +79,7 @@ class MergingAdamW(Optimizer):
             A dense delta is sparsified once, with the rate that its group had when it was added; later changes act on
             u only.
         merge_every: K; between merges the steps are plain AdamW, and a merge takes all that came since the last one as
-            its u (step-K, section 3.3 of the paper).
+            its u (the paper's step-K variant).
         project: `"conflict"` removes from x its component along tau, c*tau with c = <x, tau> / <tau, tau>, where the
             step goes against tau; `"onto"` takes (1 - s)*x + s*c*tau; None projects nothing, or what the row implies.
             Needs the dense delta.

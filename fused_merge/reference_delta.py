@@ -77,7 +77,7 @@ class ReferenceDelta:
     Made by `from_models`, `from_checkpoints` or `load`. tau is computed in fp32 (fp64 if either model is) and
     rounded once to the wider dtype of the two models. Only floating tensors have one, tied weights one
     together. Tensors come out on the CPU, are to be treated as read-only, and are refused, when read, if an
-    element is NaN or infinite. Source: Lu et al. 2024 (arXiv 2405.17931), section 3.
+    element is NaN or infinite. Source: Lu et al. 2024 (arXiv 2405.17931), algorithm 1.
 
     Attributes:
         names: canonical names of the tensors.

@@ -17,14 +17,14 @@ def compute_dtype(storage: torch.dtype) -> torch.dtype:
 
 
 def moments(g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: Scalars) -> tuple[Tensor, Tensor]:
-    """Return m = b1*m + (1 - b1)*g and v = b2*v + (1 - b2)*g^2 (lines 6-7)."""
+    """Return m = b1*m + (1 - b1)*g and v = b2*v + (1 - b2)*g^2 (algorithm 2)."""
     m = s.beta1 * exp_avg + s.one_minus_beta1 * g
     v = s.beta2 * exp_avg_sq + s.one_minus_beta2 * (g * g)
     return m, v
 
 
 def update(m: Tensor, v: Tensor, s: Scalars) -> Tensor:
-    """Return u = -lr * (m / bc1) / (sqrt(v / bc2) + eps) (lines 8-10)."""
+    """Return u = -lr * (m / bc1) / (sqrt(v / bc2) + eps) (algorithm 2)."""
     return -(s.step_size * m) / (sqrt_rn(v) * s.inv_sqrt_bias2 + s.eps)
 
 

@@ -1,6 +1,6 @@
 """One step of a merging optimizer for one tensor: theta += F(u) ⊕ F(tau).
 
-Source: Lu et al. 2024 (arXiv 2405.17931), algorithm 1 and, for merges at every K-th step, section 3.3 (step-K), with
+Source: Lu et al. 2024 (arXiv 2405.17931), algorithm 1 and, for merges at every K-th step, its step-K variant, with
 the AdamW convention of `torch.optim.AdamW`.
 """
 

@@ -4,7 +4,7 @@ Philox4x32-10 is a counter-based generator: word `e & 3` of the block at counter
 of the *unsharded* tensor. A mask is therefore the same on every device, for every block size and for every
 way of cutting the tensor into shards.
 
-Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, section 3.3.
+Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 """
 
 from __future__ import annotations

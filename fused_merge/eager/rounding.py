@@ -1,6 +1,6 @@
 """From the fp32 result of a step to what is stored: nearest, stochastic, or with a master copy.
 
-Sources: stochastic rounding of weights: Gupta et al. 2015 (arXiv 1502.02551), section 3; the exact error of a sum:
+Sources: stochastic rounding of weights: Gupta et al. 2015 (arXiv 1502.02551); the exact error of a sum:
 Knuth, The Art of Computer Programming, vol. 2, section 4.2.2, theorem B; an fp32 master as a bf16 weight and its low
 half: defined at `split`.
 """

@@ -3,7 +3,7 @@
 Each function takes x (fp32 or fp64, any shape), the share p of elements to keep, in (0, 1], and the key of the
 tensor's random numbers, and returns F(x) with zeros where nothing is kept.
 
-Source: Lu et al. 2024 (arXiv 2405.17931), section 3: random drop (OnDARE, after DARE, arXiv 2311.03099) and top-p by
+Source: Lu et al. 2024 (arXiv 2405.17931): random drop (OnDARE, after DARE, arXiv 2311.03099) and top-p by
 magnitude (OnTIES, after TIES-Merging, arXiv 2306.01708).
 """
 
@@ -47,7 +47,7 @@ def magnitude(x: Tensor, rate: float, key: MaskKey) -> Tensor:
 def soft_threshold(x: Tensor, rate: float, key: MaskKey) -> Tensor:
     """Shrink every |x| by the k-th largest |x|, k = max(1, floor(p*n)), and drop what would change its sign.
 
-    Source: Donoho 1995, "De-noising by soft-thresholding", equation 1.2, with the threshold at a quantile; as a merge
+    Source: Donoho 1995, "De-noising by soft-thresholding", with the threshold at a quantile; as a merge
     it is the nearswap of model-merging tools, which thresholds the difference of two models. NaN stays NaN.
     """
     if rate == 1.0 or x.numel() == 0:
