@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import shutil
+from functools import cache
 
 import torch
 
@@ -61,21 +62,21 @@ def resolve(impl: str, device: torch.device, numel: int = 0) -> str:
         RuntimeError: if what was asked for by name cannot run; the sentence says why.
     """
     asked = check_impl(impl)
-    if asked == "eager":
-        return "eager"
-    if asked == "compiled" or (asked == "auto" and device.type == "cpu"):
-        if asked == "auto" and numel < COMPILE_FROM:
-            return "eager"
-        reason = why_not_compiled(device)
-        if reason is None:
-            return "compiled"
-        if asked == "compiled":
-            raise RuntimeError(f"impl='compiled' cannot run on {device}: {reason}")
-        return "eager"
-    reason = why_not_triton(device)
+    chosen = asked
+    if asked == "auto":
+        on_cpu = "compiled" if numel >= COMPILE_FROM else "eager"
+        chosen = on_cpu if device.type == "cpu" else "triton"
+    if chosen == "eager":
+        return chosen
+    reason = why_not_triton(device) if chosen == "triton" else why_not_compiled(device)
     if reason is None:
-        return "triton"
-    if asked == "triton":
-        raise RuntimeError(f"impl='triton' cannot run on {device}: {reason}")
-    logger.warning("fused_merge runs eager code on %s: %s", device, reason)
+        return chosen
+    if asked == chosen:
+        raise RuntimeError(f"impl={chosen!r} cannot run on {device}: {reason}")
+    _warn_once(f"fused_merge runs eager code on {device}: {reason}")
     return "eager"
+
+
+@cache
+def _warn_once(sentence: str) -> None:
+    logger.warning(sentence)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import shutil
 import subprocess
@@ -29,11 +30,18 @@ def test_auto_is_eager_on_a_cpu_and_triton_on_a_gpu():
         assert backend.resolve("auto", DEVICE) == "triton"
 
 
-def test_auto_compiles_on_a_cpu_above_fifty_million_elements(monkeypatch):
+def test_auto_compiles_on_a_cpu_above_fifty_million_elements(monkeypatch, caplog):
     assert backend.resolve("auto", CPU, 49_999_999) == "eager"
     assert backend.resolve("auto", CPU, 50_000_000) == "compiled"
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert backend.resolve("auto", CPU, 50_000_000) == "eager"
+    backend._warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "fused_merge"):
+        assert backend.resolve("auto", CPU, 50_000_000) == "eager"
+        assert backend.resolve("auto", CPU, 50_000_000) == "eager"
+    assert [record.getMessage() for record in caplog.records] == [
+        "fused_merge runs eager code on cpu: torch.compile needs a C++ compiler and finds none; install one, or use "
+        "impl='eager'"
+    ]
     with pytest.raises(RuntimeError, match=r"impl='compiled' cannot run on cpu: torch.compile needs a C\+\+ compiler"):
         backend.resolve("compiled", CPU)
 
