@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fused_merge.eager.merge_stats import lost_share
 from fused_merge.functional import Tau
-from fused_merge.names import some
+from fused_merge.names import canonical_name, some
 from fused_merge.options import rule_of
 from fused_merge.reference_delta import ReferenceDelta, Sparsity
 from fused_merge.sparse import SparseTensor
@@ -46,6 +46,16 @@ class Binding:
         self.delta = delta
         self._bound: dict[str, Bound] = {}
 
+    def names(self, groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+        """Return the canonical names of the parameters of each group, in its order.
+
+        Raises:
+            ValueError: if the parameters have no names and cannot be matched with the delta in order.
+        """
+        if any("param_names" in group for group in groups):
+            return [[canonical_name(name) for name in group["param_names"]] for group in groups]
+        return _names_in_order([group["params"] for group in groups], self.delta)
+
     def bind(self, parameters: Iterable[tuple[str, Tensor, Mapping[str, Any]]]) -> None:
         """Find the delta of every (name, parameter, group) that has none yet.
 
@@ -62,6 +72,8 @@ class Binding:
                     "tell them apart, as by a prefix, or give each model an optimizer of its own"
                 )
         wanted = [entry for entry in parameters if entry[0] not in self._bound]
+        if not wanted:
+            return
         held = set(self.delta.names)
         absent = [name for name, _, group in wanted if name not in held and group["missing"] == "error"]
         if absent:
@@ -108,6 +120,21 @@ class Binding:
             )
         kept = self.delta.sparse(name, Sparsity(rule.tau, rule.tau_reserve_rate, group["seed"]))
         return Bound(kept, self.delta.tensor(name) if rule.project else None)
+
+
+def _names_in_order(groups: list[list[Tensor]], delta: ReferenceDelta) -> list[list[str]]:
+    """Return the delta's names for unnamed parameters, matched one by one in the order of both."""
+    advice = "pass model.named_parameters()"
+    if not delta.ordered:
+        raise ValueError(f"a delta made of files does not know its model's order of parameters; {advice}")
+    shapes = [tuple(param.shape) for group in groups for param in group]
+    if shapes != [tuple(delta.shape(name)) for name in delta.names]:
+        raise ValueError(
+            f"{len(shapes)} unnamed parameters do not match the {len(delta)} tensors of the reference delta one "
+            f"by one in number and shape; {advice}"
+        )
+    names = iter(delta.names)
+    return [[next(names) for _ in group] for group in groups]
 
 
 def _log(bound: Mapping[str, Bound], wanted: Iterable[tuple[str, Tensor, Mapping[str, Any]]]) -> None:

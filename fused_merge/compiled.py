@@ -40,8 +40,8 @@ def merging_adamw_(
 ) -> Terms | None:
     """Do what `fused_merge.eager.merging_adamw.merging_adamw_` does, compiled when it is first needed."""
     if param.numel() < 2 or param.dtype == torch.float64:
-        # Sizes 0 and 1 would be compiled for themselves. And in fp64 torch's own square root is a unit in the last
-        # place off for one value in a hundred, Inductor's is not: the eager code is what fp64 is defined by.
+        # Sizes 0 and 1 would be compiled for themselves. And torch's own fp64 square root may be a unit in the last
+        # place off where Inductor's is not: fp64 is defined by the eager code.
         return eager_merging_adamw_(
             param, grad, exp_avg, exp_avg_sq, delta, s, rule, key, anchor=anchor, master=master, keep_terms=keep_terms
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,9 @@ def merging_adamw_(
     full_taus: Sequence[Tensor | None] | None = None,
     anchors: Sequence[Anchor | None] | None = None,
     masters: Sequence[Tensor | None] | None = None,
+    names: Sequence[str] | None = None,
     stats: bool = False,
+    dry_run: bool = False,
     impl: str = "auto",
 ) -> list[MergeStats | None]:
     """Take one merged AdamW step on every tensor: theta += F(u) ⊕ F(tau).
@@ -68,6 +71,8 @@ def merging_adamw_(
         full_taus: tau before F, where the rule projects and `taus` are sparsified.
         anchors: what step-K keeps between merges; mutated. None merges at every step.
         masters: fp32 copies of 16-bit parameters or int16 low halves of bf16 ones; mutated.
+        names: what errors call the tensors; None is "tensor 0" and so on.
+        dry_run: only raise what the step would raise; nothing is mutated.
         stats: also return what the merge did; not in Triton, and the host waits for the device.
         impl: `"auto"`, `"triton"`, `"compiled"` or `"eager"`.
 
@@ -75,21 +80,25 @@ def merging_adamw_(
         T statistics if asked for, else T times None; None for tensors without a delta or that did not merge.
 
     Raises:
-        ValueError: for lists or shapes that do not match. Nothing has changed then.
-        RuntimeError: if `impl="triton"` cannot run here.
+        ValueError: for lists or shapes that do not match, or a projection onto a delta that is stored sparse. Nothing
+            has changed then.
+        RuntimeError: if `impl="triton"` cannot run here or does not serve a tensor. Nothing has changed then.
     """
+    called = names or [f"tensor {i}" for i in range(len(params))]
     shards = shards or [ShardIndex.whole(param.numel()) for param in params]
-    nothing = [None] * len(params)
+    nothing: list[Any] = [None] * len(params)
     extras = list(zip(full_taus or nothing, anchors or nothing, masters or nothing, strict=True))
     tensors = list(zip(params, grads, exp_avgs, exp_avg_sqs, taus, strict=True))
-    for index, ((param, *others, tau), (full, anchor, master)) in enumerate(zip(tensors, extras, strict=True)):
+    for name, (param, *others, tau), (full, anchor, master) in zip(called, tensors, extras, strict=True):
         optional = (tau, full, master, anchor and anchor.weights)
         shapes = {other.shape for other in (*others, *optional) if other is not None}
         if shapes != {param.shape}:
             raise ValueError(
-                f"tensor {index}: gradient, states and reference delta must have the parameter's shape "
+                f"{name}: gradient, states and reference delta must have the parameter's shape "
                 f"{tuple(param.shape)}, got {sorted(map(tuple, shapes))}"
             )
+        if rule.project and full is None and isinstance(tau, SparseTensor):
+            raise ValueError(f"{name}: project={rule.project!r} needs the whole reference delta; pass it as full_taus")
 
     def refusal(i: int) -> str | None:
         from fused_merge.kernels.merging_adamw import unsupported
@@ -97,7 +106,9 @@ def merging_adamw_(
         reason: str | None = unsupported(*tensors[i], rule, stepk=extras[i][1] is not None, master=extras[i][2])
         return reason or ("statistics have no kernel yet" if stats else None)
 
-    plan = _plan(impl, params, refusal)
+    plan = _plan(impl, params, called, refusal)
+    if dry_run:
+        return nothing
     hyper = hyper._replace(update_scale=rule.scale(rule.reserve_rate), tau_scale=rule.scale(rule.tau_reserve_rate))
     gathered: list[MergeStats | None] = [None] * len(params)
     torch._foreach_add_(list(steps), 1.0)
@@ -210,7 +221,7 @@ def interpolate(
         reason: str | None = unsupported(*pairs[i], outs[i])
         return reason
 
-    plan = _plan(impl, bases, refusal)
+    plan = _plan(impl, bases, [f"tensor {i}" for i in range(len(bases))], refusal)
     for runs, _, members in plan:
         if runs == "triton":
             from fused_merge.kernels import interpolate as kernel
@@ -231,10 +242,18 @@ def _ratios_per_tensor(ratios: Sequence[float] | Sequence[Sequence[float]], tens
     per_tensor = own or [[float(ratio) for ratio in shared]] * tensors
     if (shared and own) or len(per_tensor) != tensors:
         raise ValueError(f"ratios must be one list of numbers, or a list for each of the {tensors} tensors")
-    for ratio in (ratio for row in per_tensor for ratio in row):
-        if not math.isfinite(ratio):
-            raise ValueError(f"a ratio must be finite, got {ratio}")
-    return per_tensor
+    return [[finite_ratio(ratio) for ratio in row] for row in per_tensor]
+
+
+def finite_ratio(ratio: float) -> float:
+    """Return a ratio as a Python float.
+
+    Raises:
+        ValueError: if it is not finite.
+    """
+    if not math.isfinite(ratio):
+        raise ValueError(f"a ratio must be finite, got {ratio}")
+    return float(ratio)
 
 
 def _describe(tensor: Tensor) -> str:
@@ -242,13 +261,14 @@ def _describe(tensor: Tensor) -> str:
 
 
 def _plan(
-    impl: str, tensors: Sequence[Tensor], refusal: Callable[[int], str | None]
+    impl: str, tensors: Sequence[Tensor], called: Sequence[str], refusal: Callable[[int], str | None]
 ) -> list[tuple[str, torch.device, list[int]]]:
     """Decide what runs which tensors, before anything is changed.
 
     Args:
         impl: as asked for.
         tensors: whose devices and sizes decide.
+        called: what an error calls them.
         refusal: why the kernel cannot take tensor i, or None.
 
     Returns:
@@ -267,7 +287,7 @@ def _plan(
         runs = chosen[device]
         if runs == "triton" and (reason := refusal(index)):
             if explicit:
-                raise RuntimeError(f"impl='triton' cannot serve tensor {index}: {reason}; use impl='auto'")
+                raise RuntimeError(f"impl='triton' cannot serve {called[index]}: {reason}; use impl='auto'")
             runs = "eager"
         groups.setdefault((runs, device), []).append(index)
     return [(runs, device, members) for (runs, device), members in groups.items()]

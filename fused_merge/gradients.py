@@ -28,7 +28,8 @@ def grad_norm(grads: Iterable[Tensor], inverse_scale: float | Tensor) -> Tensor:
     for grad in grads:
         compute = compute_dtype(grad.dtype)
         # Unscaled first: the squares of scaled gradients may leave the range of fp32.
-        g = torch.as_tensor(inverse_scale, dtype=compute, device=grad.device) * grad.to(compute)
+        scale = inverse_scale.to(grad.device, compute) if isinstance(inverse_scale, Tensor) else inverse_scale
+        g = scale * grad.to(compute)
         squares.append(inner_product(g, g).double())
     return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
 

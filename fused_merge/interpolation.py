@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -186,13 +185,9 @@ def check_ratios(ratios: Sequence[float]) -> list[float]:
     """
     if isinstance(ratios, (int, float)):
         raise TypeError(f"ratios must be a sequence, got {ratios}; write [{ratios}]")
-    values = [float(ratio) for ratio in ratios]
-    if not values:
+    if not list(ratios):
         raise ValueError("ratios is empty; give at least one number")
-    for value in values:
-        if not math.isfinite(value):
-            raise ValueError(f"a ratio must be finite, got {value}")
-    return values
+    return [functional.finite_ratio(ratio) for ratio in ratios]
 
 
 def points_of(

@@ -9,6 +9,7 @@ from functools import cache
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
+@cache
 def canonical_name(name: str) -> str:
     """Return `name` without the components that DDP, torch.compile, FSDP and checkpointing insert.
 

@@ -217,7 +217,7 @@ class MergingAdamW(Optimizer):
         """
         self._binding.bind(
             (name, param, group)
-            for group, names in zip(self.param_groups, self._names(), strict=True)
+            for group, names in zip(self.param_groups, self._binding.names(self.param_groups), strict=True)
             for name, param in zip(names, group["params"], strict=True)
         )
 
@@ -249,31 +249,47 @@ class MergingAdamW(Optimizer):
         inverse_scale = inverse_of(getattr(self, "grad_scale", None))
         clips = any(group["max_grad_norm"] is not None for group, _ in batches)
         grads = (param.grad for _, batch in batches for _, param in batch if param.grad is not None)
-        self.grad_norm = grad_norm(grads, inverse_scale) if clips else None
+        norm = grad_norm(grads, inverse_scale) if clips else None
+        stats = self.stats_every > 0 and (self._calls + 1) % self.stats_every == 0
+        prepared = [
+            self._prepared(group, batch, grad_factor(group, norm, inverse_scale), stats) for group, batch in batches
+        ]
+        # All groups or none: what one of them cannot do is raised before another one has stepped.
+        for _, lists, options in prepared:
+            functional.merging_adamw_(*lists, **options, dry_run=True)
+
+        self.grad_norm = norm
         self._calls += 1
-        stats = self.stats_every > 0 and self._calls % self.stats_every == 0
-        for group, batch in batches:
-            self._step_group(group, batch, inverse_scale, stats)
+        run = verified_merging_adamw_ if self.verify_steps else functional.merging_adamw_
+        for (_, batch), (states, lists, options) in zip(batches, prepared, strict=True):
+            for (_, param), state in zip(batch, states, strict=True):
+                self.state[param].update(state)
+            for (name, _), entry in zip(batch, run(*lists, **options), strict=True):
+                if entry is not None:
+                    self._stats[name] = {field: float(value) for field, value in entry._asdict().items()}
         self._fix_options()
         self.verify_steps = max(0, self.verify_steps - 1)
         return loss
 
-    def _step_group(self, group: dict[str, Any], batch: Batch, inverse_scale: float | Tensor, stats: bool) -> None:
-        names, params = [name for name, _ in batch], [param for _, param in batch]
+    def _prepared(
+        self, group: dict[str, Any], batch: Batch, factor: float | Tensor, stats: bool
+    ) -> tuple[list[dict[str, Tensor]], tuple[list[Any], ...], dict[str, Any]]:
+        """Return the states of a group's parameters, completed in copies, and what the functional form takes."""
+        params = [param for _, param in batch]
         bound = [self._binding.of(name, param.device) for name, param in batch]
-        states: list[dict[str, Tensor]] = [self.state[param] for param in params]
+        states: list[dict[str, Tensor]] = [dict(self.state.get(param, {})) for param in params]
         for param, state, delta in zip(params, states, bound, strict=True):
             complete_state(state, param, group, merged=delta.kept is not None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        lists = (
+        lists: tuple[list[Any], ...] = (
             params,
-            [grad for param in params if (grad := param.grad) is not None],
+            [param.grad for param in params],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [state["step"] for state in states],
             [delta.kept for delta in bound],
         )
-        options: dict[str, Any] = {
+        options = {
             "rule": rule_of(group),
             "hyper": Hyper(
                 group["lr"],
@@ -281,11 +297,12 @@ class MergingAdamW(Optimizer):
                 group["eps"],
                 group["weight_decay"],
                 group["alpha"],
-                grad_factor=grad_factor(group, self.grad_norm, inverse_scale),
+                grad_factor=factor,
                 found_inf=0.0 if found_inf is None else found_inf.double().view(()),
                 merge_every=group["merge_every"],
             ),
-            "tensor_ids": [tensor_id(name) for name in names],
+            "tensor_ids": [tensor_id(name) for name, _ in batch],
+            "names": [name for name, _ in batch],
             "seed": group["seed"],
             "full_taus": [delta.full for delta in bound],
             "anchors": [
@@ -295,13 +312,7 @@ class MergingAdamW(Optimizer):
             "stats": stats,
             "impl": self.impl,
         }
-        if self.verify_steps:
-            gathered = verified_merging_adamw_(*lists, names=names, **options)
-        else:
-            gathered = functional.merging_adamw_(*lists, **options)
-        for name, entry in zip(names, gathered, strict=True):
-            if entry is not None:
-                self._stats[name] = {field: float(value) for field, value in entry._asdict().items()}
+        return states, lists, options
 
     def merge_stats(self) -> dict[str, dict[str, float]]:
         """Return what the last merge that was looked at did to each tensor; see `stats_every`.
@@ -395,15 +406,11 @@ class MergingAdamW(Optimizer):
         own = {key: self.__dict__[key] for key in kept}
         return super().__getstate__() | own | {"_binding": Binding(self.reference_delta)}
 
-    def _names(self) -> list[list[str]]:
-        """Return the canonical names of the parameters of each group."""
-        if any("param_names" in group for group in self.param_groups):
-            return [[canonical_name(name) for name in group["param_names"]] for group in self.param_groups]
-        return _names_in_order([group["params"] for group in self.param_groups], self.reference_delta)
-
     def _batches(self) -> Iterator[tuple[dict[str, Any], Batch]]:
         """Yield each group with its named parameters that have a gradient, all of them checked."""
-        for index, (group, names) in enumerate(zip(self.param_groups, self._names(), strict=True)):
+        for index, (group, names) in enumerate(
+            zip(self.param_groups, self._binding.names(self.param_groups), strict=True)
+        ):
             check_options(group)
             for option, value in self._fixed.get(index, {}).items():
                 if group[option] != value:
@@ -521,18 +528,3 @@ class OnProjAdamW(MergingAdamW):
         **options: Unpack[AdamWOptions],
     ) -> None:
         super().__init__(params, reference_delta=reference_delta, method="onproj", **options)
-
-
-def _names_in_order(groups: list[list[Tensor]], delta: ReferenceDelta) -> list[list[str]]:
-    """Return the delta's names for unnamed parameters, matched one by one in the order of both."""
-    advice = "pass model.named_parameters()"
-    if not delta.ordered:
-        raise ValueError(f"a delta made of files does not know its model's order of parameters; {advice}")
-    shapes = [tuple(param.shape) for group in groups for param in group]
-    if shapes != [tuple(delta.shape(name)) for name in delta.names]:
-        raise ValueError(
-            f"{len(shapes)} unnamed parameters do not match the {len(delta)} tensors of the reference delta one "
-            f"by one in number and shape; {advice}"
-        )
-    names = iter(delta.names)
-    return [[next(names) for _ in group] for group in groups]

@@ -52,9 +52,10 @@ def verified_merging_adamw_(
     Raises:
         RuntimeError: naming the first tensor and state that differ.
     """
+    every: dict[str, Any] = options | {"names": names}
     gathered = []
     for i, name in enumerate(names):
-        own: dict[str, Any] = {key: [value[i]] if key in _PER_TENSOR else value for key, value in options.items()}
+        own = {key: [value[i]] if key in _PER_TENSOR else value for key, value in every.items()}
         # In a call of its own: the copies of one tensor are gone before the next one is copied.
         gathered += _verified_step(name, [column[i] for column in lists], own | {"impl": impl})
     return gathered
@@ -86,7 +87,7 @@ def _verified_step(name: str, columns: list[Any], options: dict[str, Any]) -> li
 
 
 # The options of the functional form that hold one entry a tensor.
-_PER_TENSOR = ("tensor_ids", "full_taus", "anchors", "masters")
+_PER_TENSOR = ("tensor_ids", "names", "full_taus", "anchors", "masters")
 # Its first lists.
 _STATES = ("param", "grad", "exp_avg", "exp_avg_sq", "step")
 

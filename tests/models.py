@@ -6,6 +6,10 @@ import torch
 from conftest import DEVICE
 from torch import nn
 
+import fused_merge as fm
+
+IMPLS = ["eager", "triton"]
+
 
 class Model(nn.Module):
     def __init__(self, seed: int = 0, head: bool = True) -> None:
@@ -53,3 +57,9 @@ def assert_same(a, b):
             for key in a.state[p]:
                 assert a.state[p][key].dtype == b.state[q][key].dtype
                 assert torch.equal(a.state[p][key], b.state[q][key])
+
+
+def optimizer_of(model, delta, **options):
+    """OnDARE whose merges move every tensor, dense enough to see."""
+    options = {"lr": 1e-2, "alpha": 0.1, "reserve_rate": 0.5} | options
+    return fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, **options)

@@ -19,6 +19,7 @@ from fused_merge.eager.projection import RESIDUE, project
 from fused_merge.eager.scalars import Hyper
 from fused_merge.methods import METHODS, merge_rule
 from fused_merge.names import tensor_id
+from fused_merge.sparse import SparseTensor
 
 NAN = float("nan")
 NAME = "layers.0.weight"
@@ -273,3 +274,15 @@ def test_what_a_second_dense_delta_costs_is_logged(rate, megabytes, delta, caplo
     # 7 * 9 + 9 + 5 * 6 = 102 elements of 4 bytes.
     expected = [f"projection keeps the dense reference delta in memory: {megabytes} MB"] if megabytes else []
     assert [record.message for record in caplog.records] == expected
+
+
+def test_a_projection_onto_a_delta_that_is_stored_sparse_is_refused():
+    x = torch.ones(8)
+    tau = SparseTensor.pack(x, x > 0)
+    with pytest.raises(ValueError, match="tensor 0: project='conflict' needs the whole reference delta; pass"):
+        functional.merging_adamw_(
+            [x], [x], [x], [x], [torch.tensor(0.0)], [tau],
+            rule=merge_rule("ondare", 0.5, project="conflict"),
+            hyper=Hyper(1e-2, (0.9, 0.99), 1e-8, 0.0, 0.1), tensor_ids=[1],
+        )  # fmt: skip
+    assert (x == 1).all()

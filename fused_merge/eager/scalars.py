@@ -90,7 +90,15 @@ def scalar_table(steps: Sequence[Tensor], hyper: Hyper, device: torch.device) ->
         rows = {t: derive_scalars(t, hyper) for t in set(counts)}
         return torch.tensor([rows[t] for t in counts], dtype=torch.float64).to(device, non_blocking=True)
     columns = derive_scalars(torch.stack([step.to(device, non_blocking=True) for step in steps]), hyper)
+    # Filled and not copied: a copy of a number from the host would wait for the device.
     return torch.stack(
-        [torch.as_tensor(column, dtype=torch.float64, device=device).expand(len(steps)) for column in columns],
+        [
+            (
+                column.to(device, torch.float64)
+                if isinstance(column, Tensor)
+                else torch.full((), column, dtype=torch.float64, device=device)
+            ).expand(len(steps))
+            for column in columns
+        ],
         1,
     )
