@@ -16,16 +16,27 @@ from torch import Tensor
 from fused_merge import backend, compiled
 from fused_merge.eager.adamw import compute_dtype
 from fused_merge.eager.interpolate import interpolate as eager_interpolate
-from fused_merge.eager.merge_stats import MergeStats, merge_stats
-from fused_merge.eager.merging_adamw import Anchor, Delta
+from fused_merge.eager.merge_stats import MergeStats, MergeSums, merge_stats, merge_sums
+from fused_merge.eager.merging_adamw import Anchor, Delta, Terms
 from fused_merge.eager.merging_adamw import merging_adamw_ as eager_merging_adamw_
 from fused_merge.eager.philox import DOMAIN_UPDATE, MaskKey
-from fused_merge.eager.scalars import Hyper, Scalars, scalar_table
+from fused_merge.eager.scalars import Hyper, Scalars, derive_scalars, scalar_table
 from fused_merge.methods import MergeRule, merge_rule
+from fused_merge.operands import Operands
 from fused_merge.sharding import ShardIndex
 from fused_merge.sparse import SparseTensor
 
-__all__ = ["Anchor", "Hyper", "MergeRule", "MergeStats", "ShardIndex", "interpolate", "merge_rule", "merging_adamw_"]
+__all__ = [
+    "Anchor",
+    "Hyper",
+    "MergeRule",
+    "MergeStats",
+    "ShardIndex",
+    "Workspace",
+    "interpolate",
+    "merge_rule",
+    "merging_adamw_",
+]
 
 Tau = Tensor | SparseTensor | None
 
@@ -50,6 +61,7 @@ def merging_adamw_(
     names: Sequence[str] | None = None,
     stats: bool = False,
     dry_run: bool = False,
+    workspace: Workspace | None = None,
     impl: str = "auto",
 ) -> list[MergeStats | None]:
     """Take one merged AdamW step on every tensor: theta += F(u) ⊕ F(tau).
@@ -72,8 +84,9 @@ def merging_adamw_(
         anchors: what step-K keeps between merges; mutated. None merges at every step.
         masters: fp32 copies of 16-bit parameters or int16 low halves of bf16 ones; mutated.
         names: what errors call the tensors; None is "tensor 0" and so on.
+        stats: also return what the merge did; the host waits for the device.
         dry_run: only raise what the step would raise; nothing is mutated.
-        stats: also return what the merge did; not in Triton, and the host waits for the device.
+        workspace: what calls with the same tensors share; None starts anew.
         impl: `"auto"`, `"triton"`, `"compiled"` or `"eager"`.
 
     Returns:
@@ -84,78 +97,154 @@ def merging_adamw_(
             has changed then.
         RuntimeError: if `impl="triton"` cannot run here or does not serve a tensor. Nothing has changed then.
     """
-    called = names or [f"tensor {i}" for i in range(len(params))]
-    shards = shards or [ShardIndex.whole(param.numel()) for param in params]
-    nothing: list[Any] = [None] * len(params)
-    extras = list(zip(full_taus or nothing, anchors or nothing, masters or nothing, strict=True))
-    tensors = list(zip(params, grads, exp_avgs, exp_avg_sqs, taus, strict=True))
-    for name, (param, *others, tau), (full, anchor, master) in zip(called, tensors, extras, strict=True):
-        optional = (tau, full, master, anchor and anchor.weights)
-        shapes = {other.shape for other in (*others, *optional) if other is not None}
-        if shapes != {param.shape}:
-            raise ValueError(
-                f"{name}: gradient, states and reference delta must have the parameter's shape "
-                f"{tuple(param.shape)}, got {sorted(map(tuple, shapes))}"
-            )
-        if rule.project and full is None and isinstance(tau, SparseTensor):
-            raise ValueError(f"{name}: project={rule.project!r} needs the whole reference delta; pass it as full_taus")
+    columns: dict[str, Sequence[Any]] = {
+        "params": params,
+        "grads": grads,
+        "exp_avgs": exp_avgs,
+        "exp_avg_sqs": exp_avg_sqs,
+        "steps": steps,
+        "taus": taus,
+        "full_taus": [None] * len(params) if full_taus is None else full_taus,
+        "anchors": [None] * len(params) if anchors is None else anchors,
+        "masters": [None] * len(params) if masters is None else masters,
+        "tensor_ids": tensor_ids,
+        "shards": [ShardIndex.whole(param.numel()) for param in params] if shards is None else shards,
+        "names": [f"tensor {i}" for i in range(len(params))] if names is None else names,
+    }
+    for column, values in columns.items():
+        if len(values) != len(params):
+            raise ValueError(f"{column} must have one entry for each of the {len(params)} params, got {len(values)}")
+    called = columns.pop("names")
+    operands = [Operands(*row) for row in zip(*columns.values(), strict=True)]
+    for name, o in zip(called, operands, strict=True):
+        _check(name, o, rule)
 
     def refusal(i: int) -> str | None:
-        from fused_merge.kernels.merging_adamw import unsupported
+        from fused_merge.kernels.launch import unsupported
 
-        reason: str | None = unsupported(*tensors[i], rule, stepk=extras[i][1] is not None, master=extras[i][2])
-        return reason or ("statistics have no kernel yet" if stats else None)
+        reason: str | None = unsupported(operands[i], rule)
+        return reason
 
-    plan = _plan(impl, params, called, refusal)
+    groups = _group(impl, params, called, refusal)
     if dry_run:
-        return nothing
+        return [None] * len(params)
     hyper = hyper._replace(update_scale=rule.scale(rule.reserve_rate), tau_scale=rule.scale(rule.tau_reserve_rate))
-    gathered: list[MergeStats | None] = [None] * len(params)
+    sums: list[MergeSums | None] = [None] * len(params)
     torch._foreach_add_(list(steps), 1.0)
-    for runs, device, members in plan:
-        table = scalar_table([steps[i] for i in members], hyper, device)
+    for runs, device, members in groups:
+        own = [operands[i] for i in members]
         if runs == "triton":
-            from fused_merge.kernels import merging_adamw as kernel
-
-            kernel.merging_adamw_(
-                *([tensors[i][column] for i in members] for column in range(5)),
-                table.float(),
-                rule,
-                seed=seed,
-                tensor_ids=[tensor_ids[i] for i in members],
-                shards=[shards[i] for i in members],
-            )
-            continue
-        run = compiled.merging_adamw_ if runs == "compiled" else eager_merging_adamw_
-        for i, row in zip(members, table.unbind(), strict=True):
-            full, anchor, master = extras[i]
-            s = Scalars(*row.to(compute_dtype(params[i].dtype)).unbind())
-            terms = run(
-                params[i],
-                grads[i],
-                exp_avgs[i],
-                exp_avg_sqs[i],
-                _delta(taus[i], full, rule),
-                s,
-                rule,
-                MaskKey(seed, s.step, tensor_ids[i], DOMAIN_UPDATE, shards[i]),
-                anchor=anchor,
-                master=master,
-                keep_terms=stats,
-            )
-            if stats and terms is not None and _merged(s, anchor):
-                stored = params[i].dtype if master is None else torch.float32
-                gathered[i] = merge_stats(terms, s, rule, stored)
-    if isinstance(hyper.found_inf, Tensor):
-        # An overflow of the scaled gradients takes the count back, without asking the device.
-        for step in steps:
-            step.sub_(hyper.found_inf.to(step.device).clamp(max=1.0).view(()))
+            found = (workspace or Workspace()).step(device, own, rule, hyper, seed, stats)
+        else:
+            run = compiled.merging_adamw_ if runs == "compiled" else eager_merging_adamw_
+            found = _step_each(run, device, own, rule, hyper, seed, stats)
+        for i, entry in zip(members, found, strict=True):
+            sums[i] = entry
+    gathered = [
+        merge_stats(entry, o.param.numel()) if entry is not None and _merges(o, hyper) else None
+        for o, entry in zip(operands, sums, strict=True)
+    ]
+    _take_back(steps, hyper.found_inf)
     return gathered
 
 
-def _merged(s: Scalars, anchor: Anchor | None) -> bool:
-    """Return whether a step merged: not between merges, at lr = 0 or at an overflow."""
-    return bool(s.moves * s.advances) and (anchor is None or bool(s.merges))
+class Workspace:
+    """What repeated calls of `merging_adamw_` on the same tensors can keep; it is never part of the result.
+
+    On a GPU these are the tables that describe the tensors, made again when an address changes, and the last
+    thresholds of F by magnitude, which save passes over the moments. A captured CUDA graph uses them: keep it as
+    long as the graph.
+    """
+
+    def __init__(self) -> None:
+        self._plans: dict[torch.device, Any] = {}
+        self._parts: dict[str, Workspace] = {}
+
+    def part(self, name: str) -> Workspace:
+        """Return what calls with this one of the tensors share."""
+        return self._parts.setdefault(name, Workspace())
+
+    def step(
+        self,
+        device: torch.device,
+        operands: Sequence[Operands],
+        rule: MergeRule,
+        hyper: Hyper,
+        seed: int,
+        stats: bool,
+    ) -> list[MergeSums | None]:
+        """Step the tensors of one device by the kernels; see `fused_merge.kernels.launch.merging_adamw_`."""
+        from fused_merge.kernels import launch
+
+        plan = self._plans.setdefault(device, launch.Plan())
+        sums: list[MergeSums | None] = launch.merging_adamw_(operands, rule, hyper, seed=seed, stats=stats, plan=plan)
+        return sums
+
+
+def _check(name: str, o: Operands, rule: MergeRule) -> None:
+    """Raise a `ValueError` if the tensors of a parameter do not fit one another."""
+    others = (o.grad, o.exp_avg, o.exp_avg_sq, o.tau, o.full, o.master, o.anchor and o.anchor.weights)
+    shapes = {other.shape for other in others if other is not None}
+    if shapes != {o.param.shape}:
+        raise ValueError(
+            f"{name}: gradient, states and reference delta must have the parameter's shape "
+            f"{tuple(o.param.shape)}, got {sorted(map(tuple, shapes))}"
+        )
+    if rule.project and o.full is None and isinstance(o.tau, SparseTensor):
+        raise ValueError(f"{name}: project={rule.project!r} needs the whole reference delta; pass it as full_taus")
+    if o.master is not None:
+        fits = {torch.float32: (torch.bfloat16, torch.float16), torch.int16: (torch.bfloat16,)}
+        if o.param.dtype not in fits.get(o.master.dtype, ()):
+            raise ValueError(
+                f"{name}: {o.param.dtype} weights have no {o.master.dtype} master; 16-bit weights may have an fp32 "
+                "one, bf16 weights int16 low halves"
+            )
+        if rule.rounding == "stochastic":
+            raise ValueError(f"{name}: a weight with a master is rounded to nearest; use rounding='nearest'")
+
+
+def _step_each(
+    run: Callable[..., Terms | None],
+    device: torch.device,
+    operands: Sequence[Operands],
+    rule: MergeRule,
+    hyper: Hyper,
+    seed: int,
+    stats: bool,
+) -> list[MergeSums | None]:
+    """Step tensors of one device one after the other; return what they merged, where it is asked for."""
+    sums: list[MergeSums | None] = []
+    for o, row in zip(operands, scalar_table([o.step for o in operands], hyper, device).unbind(), strict=True):
+        s = Scalars(*row.to(compute_dtype(o.param.dtype)).unbind())
+        terms = run(
+            o.param,
+            o.grad,
+            o.exp_avg,
+            o.exp_avg_sq,
+            _delta(o.tau, o.full, rule),
+            s,
+            rule,
+            MaskKey(seed, s.step, o.tensor_id, DOMAIN_UPDATE, o.shard),
+            anchor=o.anchor,
+            master=o.master,
+            keep_terms=stats,
+        )
+        stored = o.param.dtype if o.master is None else torch.float32
+        sums.append(terms and merge_sums(terms, s, rule, stored))
+    return sums
+
+
+def _merges(o: Operands, hyper: Hyper) -> bool:
+    """Return whether a step merges: not between merges, at lr = 0 or at an overflow. Waits for the device."""
+    s = derive_scalars(float(o.step), hyper)
+    return bool(s.moves * s.advances) and (o.anchor is None or bool(s.merges))
+
+
+def _take_back(steps: Sequence[Tensor], found_inf: float | Tensor) -> None:
+    """Uncount a step that an overflow of scaled gradients has stopped, without asking the device."""
+    if isinstance(found_inf, Tensor):
+        for step in steps:
+            step.sub_(found_inf.to(step.device).clamp(max=1.0).view(()))
 
 
 def _delta(tau: Tau, full: Tensor | None, rule: MergeRule) -> Delta | None:
@@ -221,8 +310,8 @@ def interpolate(
         reason: str | None = unsupported(*pairs[i], outs[i])
         return reason
 
-    plan = _plan(impl, bases, [f"tensor {i}" for i in range(len(bases))], refusal)
-    for runs, _, members in plan:
+    groups = _group(impl, bases, [f"tensor {i}" for i in range(len(bases))], refusal)
+    for runs, _, members in groups:
         if runs == "triton":
             from fused_merge.kernels import interpolate as kernel
 
@@ -260,7 +349,7 @@ def _describe(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
 
 
-def _plan(
+def _group(
     impl: str, tensors: Sequence[Tensor], called: Sequence[str], refusal: Callable[[int], str | None]
 ) -> list[tuple[str, torch.device, list[int]]]:
     """Decide what runs which tensors, before anything is changed.

@@ -151,6 +151,7 @@ class MergingAdamW(Optimizer):
         self.grad_norm: Tensor | None = None
         self._binding = Binding(reference_delta)
         self._calls = 0
+        self._workspaces: dict[int, functional.Workspace] = {}
         self._stats: dict[str, dict[str, float]] = {}
         self._fixed: dict[int, dict[str, Any]] = {}
         defaults = {
@@ -247,12 +248,12 @@ class MergingAdamW(Optimizer):
         batches = list(self._batches())
         self.bind()
         inverse_scale = inverse_of(getattr(self, "grad_scale", None))
-        clips = any(group["max_grad_norm"] is not None for group, _ in batches)
-        grads = (param.grad for _, batch in batches for _, param in batch if param.grad is not None)
+        clips = any(group["max_grad_norm"] is not None for _, group, _ in batches)
+        grads = (param.grad for *_, batch in batches for _, param in batch if param.grad is not None)
         norm = grad_norm(grads, inverse_scale) if clips else None
         stats = self.stats_every > 0 and (self._calls + 1) % self.stats_every == 0
         prepared = [
-            self._prepared(group, batch, grad_factor(group, norm, inverse_scale), stats) for group, batch in batches
+            self._prepared(group, batch, grad_factor(group, norm, inverse_scale), stats) for _, group, batch in batches
         ]
         # All groups or none: what one of them cannot do is raised before another one has stepped.
         for _, lists, options in prepared:
@@ -261,10 +262,11 @@ class MergingAdamW(Optimizer):
         self.grad_norm = norm
         self._calls += 1
         run = verified_merging_adamw_ if self.verify_steps else functional.merging_adamw_
-        for (_, batch), (states, lists, options) in zip(batches, prepared, strict=True):
+        for (index, _, batch), (states, lists, options) in zip(batches, prepared, strict=True):
             for (_, param), state in zip(batch, states, strict=True):
                 self.state[param].update(state)
-            for (name, _), entry in zip(batch, run(*lists, **options), strict=True):
+            workspace = self._workspaces.setdefault(index, functional.Workspace())
+            for (name, _), entry in zip(batch, run(*lists, **options, workspace=workspace), strict=True):
                 if entry is not None:
                     self._stats[name] = {field: float(value) for field, value in entry._asdict().items()}
         self._fix_options()
@@ -404,10 +406,10 @@ class MergingAdamW(Optimizer):
         """Return what pickle and deepcopy keep; the delta is found again by the copy's first step."""
         kept = ("impl", "stats_every", "verify_steps", "grad_norm", "_calls", "_stats", "_fixed")
         own = {key: self.__dict__[key] for key in kept}
-        return super().__getstate__() | own | {"_binding": Binding(self.reference_delta)}
+        return super().__getstate__() | own | {"_binding": Binding(self.reference_delta), "_workspaces": {}}
 
-    def _batches(self) -> Iterator[tuple[dict[str, Any], Batch]]:
-        """Yield each group with its named parameters that have a gradient, all of them checked."""
+    def _batches(self) -> Iterator[tuple[int, dict[str, Any], Batch]]:
+        """Yield each group's number, the group, and its named parameters that have a gradient, all of them checked."""
         for index, (group, names) in enumerate(
             zip(self.param_groups, self._binding.names(self.param_groups), strict=True)
         ):
@@ -427,7 +429,7 @@ class MergingAdamW(Optimizer):
                         "nn.Embedding(sparse=False)"
                     )
             if batch:
-                yield group, batch
+                yield index, group, batch
 
     def _fix_options(self) -> None:
         """Remember what the states of each group that has any were made with."""

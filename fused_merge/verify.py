@@ -45,7 +45,7 @@ def verify(optimizer: Verifiable, steps: int = 10) -> None:
 
 
 def verified_merging_adamw_(
-    *lists: Sequence[Any], names: Sequence[str], impl: str, **options: Any
+    *lists: Sequence[Any], names: Sequence[str], impl: str, workspace: functional.Workspace, **options: Any
 ) -> list[MergeStats | None]:
     """Do what `functional.merging_adamw_` does, and compare every tensor with the eager code.
 
@@ -57,7 +57,8 @@ def verified_merging_adamw_(
     for i, name in enumerate(names):
         own = {key: [value[i]] if key in _PER_TENSOR else value for key, value in every.items()}
         # In a call of its own: the copies of one tensor are gone before the next one is copied.
-        gathered += _verified_step(name, [column[i] for column in lists], own | {"impl": impl})
+        own |= {"impl": impl, "workspace": workspace.part(name)}
+        gathered += _verified_step(name, [column[i] for column in lists], own)
     return gathered
 
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_merge.kernels import device, tables
+from fused_merge.kernels import access, rounding, tables
 
 # Columns of a row of the tensor table: theta0, theta1, elements, then the R outputs.
 BASE_AT, TUNED_AT, NUMEL_AT, OUTS_AT = map(tl.constexpr, range(4))
@@ -34,15 +34,15 @@ def interpolate_chunk(
     ratio,
     ratios,
     base,
-    left,
+    inside,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    FULL: tl.constexpr,
+    MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """R points of the line for BLOCK elements from `base` on; FULL promises that all of them exist."""
-    theta0 = device.load(tl.load(tensor + BASE_AT), base, left, DTYPE, ALIGNED, FULL, BLOCK)
-    theta1 = device.load(tl.load(tensor + TUNED_AT), base, left, DTYPE, ALIGNED, FULL, BLOCK)
+    """R points of the line for BLOCK elements from `base` on; if MASKED only for those `inside` the tensor."""
+    theta0 = access.load(tl.load(tensor + BASE_AT), base, inside, DTYPE, ALIGNED, MASKED, BLOCK)
+    theta1 = access.load(tl.load(tensor + TUNED_AT), base, inside, DTYPE, ALIGNED, MASKED, BLOCK)
     a = theta0.to(tl.float32)
     b = theta1.to(tl.float32)
     difference = b - a
@@ -51,10 +51,10 @@ def interpolate_chunk(
         form = tl.load(row + FORM_AT)
         from_base = a + tl.load(row + NEAR_AT) * difference
         from_tuned = b - tl.load(row + FAR_AT) * difference
-        merged = device.round_to(tl.where(form == FROM_BASE, from_base, from_tuned), DTYPE)
+        merged = rounding.nearest(tl.where(form == FROM_BASE, from_base, from_tuned), DTYPE)
         # The ends are copied as they are stored: -0.0 and NaN keep their bits.
         merged = tl.where(form == COPY_BASE, theta0, tl.where(form == COPY_TUNED, theta1, merged))
-        device.store(merged, tl.load(tensor + OUTS_AT + k), base, left, DTYPE, ALIGNED, FULL, BLOCK)
+        access.store(merged, tl.load(tensor + OUTS_AT + k), base, inside, DTYPE, ALIGNED, MASKED, BLOCK)
 
 
 @triton.jit
@@ -74,10 +74,11 @@ def interpolate_kernel(
     ratio = table + index * (RATIO_COLUMNS * ratios)
     base = tl.load(program + 1).to(tl.int64) * BLOCK
     left = tl.load(tensor + NUMEL_AT) - base
+    inside = tl.arange(0, BLOCK) < left
     if left >= BLOCK:
-        interpolate_chunk(tensor, ratio, ratios, base, left, DTYPE, ALIGNED, True, BLOCK)
+        interpolate_chunk(tensor, ratio, ratios, base, inside, DTYPE, ALIGNED, False, BLOCK)
     else:
-        interpolate_chunk(tensor, ratio, ratios, base, left, DTYPE, ALIGNED, False, BLOCK)
+        interpolate_chunk(tensor, ratio, ratios, base, inside, DTYPE, ALIGNED, True, BLOCK)
 
 
 def unsupported(base: Tensor, tuned: Tensor, outs: Sequence[Tensor]) -> str | None:
@@ -111,10 +112,9 @@ def interpolate(
         (base.data_ptr(), tuned.data_ptr(), base.numel(), *(out.data_ptr() for out in points))
         for base, tuned, points in zip(bases, tuneds, outs, strict=True)
     ]
-    for index, (base, (theta0, theta1, numel, *points)) in enumerate(zip(bases, rows, strict=True)):
-        if numel > 0:
-            key = (base.dtype, tables.is_aligned((theta0, theta1, *points)))
-            launches.setdefault(key, []).append(index)
+    for index, (base, tuned, points) in enumerate(zip(bases, tuneds, outs, strict=True)):
+        if base.numel() > 0:
+            launches.setdefault((base.dtype, tables.is_aligned((base, tuned, *points))), []).append(index)
     where = bases[0].device
     for (dtype, aligned), members in launches.items():
         programs = tables.program_table([bases[i].numel() for i in members], block, where)

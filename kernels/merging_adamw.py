@@ -1,361 +1,366 @@
 """theta += F(u) ⊕ F(tau) inside one AdamW step, for many tensors in one launch.
 
     g, m, v, theta, tau -> fp32
-    m = b1*m + (1 - b1)*g;  v = b2*v + (1 - b2)*g^2
-    u = -(lr/bc1)*m / (sqrt(v)/sqrt(bc2) + eps)
-    theta = theta*(1 - lr*wd) + (1 - alpha)*F(u) + alpha*F(tau)     rounded once to theta's dtype
+    g projected onto tau;  m = b1*m + (1 - b1)*g;  v = b2*v + (1 - b2)*g^2
+    u = -(lr/bc1)*m / (sqrt(v)/sqrt(bc2) + eps);  u projected onto tau
+    theta = theta*(1 - lr*wd) + (F(u) ⊕ F(tau))     rounded once
 
-Source: Lu et al. 2024 (arXiv 2405.17931), algorithm 1 and equation 4. Twin: `fused_merge/eager/merging_adamw.py`.
+Source: Lu et al. 2024 (arXiv 2405.17931), algorithm 1. Twin: `fused_merge/eager/merging_adamw.py`.
 
-Bytes per element, all fp32: reads theta 4, g 4, m 4, v 4; writes theta 4, m 4, v 4: 28. tau adds 4 (fp32) or
-2 (bf16, fp16) when dense; stored sparse 1/8 + 4/1024 and 2 or 4 for each kept value. The masks of u cost
-arithmetic and no bytes.
+Bytes per element, all fp32: reads theta 4, g 4, m 4, v 4; writes theta 4, m 4, v 4: 28.
 
-Contract: theta, g, m, v and a dense tau are contiguous; theta and g are fp32, bf16 or fp16, the moments fp32.
-The sparse layout is that of `fused_merge.sparse.SparseTensor`.
+- tau adds 4 (fp32) or 2 (bf16, fp16) when dense; stored sparse 1/8 + 4/1024 and 2 or 4 for each kept value.
+- Where few elements are kept and nothing decays, theta is read and written only in groups of eight neighbours that
+  hold one: of its 8 bytes 1.2 remain at p = 0.01 for u and for tau.
+- Random masks cost arithmetic and no bytes.
+- Ranked F (the k-th largest magnitude): a first pass reads g, m, v and writes m, v and a bit (20 1/8); four rounds read
+  the bits and, of m and v, groups that hold a marked element; the step does so too, and touches theta as above.
+  Where the last threshold tells nothing each round reads m and v whole: 8 more. With 16-bit moments, step-K or
+  statistics the passes read g, m and v instead, and the step is a whole one.
+- Projection over tensors: one pass more over g and tau (over g, m, v and tau for the update). Over rows: nothing,
+  since a program that owns a row finds it in the cache again.
+- Step-K: the anchor is read and written at merges, and only then is tau read.
+
+Contract: tensors are contiguous and of the dtypes that `rows.Build` names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fused_merge.eager.philox import DOMAIN_UPDATE, keep_threshold
-from fused_merge.eager.scalars import Scalars
-from fused_merge.kernels import device, tables
-from fused_merge.methods import MergeRule
-from fused_merge.sharding import ShardIndex
-from fused_merge.sparse import BLOCK, SparseTensor
+from fused_merge.kernels import access, rows, scalars, sparsify, step, sums
 
-Tau = Tensor | SparseTensor | None
-
-
-class TensorRow(NamedTuple):
-    """A row of the tensor table: what the kernel knows of one tensor, as int64."""
-
-    param: int
-    grad: int
-    exp_avg: int
-    exp_avg_sq: int
-    tau: int  # dense values, or the mask of a sparse tau
-    tau_values: int
-    tau_offsets: int
-    numel: int
-    offset: int
-    local_inner: int
-    global_inner: int
-    tensor_id: int
-    seed: int
-    threshold: int
-
-
-# Where the kernel finds a column of its two tables.
-PARAM_AT, GRAD_AT, EXP_AVG_AT, EXP_AVG_SQ_AT, TAU_AT, TAU_VALUES_AT, TAU_OFFSETS_AT = map(tl.constexpr, range(7))
-NUMEL_AT, OFFSET_AT, LOCAL_INNER_AT, GLOBAL_INNER_AT, ID_AT, SEED_AT, THRESHOLD_AT = map(tl.constexpr, range(7, 14))
-STEP_AT, BETA1_AT, ONE_MINUS_BETA1_AT, BETA2_AT, ONE_MINUS_BETA2_AT, STEP_SIZE_AT = map(tl.constexpr, range(6))
-INV_SQRT_BIAS2_AT, EPS_AT, DECAY_AT, UPDATE_WEIGHT_AT, TAU_WEIGHT_AT, MOVES_AT = map(tl.constexpr, range(6, 12))
-GRAD_FACTOR_AT, ADVANCES_AT = map(tl.constexpr, range(12, 14))
-TENSOR_COLUMNS = tl.constexpr(len(TensorRow._fields))
-SCALAR_COLUMNS = tl.constexpr(len(Scalars._fields))
-SPARSE_BLOCK = tl.constexpr(BLOCK)
-DOMAIN = tl.constexpr(DOMAIN_UPDATE)
+# Blocks of a row that a program can project as it goes.
+ROW_BLOCKS = tl.constexpr(256)
+# Blocks that a program looks at in one round of a search, before it adds its counts to those of others.
+SEARCH_BLOCKS = tl.constexpr(16)
 
 
 @triton.jit
-def load_sparse(
-    mask_address,
-    values_address,
-    offsets_address,
-    base,
-    left,
-    dtype: tl.constexpr,
-    FULL: tl.constexpr,
+def advances(scalar):
+    """Whether anything moves: an overflow of scaled gradients stops a step on the device."""
+    return tl.load(scalar + scalars.ADVANCES) != 0.0
+
+
+@triton.jit
+def merges(scalar, BUILD: tl.constexpr):
+    """Whether this step merges."""
+    answer = advances(scalar) & (tl.load(scalar + scalars.MOVES) != 0.0)
+    if BUILD.ANCHOR is not None:
+        answer = answer & (tl.load(scalar + scalars.MERGES) != 0.0)
+    return answer
+
+
+@triton.jit
+def products(tensor, scalar, base, inside, BUILD: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """<x, tau> and <tau, tau> of a block, for the x that is projected: nodes of the tree."""
+    full = step.load_full(tensor, base, inside, BUILD, MASKED, BLOCK)
+    x = step.gradient(tensor, scalar, base, inside, BUILD, MASKED, BLOCK)
+    if BUILD.PROJECT_ON == "update":
+        _, _, x = step.advance(tensor, scalar, x, base, inside, BUILD, MASKED, BLOCK)
+        if MASKED:
+            # With eps = 0 the u of nothing is not a number.
+            x = tl.where(inside, x, 0.0)
+    return sums.tree(x * full, BLOCK), sums.tree(full * full, BLOCK)
+
+
+@triton.jit
+def block_products(tensor, scalar, base, left, BUILD: tl.constexpr, BLOCK: tl.constexpr):
+    """`products` of up to BLOCK elements."""
+    inside = tl.arange(0, BLOCK) < left
+    if left >= BLOCK:
+        dot, norm = products(tensor, scalar, base, inside, BUILD, False, BLOCK)
+    else:
+        dot, norm = products(tensor, scalar, base, inside, BUILD, True, BLOCK)
+    return dot, norm
+
+
+@triton.jit
+def row_start(tensor, row, columns, BUILD: tl.constexpr):
+    """The first element of a row, as int64."""
+    start = row.to(tl.int64) * columns
+    if BUILD.ALIGNED:
+        start = tl.multiple_of(start, 8)
+    return start
+
+
+@triton.jit
+def row_products(tensor, scalar, start, columns, BUILD: tl.constexpr, BLOCK: tl.constexpr):
+    """<x, tau> and <tau, tau> of the row that begins at element `start`."""
+    blocks = tl.arange(0, ROW_BLOCKS)
+    dots = tl.zeros((ROW_BLOCKS,), tl.float32)
+    norms = tl.zeros((ROW_BLOCKS,), tl.float32)
+    for block in range(0, tl.cdiv(columns, BLOCK)):
+        offset = block * BLOCK
+        dot, norm = block_products(tensor, scalar, start + offset, columns - offset, BUILD, BLOCK)
+        dots = tl.where(blocks == block, dot, dots)
+        norms = tl.where(blocks == block, norm, norms)
+    return sums.tree(dots, ROW_BLOCKS), sums.tree(norms, ROW_BLOCKS)
+
+
+@triton.jit
+def project_kernel(
+    programs,  # int32 [P, 2]: tensor, and chunk or row
+    tensors,  # int64 [T, ...]: `rows.TensorRow`
+    table,  # fp32 [T, 16]: `scalars`
+    out,  # fp32 [P, 2] block sums, or [R, 2] of all rows; written
+    BUILD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Decode BLOCK elements of a `SparseTensor` as fp32: a bit each, and the kept values packed in order.
-
-    The mask is padded to whole blocks of 1024 elements: bounds are on blocks, and only unless FULL.
-    """
-    first = base // SPARSE_BLOCK
-    row = tl.arange(0, BLOCK // SPARSE_BLOCK)
-    lane = tl.arange(0, SPARSE_BLOCK)
-    words = mask_address.to(tl.pointer_type(tl.int32)) + (first + row)[:, None] * (SPARSE_BLOCK // 32)
-    words += (lane >> 5)[None, :]
-    offsets = offsets_address.to(tl.pointer_type(tl.int32)) + first + row
-    if FULL:
-        word = tl.load(words)
-        offset = tl.load(offsets)
+    """<x, tau> and <tau, tau> of what is projected: block sums of the tensor, or those of a row."""
+    program = programs + 2 * tl.program_id(0)
+    index = tl.load(program)
+    tensor = tensors + index * rows.TENSOR_COLUMNS
+    scalar = table + index * scalars.COLUMNS
+    if BUILD.PROJECT_ROWS:
+        row = tl.load(program + 1)
+        columns = tl.load(tensor + rows.COLUMNS_AT)
+        dot, norm = row_products(tensor, scalar, row_start(tensor, row, columns, BUILD), columns, BUILD, BLOCK)
+        at = out + 2 * (tl.load(tensor + rows.COEFFICIENTS_AT) + row)
     else:
-        exists = row * SPARSE_BLOCK < left
-        word = tl.load(words, mask=exists[:, None], other=0)
-        offset = tl.load(offsets, mask=exists, other=0)
-    bit = (word >> (lane & 31)[None, :]) & 1
-    rank = tl.cumsum(bit, axis=1) - bit
-    values = values_address.to(tl.pointer_type(dtype)) + (offset[:, None] + rank)
-    return tl.reshape(tl.load(values, mask=bit == 1, other=0.0).to(tl.float32), (BLOCK,))
+        base = tl.load(program + 1).to(tl.int64) * BLOCK
+        dot, norm = block_products(tensor, scalar, base, tl.load(tensor + rows.NUMEL_AT) - base, BUILD, BLOCK)
+        at = out + 2 * tl.program_id(0).to(tl.int64)
+    tl.store(at, dot)
+    tl.store(at + 1, norm)
 
 
 @triton.jit
-def step_chunk(
+def mark_chunk(
     tensor,
     scalar,
+    coefficients,
+    rest_share,
+    onto_share,
+    kth,
+    counts,
+    words,
     base,
-    left,
-    PARAM: tl.constexpr,
-    GRAD: tl.constexpr,
-    TAU: tl.constexpr,
-    SPARSE: tl.constexpr,
-    RANDOM: tl.constexpr,
-    STRIDED: tl.constexpr,
-    QUADS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    FULL: tl.constexpr,
+    inside,
+    BUILD: tl.constexpr,
+    MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The step for BLOCK elements from `base` on; FULL promises that all of them exist."""
-    param = tl.load(tensor + PARAM_AT)
-    exp_avg = tl.load(tensor + EXP_AVG_AT)
-    exp_avg_sq = tl.load(tensor + EXP_AVG_SQ_AT)
-
-    g = device.load(tl.load(tensor + GRAD_AT), base, left, GRAD, ALIGNED, FULL, BLOCK).to(tl.float32)
-    g = tl.load(scalar + GRAD_FACTOR_AT) * g
-    m = device.load(exp_avg, base, left, tl.float32, ALIGNED, FULL, BLOCK)
-    v = device.load(exp_avg_sq, base, left, tl.float32, ALIGNED, FULL, BLOCK)
-    m, v = device.moments(
-        g,
-        m,
-        v,
-        tl.load(scalar + BETA1_AT),
-        tl.load(scalar + ONE_MINUS_BETA1_AT),
-        tl.load(scalar + BETA2_AT),
-        tl.load(scalar + ONE_MINUS_BETA2_AT),
+    """Mark the elements in or above the window around the last threshold, and count them."""
+    dot, norm = step.coefficients(tensor, coefficients, base, inside, BUILD, BLOCK)
+    full = step.load_full(tensor, base, inside, BUILD, MASKED, BLOCK)
+    m, v, u = step.fresh_update(
+        tensor, scalar, full, dot, norm, rest_share, onto_share, base, inside, BUILD, MASKED, BLOCK
     )
-    step = device.adamw_update(
-        m, v, tl.load(scalar + STEP_SIZE_AT), tl.load(scalar + INV_SQRT_BIAS2_AT), tl.load(scalar + EPS_AT)
-    )
-    device.store(m, exp_avg, base, left, tl.float32, ALIGNED, FULL, BLOCK)
-    device.store(v, exp_avg_sq, base, left, tl.float32, ALIGNED, FULL, BLOCK)
+    if BUILD.RESUMES:
+        step.store_moments(tensor, m, v, base, inside, BUILD, MASKED, BLOCK)
+    if BUILD.ANCHOR is not None:
+        decayed = step.load_weight(tensor, base, inside, BUILD, MASKED, BLOCK) * tl.load(scalar + scalars.DECAY)
+        _, u = step.since_anchor(tensor, scalar, decayed, u, base, inside, BUILD, MASKED, BLOCK)
+    low, last = sparsify.window(kth)
+    pattern = sparsify.pattern(u)
+    marked = inside & (pattern >= low)
+    above = inside & (pattern > last)
+    access.store_bits(marked, words, BLOCK)
+    if tl.load(scalar + scalars.MOVES) != 0.0:
+        tl.atomic_add(counts, tl.sum(above.to(tl.int32)).to(tl.int64))
+        tl.atomic_add(counts + 1, tl.sum((marked & (pattern <= last)).to(tl.int32)).to(tl.int64))
 
-    # lr = 0 moves the moments and leaves the weights, bit for bit.
-    if tl.load(scalar + MOVES_AT) != 0.0:
-        if RANDOM:
-            keep = device.random_keep(
-                base,
-                tl.load(tensor + OFFSET_AT),
-                tl.load(tensor + LOCAL_INNER_AT),
-                tl.load(tensor + GLOBAL_INNER_AT),
-                tl.load(tensor + SEED_AT),
-                tl.load(scalar + STEP_AT).to(tl.uint32),
-                tl.load(tensor + ID_AT).to(tl.uint32),
-                tl.load(tensor + THRESHOLD_AT).to(tl.uint32),
-                DOMAIN,
-                STRIDED,
-                QUADS,
-                BLOCK,
-            )
-            step = tl.where(keep, step, 0.0)
-        if TAU is not None:
-            if SPARSE:
-                tau = load_sparse(
-                    tl.load(tensor + TAU_AT),
-                    tl.load(tensor + TAU_VALUES_AT),
-                    tl.load(tensor + TAU_OFFSETS_AT),
-                    base,
-                    left,
-                    TAU,
-                    FULL,
-                    BLOCK,
-                )
-            else:
-                tau = device.load(tl.load(tensor + TAU_AT), base, left, TAU, ALIGNED, FULL, BLOCK).to(tl.float32)
-            step = device.linear(step, tau, tl.load(scalar + UPDATE_WEIGHT_AT), tl.load(scalar + TAU_WEIGHT_AT))
-        theta = device.load(param, base, left, PARAM, ALIGNED, FULL, BLOCK).to(tl.float32)
-        device.store(theta * tl.load(scalar + DECAY_AT) + step, param, base, left, PARAM, ALIGNED, FULL, BLOCK)
+
+@triton.jit
+def mark_kernel(
+    programs,  # int32 [P, 2]: tensor, chunk
+    tensors,  # int64 [T, ...]: `rows.TensorRow`
+    table,  # fp32 [T, 16]: `scalars`
+    coefficients,  # fp32 [T or R, 2]
+    thresholds,  # int32 [T]: the patterns of the last thresholds
+    counts,  # int64 [T, 256], zeros; written
+    words,  # int32: a bit an element, written
+    rest_share,
+    onto_share,
+    BUILD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The first pass of a ranked F: mark and count, and where the step resumes store the moments."""
+    program = programs + 2 * tl.program_id(0)
+    index = tl.load(program)
+    tensor = tensors + index * rows.TENSOR_COLUMNS
+    scalar = table + index * scalars.COLUMNS
+    base = tl.load(program + 1).to(tl.int64) * BLOCK
+    left = tl.load(tensor + rows.NUMEL_AT) - base
+    inside = tl.arange(0, BLOCK) < left
+    kth = tl.load(thresholds + index)
+    own_counts = counts + index * sparsify.BINS
+    own_words = words + tl.load(tensor + rows.WORDS_AT) + base // 32
+    # At lr = 0 the moments move and nothing is merged.
+    if BUILD.RESUMES:
+        runs = advances(scalar)
+    else:
+        runs = merges(scalar, BUILD)
+    if runs:
+        if left >= BLOCK:
+            mark_chunk(
+                tensor, scalar, coefficients, rest_share, onto_share, kth, own_counts, own_words, base, inside,
+                BUILD, False, BLOCK,
+            )  # fmt: skip
+        else:
+            mark_chunk(
+                tensor, scalar, coefficients, rest_share, onto_share, kth, own_counts, own_words, base, inside,
+                BUILD, True, BLOCK,
+            )  # fmt: skip
+
+
+@triton.jit
+def search_kernel(
+    tensors,  # int64 [T, ...]: `rows.TensorRow`
+    table,  # fp32 [T, 16]: `scalars`
+    thresholds,  # int32 [T], written when the search ends
+    counts,  # int64 [T, 256], set back to zero
+    search,  # int64 [T, 4]: `sparsify`, written
+    BUILD: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """Narrow the interval that holds each tensor's k-th largest magnitude; one program a tensor."""
+    index = tl.program_id(0)
+    tensor = tensors + index * rows.TENSOR_COLUMNS
+    own = search + index * sparsify.SEARCH_COLUMNS
+    own_counts = counts + index * sparsify.BINS
+    if merges(table + index * scalars.COLUMNS, BUILD):
+        if FIRST:
+            k = tl.load(tensor + rows.RANK_AT)
+            sparsify.begin_search(own, own_counts, tl.load(thresholds + index), k)
+        else:
+            low = sparsify.narrow_search(own, own_counts)
+            if LAST:
+                tl.store(thresholds + index, low.to(tl.int32))
+
+
+@triton.jit
+def count_kernel(
+    programs,  # int32 [P, 2]: tensor, chunk of SEARCH_BLOCKS blocks
+    tensors,  # int64 [T, ...]: `rows.TensorRow`
+    table,  # fp32 [T, 16]: `scalars`
+    coefficients,  # fp32 [T or R, 2]
+    counts,  # int64 [T, 256], written
+    search,  # int64 [T, 4]: `sparsify`
+    words,  # int32: the marks
+    rest_share,
+    onto_share,
+    BUILD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One round of a search: count the elements in the 256 bins of the interval."""
+    program = programs + 2 * tl.program_id(0)
+    index = tl.load(program)
+    tensor = tensors + index * rows.TENSOR_COLUMNS
+    scalar = table + index * scalars.COLUMNS
+    own = search + index * sparsify.SEARCH_COLUMNS
+    numel = tl.load(tensor + rows.NUMEL_AT)
+    start = tl.load(program + 1).to(tl.int64) * (BLOCK * SEARCH_BLOCKS)
+    if merges(scalar, BUILD):
+        low = tl.load(own + sparsify.LOW_AT).to(tl.int32)
+        last = tl.load(own + sparsify.LAST_AT).to(tl.int32)
+        every = sparsify.looks_at_all(own)
+        if last > low:
+            shift = sparsify.bin_shift(last - low)
+            total = tl.zeros((sparsify.BINS,), tl.int32)
+            for block in range(SEARCH_BLOCKS):
+                base = start + block * BLOCK
+                if base < numel:
+                    marks = access.load_bits(words + tl.load(tensor + rows.WORDS_AT) + base // 32, BLOCK) | every
+                    if tl.max(marks) != 0:
+                        inside = tl.arange(0, BLOCK) < numel - base
+                        dot, norm = step.coefficients(tensor, coefficients, base, inside, BUILD, BLOCK)
+                        if base + BLOCK <= numel:
+                            u = step.update_again(
+                                tensor, scalar, dot, norm, rest_share, onto_share, marks, base, inside, BUILD, False,
+                                BLOCK,
+                            )  # fmt: skip
+                        else:
+                            u = step.update_again(
+                                tensor, scalar, dot, norm, rest_share, onto_share, marks, base, inside, BUILD, True,
+                                BLOCK,
+                            )  # fmt: skip
+                        pattern = sparsify.pattern(u)
+                        sought = inside & (marks != 0) & (pattern >= low) & (pattern <= last)
+                        bins = tl.where(sought, (pattern - low) >> shift, 0)
+                        total += tl.histogram(bins, sparsify.BINS, mask=sought)
+            bins = tl.arange(0, sparsify.BINS)
+            tl.atomic_add(counts + index * sparsify.BINS + bins, total.to(tl.int64), mask=total > 0)
 
 
 @triton.jit
 def merging_adamw_kernel(
-    programs,  # int32 [P, 2]: tensor, chunk
-    tensors,  # int64 [T, 14]: `TensorRow`
-    scalars,  # fp32 [T, 15]: `Scalars`
-    PARAM: tl.constexpr,
-    GRAD: tl.constexpr,
-    TAU: tl.constexpr,
-    SPARSE: tl.constexpr,
-    RANDOM: tl.constexpr,
-    STRIDED: tl.constexpr,
-    QUADS: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    programs,  # int32 [P, 2]: tensor, and chunk or row
+    tensors,  # int64 [T, ...]: `rows.TensorRow`
+    table,  # fp32 [T, 16]: `scalars`
+    coefficients,  # fp32 [T or R, 2]
+    thresholds,  # int32 [T]: patterns of the k-th largest
+    search,  # int64 [T, 4]: `sparsify`
+    words,  # int32: marks
+    products,  # fp32 [P, 4], written where statistics are collected
+    counts,  # int64 [T, 5], the same
+    rest_share,
+    onto_share,
+    BUILD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program a chunk of BLOCK elements of one tensor."""
+    """The step; one program a chunk of BLOCK elements, or a row."""
     program = programs + 2 * tl.program_id(0)
     index = tl.load(program)
-    tensor = tensors + index * TENSOR_COLUMNS
-    scalar = scalars + index * SCALAR_COLUMNS
-    base = tl.load(program + 1).to(tl.int64) * BLOCK
-    left = tl.load(tensor + NUMEL_AT) - base
-    # An overflow of scaled gradients stops the step on the device; nothing waits to hear of it.
-    if tl.load(scalar + ADVANCES_AT) != 0.0:
-        # Bounds on single elements would forbid wide accesses: only the last chunk of a tensor pays for them.
-        if left >= BLOCK:
-            step_chunk(
-                tensor, scalar, base, left, PARAM, GRAD, TAU, SPARSE, RANDOM, STRIDED, QUADS, ALIGNED, True, BLOCK
-            )
-        else:
-            step_chunk(
-                tensor, scalar, base, left, PARAM, GRAD, TAU, SPARSE, RANDOM, STRIDED, QUADS, ALIGNED, False, BLOCK
-            )
-
-
-class Build(NamedTuple):
-    """What one compiled form of the kernel is special to; the tensors that share it go in one launch."""
-
-    PARAM: tl.dtype
-    GRAD: tl.dtype
-    TAU: tl.dtype | None
-    SPARSE: bool
-    RANDOM: bool
-    STRIDED: bool
-    QUADS: bool
-    ALIGNED: bool
-
-
-def unsupported(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    tau: Tau,
-    rule: MergeRule,
-    *,
-    stepk: bool = False,
-    master: Tensor | None = None,
-) -> str | None:
-    """Return in a few words why the kernel cannot step this tensor, or None."""
-    if tau is not None and (rule.update not in ("none", "random") or rule.consensus != "linear"):
-        return f"F = {rule.update} with a {rule.consensus} consensus has no kernel yet"
-    if tau is not None and rule.project is not None:
-        return "projection has no kernel yet"
-    if stepk:
-        return "merges at every K-th step have no kernel yet"
-    if master is not None or rule.rounding != "nearest":
-        return "master weights and stochastic rounding have no kernel yet"
-    if param.dtype not in tables.TL_DTYPE or grad.dtype not in tables.TL_DTYPE:
-        return f"{param.dtype} weights with {grad.dtype} gradients have no kernel"
-    if exp_avg.dtype != torch.float32 or exp_avg_sq.dtype != torch.float32:
-        return f"{exp_avg.dtype} moments have no kernel"
-    if isinstance(tau, Tensor) and tau.dtype not in tables.TL_DTYPE:
-        return f"a {tau.dtype} reference delta has no kernel"
-    if isinstance(tau, SparseTensor) and tau.offsets.dtype != torch.int32:
-        return "a sparse delta with 2^31 kept values has no kernel"
-    dense = [param, grad, exp_avg, exp_avg_sq] + ([tau] if isinstance(tau, Tensor) else [])
-    if not all(tensor.is_contiguous() for tensor in dense):
-        return "the kernel takes contiguous tensors"
-    return None
-
-
-def merging_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    taus: Sequence[Tau],
-    scalars: Tensor,
-    rule: MergeRule,
-    *,
-    seed: int,
-    tensor_ids: Sequence[int],
-    shards: Sequence[ShardIndex],
-    block: int = tables.DEFAULT_BLOCK,
-) -> None:
-    """Launch the step for tensors on one device, one launch for all that share a `Build`.
-
-    Args:
-        params: weights; mutated in place.
-        grads: gradients.
-        exp_avgs: first moments; mutated in place.
-        exp_avg_sqs: second moments; mutated in place.
-        taus: F(tau) of each tensor, dense or sparse, or None for a plain AdamW step.
-        scalars: fp32 `[T, 15]`, a row of `Scalars` for each tensor, on the tensors' device.
-        rule: the row of the table of methods.
-        seed: key of the random masks.
-        tensor_ids: what keys each tensor's mask.
-        shards: where each tensor lies in the unsharded one.
-        block: elements per program, a multiple of 1024.
-    """
-    launches: dict[Build, list[int]] = {}
-    rows = [
-        _tensor_row(*tensors, rule, seed, tensor_id, shard)
-        for *tensors, tensor_id, shard in zip(
-            params, grads, exp_avgs, exp_avg_sqs, taus, tensor_ids, shards, strict=True
-        )
-    ]
-    for index, (param, grad, tau, shard, row) in enumerate(zip(params, grads, taus, shards, rows, strict=True)):
-        if row.numel > 0:
-            launches.setdefault(_build(param, grad, tau, shard, row, rule), []).append(index)
-    where = params[0].device
-    for build, members in launches.items():
-        programs = tables.program_table([rows[i].numel for i in members], block, where)
-        tensors = torch.tensor([rows[i] for i in members], dtype=torch.int64).to(where, non_blocking=True)
-        with torch.cuda.device_of(params[0]):
-            merging_adamw_kernel[(len(programs),)](
-                programs,
-                tensors,
-                scalars[members] if len(members) < len(rows) else scalars,
-                **build._asdict(),
-                BLOCK=block,
-                num_warps=tables.NUM_WARPS,
-                enable_fp_fusion=False,
-            )
-
-
-def _tensor_row(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    tau: Tau,
-    rule: MergeRule,
-    seed: int,
-    tensor_id: int,
-    shard: ShardIndex,
-) -> TensorRow:
-    sparse = isinstance(tau, SparseTensor)
-    return TensorRow(
-        param=param.data_ptr(),
-        grad=grad.data_ptr(),
-        exp_avg=exp_avg.data_ptr(),
-        exp_avg_sq=exp_avg_sq.data_ptr(),
-        tau=0 if tau is None else tau.mask.data_ptr() if sparse else tau.data_ptr(),
-        tau_values=tau.values.data_ptr() if sparse else 0,
-        tau_offsets=tau.offsets.data_ptr() if sparse else 0,
-        numel=param.numel(),
-        **shard._asdict(),
-        tensor_id=tensor_id,
-        # The table is signed; the kernel reads the 64 bits as they are.
-        seed=(seed + 2**63) % 2**64 - 2**63,
-        threshold=keep_threshold(rule.reserve_rate),
-    )
-
-
-def _build(param: Tensor, grad: Tensor, tau: Tau, shard: ShardIndex, row: TensorRow, rule: MergeRule) -> Build:
-    sparse = isinstance(tau, SparseTensor)
-    strided = shard.local_inner < row.numel
-    return Build(
-        PARAM=tables.TL_DTYPE[param.dtype],
-        GRAD=tables.TL_DTYPE[grad.dtype],
-        TAU=None if tau is None else tables.TL_DTYPE[tau.values.dtype if sparse else tau.dtype],
-        SPARSE=sparse,
-        RANDOM=tau is not None and rule.update == "random" and rule.reserve_rate < 1.0,
-        STRIDED=strided,
-        QUADS=shard.offset % 4 == 0 and (not strided or shard.local_inner % 4 == shard.global_inner % 4 == 0),
-        ALIGNED=tables.is_aligned(
-            (row.param, row.grad, row.exp_avg, row.exp_avg_sq) + (() if sparse or tau is None else (row.tau,))
-        ),
-    )
+    tensor = tensors + index * rows.TENSOR_COLUMNS
+    scalar = table + index * scalars.COLUMNS
+    lanes = tl.arange(0, BLOCK)
+    kth = 0
+    if BUILD.RANKED:
+        kth = tl.load(thresholds + index)
+    if BUILD.ROW_PROGRAMS:
+        if advances(scalar):
+            columns = tl.load(tensor + rows.COLUMNS_AT)
+            start = row_start(tensor, tl.load(program + 1), columns, BUILD)
+            dot, norm = row_products(tensor, scalar, start, columns, BUILD, BLOCK)
+            for block in range(0, tl.cdiv(columns, BLOCK)):
+                offset = block * BLOCK
+                inside = lanes < columns - offset
+                if offset + BLOCK <= columns:
+                    step.step_chunk(
+                        tensor, scalar, dot, norm, rest_share, onto_share, kth, products, counts, start + offset,
+                        inside, BUILD, False, BLOCK,
+                    )  # fmt: skip
+                else:
+                    step.step_chunk(
+                        tensor, scalar, dot, norm, rest_share, onto_share, kth, products, counts, start + offset,
+                        inside, BUILD, True, BLOCK,
+                    )  # fmt: skip
+    else:
+        base = tl.load(program + 1).to(tl.int64) * BLOCK
+        left = tl.load(tensor + rows.NUMEL_AT) - base
+        inside = lanes < left
+        own_products = products + 4 * tl.program_id(0).to(tl.int64)
+        own_counts = counts + 5 * index
+        if BUILD.RESUMES:
+            if merges(scalar, BUILD):
+                every = sparsify.looks_at_all(search + index * sparsify.SEARCH_COLUMNS)
+                own_words = words + tl.load(tensor + rows.WORDS_AT) + base // 32
+                marks = access.load_bits(own_words, BLOCK) | every
+                dot, norm = step.coefficients(tensor, coefficients, base, inside, BUILD, BLOCK)
+                if left >= BLOCK:
+                    step.resume_chunk(
+                        tensor, scalar, dot, norm, rest_share, onto_share, kth, marks, base, inside, BUILD, False,
+                        BLOCK,
+                    )  # fmt: skip
+                else:
+                    step.resume_chunk(
+                        tensor, scalar, dot, norm, rest_share, onto_share, kth, marks, base, inside, BUILD, True,
+                        BLOCK,
+                    )  # fmt: skip
+        elif advances(scalar):
+            dot, norm = step.coefficients(tensor, coefficients, base, inside, BUILD, BLOCK)
+            # Bounds on single elements would forbid wide accesses: only the last chunk of a tensor pays for them.
+            if left >= BLOCK:
+                step.step_chunk(
+                    tensor, scalar, dot, norm, rest_share, onto_share, kth, own_products, own_counts, base, inside,
+                    BUILD, False, BLOCK,
+                )  # fmt: skip
+            else:
+                step.step_chunk(
+                    tensor, scalar, dot, norm, rest_share, onto_share, kth, own_products, own_counts, base, inside,
+                    BUILD, True, BLOCK,
+                )  # fmt: skip

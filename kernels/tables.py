@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import triton.language as tl
@@ -21,15 +21,23 @@ DEFAULT_BLOCK = 16384 if INTERPRETED else 8 * NUM_WARPS * (64 if torch.version.h
 ALIGNMENT = 16
 
 
+def chunk_count(numel: int, block: int) -> int:
+    """Return how many chunks of `block` elements a tensor takes, at least one."""
+    return max(1, -(-numel // block))
+
+
 def program_table(numels: Sequence[int], block: int, device: torch.device) -> Tensor:
-    """Return int32 `[programs, 2]`: the tensor and the chunk of `block` elements that each program works on."""
-    chunks = torch.tensor([-(-numel // block) for numel in numels])
+    """Return int32 `[programs, 2]`: the tensor and the chunk of `block` elements that each program works on.
+
+    Every tensor has a chunk, if only an empty one.
+    """
+    chunks = torch.tensor([chunk_count(numel, block) for numel in numels])
     tensor = torch.repeat_interleave(torch.arange(len(numels)), chunks)
     first = torch.repeat_interleave(chunks.cumsum(0) - chunks, chunks)
     chunk = torch.arange(len(tensor)) - first
     return torch.stack((tensor, chunk), dim=1).to(torch.int32).contiguous().to(device, non_blocking=True)
 
 
-def is_aligned(addresses: Sequence[int]) -> bool:
-    """Return whether every address allows 128-bit accesses."""
-    return all(address % ALIGNMENT == 0 for address in addresses)
+def is_aligned(tensors: Iterable[Tensor | None]) -> bool:
+    """Return whether every tensor allows 128-bit accesses."""
+    return all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors if tensor is not None)

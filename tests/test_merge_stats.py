@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fused_merge as fm
-from fused_merge.eager.merge_stats import lost_share, merge_stats
+from fused_merge.eager.merge_stats import lost_share, merge_stats, merge_sums
 from fused_merge.eager.merging_adamw import Terms
 from fused_merge.eager.scalars import Hyper, derive_scalars
 from fused_merge.methods import merge_rule
@@ -20,7 +20,7 @@ FIELDS = {"cosine", "kept_u", "kept_tau", "conflicts", "norm_u", "norm_tau", "no
 
 def stats_of(u, u_kept, tau, merged, start, stored=torch.float32, method="ondare"):
     terms = Terms(*(torch.tensor(x) for x in (u, u_kept, tau, merged, start)))
-    stats = merge_stats(terms, HALF, merge_rule(method, 0.5), stored)
+    stats = merge_stats(merge_sums(terms, HALF, merge_rule(method, 0.5), stored), len(u))
     assert all(value.shape == () for value in stats)
     return {key: value.item() for key, value in stats._asdict().items()}
 

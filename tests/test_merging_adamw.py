@@ -300,12 +300,12 @@ def test_a_nan_gradient_reaches_everything(method):
 
 @pytest.mark.parametrize("block", [1024, 2048, 8192])
 def test_the_block_size_does_not_show(block, monkeypatch):
-    from fused_merge.kernels import merging_adamw as kernel
+    from fused_merge.kernels import launch
 
     t = Tensors([(5000,), (1025,)], tau=torch.bfloat16, sparse=True)
     by_eager = t.clone()
-    launch = kernel.merging_adamw_
-    monkeypatch.setattr(kernel, "merging_adamw_", lambda *args, **kwargs: launch(*args, **kwargs, block=block))
+    step = launch.merging_adamw_
+    monkeypatch.setattr(launch, "merging_adamw_", lambda *args, **kwargs: step(*args, **kwargs, block=block))
     t.step("triton")
     by_eager.step("eager")
     assert_same_bits(t, by_eager)
@@ -380,30 +380,66 @@ def test_permuted_strides_number_elements_row_major():
 
 
 def test_what_the_kernel_cannot_do_is_said():
+    projection = {"method": "onproj", "reserve_rate": None}
+    long_rows = Tensors([(2, 2**22 + 1)])
+    many_kept = Tensors([(2000,)], tau=torch.bfloat16, sparse=True)
+    many_kept.taus = [SparseTensor(x.mask, x.values, x.offsets.long(), x.shape) for x in many_kept.taus]
     cases = [
-        (Tensors([(8,)]), {"method": "onties"}, "F = magnitude with a sign_reference consensus has no kernel yet"),
-        (
-            Tensors([(8,)], torch.float64),
-            {},
-            "torch.float64 weights with torch.float64 gradients have no kernel",
-        ),
-        (Tensors([(8,)], tau=torch.float64), {}, "a torch.float64 reference delta has no kernel"),
-    ]
-    strided = Tensors([(8, 4)])
-    strided.params = [torch.zeros(4, 8, device=DEVICE).t()]
-    half_states = Tensors([(8,)])
-    half_states.exp_avgs = [half_states.exp_avgs[0].bfloat16()]
-    cases += [
-        (strided, {}, "the kernel takes contiguous tensors"),
-        (half_states, {}, "torch.bfloat16 moments have no kernel"),
+        (Tensors([(8,)], torch.float64), {}, "torch.float64 weights have no kernel"),
+        (Tensors([(8,)], grad_dtype=torch.float64), {}, "torch.float64 gradients have no kernel"),
+        (Tensors([(8,)], tau=torch.float64), {}, "torch.float64 reference deltas have no kernel"),
+        (many_kept, {}, r"a sparse delta with 2\^31 kept values has no kernel"),
+        (long_rows, projection | {"project_over": "rows"}, "rows of 4194305 elements are too long to project; use"),
     ]
     for tensors, options, reason in cases:
         before = tensors.clone()
-        with pytest.raises(RuntimeError, match=f"impl='triton' cannot serve tensor 0: {reason}; use impl='auto'"):
+        with pytest.raises(RuntimeError, match=f"impl='triton' cannot serve tensor 0: {reason}.*; use impl='auto'"):
             tensors.step("triton", **options)
         assert_same_bits(tensors, before)
         tensors.step("auto", **options)
         assert not torch.equal(tensors.exp_avgs[0], before.exp_avgs[0])
+
+
+@pytest.mark.parametrize("column", ["tensor_ids", "steps", "shards", "masters"])
+def test_a_list_that_is_too_short_is_named(column):
+    t = Tensors([(8,), (9,)])
+    lists = {"steps": t.steps, "tensor_ids": t.ids, "shards": None, "masters": None} | {column: []}
+    with pytest.raises(ValueError, match=f"{column} must have one entry for each of the 2 params, got 0"):
+        functional.merging_adamw_(
+            t.params, t.grads, t.exp_avgs, t.exp_avg_sqs, lists.pop("steps"), t.taus, rule=merge_rule("ondare"),
+            hyper=Hyper(1e-2, (0.9, 0.99), 1e-8, 0.0, 0.1), **lists,
+        )  # fmt: skip
+    assert [step.item() for step in t.steps] == [4.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("weights", "master", "rounding", "reason"),
+    [
+        (torch.float32, torch.float32, "nearest", "torch.float32 weights have no torch.float32 master"),
+        (torch.float16, torch.int16, "nearest", "torch.float16 weights have no torch.int16 master"),
+        (torch.bfloat16, torch.float32, "stochastic", "a weight with a master is rounded to nearest"),
+    ],
+)
+def test_masters_that_do_not_fit_are_refused(weights, master, rounding, reason):
+    t = Tensors([(8,)], weights)
+    with pytest.raises(ValueError, match=f"tensor 0: {reason}"):
+        functional.merging_adamw_(
+            t.params, t.grads, t.exp_avgs, t.exp_avg_sqs, t.steps, t.taus, tensor_ids=t.ids,
+            masters=[torch.zeros(8, dtype=master, device=DEVICE)], rule=merge_rule("ondare", rounding=rounding),
+            hyper=Hyper(1e-2, (0.9, 0.99), 1e-8, 0.0, 0.1),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_an_anchor_without_a_delta_is_left_alone(impl):
+    t = Tensors([(8,)], tau=None)
+    anchor = functional.Anchor(torch.ones(8, device=DEVICE), torch.ones((), device=DEVICE))
+    functional.merging_adamw_(
+        t.params, t.grads, t.exp_avgs, t.exp_avg_sqs, t.steps, t.taus, tensor_ids=t.ids, anchors=[anchor],
+        rule=merge_rule("ondare"), hyper=Hyper(1e-2, (0.9, 0.99), 1e-8, 0.1, 0.1), impl=impl,
+    )  # fmt: skip
+    assert (anchor.weights == 1).all()
+    assert anchor.decay == 1
 
 
 def test_shapes_that_differ_are_named():

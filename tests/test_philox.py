@@ -10,7 +10,7 @@ from conftest import DEVICE
 
 from fused_merge.eager import philox
 from fused_merge.eager.philox import DOMAIN_TAU, DOMAIN_UPDATE, MaskKey, keep_mask, random_words
-from fused_merge.kernels import device as device_functions
+from fused_merge.kernels import philox as device_functions
 from fused_merge.names import tensor_id
 from fused_merge.sharding import ShardIndex
 
@@ -115,17 +115,16 @@ def test_words_are_what_masks_are_made_of():
 
 
 @triton.jit
-def _keep_kernel(
-    out, offset, local_inner, global_inner, seed, step, tensor_id, threshold, base,
+def _words_kernel(
+    out, offset, local_inner, global_inner, seed, step, tensor_id, base,
     STRIDED: tl.constexpr, QUADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     start = base + tl.program_id(0).to(tl.int64) * BLOCK
-    keep = device_functions.random_keep(
+    words = device_functions.words(
         start, tl.load(offset), tl.load(local_inner), tl.load(global_inner), tl.load(seed),
-        tl.load(step).to(tl.uint32), tl.load(tensor_id).to(tl.uint32), tl.load(threshold).to(tl.uint32), 0,
-        STRIDED, QUADS, BLOCK,
+        tl.load(step).to(tl.uint32), tl.load(tensor_id).to(tl.uint32), 0, STRIDED, QUADS, BLOCK,
     )  # fmt: skip
-    tl.store(out + start + tl.arange(0, BLOCK), keep.to(tl.int8))
+    tl.store(out + start + tl.arange(0, BLOCK), words.to(tl.int64))
 
 
 @pytest.mark.parametrize(
@@ -145,11 +144,10 @@ def _keep_kernel(
     ],
 )
 @pytest.mark.parametrize("block", [64, 4096])
-def test_the_device_function_draws_the_same_mask(shard, quads, block):
-    n, rate = 4096, 0.3
-    values = (*shard, KEY.seed, KEY.step, KEY.tensor_id, philox.keep_threshold(rate))
+def test_the_device_function_draws_the_same_words(shard, quads, block):
+    n = 4096
+    values = (*shard, KEY.seed, KEY.step, KEY.tensor_id)
     scalars = [torch.tensor([value], device=DEVICE) for value in values]
-    out = torch.zeros(n, dtype=torch.int8, device=DEVICE)
-    _keep_kernel[(n // block,)](out, *scalars, 0, STRIDED=shard.local_inner < n, QUADS=quads, BLOCK=block)
-    expected = keep_mask(n, rate, KEY._replace(shard=shard))
-    assert torch.equal(out.cpu().bool(), expected)
+    out = torch.zeros(n, dtype=torch.int64, device=DEVICE)
+    _words_kernel[(n // block,)](out, *scalars, 0, STRIDED=shard.local_inner < n, QUADS=quads, BLOCK=block)
+    assert torch.equal(out.cpu(), random_words(n, KEY._replace(shard=shard)))

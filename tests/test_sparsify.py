@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 import reference
 import torch
+from conftest import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fused_merge import functional
 from fused_merge.eager.philox import DOMAIN_UPDATE, MaskKey
+from fused_merge.eager.scalars import Hyper
 from fused_merge.eager.sparsify import SPARSIFY, kept_count, magnitude, none, random, soft_threshold, sparsify_tau
+from fused_merge.methods import merge_rule
 from fused_merge.names import tensor_id
 
 NAN, INF = float("nan"), float("inf")
@@ -126,3 +130,75 @@ def test_tau_by_magnitude_and_whole():
 def test_an_unknown_way_is_named():
     with pytest.raises(ValueError, match="unknown way to sparsify a reference delta: 'top'; use one of 'none'"):
         sparsify_tau(torch.ones(3), name="a", method="top", reserve_rate=0.5, seed=0)
+
+
+def kept_by_the_kernels(x, rate, starts=()):
+    """Return F(u) of a step with u = -x, searched for from nowhere, and again from each of these last thresholds."""
+    workspace = functional.Workspace()
+    x, kept = x.to(DEVICE), []
+    # The same tensors again and again, or else the last thresholds would not be theirs.
+    param, exp_avg, exp_avg_sq, tau = (torch.zeros_like(x) for _ in range(4))
+    step = torch.zeros((), device=DEVICE)
+    for start in (None, *starts):
+        if start is not None:
+            (plan,) = workspace._plans.values()
+            (launch,) = plan._launches
+            launch.thresholds.fill_(start)
+        param.zero_()
+        # With eps so large that it is the denominator: u = -x * lr / eps = -x.
+        functional.merging_adamw_(
+            [param], [x], [exp_avg], [exp_avg_sq], [step], [tau], rule=merge_rule("onties", rate), tensor_ids=[0],
+            workspace=workspace, impl="triton",
+            hyper=Hyper(lr=2.0**40, betas=(0.0, 0.0), eps=2.0**40, weight_decay=0.0, alpha=0.0),
+        )  # fmt: skip
+        kept.append(param.to("cpu", copy=True))
+    return kept
+
+
+SEARCHED = {
+    "normal": torch.randn(1500, generator=torch.Generator().manual_seed(0)),
+    "ties": torch.randint(-3, 4, (1500,), generator=torch.Generator().manual_seed(1)).float() / 4,
+    "constant": torch.full((1500,), 0.5),
+    "zeros": torch.zeros(1500),
+    "subnormal": torch.randn(1500, generator=torch.Generator().manual_seed(2)) * 1e-40,
+    "wide": torch.randn(1500, generator=torch.Generator().manual_seed(3)) * 2.0 ** torch.linspace(-120, 14, 1500),
+}
+
+
+@pytest.mark.parametrize("x", SEARCHED.values(), ids=SEARCHED)
+@pytest.mark.parametrize("k", [1, 2, 15, 750, 1499])
+def test_the_search_finds_the_kth_largest_from_wherever_it_starts(x, k):
+    # Half a step above k/n, so that floor(rate * n) is k.
+    rate = (k + 0.5) / x.numel()
+    kth = int(x.abs().view(torch.int32).kthvalue(x.numel() - k + 1).values)
+    half = 1 << 18
+    starts = [kth, kth + 1, kth + half, kth + half + 1, kth - half + 1, kth - half, 0, 0x7F800000, 0x7FFFFFFF]
+    expected = np.where(reference.top(x.numpy(), rate), -x.numpy(), np.float32(0.0))
+    for kept in kept_by_the_kernels(x, rate, [min(max(start, 0), 0x7FFFFFFF) for start in starts]):
+        assert np.array_equal(kept.numpy(), expected)
+
+
+def test_the_search_counts_nan_as_the_largest():
+    x = torch.tensor([1.0, NAN, 3.0, -5.0, NAN, 2.0, 0.5, 4.0])
+    for k, found in ((1, [1, 4]), (2, [1, 4]), (3, [1, 3, 4]), (4, [1, 3, 4, 7])):
+        for kept in kept_by_the_kernels(x, (k + 0.5) / 8, [0x7FC00000, 0x40A00000, 0]):
+            assert (kept != 0).nonzero().flatten().tolist() == found
+
+
+def test_a_window_that_holds_the_threshold_looks_at_marked_elements_only(monkeypatch):
+    from fused_merge.kernels import launch, sparsify
+
+    searches = []
+    step = launch.Launch._step
+
+    def watched(self, table, coefficients, search, words):
+        searches.append(search)
+        return step(self, table, coefficients, search, words)
+
+    monkeypatch.setattr(launch.Launch, "_step", watched)
+    x = SEARCHED["normal"]
+    kth = int(x.abs().view(torch.int32).kthvalue(x.numel() - 14).values)
+    kept_by_the_kernels(x, 15.5 / 1500, [kth, kth + (1 << 19), kth - (1 << 19)])
+    among_marked = [bool(search[0, sparsify.AMONG_MARKED_AT.value]) for search in searches]
+    # From nowhere; a window around it; one above it, which marks too little; one below it, which marks enough.
+    assert among_marked == [False, True, False, True]

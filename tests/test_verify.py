@@ -11,7 +11,7 @@ from models import Model, assert_same, fill_gradients, run, trained
 
 import fused_merge as fm
 from fused_merge import functional
-from fused_merge.kernels import merging_adamw as kernel
+from fused_merge.kernels import launch
 
 
 @pytest.fixture
@@ -25,19 +25,28 @@ def triton_run(delta, dtype=torch.float32, **options):
     return model, fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, **options)
 
 
+def part(operands, state):
+    """Return a tensor of `Operands` by the name that an optimizer's state has for it."""
+    if state.startswith("anchor"):
+        return operands.anchor.weights if state == "anchor" else operands.anchor.decay
+    return operands.master if state.startswith("master") else getattr(operands, state)
+
+
 @pytest.fixture
 def corrupt(monkeypatch):
-    """Make every launch change one element of what it was given as this argument, of the tensor of 16 x 8."""
-    launch = kernel.merging_adamw_
+    """Make every launch change one element of this state of the tensor of 16 x 8."""
+    step = launch.merging_adamw_
 
-    def corrupt(argument, change):
-        def corrupted(*lists, **options):
-            launch(*lists, **options)
-            for param, tensor in zip(lists[0], lists[argument], strict=True):
-                if param.shape == (16, 8):
-                    tensor.view(-1)[77] = change(tensor.view(-1)[77])
+    def corrupt(state, change):
+        def corrupted(operands, *arguments, **options):
+            sums = step(operands, *arguments, **options)
+            for own in operands:
+                if own.param.shape == (16, 8):
+                    last = part(own, state).view(-1)[-1:]
+                    last.copy_(change(last))
+            return sums
 
-        monkeypatch.setattr(kernel, "merging_adamw_", corrupted)
+        monkeypatch.setattr(launch, "merging_adamw_", corrupted)
 
     return corrupt
 
@@ -53,12 +62,12 @@ def test_the_kernels_pass_and_the_run_is_unchanged(dtype, options, delta):
     assert torch.equal(torch.as_tensor(verified.grad_norm or 0), torch.as_tensor(plain.grad_norm or 0))
 
 
-@pytest.mark.parametrize(("argument", "state"), [(0, "param"), (1, "grad"), (2, "exp_avg"), (3, "exp_avg_sq")])
-def test_a_kernel_that_is_off_by_one_bit_is_named(argument, state, corrupt, delta):
+@pytest.mark.parametrize("state", ["param", "grad", "exp_avg", "exp_avg_sq", "step"])
+def test_a_kernel_that_is_off_by_one_bit_is_named(state, corrupt, delta):
     model, optimizer = triton_run(delta)
     fm.verify(optimizer)
     run(optimizer, model, 1)
-    corrupt(argument, lambda x: torch.nextafter(x, torch.full_like(x, torch.inf)))
+    corrupt(state, lambda x: torch.nextafter(x, torch.full_like(x, torch.inf)))
     sentence = rf"differ in '{state}' of 'hidden.weight', by at most \d\S*; train with impl='eager' and report"
     with pytest.raises(RuntimeError, match=sentence):
         run(optimizer, model, 1, first=1)
@@ -68,7 +77,7 @@ def test_a_kernel_that_is_off_by_one_bit_is_named(argument, state, corrupt, delt
 def test_a_number_that_is_none_is_a_difference(value, corrupt, delta):
     model, optimizer = triton_run(delta)
     fm.verify(optimizer)
-    corrupt(0, lambda x: torch.full_like(x, value))
+    corrupt("param", lambda x: torch.full_like(x, value))
     with pytest.raises(RuntimeError, match=r"differ in 'param' of 'hidden\.weight'"):
         run(optimizer, model, 1)
 
@@ -76,7 +85,7 @@ def test_a_number_that_is_none_is_a_difference(value, corrupt, delta):
 def test_signs_of_zeros_are_bits_too(corrupt, delta):
     model, optimizer = triton_run(delta)
     fm.verify(optimizer)
-    corrupt(2, lambda x: -x)
+    corrupt("exp_avg", lambda x: -x)
     fill_gradients(model, 0)
     for p in model.parameters():
         p.grad.zero_()
@@ -100,7 +109,7 @@ def test_it_counts_down_and_stops(corrupt, delta):
     assert optimizer.verify_steps == 1
     run(optimizer, model, 1, first=1)
     assert optimizer.verify_steps == 0
-    corrupt(0, lambda x: x + 1)
+    corrupt("param", lambda x: x + 1)
     run(optimizer, model, 1, first=2)
 
     fm.verify(optimizer)
@@ -118,29 +127,31 @@ def test_it_counts_down_and_stops(corrupt, delta):
         ("master_low", torch.bfloat16, {"master": "split"}),
     ],
 )
-def test_what_a_kernel_will_keep_is_compared_as_well(state, dtype, options, delta, monkeypatch):
-    """No kernel takes these states yet: eager code stands for one, with an error in the last element."""
-    step = functional.merging_adamw_
-
-    def stand_in(*lists, anchors, masters, impl, **others):
-        gathered = step(*lists, anchors=anchors, masters=masters, impl="eager", **others)
-        if impl == "triton" and lists[0][0].shape == (16, 8) and wrong:
-            anchor = anchors[0] or (None, None)
-            kept = {"anchor": anchor[0], "anchor_decay": anchor[1]}.get(state, masters[0])
-            kept.view(-1)[-1:] += 1
-        return gathered
-
-    monkeypatch.setattr(functional, "merging_adamw_", stand_in)
-    wrong = False
+def test_every_other_state_is_compared_as_well(state, dtype, options, delta, corrupt):
     (model, optimizer), (peer, plain) = (triton_run(delta, dtype, **options) for _ in range(2))
     fm.verify(optimizer)
     run(optimizer, model, 3)
     plain.impl = "eager"
     run(plain, peer, 3)
     assert_same(optimizer, plain)
-    wrong = True
+    corrupt(state, lambda x: x + 1)
     with pytest.raises(RuntimeError, match=rf"differ in '{state}' of 'hidden\.weight', by at most 1;"):
         run(optimizer, model, 1, first=3)
+
+
+def test_the_way_that_thresholds_are_found_while_training_is_what_is_compared(delta):
+    model = trained()
+    optimizer = fm.OnTIESAdamW(
+        model.named_parameters(), reference_delta=delta, reserve_rate=0.2, alpha=0.1, lr=1e-2, impl="triton"
+    )
+    fm.verify(optimizer)
+    run(optimizer, model, 3)
+    (workspace,) = optimizer._workspaces.values()
+    parts = [workspace.part(name) for name, _ in model.named_parameters()]
+    thresholds = [kept.thresholds for part in parts for plan in part._plans.values() for kept in plan._launches]
+    assert len(thresholds) == len(parts)
+    # Each has found one, which the next step starts from.
+    assert all((threshold > 0) & (threshold < 0x7F800000) for threshold in thresholds)
 
 
 def test_one_tensor_is_copied_at_a_time_and_the_delta_never(delta, monkeypatch):

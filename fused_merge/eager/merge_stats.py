@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_merge.eager.adamw import sqrt_rn
 from fused_merge.eager.merging_adamw import CONSENSUS, Terms
 from fused_merge.eager.scalars import Scalars
 from fused_merge.eager.sums import inner_product
@@ -26,8 +27,22 @@ class MergeStats(NamedTuple):
     lost: Tensor  # share of the kept entries of tau whose addition changed no bit of the weight
 
 
-def merge_stats(terms: Terms, s: Scalars, rule: MergeRule, stored: torch.dtype) -> MergeStats:
-    """Return the statistics of one merge.
+class MergeSums(NamedTuple):
+    """What is added up over a tensor: inner products by the defined tree, and counts (int64); all 0-d."""
+
+    u_u: Tensor
+    tau_tau: Tensor
+    merged_merged: Tensor
+    u_tau: Tensor
+    kept_u: Tensor
+    kept_tau: Tensor
+    both: Tensor  # u and F(tau) are not zero
+    opposed: Tensor  # of these, those of opposite signs
+    unchanged: Tensor  # of the kept entries of tau, those whose addition changed no bit
+
+
+def merge_sums(terms: Terms, s: Scalars, rule: MergeRule, stored: torch.dtype) -> MergeSums:
+    """Add up one merge.
 
     Args:
         terms: what was merged.
@@ -36,20 +51,35 @@ def merge_stats(terms: Terms, s: Scalars, rule: MergeRule, stored: torch.dtype) 
         stored: dtype of the weight, or of its master where it has one.
     """
     u, tau = terms.u, terms.tau
-    norm_u, norm_tau, norm_merged = (inner_product(x, x).sqrt() for x in (u, tau, terms.merged))
-    norms = norm_u * norm_tau
     both, kept_tau = (u != 0) & (tau != 0), tau != 0
     without = CONSENSUS[rule.consensus](terms.u_kept, tau, s.update_weight, 0.0)
     unchanged = (terms.start + terms.merged).to(stored) == (terms.start + without).to(stored)
+    return MergeSums(
+        u_u=inner_product(u, u),
+        tau_tau=inner_product(tau, tau),
+        merged_merged=inner_product(terms.merged, terms.merged),
+        u_tau=inner_product(u, tau),
+        kept_u=(terms.u_kept != 0).sum(),
+        kept_tau=kept_tau.sum(),
+        both=both.sum(),
+        opposed=(both & ((u > 0) != (tau > 0))).sum(),
+        unchanged=(kept_tau & unchanged).sum(),
+    )
+
+
+def merge_stats(sums: MergeSums, numel: int) -> MergeStats:
+    """Return the statistics of one merge of a tensor of `numel` elements."""
+    norm_u, norm_tau, norm_merged = map(sqrt_rn, (sums.u_u, sums.tau_tau, sums.merged_merged))
+    norms = norm_u * norm_tau
     return MergeStats(
-        cosine=torch.where(norms > 0, inner_product(u, tau) / torch.where(norms > 0, norms, 1.0), 0.0),
-        kept_u=_share(terms.u_kept != 0, torch.ones_like(both)),
-        kept_tau=_share(kept_tau, torch.ones_like(both)),
-        conflicts=_share((u > 0) != (tau > 0), both),
+        cosine=torch.where(norms > 0, sums.u_tau / torch.where(norms > 0, norms, 1.0), 0.0),
+        kept_u=sums.kept_u / max(numel, 1),
+        kept_tau=sums.kept_tau / max(numel, 1),
+        conflicts=sums.opposed / sums.both.clamp(min=1),
         norm_u=norm_u,
         norm_tau=norm_tau,
         norm_merged=norm_merged,
-        lost=_share(unchanged, kept_tau),
+        lost=sums.unchanged / sums.kept_tau.clamp(min=1),
     )
 
 
@@ -64,10 +94,5 @@ def lost_share(param: Tensor, tau: Tensor, tau_weight: float, stored: torch.dtyp
     """
     wide = param.to(torch.promote_types(param.dtype, torch.float32))
     unchanged = (wide + tau_weight * tau.to(wide.dtype)).to(stored) == wide.to(stored)
-    return _share(unchanged, tau != 0)
-
-
-def _share(condition: Tensor, among: Tensor) -> Tensor:
-    """Return how much of `among` fulfils the condition, 0 where there is nothing."""
-    total = among.sum()
-    return (condition & among).sum() / total.clamp(min=1)
+    kept = tau != 0
+    return (kept & unchanged).sum() / kept.sum().clamp(min=1)

@@ -75,7 +75,7 @@ def merging_adamw_(
         s: the scalars of this step.
         rule: which elements of u are kept, how the two are merged, what is projected and how results are rounded.
         key: of the tensor's random numbers at this step.
-        anchor: for merges at every K-th step; mutated. None merges at every step.
+        anchor: for merges at every K-th step; mutated. None merges at every step. Unused without a delta.
         master: fp32 copy of a 16-bit `param`, or int16 low halves of a bf16 one; mutated.
         keep_terms: also return what was merged.
 
@@ -83,6 +83,7 @@ def merging_adamw_(
         What was merged, if asked for and there is a delta.
     """
     compute = adamw.compute_dtype(param.dtype)
+    anchor = anchor if delta is not None else None
     g = s.grad_factor * grad.to(compute)
     full = None if delta is None or delta.full is None else delta.full.to(compute)
     if full is not None and rule.project and rule.project_on == "gradient":
@@ -153,15 +154,16 @@ def _store(
     moves: Tensor,
 ) -> None:
     """Write start + merged where the weights move, rounded once."""
+    # Nothing to add changes no bit, not even that of -0: such weights need not be written at all.
+    theta = torch.where(merged == 0, start, start + merged)
     if master is not None and master.dtype == torch.int16:
-        high, low = rounding.split(start + merged)
+        high, low = rounding.split(theta)
         _write(param, high, moves)
         _write(master, low, moves)
     elif rule.rounding == "stochastic":
-        theta, error = rounding.two_sum(start, merged)
+        _, error = rounding.two_sum(start, merged)
         _write(param, rounding.stochastic(theta, error, param.dtype, key), moves)
     else:
-        theta = start + merged
         _write(param, theta, moves)
         if master is not None:
             _write(master, theta, moves)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor
 
 Scalar = float | Tensor
+
+# Step counts are fp32, exact up to 2^24.
+STEP_BITS = 25
 
 
 class Scalars(NamedTuple):
@@ -61,8 +65,8 @@ def derive_scalars(step: Scalar, hyper: Hyper) -> Scalars:
         one_minus_beta1=1 - beta1,
         beta2=beta2,
         one_minus_beta2=1 - beta2,
-        step_size=lr / (1 - beta1**step),
-        inv_sqrt_bias2=(1 - beta2**step) ** -0.5,
+        step_size=lr / (1 - power(beta1, step)),
+        inv_sqrt_bias2=_inv_sqrt(1 - power(beta2, step)),
         eps=hyper.eps,
         decay=1 - lr * hyper.weight_decay,
         update_weight=(1 - hyper.alpha) * hyper.update_scale,
@@ -72,6 +76,30 @@ def derive_scalars(step: Scalar, hyper: Hyper) -> Scalars:
         advances=_flag(hyper.found_inf == 0),
         merges=_flag(step % hyper.merge_every == 0),
     )
+
+
+def power(base: float, exponent: Scalar) -> Scalar:
+    """Return base^exponent, a whole number from 0 to 2^24, by squaring: one order of multiplications everywhere.
+
+    Libraries differ in the last place of their powers, and so would hosts and devices.
+    """
+    if isinstance(exponent, Tensor):
+        bits = exponent.to(torch.int64)
+        result = torch.ones_like(bits, dtype=torch.float64)
+        for bit in range(STEP_BITS):
+            result = torch.where((bits >> bit) & 1 == 1, result * base, result)
+            base = base * base
+        return result
+    number = 1.0
+    for bit in range(STEP_BITS):
+        if int(exponent) >> bit & 1:
+            number *= base
+        base = base * base
+    return number
+
+
+def _inv_sqrt(x: Scalar) -> Scalar:
+    return x.sqrt().reciprocal() if isinstance(x, Tensor) else 1 / math.sqrt(x)
 
 
 def _flag(condition: bool | Tensor) -> Scalar:

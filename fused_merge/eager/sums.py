@@ -16,13 +16,14 @@ from fused_merge.eager.opaque import opaque
 @opaque("(Tensor x) -> Tensor", lambda x: x.new_empty(x.shape[:-1]))
 def tree_sum(x: Tensor) -> Tensor:
     """Return the sum over the last dimension `[..., n]` as `[...]`, in the dtype of `x`; 0 for no elements."""
-    if x.shape[-1] < 2:
+    if x.shape[-1] == 0:
         return x.sum(-1)
     while x.shape[-1] > 1:
         # A zero at the end of an odd level stands for all the padding above it.
         x = pad(x, (0, x.shape[-1] % 2))
         x = x[..., 0::2] + x[..., 1::2]
-    return x[..., 0]
+    # A sum of nothing but -0 is 0, as with any padding.
+    return x[..., 0] + 0.0
 
 
 def inner_product(x: Tensor, y: Tensor, *, rows: bool = False) -> Tensor:

@@ -1,0 +1,221 @@
+"""Compile every build of the kernels for GPUs that need not be here, and tell what the machine code does.
+
+`python bench/kernels.py` prints a table, `--json` the same as JSON. Run it without TRITON_INTERPRET, under which Triton
+does not compile.
+
+A build is a kernel with the constants that shape its code. Storage types multiply them: the ones below stand for
+all, as a run compiles only its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fused_merge.kernels import merging_adamw, scalars, sums
+from fused_merge.kernels.interpolate import interpolate_kernel
+from fused_merge.kernels.rows import Build
+from fused_merge.kernels.tables import NUM_WARPS
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+NVDISASM = CUOBJDUMP.with_name("nvdisasm")
+
+# What the kernels are handed at run time; every other argument is a constant.
+SIGNATURE = {
+    "programs": "*i32",
+    "tensors": "*i64",
+    "table": "*fp32",
+    "coefficients": "*fp32",
+    "thresholds": "*i32",
+    "counts": "*i64",
+    "search": "*i64",
+    "words": "*i32",
+    "products": "*fp32",
+    "out": "*fp32",
+    "spans": "*i32",
+    "sums": "*fp32",
+    "constants": "*fp64",
+    "lr": "*fp64",
+    "grad_factor": "*fp64",
+    "found_inf": "*fp64",
+    "rest_share": "fp32",
+    "onto_share": "fp32",
+    "ratios": "i32",
+}
+
+FP32 = Build(tl.float32, tl.float32, tl.float32, tl.float32)
+BF16 = FP32._replace(PARAM=tl.bfloat16, GRAD=tl.bfloat16)
+DENSE = {"TAU": tl.bfloat16}
+RARE = {"TAU": tl.bfloat16, "SPARSE": True, "SPARSIFY": "random", "SKIPS": True}
+RANKED = {"TAU": tl.bfloat16, "SPARSE": True, "SPARSIFY": "magnitude", "RANKED": True, "CONSENSUS": "sign_reference"}
+CONFLICT = DENSE | {"PROJECT": "conflict"}
+
+STEPS = {
+    "adamw": FP32,
+    "ondare, all kept": FP32._replace(**DENSE),
+    "ondare": FP32._replace(**RARE),
+    "ondare, many kept": FP32._replace(**RARE | {"SKIPS": False}),
+    "onties": FP32._replace(**RANKED, RESUMES=True, SKIPS=True),
+    "onsoft": FP32._replace(**RANKED | {"SPARSIFY": "soft_threshold", "CONSENSUS": "linear"}, RESUMES=True, SKIPS=True),
+    "onproj": FP32._replace(**CONFLICT),
+    "onproj, rows": FP32._replace(**CONFLICT, PROJECT_ROWS=True, ROW_PROGRAMS=True),
+    "onproj, rows of u": FP32._replace(**CONFLICT, PROJECT_ROWS=True, ROW_PROGRAMS=True, PROJECT_ON="update"),
+    "ondare, K": FP32._replace(**RARE | {"SKIPS": False}, ANCHOR=tl.float32),
+    "ondare, statistics": FP32._replace(**RARE | {"SKIPS": False}, STATS=True),
+    "bf16 adamw": BF16,
+    "bf16 ondare": BF16._replace(**RARE),
+    "bf16 ondare, stochastic": BF16._replace(**RARE, STOCHASTIC=True),
+    "bf16 ondare, split": BF16._replace(**RARE | {"SKIPS": False}, MASTER="split"),
+    "bf16 ondare, fp32 master": BF16._replace(**RARE | {"SKIPS": False}, MASTER="fp32"),
+    "bf16 ondare, bf16 moments": BF16._replace(EXP_AVG=tl.bfloat16, EXP_AVG_SQ=tl.bfloat16, **RARE),
+}
+
+
+class Kernel(NamedTuple):
+    """A kernel, its constants, and the bytes of dense tensors that its code reads and writes per element."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    reads: int = 0
+    writes: int = 0
+
+
+def step_bytes(build: Build) -> tuple[int, int]:
+    """Return what the code of a step reads and writes per element, each tensor as often as it stands there."""
+
+    def size(*dtypes: tl.dtype | None) -> int:
+        return sum(dtype.primitive_bitwidth // 8 for dtype in dtypes if dtype is not None)
+
+    moments = size(build.EXP_AVG, build.EXP_AVG_SQ)
+    weight = size(build.PARAM, build.ANCHOR) + {"none": 0, "split": 2, "fp32": 4}[build.MASTER]
+    if build.RESUMES:
+        return moments + weight, weight
+    tau = 0 if build.SPARSE else size(build.TAU)
+    # A program that owns a row reads it once more to project it.
+    again = size(build.GRAD) + tau + (moments if build.PROJECT_ON == "update" else 0)
+    return size(build.GRAD) + moments + weight + tau + again * build.ROW_PROGRAMS, moments + weight
+
+
+def builds() -> dict[str, Kernel]:
+    """Return every build by its name."""
+    steps = {
+        f"step: {name}": Kernel(merging_adamw.merging_adamw_kernel, {"BUILD": build}, *step_bytes(build))
+        for name, build in STEPS.items()
+    }
+    ranked = {"BUILD": STEPS["onties"]}
+    return steps | {
+        "project: onproj": Kernel(merging_adamw.project_kernel, {"BUILD": STEPS["onproj"]}, reads=4 + 2),
+        "mark: onties": Kernel(merging_adamw.mark_kernel, ranked, reads=4 + 4 + 4, writes=4 + 4),
+        "count: onties": Kernel(merging_adamw.count_kernel, ranked, reads=4 + 4),
+        "search: onties": Kernel(merging_adamw.search_kernel, ranked | {"FIRST": False, "LAST": True}),
+        "sums": Kernel(sums.tree_kernel, {"COLUMNS": 2, "SIZE": sums.FAN_IN}),
+        "scalars": Kernel(scalars.scalars_kernel, {}),
+        # The loop over ratios stands once in the code.
+        "interpolate": Kernel(interpolate_kernel, {"DTYPE": tl.bfloat16, "ALIGNED": True}, reads=2 + 2, writes=2),
+    }
+
+
+def elements_per_program(target: GPUTarget) -> int:
+    """Return the block size that the library launches on this target."""
+    return 8 * NUM_WARPS * target.warp_size
+
+
+def compile_for(target: GPUTarget, build: Kernel) -> Any:
+    """Return the compiled kernel."""
+    names = build.kernel.arg_names
+    constants = dict(build.constants)
+    if "BLOCK" in names:
+        constants["BLOCK"] = elements_per_program(target)
+    signature = {name: "constexpr" if name in constants else SIGNATURE[name] for name in names}
+    source = ASTSource(
+        build.kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name, type in signature.items() if type[0] == "*"},
+    )
+    return triton.compile(source, target=target, options={"num_warps": NUM_WARPS, "enable_fp_fusion": False})
+
+
+def report(compiled: Any, target: GPUTarget) -> dict[str, int | float]:
+    """Return what one program does; reads and writes are bytes per element of accesses 128 bits wide."""
+    threads = NUM_WARPS * target.warp_size
+    if target.backend == "cuda":
+        ptx = compiled.asm["ptx"]
+        loads = len(re.findall(r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64", ptx))
+        stores = len(re.findall(r"st\.global[.\w:]*\.v4\.b32|st\.global[.\w:]*\.v2\.b64", ptx))
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
+            code = subprocess.run([NVDISASM, "-c", file.name], capture_output=True, text=True, check=True).stdout
+        fields = dict(re.findall(r"(\w+):(\d+)", usage.stdout))
+        registers, spills = int(fields["REG"]), int(fields["STACK"]) + int(fields["LOCAL"])
+        instructions = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", code, re.MULTILINE))
+    else:
+        asm = compiled.asm["amdgcn"]
+        loads = len(re.findall(r"(?:global|buffer)_load_dwordx4", asm))
+        stores = len(re.findall(r"(?:global|buffer)_store_dwordx4", asm))
+        registers = int(re.search(r"\.vgpr_count:\s*(\d+)", asm)[1])
+        # Scalar registers spill into lanes of vector registers, and only those into memory.
+        spills = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", asm)[1])
+        instructions = len(re.findall(r"^\t[sv]_|^\t(?:global|buffer|flat|ds)_", asm, re.MULTILINE))
+    return {
+        "read": 16 * threads * loads / elements_per_program(target),
+        "written": 16 * threads * stores / elements_per_program(target),
+        "spills": spills,
+        "registers": registers,
+        "shared": compiled.metadata.shared,
+        "instructions": instructions,
+    }
+
+
+def reports() -> Iterator[tuple[str, str, dict[str, int | float]]]:
+    """Compile everything; yield build, target and report."""
+    jobs = [(name, build, target) for name, build in builds().items() for target in TARGETS]
+
+    def work(job: tuple[str, Kernel, str]) -> tuple[str, str, dict[str, int | float]]:
+        name, build, target = job
+        return name, target, report(compile_for(TARGETS[target], build), TARGETS[target])
+
+    with ThreadPoolExecutor(2) as pool:
+        yield from pool.map(work, jobs)
+
+
+def main() -> None:
+    """Print the reports."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    if parser.parse_args().json:
+        every = builds()
+        rows = [
+            {"build": name, "target": target, "reads": every[name].reads, "writes": every[name].writes} | row
+            for name, target, row in reports()
+        ]
+        json.dump(rows, sys.stdout, indent=1)
+        return
+    columns = ("registers", "spills", "shared", "instructions", "read", "written")
+    print(f"{len(builds())} builds\n{'build':28} target " + " ".join(f"{column:>12}" for column in columns))
+    for name, target, row in reports():
+        print(f"{name:28} {target:6} " + " ".join(f"{row[column]:12}" for column in columns))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Which steps hold the kernels and the eager code together: a full product by rows, and every pair of all options.
+
+A case is legal if the library takes it and none of its options is idle, as `project_over` is without a projection.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from inspect import signature
+from itertools import combinations, product
+
+DTYPES = ("fp32", "bf16", "fp16")
+
+# The first legal value is the default of the product.
+OPTIONS = {
+    "row": ("ondare", "onties", "onties-paper", "onproj", "onsoft"),
+    "tau": (*DTYPES, *(f"sparse-{dtype}" for dtype in DTYPES), "none"),
+    "reserve_rate": (0.3, 0.02, 1.0, None),
+    "rescale": (True, False),
+    "project": ("none", "conflict", "onto", "onto-0.3"),
+    "project_over": ("tensor", "rows"),
+    "project_on": ("gradient", "update"),
+    "full_tau": ("none", *DTYPES),
+    "weights": DTYPES,
+    "master": ("none", "fp32", "split"),
+    "rounding": ("nearest", "stochastic"),
+    "grad": DTYPES,
+    "exp_avg": DTYPES,
+    "exp_avg_sq": DTYPES,
+    "merge_every": (None, 1, 3),  # with an anchor, or None without one
+    "weight_decay": (0.1, 0.0),
+    "alpha": (1e-2, 0.5, 0.0, 1.0),
+    "lr": ("float", "zero", "tensor"),
+    "grad_factor": (1.0, -0.5, "tensor"),
+    "found_inf": ("absent", "clear", "overflow"),
+    "statistics": (False, True),
+    "shard": ("whole", "rows", "columns"),
+    "alignment": ("aligned", "shifted"),
+    "layout": ("contiguous", "permuted", "strided"),
+    "special": ("none", "nonfinite", "ties", "zeros", "zero-delta", "signed-zeros", "tiny"),
+}
+
+Case = namedtuple("Case", OPTIONS)
+
+LAWS = (
+    lambda row, reserve_rate: (row == "onproj") == (reserve_rate is None),
+    lambda row, rescale: rescale or row == "ondare",
+    lambda tau, rescale: rescale or tau != "none",
+    lambda row, project: row != "onproj" or project != "none",
+    lambda project, project_over: project != "none" or project_over == "tensor",
+    lambda project, project_on: project != "none" or project_on == "gradient",
+    lambda project, full_tau: project != "none" or full_tau == "none",
+    lambda tau, full_tau: tau != "none" or full_tau == "none",
+    lambda tau, project, full_tau: project == "none" or full_tau != "none" or not tau.startswith("sparse"),
+    lambda weights, master: weights == "bf16" or master == "none" or (weights, master) == ("fp16", "fp32"),
+    lambda master, rounding: master == "none" or rounding == "nearest",
+)
+NAMED_LAWS = {tuple(signature(law).parameters): law for law in LAWS}
+
+# Beside one of these other options do not show: a case counts for the pairs that hold all of these that it has.
+SILENT = {("tau", "none"), ("reserve_rate", 1.0), ("alpha", 0.0), ("alpha", 1.0)}
+
+
+def legal(chosen):
+    """Return whether the options that are chosen so far, name to value, can go together."""
+    return all(law(*map(chosen.get, names)) for names, law in NAMED_LAWS.items() if chosen.keys() >= set(names))
+
+
+def pairs_shown(case):
+    """Return the pairs of (name, value) that a case covers."""
+    silent = SILENT & case.items()
+    return {pair for pair in map(frozenset, combinations(case.items(), 2)) if silent <= pair}
+
+
+def complete(chosen, wanted=()):
+    """Return the legal case that goes on from `chosen` and shows many pairs `wanted`, or None where there is none."""
+    name = next((name for name in OPTIONS if name not in chosen), None)
+    if name is None:
+        return chosen
+    beside = SILENT & chosen.items() or chosen.items()
+
+    def gain(value):
+        return sum(frozenset({(name, value), other}) in wanted for other in beside)
+
+    # Where many gain the same, not always the first.
+    turn = len(wanted) % len(OPTIONS[name])
+    values = [value for value in OPTIONS[name][turn:] + OPTIONS[name][:turn] if (name, value) not in SILENT]
+    for value in sorted(values, key=gain, reverse=True):
+        more = chosen | {name: value}
+        if legal(more) and (case := complete(more, wanted)):
+            return case
+    return None
+
+
+def cover_pairs(cases):
+    """Return cases that show every pair of options that a legal case has and `cases` do not show: greedily."""
+    columns = [[(name, value) for value in values] for name, values in OPTIONS.items()]
+    wanted = dict.fromkeys(frozenset(pair) for two in combinations(columns, 2) for pair in product(*two))
+    for case in cases:
+        for pair in pairs_shown(case):
+            wanted.pop(pair, None)
+    found = []
+    while wanted:
+        first = next(iter(wanted))
+        case = complete(dict(first), wanted)
+        found += [case] if case else []
+        for pair in pairs_shown(case) if case else [first]:
+            wanted.pop(pair, None)
+    return found
+
+
+def named(case):
+    """Return a name of what tells most cases apart."""
+    return "-".join([case["row"], case["tau"], *([case["special"]] if case["special"] != "none" else [])])
+
+
+ROWS = [
+    *({"row": row, "tau": tau} for row, tau in product(OPTIONS["row"], OPTIONS["tau"])),
+    *({"row": row, "special": special} for row, special in product(OPTIONS["row"], OPTIONS["special"][1:])),
+    # Half and half, opposite terms of the same magnitude cancel.
+    {"row": "onties-paper", "special": "ties", "alpha": 0.5},
+]
+PRODUCT = [complete(chosen) for chosen in ROWS]
+CASES = {f"{number}-{named(case)}": Case(**case) for number, case in enumerate([*PRODUCT, *cover_pairs(PRODUCT)])}
