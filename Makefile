@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test kernels lint types check clean
 
 demo: .venv/installed-demo  ## base, SFT, preference training with online merging, ratio sweep, Pareto plot
 	$(BIN)/python bench/alignment_tax/run.py --quick
 
 test: .venv/installed-test  ## every test; on a CPU the kernels run in Triton's interpreter, on a GPU on the GPU
 	$(BIN)/pytest
+
+kernels: .venv/installed-test  ## every build of the kernels, compiled for GPUs that need not be here
+	$(BIN)/python bench/kernels.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -184,11 +184,12 @@ class Workspace:
 def _check(name: str, o: Operands, rule: MergeRule) -> None:
     """Raise a `ValueError` if the tensors of a parameter do not fit one another."""
     others = (o.grad, o.exp_avg, o.exp_avg_sq, o.tau, o.full, o.master, o.anchor and o.anchor.weights)
-    shapes = {other.shape for other in others if other is not None}
-    if shapes != {o.param.shape}:
+    shape = o.param.shape
+    if any(other is not None and other.shape != shape for other in others):
+        shapes = {tuple(other.shape) for other in others if other is not None}
         raise ValueError(
             f"{name}: gradient, states and reference delta must have the parameter's shape "
-            f"{tuple(o.param.shape)}, got {sorted(map(tuple, shapes))}"
+            f"{tuple(shape)}, got {sorted(shapes)}"
         )
     if rule.project and o.full is None and isinstance(o.tau, SparseTensor):
         raise ValueError(f"{name}: project={rule.project!r} needs the whole reference delta; pass it as full_taus")

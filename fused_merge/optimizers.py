@@ -255,8 +255,8 @@ class MergingAdamW(Optimizer):
         prepared = [
             self._prepared(group, batch, grad_factor(group, norm, inverse_scale), stats) for _, group, batch in batches
         ]
-        # All groups or none: what one of them cannot do is raised before another one has stepped.
-        for _, lists, options in prepared:
+        # All groups or none: what a later one cannot do is raised before the first one has stepped.
+        for _, lists, options in prepared[1:]:
             functional.merging_adamw_(*lists, **options, dry_run=True)
 
         self.grad_norm = norm

@@ -38,22 +38,22 @@ from fused_merge.sparse import SparseTensor
 
 # From this share of kept elements on, groups of neighbours that hold none are too rare to skip.
 SKIPS_UP_TO = 0.1
-RANKED = ("magnitude", "soft_threshold")
+FLOATS = (
+    "weights",
+    "gradients",
+    "first moments",
+    "second moments",
+    "reference deltas",
+    "whole reference deltas",
+    "anchors",
+)
 MASTER = {torch.float32: "fp32", torch.int16: "split"}
 
 
 def unsupported(o: Operands, rule: MergeRule) -> str | None:
     """Return in a few words why the kernels cannot step this tensor, or None."""
-    floats = {
-        "weights": o.param,
-        "gradients": o.grad,
-        "first moments": o.exp_avg,
-        "second moments": o.exp_avg_sq,
-        "reference deltas": o.tau,
-        "whole reference deltas": o.full,
-        "anchors": o.anchor and o.anchor.weights,
-    }
-    for what, tensor in floats.items():
+    anchor = o.anchor.weights if o.anchor else None
+    for tensor, what in zip((o.param, o.grad, o.exp_avg, o.exp_avg_sq, o.tau, o.full, anchor), FLOATS, strict=True):
         if tensor is not None and tensor.dtype not in tables.TL_DTYPE:
             return f"{tensor.dtype} {what} have no kernel"
     if isinstance(o.tau, SparseTensor) and o.tau.offsets.dtype != torch.int32:
@@ -88,8 +88,8 @@ def _build(o: Operands, rule: MergeRule, stats: bool) -> Build:
     if o.tau is None:
         return Build(**common, ALIGNED=tables.is_aligned(dense), QUADS=runs)
     sparse = isinstance(o.tau, SparseTensor)
-    sparsify = "none" if rule.reserve_rate == 1.0 else rule.update
-    ranked = sparsify in RANKED
+    f_of_u = "none" if rule.reserve_rate == 1.0 else rule.update
+    ranked = f_of_u in sparsify.RANKED
     rows = _projects_rows(o, rule)
     row_programs = rows and not ranked and not stats
     wide = o.exp_avg.dtype == o.exp_avg_sq.dtype == torch.float32
@@ -98,7 +98,7 @@ def _build(o: Operands, rule: MergeRule, stats: bool) -> Build:
         **common,
         TAU=tables.TL_DTYPE[o.tau.dtype],
         SPARSE=sparse,
-        SPARSIFY=sparsify,
+        SPARSIFY=f_of_u,
         CONSENSUS=rule.consensus,
         PROJECT=rule.project,
         PROJECT_ON=rule.project_on,
@@ -110,7 +110,7 @@ def _build(o: Operands, rule: MergeRule, stats: bool) -> Build:
         RESUMES=ranked and wide and o.anchor is None and not stats,
         ROW_PROGRAMS=row_programs,
         SKIPS=sparse
-        and sparsify != "none"
+        and f_of_u != "none"
         and rule.reserve_rate <= SKIPS_UP_TO
         and o.anchor is None
         and o.master is None
@@ -306,13 +306,10 @@ class Plan:
 def _identity(o: Operands) -> tuple[Any, ...]:
     """Return all that the tables of a tensor depend on."""
     sparse = (o.tau.mask, o.tau.values) if isinstance(o.tau, SparseTensor) else (o.tau,)
-    tensors = (o.param, o.grad, o.exp_avg, o.exp_avg_sq, o.step, *sparse, o.full, *(o.anchor or ()), o.master)
-    return (
-        o.param.shape,
-        o.tensor_id,
-        o.shard,
-        *((tensor.data_ptr(), tensor.dtype) for tensor in tensors if tensor is not None),
-    )
+    every = (o.param, o.grad, o.exp_avg, o.exp_avg_sq, o.step, *sparse, o.full, *(o.anchor or ()), o.master)
+    tensors = [tensor for tensor in every if tensor is not None]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    return o.param.shape, o.tensor_id, o.shard, addresses, [tensor.dtype for tensor in tensors]
 
 
 def merging_adamw_(

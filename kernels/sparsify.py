@@ -1,6 +1,7 @@
 """F on loaded values, and the exact k-th largest magnitude without waiting for the host.
 
-Twin of `fused_merge/eager/sparsify.py`. A new F is a function and a line of `sparsify`.
+Twin of `fused_merge/eager/sparsify.py`. A new F that compares with that magnitude is a function, a name in `RANKED`
+and a line of `by_rank`.
 
 The k-th largest of a tensor is found in rounds. An interval of patterns of |x| is known to hold it; each round counts
 the elements in 256 equal bins of the interval, and the bin that holds rank k becomes the next interval, until it is
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+RANKED = ("magnitude", "soft_threshold")
 
 BINS = tl.constexpr(256)
 ROUNDS = 4

@@ -298,17 +298,57 @@ def test_a_nan_gradient_reaches_everything(method):
         assert tensor.isnan().nonzero().flatten().tolist() == [5]
 
 
-@pytest.mark.parametrize("block", [1024, 2048, 8192])
-def test_the_block_size_does_not_show(block, monkeypatch):
+EVERY_ROW = [
+    {},
+    {"method": "onties"},
+    {"method": "onsoft"},
+    {"method": "onproj", "reserve_rate": None, "sparse": False},
+    {"method": "onproj", "reserve_rate": None, "sparse": False, "project_over": "rows"},
+    {"rounding": "stochastic"},
+]
+
+
+@pytest.fixture
+def in_blocks_of(monkeypatch):
+    """Make the kernels work in blocks of this size."""
     from fused_merge.kernels import launch
 
-    t = Tensors([(5000,), (1025,)], tau=torch.bfloat16, sparse=True)
-    by_eager = t.clone()
     step = launch.merging_adamw_
-    monkeypatch.setattr(launch, "merging_adamw_", lambda *args, **kwargs: step(*args, **kwargs, block=block))
-    t.step("triton")
-    by_eager.step("eager")
-    assert_same_bits(t, by_eager)
+
+    def set_block(block):
+        monkeypatch.setattr(launch, "merging_adamw_", lambda *args, **kwargs: step(*args, **kwargs, block=block))
+
+    return set_block
+
+
+@pytest.mark.parametrize("options", EVERY_ROW, ids=str)
+@pytest.mark.parametrize("block", [1024, 2048])
+def test_the_block_size_does_not_show(block, options, in_blocks_of):
+    options = dict(options)
+    sparse = options.pop("sparse", True)
+    in_blocks_of(block)
+    run_both(Tensors([(5000,), (1025,), (3, 2100)], tau=torch.bfloat16, sparse=sparse), steps=1, **options)
+
+
+def test_elements_beyond_32_bits(monkeypatch):
+    """The last chunks of a tensor of 2^31 elements and some, whose pages before them nobody touches."""
+    from fused_merge.kernels import tables
+
+    n, tail = 2**31 + 5000, 5000 + 2 * tables.DEFAULT_BLOCK
+    programs = tables.program_table
+    monkeypatch.setattr(tables, "program_table", lambda *args: programs(*args)[-3:])
+    # Neither filled with zeros nor, by the tests, with NaN: 21 GB that need no memory.
+    buffers = [torch.empty_strided((n,), (1,), dtype=torch.bfloat16, device=DEVICE) for _ in range(5)]
+    small = Tensors([(tail,)], torch.bfloat16, tau=torch.bfloat16)
+    small.exp_avgs, small.exp_avg_sqs = ([x.bfloat16() for x in y] for y in (small.exp_avgs, small.exp_avg_sqs))
+    large = small.clone()
+    for field, buffer in zip(("params", "grads", "exp_avgs", "exp_avg_sqs", "taus"), buffers, strict=True):
+        buffer[-tail:] = getattr(small, field)[0]
+        setattr(large, field, [buffer])
+    large.step("triton")
+    small.step("eager", shards=[ShardIndex(n - tail, tail, tail)])
+    for field in ("params", "exp_avgs", "exp_avg_sqs"):
+        assert torch.equal(getattr(large, field)[0][-tail:], getattr(small, field)[0])
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 3, 4, 2**34, 2**34 + 1])
