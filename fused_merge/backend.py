@@ -6,9 +6,11 @@ import importlib.util
 import logging
 import os
 import shutil
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
+from torch import Tensor
 
 IMPLS = ("auto", "triton", "compiled", "eager")
 
@@ -75,6 +77,39 @@ def resolve(impl: str, device: torch.device, numel: int = 0) -> str:
         raise RuntimeError(f"impl={chosen!r} cannot run on {device}: {reason}")
     _warn_once(f"fused_merge runs eager code on {device}: {reason}")
     return "eager"
+
+
+def group(
+    impl: str, tensors: Sequence[Tensor], called: Sequence[str], refusal: Callable[[int], str | None]
+) -> list[tuple[str, torch.device, list[int]]]:
+    """Decide what runs which tensors, before anything is changed.
+
+    Args:
+        impl: as asked for.
+        tensors: whose devices and sizes decide.
+        called: what an error calls them.
+        refusal: why the kernel cannot take tensor i, or None.
+
+    Returns:
+        Backend, device and the tensors that they serve together.
+
+    Raises:
+        RuntimeError: if `impl` is "triton" and a tensor is refused.
+    """
+    explicit = check_impl(impl) == "triton"
+    numels: dict[torch.device, int] = {}
+    for tensor in tensors:
+        numels[tensor.device] = numels.get(tensor.device, 0) + tensor.numel()
+    chosen = {device: resolve(impl, device, numel) for device, numel in numels.items()}
+    groups: dict[tuple[str, torch.device], list[int]] = {}
+    for index, device in enumerate(tensor.device for tensor in tensors):
+        runs = chosen[device]
+        if runs == "triton" and (reason := refusal(index)):
+            if explicit:
+                raise RuntimeError(f"impl='triton' cannot serve {called[index]}: {reason}; use impl='auto'")
+            runs = "eager"
+        groups.setdefault((runs, device), []).append(index)
+    return [(runs, device, members) for (runs, device), members in groups.items()]
 
 
 @cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from fused_merge.eager.merging_adamw import Anchor, Delta, Terms
 from fused_merge.eager.merging_adamw import merging_adamw_ as eager_merging_adamw_
 from fused_merge.eager.philox import DOMAIN_UPDATE, MaskKey
 from fused_merge.eager.scalars import Hyper, Scalars, derive_scalars, scalar_table
+from fused_merge.eager.sums import inner_product
 from fused_merge.methods import MergeRule, merge_rule
 from fused_merge.operands import Operands
 from fused_merge.sharding import ShardIndex
@@ -33,12 +35,14 @@ __all__ = [
     "MergeStats",
     "ShardIndex",
     "Workspace",
+    "inner_products",
     "interpolate",
     "merge_rule",
     "merging_adamw_",
 ]
 
 Tau = Tensor | SparseTensor | None
+Triple = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 @torch.no_grad()
@@ -125,31 +129,33 @@ def merging_adamw_(
         reason: str | None = unsupported(operands[i], rule)
         return reason
 
-    groups = _group(impl, params, called, refusal)
+    groups = backend.group(impl, params, called, refusal)
     if dry_run:
         return [None] * len(params)
     hyper = hyper._replace(update_scale=rule.scale(rule.reserve_rate), tau_scale=rule.scale(rule.tau_reserve_rate))
-    sums: list[MergeSums | None] = [None] * len(params)
-    torch._foreach_add_(list(steps), 1.0)
+    ready: list[tuple[list[int], Callable[[], list[MergeSums | None]]]] = []
     for runs, device, members in groups:
         own = [operands[i] for i in members]
         if runs == "triton":
-            found = (workspace or Workspace()).step(device, own, rule, hyper, seed, stats)
+            take_step = (workspace or Workspace()).prepare(device, own, rule, hyper, seed, stats)
         else:
             run = compiled.merging_adamw_ if runs == "compiled" else eager_merging_adamw_
-            found = _step_each(run, device, own, rule, hyper, seed, stats)
-        for i, entry in zip(members, found, strict=True):
-            sums[i] = entry
+            take_step = partial(_step_each, run, device, own, rule, hyper, seed, stats)
+        ready.append((members, take_step))
+    torch._foreach_add_(list(steps), 1.0)
+    sums: dict[int, MergeSums | None] = {}
+    for members, take_step in ready:
+        sums.update(zip(members, take_step(), strict=True))
     gathered = [
-        merge_stats(entry, o.param.numel()) if entry is not None and _merges(o, hyper) else None
-        for o, entry in zip(operands, sums, strict=True)
+        merge_stats(entry, o.param.numel()) if (entry := sums[i]) is not None and _merges(o, hyper) else None
+        for i, o in enumerate(operands)
     ]
     _take_back(steps, hyper.found_inf)
     return gathered
 
 
 class Workspace:
-    """What repeated calls of `merging_adamw_` on the same tensors can keep; it is never part of the result.
+    """What repeated calls on the same tensors can keep; it is never part of the result.
 
     On a GPU these are the tables that describe the tensors, made again when an address changes, and the last
     thresholds of F by magnitude, which save passes over the moments. A captured CUDA graph uses them: keep it as
@@ -158,13 +164,14 @@ class Workspace:
 
     def __init__(self) -> None:
         self._plans: dict[torch.device, Any] = {}
+        self._product_plans: dict[torch.device, Any] = {}
         self._parts: dict[str, Workspace] = {}
 
     def part(self, name: str) -> Workspace:
         """Return what calls with this one of the tensors share."""
         return self._parts.setdefault(name, Workspace())
 
-    def step(
+    def prepare(
         self,
         device: torch.device,
         operands: Sequence[Operands],
@@ -172,13 +179,29 @@ class Workspace:
         hyper: Hyper,
         seed: int,
         stats: bool,
-    ) -> list[MergeSums | None]:
-        """Step the tensors of one device by the kernels; see `fused_merge.kernels.launch.merging_adamw_`."""
+    ) -> Callable[[], list[MergeSums | None]]:
+        """Make ready to step the tensors of one device by the kernels; see `fused_merge.kernels.launch.prepare`."""
         from fused_merge.kernels import launch
 
         plan = self._plans.setdefault(device, launch.Plan())
-        sums: list[MergeSums | None] = launch.merging_adamw_(operands, rule, hyper, seed=seed, stats=stats, plan=plan)
-        return sums
+        step: Callable[[], list[MergeSums | None]] = launch.prepare(
+            operands, rule, hyper, seed=seed, stats=stats, plan=plan
+        )
+        return step
+
+    def multiply(self, device: torch.device, triples: Sequence[Triple], scale: float | Tensor) -> list[Tensor]:
+        """Multiply tensors of one device by the kernel; see `fused_merge.kernels.sums.inner_products`."""
+        from fused_merge.kernels import sums
+
+        # Filled and not copied: a copy of a number from the host would wait for the device.
+        factor = (
+            scale.to(device, torch.float32)
+            if isinstance(scale, Tensor)
+            else torch.full((), scale, dtype=torch.float32, device=device)
+        )
+        plan = self._product_plans.setdefault(device, sums.Plan())
+        products: list[Tensor] = sums.inner_products(triples, factor, plan=plan)
+        return products
 
 
 def _check(name: str, o: Operands, rule: MergeRule) -> None:
@@ -257,6 +280,79 @@ def _delta(tau: Tau, full: Tensor | None, rule: MergeRule) -> Delta | None:
 
 
 @torch.no_grad()
+def inner_products(
+    xs: Sequence[Tensor],
+    ys: Sequence[Tensor] | None = None,
+    minus: Sequence[Tensor] | None = None,
+    *,
+    scale: float | Tensor = 1.0,
+    workspace: Workspace | None = None,
+    impl: str = "auto",
+) -> list[Tensor]:
+    """Return <s*x, y - z> of each of T tensors, without writing the difference; without `ys` <s*x, s*x>.
+
+    Each is one defined sum, a binary tree over row-major neighbours, in fp32 (fp64 where a tensor is fp64): it does not
+    depend on what else is summed, on block sizes or on the backend.
+
+    Args:
+        xs: T floating tensors of any shapes and strides.
+        ys: T tensors of the same shapes and devices, in any floating dtypes.
+        minus: z, the same; needs `ys`.
+        scale: s, a float or a 0-d tensor that the host never reads; x is multiplied first.
+        workspace: what calls with the same tensors share; None starts anew.
+        impl: `"auto"`, `"triton"` or `"eager"`; `"compiled"` is the step's, and runs eager code here.
+
+    Returns:
+        T 0-d tensors, each where its tensor is.
+
+    Raises:
+        ValueError: for lists, shapes, dtypes or devices that do not match.
+        RuntimeError: if `impl="triton"` cannot run here or does not serve a tensor.
+    """
+    if ys is None and minus is not None:
+        raise ValueError("minus is subtracted from ys; pass both, or neither")
+    nothing = [None] * len(xs)
+    lengths = [len(column) for column in (xs, ys, minus) if column is not None]
+    if lengths != [len(xs)] * len(lengths):
+        raise ValueError(f"xs, ys and minus must have equally many tensors, got {lengths}")
+    triples: list[Triple] = list(zip(xs, ys or nothing, minus or nothing, strict=True))
+    for index, triple in enumerate(triples):
+        x = triple[0]
+        for other in triple:
+            if other is None:
+                continue
+            if (other.shape, other.device) != (x.shape, x.device) or not other.is_floating_point():
+                raise ValueError(
+                    f"tensor {index}: {_describe(x)} and {_describe(other)} have no inner product; make shape and "
+                    "device the same, and the dtypes floating"
+                )
+
+    def refusal(i: int) -> str | None:
+        from fused_merge.kernels.sums import unsupported
+
+        reason: str | None = unsupported(triples[i])
+        return reason
+
+    called = [f"tensor {i}" for i in range(len(xs))]
+    results: dict[int, Tensor] = {}
+    for runs, device, members in backend.group(impl, xs, called, refusal):
+        if runs == "triton":
+            products = (workspace or Workspace()).multiply(device, [triples[i] for i in members], scale)
+        else:
+            products = [_eager_product(*triples[i], scale) for i in members]
+        results.update(zip(members, products, strict=True))
+    return [results[i] for i in range(len(xs))]
+
+
+def _eager_product(x: Tensor, y: Tensor | None, z: Tensor | None, scale: float | Tensor) -> Tensor:
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in (x, y, z))
+    compute = torch.float64 if wide else torch.float32
+    x = (scale.to(x.device, compute) if isinstance(scale, Tensor) else scale) * x.to(compute)
+    right = x if y is None else y.to(compute)
+    return inner_product(x, right if z is None else right - z.to(compute))
+
+
+@torch.no_grad()
 def interpolate(
     bases: Sequence[Tensor],
     tuneds: Sequence[Tensor],
@@ -311,7 +407,7 @@ def interpolate(
         reason: str | None = unsupported(*pairs[i], outs[i])
         return reason
 
-    groups = _group(impl, bases, [f"tensor {i}" for i in range(len(bases))], refusal)
+    groups = backend.group(impl, bases, [f"tensor {i}" for i in range(len(bases))], refusal)
     for runs, _, members in groups:
         if runs == "triton":
             from fused_merge.kernels import interpolate as kernel
@@ -348,36 +444,3 @@ def finite_ratio(ratio: float) -> float:
 
 def _describe(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-
-
-def _group(
-    impl: str, tensors: Sequence[Tensor], called: Sequence[str], refusal: Callable[[int], str | None]
-) -> list[tuple[str, torch.device, list[int]]]:
-    """Decide what runs which tensors, before anything is changed.
-
-    Args:
-        impl: as asked for.
-        tensors: whose devices and sizes decide.
-        called: what an error calls them.
-        refusal: why the kernel cannot take tensor i, or None.
-
-    Returns:
-        Backend, device and the tensors that they serve together.
-
-    Raises:
-        RuntimeError: if `impl` is "triton" and a tensor is refused.
-    """
-    explicit = backend.check_impl(impl) == "triton"
-    numels: dict[torch.device, int] = {}
-    for tensor in tensors:
-        numels[tensor.device] = numels.get(tensor.device, 0) + tensor.numel()
-    chosen = {device: backend.resolve(impl, device, numel) for device, numel in numels.items()}
-    groups: dict[tuple[str, torch.device], list[int]] = {}
-    for index, device in enumerate(tensor.device for tensor in tensors):
-        runs = chosen[device]
-        if runs == "triton" and (reason := refusal(index)):
-            if explicit:
-                raise RuntimeError(f"impl='triton' cannot serve {called[index]}: {reason}; use impl='auto'")
-            runs = "eager"
-        groups.setdefault((runs, device), []).append(index)
-    return [(runs, device, members) for (runs, device), members in groups.items()]

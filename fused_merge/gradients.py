@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_merge.eager.adamw import compute_dtype
-from fused_merge.eager.sums import inner_product
+from fused_merge import functional
 
 
 def inverse_of(grad_scale: Tensor | None) -> float | Tensor:
@@ -17,21 +16,20 @@ def inverse_of(grad_scale: Tensor | None) -> float | Tensor:
     return 1.0 if grad_scale is None else grad_scale.double().reciprocal().view(())
 
 
-def grad_norm(grads: Iterable[Tensor], inverse_scale: float | Tensor) -> Tensor:
+def grad_norm(
+    grads: Sequence[Tensor], inverse_scale: float | Tensor, *, workspace: functional.Workspace, impl: str
+) -> Tensor:
     """Return the norm of all unscaled gradients, 0-d fp64 on the device of the first; nothing waits for it.
 
     Args:
-        grads: gradients of any shapes, floating dtypes and devices.
-        inverse_scale: what undoes their loss scale.
+        grads: gradients of any shapes, floating dtypes and devices; read once and not written.
+        inverse_scale: what undoes their loss scale; first of all, since the squares of scaled gradients may leave the
+            range of fp32.
+        workspace: what calls with the same gradients share.
+        impl: what computes it.
     """
-    squares: list[Tensor] = []
-    for grad in grads:
-        compute = compute_dtype(grad.dtype)
-        # Unscaled first: the squares of scaled gradients may leave the range of fp32.
-        scale = inverse_scale.to(grad.device, compute) if isinstance(inverse_scale, Tensor) else inverse_scale
-        g = scale * grad.to(compute)
-        squares.append(inner_product(g, g).double())
-    return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+    squares = functional.inner_products(grads, scale=inverse_scale, workspace=workspace, impl=impl)
+    return torch.stack([square.to(squares[0].device, torch.float64) for square in squares]).sum().sqrt()
 
 
 def grad_factor(group: Mapping[str, Any], norm: Tensor | None, inverse_scale: float | Tensor) -> float | Tensor:

@@ -34,7 +34,7 @@ from fused_merge.options import (
 )
 from fused_merge.reference_delta import ReferenceDelta
 from fused_merge.states import complete_state, state_dtypes
-from fused_merge.verify import verified_merging_adamw_
+from fused_merge.verify import verified_merging_adamw_, verify_as_the_environment_says
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -151,7 +151,7 @@ class MergingAdamW(Optimizer):
         self.grad_norm: Tensor | None = None
         self._binding = Binding(reference_delta)
         self._calls = 0
-        self._workspaces: dict[int, functional.Workspace] = {}
+        self._workspace = functional.Workspace()
         self._stats: dict[str, dict[str, float]] = {}
         self._fixed: dict[int, dict[str, Any]] = {}
         defaults = {
@@ -249,8 +249,10 @@ class MergingAdamW(Optimizer):
         self.bind()
         inverse_scale = inverse_of(getattr(self, "grad_scale", None))
         clips = any(group["max_grad_norm"] is not None for _, group, _ in batches)
-        grads = (param.grad for *_, batch in batches for _, param in batch if param.grad is not None)
-        norm = grad_norm(grads, inverse_scale) if clips else None
+        grads = [param.grad for *_, batch in batches for _, param in batch if param.grad is not None]
+        norm = None
+        if clips and grads:
+            norm = grad_norm(grads, inverse_scale, workspace=self._workspace.part("norm"), impl=self.impl)
         stats = self.stats_every > 0 and (self._calls + 1) % self.stats_every == 0
         prepared = [
             self._prepared(group, batch, grad_factor(group, norm, inverse_scale), stats) for _, group, batch in batches
@@ -259,13 +261,16 @@ class MergingAdamW(Optimizer):
         for _, lists, options in prepared[1:]:
             functional.merging_adamw_(*lists, **options, dry_run=True)
 
+        if self._calls == 0 and not self.verify_steps:
+            # Not before: the parameters may have moved to another device since the optimizer was made.
+            verify_as_the_environment_says(self)
         self.grad_norm = norm
         self._calls += 1
         run = verified_merging_adamw_ if self.verify_steps else functional.merging_adamw_
         for (index, _, batch), (states, lists, options) in zip(batches, prepared, strict=True):
             for (_, param), state in zip(batch, states, strict=True):
                 self.state[param].update(state)
-            workspace = self._workspaces.setdefault(index, functional.Workspace())
+            workspace = self._workspace.part(f"group {index}")
             for (name, _), entry in zip(batch, run(*lists, **options, workspace=workspace), strict=True):
                 if entry is not None:
                     self._stats[name] = {field: float(value) for field, value in entry._asdict().items()}
@@ -406,7 +411,14 @@ class MergingAdamW(Optimizer):
         """Return what pickle and deepcopy keep; the delta is found again by the copy's first step."""
         kept = ("impl", "stats_every", "verify_steps", "grad_norm", "_calls", "_stats", "_fixed")
         own = {key: self.__dict__[key] for key in kept}
-        return super().__getstate__() | own | {"_binding": Binding(self.reference_delta), "_workspaces": {}}
+        return (
+            super().__getstate__()
+            | own
+            | {
+                "_binding": Binding(self.reference_delta),
+                "_workspace": functional.Workspace(),
+            }
+        )
 
     def _batches(self) -> Iterator[tuple[int, dict[str, Any], Batch]]:
         """Yield each group's number, the group, and its named parameters that have a gradient, all of them checked."""

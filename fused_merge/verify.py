@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -12,6 +14,8 @@ from fused_merge import backend, functional
 from fused_merge.eager.merge_stats import MergeStats
 from fused_merge.eager.merging_adamw import Anchor
 from fused_merge.sources import bits
+
+logger = logging.getLogger("fused_merge")
 
 
 class Verifiable(Protocol):
@@ -42,6 +46,21 @@ def verify(optimizer: Verifiable, steps: int = 10) -> None:
     if steps and all(backend.resolve(optimizer.impl, device) == "eager" for device in devices):
         raise ValueError("there is nothing to verify: this optimizer runs the eager code itself; use impl='triton'")
     optimizer.verify_steps = steps
+
+
+def verify_as_the_environment_says(optimizer: Verifiable) -> None:
+    """Compare the first n steps of an optimizer where the environment variable `FUSED_MERGE_VERIFY` is n.
+
+    Raises:
+        ValueError: if it is not a number of steps. Where eager code runs there is only a warning.
+    """
+    steps = os.environ.get("FUSED_MERGE_VERIFY", "0")
+    if not steps.isdecimal():
+        raise ValueError(f"FUSED_MERGE_VERIFY must be a number of steps to compare, got {steps!r}")
+    try:
+        verify(optimizer, int(steps))
+    except ValueError as reason:
+        logger.warning("FUSED_MERGE_VERIFY=%s: %s", steps, reason)
 
 
 def verified_merging_adamw_(

@@ -8,7 +8,7 @@ made again when an address or an option changes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -268,16 +268,16 @@ class Plan:
     """What repeated steps of the same tensors keep on a device: tables, compiled forms, and the last thresholds."""
 
     def __init__(self) -> None:
-        self._made_for: Any = None
         self._launches: list[Launch] = []
-        self._constants: tuple[list[float], Tensor] | None = None
+        self._tables: tables.Remembered[list[Launch]] = tables.Remembered()
+        self._constants: tables.Remembered[Tensor] = tables.Remembered()
 
     def launches(
         self, operands: Sequence[Operands], rule: MergeRule, seed: int, stats: bool, block: int
     ) -> list[Launch]:
         """Return the launches of these tensors, made again if anything about them has changed."""
-        made_for = (rule, seed, stats, block, [_identity(o) for o in operands])
-        if made_for != self._made_for:
+
+        def make() -> list[Launch]:
             groups: dict[Build, list[int]] = {}
             for index, o in enumerate(operands):
                 groups.setdefault(_build(o, rule, stats), []).append(index)
@@ -287,20 +287,20 @@ class Plan:
                 if launch.thresholds is not None
                 for row, address in enumerate(launch.addresses)
             }
-            self._launches = [
+            return [
                 Launch(build, members, [operands[i] for i in members], rule, seed, block, thresholds)
                 for build, members in groups.items()
             ]
-            self._made_for = made_for
+
+        self._launches = self._tables.get((rule, seed, stats, block, [_identity(o) for o in operands]), make)
         return self._launches
 
     def constants(self, hyper: Hyper, device: torch.device) -> Tensor:
         """Return the hyper-parameters that are numbers, fp64 on the device; copied there only when they change."""
         numbers = scalars.constants(hyper)
-        if self._constants is None or self._constants[0] != numbers:
-            table = torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
-            self._constants = numbers, table
-        return self._constants[1]
+        return self._constants.get(
+            numbers, lambda: torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
+        )
 
 
 def _identity(o: Operands) -> tuple[Any, ...]:
@@ -312,7 +312,7 @@ def _identity(o: Operands) -> tuple[Any, ...]:
     return o.param.shape, o.tensor_id, o.shard, addresses, [tensor.dtype for tensor in tensors]
 
 
-def merging_adamw_(
+def prepare(
     operands: Sequence[Operands],
     rule: MergeRule,
     hyper: Hyper,
@@ -321,13 +321,13 @@ def merging_adamw_(
     stats: bool = False,
     plan: Plan | None = None,
     block: int = tables.DEFAULT_BLOCK,
-) -> list[MergeSums | None]:
-    """Step tensors that lie on one device, in one sequence of launches for all that share a `Build`.
+) -> Callable[[], list[MergeSums | None]]:
+    """Make ready to step tensors that lie on one device, in one sequence of launches for all that share a `Build`.
 
     Tensors that are not contiguous are stepped as contiguous copies, one at a time.
 
     Args:
-        operands: of T tensors; mutated as `Operands` says.
+        operands: of T tensors.
         rule: the row of the table of methods.
         hyper: what the scalars are derived from; a tensor among them is never read by the host.
         seed: key of the random numbers.
@@ -336,21 +336,30 @@ def merging_adamw_(
         block: elements per program, a multiple of 1024.
 
     Returns:
-        T sums if asked for, else T times None; None for tensors without a delta. They mean something only where a step
-        has merged.
+        What takes the step, and mutates `operands` as they say. It returns T sums if asked for, else T times None;
+        None for tensors without a delta. They mean something only where a step has merged.
+
+    Raises:
+        RuntimeError: for what a CUDA graph that is captured just now cannot hold.
     """
-    plan = plan or Plan()
-    device = operands[0].param.device
-    gathered: list[MergeSums | None] = [None] * len(operands)
-    constants = plan.constants(hyper, device)
     straight = [i for i, o in enumerate(operands) if all(t.is_contiguous() for t in _dense(o))]
-    for launch in plan.launches([operands[i] for i in straight], rule, seed, stats, block):
-        sums = launch.run(constants, hyper)
-        for row, member in enumerate(launch.members):
-            gathered[straight[member]] = sums and MergeSums(*sums[0][row].unbind(), *sums[1][row].unbind())
-    for i in set(range(len(operands))) - set(straight):
-        gathered[i] = _step_copy(operands[i], rule, hyper, seed, stats, block)
-    return gathered
+    if len(straight) < len(operands) and tables.capturing():
+        raise RuntimeError("a CUDA graph cannot capture a step of tensors that are not contiguous; make them so")
+    plan = plan or Plan()
+    constants = plan.constants(hyper, operands[0].param.device)
+    launches = plan.launches([operands[i] for i in straight], rule, seed, stats, block)
+
+    def step() -> list[MergeSums | None]:
+        gathered: list[MergeSums | None] = [None] * len(operands)
+        for launch in launches:
+            sums = launch.run(constants, hyper)
+            for row, member in enumerate(launch.members):
+                gathered[straight[member]] = sums and MergeSums(*sums[0][row].unbind(), *sums[1][row].unbind())
+        for i in set(range(len(operands))) - set(straight):
+            gathered[i] = _step_copy(operands[i], rule, hyper, seed, stats, block)
+        return gathered
+
+    return step
 
 
 def _dense(o: Operands) -> list[Tensor]:
@@ -368,7 +377,7 @@ def _step_copy(o: Operands, rule: MergeRule, hyper: Hyper, seed: int, stats: boo
     copy = Operands(*map(straight, o))
     if o.anchor is not None:
         copy = copy._replace(anchor=Anchor(o.anchor.weights.contiguous(), o.anchor.decay))
-    (sums,) = merging_adamw_([copy], rule, hyper, seed=seed, stats=stats, block=block)
+    (sums,) = prepare([copy], rule, hyper, seed=seed, stats=stats, block=block)()
     for mine, theirs in zip(_dense(o), _dense(copy), strict=True):
         if mine is not theirs:
             mine.copy_(theirs)

@@ -1,14 +1,17 @@
-"""What describes many tensors to one launch: a table of tensors and a table of programs."""
+"""What describes many tensors to one launch: a table of tensors and a table of programs, kept from call to call."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from fused_merge.kernels import INTERPRETED
+
+Kept = TypeVar("Kept")
 
 TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -41,3 +44,34 @@ def program_table(numels: Sequence[int], block: int, device: torch.device) -> Te
 def is_aligned(tensors: Iterable[Tensor | None]) -> bool:
     """Return whether every tensor allows 128-bit accesses."""
     return all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in tensors if tensor is not None)
+
+
+def capturing() -> bool:
+    """Return whether the current stream captures a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+class Remembered(Generic[Kept]):
+    """What was made for something, until it is asked for something else; what a CUDA graph captured stays alive."""
+
+    def __init__(self) -> None:
+        self._made_for: Any = None
+        self._made: Kept | None = None
+        self._captured: list[Kept] = []
+
+    def get(self, made_for: Any, make: Callable[[], Kept]) -> Kept:
+        """Return what `make` has made for this, or makes now.
+
+        Raises:
+            RuntimeError: if it must be made while a CUDA graph is captured, since tables are copied from the host.
+        """
+        if self._made is None or made_for != self._made_for:
+            if capturing():
+                raise RuntimeError(
+                    "a CUDA graph can only capture a step of tensors and options that have taken one before: take it "
+                    "first, and keep the gradients where they are (zero_grad(set_to_none=False))"
+                )
+            self._made, self._made_for = make(), made_for
+        if capturing():
+            self._captured.append(self._made)
+        return self._made

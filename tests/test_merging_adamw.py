@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ class Tensors:
 
     def step(self, impl, **options):
         options = HYPER | {"method": "ondare", "reserve_rate": 0.1} | options
-        extras = {key: options.pop(key) for key in ("seed", "shards") if key in options}
+        extras = {key: options.pop(key) for key in ("seed", "shards", "workspace") if key in options}
         hyper = Hyper(**{key: options.pop(key) for key in Hyper._fields if key in options})
         functional.merging_adamw_(
             self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, self.taus,
@@ -313,10 +314,10 @@ def in_blocks_of(monkeypatch):
     """Make the kernels work in blocks of this size."""
     from fused_merge.kernels import launch
 
-    step = launch.merging_adamw_
+    prepare = launch.prepare
 
     def set_block(block):
-        monkeypatch.setattr(launch, "merging_adamw_", lambda *args, **kwargs: step(*args, **kwargs, block=block))
+        monkeypatch.setattr(launch, "prepare", lambda *args, **kwargs: prepare(*args, **kwargs, block=block))
 
     return set_block
 
@@ -490,3 +491,32 @@ def test_shapes_that_differ_are_named():
     ):
         t.step("eager")
     assert t.steps[0] == 4.0
+
+
+def test_what_a_graph_cannot_capture_is_said_and_changes_nothing(monkeypatch):
+    if DEVICE.type == "cuda":
+        pytest.skip("a stand-in for a capture, where there is none")
+    workspace = functional.Workspace()
+    t = Tensors([(100,)])
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    capturing = True
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    before = t.clone()
+    with pytest.raises(RuntimeError, match="can only capture a step of tensors and options that have taken one before"):
+        t.step("triton", workspace=workspace)
+    assert_same_bits(t, before)
+    capturing = False
+    t.step("triton", workspace=workspace)
+    before.step("eager")
+    capturing = True
+    # What the graph reads stays, whatever is stepped afterwards.
+    t.step("triton", workspace=workspace)
+    before.step("eager")
+    assert_same_bits(t, before)
+    (plan,) = workspace._plans.values()
+    captured = weakref.ref(plan._launches[0])
+    capturing = False
+    t.grads = [grad.clone() for grad in t.grads]
+    t.step("triton", workspace=workspace)
+    assert captured() is not None
+    assert captured() is not plan._launches[0]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import DEVICE
 
+from fused_merge import functional
 from fused_merge.eager.sums import inner_product, tree_sum
 
 
@@ -118,3 +120,89 @@ def test_nan_and_infinity_are_summed_as_numbers_are():
     assert tree_sum(torch.tensor([1.0, torch.nan, 2.0])).isnan()
     assert tree_sum(torch.tensor([1.0, torch.inf, 2.0])).item() == torch.inf
     assert tree_sum(torch.tensor([torch.inf, 1.0, -torch.inf])).isnan()
+
+
+SHAPES = [(1,), (0,), (), (127,), (32, 33), (3, 7, 61), (40_000,)]
+TRIPLES = {
+    "<x, x>": (torch.float32, None, None),
+    "<x, y>": (torch.float32, torch.bfloat16, None),
+    "<x, y - z>": (torch.bfloat16, torch.float16, torch.float16),
+    "<x, y - z>, fp32": (torch.float32, torch.float32, torch.float32),
+}
+
+
+def triples(dtypes):
+    return [
+        None if dtype is None else [draw(*shape, seed=seed).to(DEVICE, dtype) for shape in SHAPES]
+        for seed, dtype in enumerate(dtypes)
+    ]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3, torch.tensor(0.3, dtype=torch.float64)], ids=str)
+@pytest.mark.parametrize("dtypes", TRIPLES.values(), ids=TRIPLES)
+def test_the_kernel_equals_eager(dtypes, scale):
+    x, y, z = triples(dtypes)
+    by_kernel = functional.inner_products(x, y, z, scale=scale, impl="triton")
+    assert all(product.shape == () and product.dtype == torch.float32 for product in by_kernel)
+    assert torch.equal(
+        torch.stack(by_kernel), torch.stack(functional.inner_products(x, y, z, scale=scale, impl="eager"))
+    )
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_products_of_groups_by_hand(impl):
+    x, y, z = (torch.tensor(values, device=DEVICE) for values in ([1.0, 2.0], [3.0, 4.0], [1.0, 1.0]))
+    for others, scale, expected in [
+        ((None, None), 1.0, 5.0),
+        ((None, None), 2.0, 20.0),
+        ((y, None), 1.0, 11.0),
+        ((y, z), 2.0, 16.0),
+    ]:
+        lists = [None if other is None else [other, other[:1]] for other in others]
+        whole, first = functional.inner_products([x, x[:1]], *lists, scale=scale, impl=impl)
+        assert whole == expected
+        assert first == scale * x[0] * (
+            (scale * x[0] if lists[0] is None else y[0]) - (0 if lists[1] is None else z[0])
+        )
+
+
+def test_strides_alignment_and_company_do_not_show():
+    x, y = draw(33, 48).to(DEVICE), draw(33, 48, seed=1).to(DEVICE)
+    (alone,) = functional.inner_products([x], [y], impl="eager")
+    shifted = torch.zeros(33 * 48 + 1, device=DEVICE)[1:].view(33, 48).copy_(x)
+    strided = x.t().contiguous().t()
+    for left in (x, shifted, strided):
+        for product in functional.inner_products([y, left, y], [y, y, x], impl="triton")[1:]:
+            assert product == alone
+
+
+def test_a_workspace_notices_other_tensors():
+    workspace = functional.Workspace()
+    for seed in range(3):
+        x = draw(500 + seed, seed=seed).to(DEVICE)
+        (product,) = functional.inner_products([x], workspace=workspace, impl="triton")
+        assert product == inner_product(x, x)
+
+
+@pytest.mark.parametrize("counts", [[1], [1, 1025, 3], [1024, 2500, 1]], ids=str)
+def test_block_sums_are_added_up_however_many_there_are(counts):
+    from fused_merge.kernels.sums import Reduction
+
+    sums = torch.stack([draw(sum(counts)), draw(sum(counts), seed=1)], 1).to(DEVICE)
+    found = Reduction(counts, DEVICE)(sums)
+    assert torch.equal(found, torch.stack([tree_sum(part.t()) for part in sums.split(counts)]))
+
+
+def test_what_has_no_inner_product_is_named():
+    x = torch.ones(3, device=DEVICE)
+    with pytest.raises(ValueError, match=r"tensor 1: \(3,\) torch.float32 on .* and \(2,\) .* have no inner product"):
+        functional.inner_products([x, x], [x, x[:2]])
+    with pytest.raises(ValueError, match="have no inner product"):
+        functional.inner_products([x], [x.int()])
+    with pytest.raises(ValueError, match=r"equally many tensors, got \[1, 2\]"):
+        functional.inner_products([x], [x, x])
+    with pytest.raises(ValueError, match="minus is subtracted from ys"):
+        functional.inner_products([x], minus=[x])
+    with pytest.raises(RuntimeError, match=r"cannot serve tensor 0: torch\.float64 tensors have no kernel"):
+        functional.inner_products([x.double()], impl="triton")
+    assert functional.inner_products([x.double()], [x])[0].dtype == torch.float64

@@ -35,18 +35,23 @@ def part(operands, state):
 @pytest.fixture
 def corrupt(monkeypatch):
     """Make every launch change one element of this state of the tensor of 16 x 8."""
-    step = launch.merging_adamw_
+    prepare = launch.prepare
 
     def corrupt(state, change):
         def corrupted(operands, *arguments, **options):
-            sums = step(operands, *arguments, **options)
-            for own in operands:
-                if own.param.shape == (16, 8):
-                    last = part(own, state).view(-1)[-1:]
-                    last.copy_(change(last))
-            return sums
+            step = prepare(operands, *arguments, **options)
 
-        monkeypatch.setattr(launch, "merging_adamw_", corrupted)
+            def step_and_corrupt():
+                sums = step()
+                for own in operands:
+                    if own.param.shape == (16, 8):
+                        last = part(own, state).view(-1)[-1:]
+                        last.copy_(change(last))
+                return sums
+
+            return step_and_corrupt
+
+        monkeypatch.setattr(launch, "prepare", corrupted)
 
     return corrupt
 
@@ -146,7 +151,7 @@ def test_the_way_that_thresholds_are_found_while_training_is_what_is_compared(de
     )
     fm.verify(optimizer)
     run(optimizer, model, 3)
-    (workspace,) = optimizer._workspaces.values()
+    workspace = optimizer._workspace.part("group 0")
     parts = [workspace.part(name) for name, _ in model.named_parameters()]
     thresholds = [kept.thresholds for part in parts for plan in part._plans.values() for kept in plan._launches]
     assert len(thresholds) == len(parts)
@@ -189,3 +194,26 @@ def test_a_negative_number_of_steps_is_refused(delta):
     _, optimizer = triton_run(delta)
     with pytest.raises(ValueError, match="steps must be at least 0, got -1"):
         fm.verify(optimizer, steps=-1)
+
+
+def test_the_environment_asks_for_it_as_well(delta, corrupt, monkeypatch):
+    monkeypatch.setenv("FUSED_MERGE_VERIFY", "2")
+    model, optimizer = triton_run(delta)
+    run(optimizer, model, 1)
+    assert optimizer.verify_steps == 1
+    corrupt("param", lambda x: x + 1)
+    with pytest.raises(RuntimeError, match=r"differ in 'param' of 'hidden\.weight'"):
+        run(optimizer, model, 1, first=1)
+    monkeypatch.setenv("FUSED_MERGE_VERIFY", "always")
+    model, optimizer = triton_run(delta)
+    with pytest.raises(ValueError, match="FUSED_MERGE_VERIFY must be a number of steps to compare, got 'always'"):
+        run(optimizer, model, 1)
+    assert not optimizer.state
+
+
+def test_the_environment_only_warns_where_eager_code_runs(delta, monkeypatch, caplog):
+    monkeypatch.setenv("FUSED_MERGE_VERIFY", "2")
+    model, optimizer = triton_run(delta, impl="eager")
+    run(optimizer, model, 1)
+    assert optimizer.verify_steps == 0
+    assert "FUSED_MERGE_VERIFY=2: there is nothing to verify" in caplog.text
