@@ -1,6 +1,7 @@
 """Compile every build of the kernels for GPUs that need not be here, and tell what the machine code does.
 
-`python bench/kernels.py` prints a table, `--json` the same as JSON. Run it without TRITON_INTERPRET, under which Triton
+`python bench/kernels.py` prints a table, `--json` prints JSON, `--write` makes it the record in
+`bench/results/kernels.json` that the tests hold later code against. Run it without TRITON_INTERPRET, under which Triton
 does not compile.
 
 A build is a kernel with the constants that shape its code. Storage types multiply them: the ones below stand for
@@ -33,10 +34,12 @@ from fused_merge.kernels.tables import NUM_WARPS
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NVDISASM = CUOBJDUMP.with_name("nvdisasm")
+RECORD = Path(__file__).parent / "results" / "kernels.json"
 
 # What the kernels are handed at run time; every other argument is a constant.
 SIGNATURE = {
@@ -59,6 +62,7 @@ SIGNATURE = {
     "rest_share": "fp32",
     "onto_share": "fp32",
     "ratios": "i32",
+    "scale": "*fp32",
 }
 
 FP32 = Build(tl.float32, tl.float32, tl.float32, tl.float32)
@@ -68,11 +72,13 @@ RARE = {"TAU": tl.bfloat16, "SPARSE": True, "SPARSIFY": "random", "SKIPS": True}
 RANKED = {"TAU": tl.bfloat16, "SPARSE": True, "SPARSIFY": "magnitude", "RANKED": True, "CONSENSUS": "sign_reference"}
 CONFLICT = DENSE | {"PROJECT": "conflict"}
 
+# <grad, theta1 - theta0>
+PRODUCTS = sums.Build(tl.bfloat16, tl.bfloat16, tl.bfloat16, ALIGNED=True)
+
 STEPS = {
     "adamw": FP32,
     "ondare, all kept": FP32._replace(**DENSE),
     "ondare": FP32._replace(**RARE),
-    "ondare, many kept": FP32._replace(**RARE | {"SKIPS": False}),
     "onties": FP32._replace(**RANKED, RESUMES=True, SKIPS=True),
     "onsoft": FP32._replace(**RANKED | {"SPARSIFY": "soft_threshold", "CONSENSUS": "linear"}, RESUMES=True, SKIPS=True),
     "onproj": FP32._replace(**CONFLICT),
@@ -126,6 +132,7 @@ def builds() -> dict[str, Kernel]:
         "mark: onties": Kernel(merging_adamw.mark_kernel, ranked, reads=4 + 4 + 4, writes=4 + 4),
         "count: onties": Kernel(merging_adamw.count_kernel, ranked, reads=4 + 4),
         "search: onties": Kernel(merging_adamw.search_kernel, ranked | {"FIRST": False, "LAST": True}),
+        "products": Kernel(sums.inner_products_kernel, {"BUILD": PRODUCTS}, reads=2 + 2 + 2),
         "sums": Kernel(sums.tree_kernel, {"COLUMNS": 2, "SIZE": sums.FAN_IN}),
         "scalars": Kernel(scalars.scalars_kernel, {}),
         # The loop over ratios stands once in the code.
@@ -159,6 +166,7 @@ def report(compiled: Any, target: GPUTarget) -> dict[str, int | float]:
     threads = NUM_WARPS * target.warp_size
     if target.backend == "cuda":
         ptx = compiled.asm["ptx"]
+        accesses = len(re.findall(r"\b(?:ld|st)\.global", ptx))
         loads = len(re.findall(r"ld\.global[.\w:]*\.v4\.b32|ld\.global[.\w:]*\.v2\.b64", ptx))
         stores = len(re.findall(r"st\.global[.\w:]*\.v4\.b32|st\.global[.\w:]*\.v2\.b64", ptx))
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -171,6 +179,7 @@ def report(compiled: Any, target: GPUTarget) -> dict[str, int | float]:
         instructions = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", code, re.MULTILINE))
     else:
         asm = compiled.asm["amdgcn"]
+        accesses = len(re.findall(r"\b(?:global|buffer)_(?:load|store)_", asm))
         loads = len(re.findall(r"(?:global|buffer)_load_dwordx4", asm))
         stores = len(re.findall(r"(?:global|buffer)_store_dwordx4", asm))
         registers = int(re.search(r"\.vgpr_count:\s*(\d+)", asm)[1])
@@ -180,6 +189,7 @@ def report(compiled: Any, target: GPUTarget) -> dict[str, int | float]:
     return {
         "read": 16 * threads * loads / elements_per_program(target),
         "written": 16 * threads * stores / elements_per_program(target),
+        "narrow": accesses - loads - stores,
         "spills": spills,
         "registers": registers,
         "shared": compiled.metadata.shared,
@@ -199,22 +209,33 @@ def reports() -> Iterator[tuple[str, str, dict[str, int | float]]]:
         yield from pool.map(work, jobs)
 
 
+def table() -> dict[str, Any]:
+    """Return the reports and the model's bytes, with the version of the compiler."""
+    every = builds()
+    rows = [
+        {"build": name, "target": target, "reads": every[name].reads, "writes": every[name].writes} | row
+        for name, target, row in reports()
+    ]
+    return {"triton": triton.__version__, "rows": rows}
+
+
 def main() -> None:
-    """Print the reports."""
+    """Print or write the reports."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
-    if parser.parse_args().json:
-        every = builds()
-        rows = [
-            {"build": name, "target": target, "reads": every[name].reads, "writes": every[name].writes} | row
-            for name, target, row in reports()
-        ]
-        json.dump(rows, sys.stdout, indent=1)
+    parser.add_argument("--write", action="store_true", help=f"write {RECORD.name}, the record")
+    options = parser.parse_args()
+    found = table()
+    if options.write:
+        RECORD.write_text(json.dumps(found, indent=1) + "\n")
+    if options.json:
+        json.dump(found, sys.stdout, indent=1)
         return
-    columns = ("registers", "spills", "shared", "instructions", "read", "written")
-    print(f"{len(builds())} builds\n{'build':28} target " + " ".join(f"{column:>12}" for column in columns))
-    for name, target, row in reports():
-        print(f"{name:28} {target:6} " + " ".join(f"{row[column]:12}" for column in columns))
+    columns = ("registers", "spills", "shared", "instructions", "narrow", "read", "reads", "written", "writes")
+    print(f"{len(builds())} builds; read and written, reads and writes: bytes per element, counted and by the model")
+    print(f"{'build':28} target " + " ".join(f"{column:>12}" for column in columns))
+    for row in found["rows"]:
+        print(f"{row['build']:28} {row['target']:6} " + " ".join(f"{row[column]:12}" for column in columns))
 
 
 if __name__ == "__main__":
