@@ -115,7 +115,8 @@ def _build(o: Operands, rule: MergeRule, stats: bool) -> Build:
         and o.anchor is None
         and o.master is None
         and not stats,
-        ALIGNED=tables.is_aligned(dense) and (not row_programs or columns % 8 == 0),
+        # Rows must begin as aligned as the tensor does.
+        ALIGNED=tables.is_aligned(dense) and (not rows or columns % 8 == 0),
         QUADS=runs and (not row_programs or columns % 4 == 0),
     )
 

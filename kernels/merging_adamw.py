@@ -131,8 +131,7 @@ def mark_chunk(
     tensor,
     scalar,
     coefficients,
-    rest_share,
-    onto_share,
+    shares,
     kth,
     counts,
     words,
@@ -144,10 +143,10 @@ def mark_chunk(
 ):
     """Mark the elements in or above the window around the last threshold, and count them."""
     dot, norm = step.coefficients(tensor, coefficients, base, inside, BUILD, BLOCK)
+    rest_share, onto_share = shares
+    along = dot, norm, rest_share, onto_share
     full = step.load_full(tensor, base, inside, BUILD, MASKED, BLOCK)
-    m, v, u = step.fresh_update(
-        tensor, scalar, full, dot, norm, rest_share, onto_share, base, inside, BUILD, MASKED, BLOCK
-    )
+    m, v, u = step.fresh_update(tensor, scalar, full, along, base, inside, BUILD, MASKED, BLOCK)
     if BUILD.RESUMES:
         step.store_moments(tensor, m, v, base, inside, BUILD, MASKED, BLOCK)
     if BUILD.ANCHOR is not None:
@@ -196,12 +195,12 @@ def mark_kernel(
     if runs:
         if left >= BLOCK:
             mark_chunk(
-                tensor, scalar, coefficients, rest_share, onto_share, kth, own_counts, own_words, base, inside,
+                tensor, scalar, coefficients, (rest_share, onto_share), kth, own_counts, own_words, base, inside,
                 BUILD, False, BLOCK,
             )  # fmt: skip
         else:
             mark_chunk(
-                tensor, scalar, coefficients, rest_share, onto_share, kth, own_counts, own_words, base, inside,
+                tensor, scalar, coefficients, (rest_share, onto_share), kth, own_counts, own_words, base, inside,
                 BUILD, True, BLOCK,
             )  # fmt: skip
 
@@ -268,14 +267,15 @@ def count_kernel(
                     if tl.max(marks) != 0:
                         inside = tl.arange(0, BLOCK) < numel - base
                         dot, norm = step.coefficients(tensor, coefficients, base, inside, BUILD, BLOCK)
+                        along = dot, norm, rest_share, onto_share
                         if base + BLOCK <= numel:
                             u = step.update_again(
-                                tensor, scalar, dot, norm, rest_share, onto_share, marks, base, inside, BUILD, False,
+                                tensor, scalar, along, marks, base, inside, BUILD, False,
                                 BLOCK,
                             )  # fmt: skip
                         else:
                             u = step.update_again(
-                                tensor, scalar, dot, norm, rest_share, onto_share, marks, base, inside, BUILD, True,
+                                tensor, scalar, along, marks, base, inside, BUILD, True,
                                 BLOCK,
                             )  # fmt: skip
                         pattern = sparsify.pattern(u)
@@ -316,51 +316,53 @@ def merging_adamw_kernel(
             columns = tl.load(tensor + rows.COLUMNS_AT)
             start = row_start(tensor, tl.load(program + 1), columns, BUILD)
             dot, norm = row_products(tensor, scalar, start, columns, BUILD, BLOCK)
+            along = dot, norm, rest_share, onto_share
             for block in range(0, tl.cdiv(columns, BLOCK)):
                 offset = block * BLOCK
                 inside = lanes < columns - offset
                 if offset + BLOCK <= columns:
                     step.step_chunk(
-                        tensor, scalar, dot, norm, rest_share, onto_share, kth, products, counts, start + offset,
+                        tensor, scalar, along, kth, (products, counts), start + offset,
                         inside, BUILD, False, BLOCK,
                     )  # fmt: skip
                 else:
                     step.step_chunk(
-                        tensor, scalar, dot, norm, rest_share, onto_share, kth, products, counts, start + offset,
+                        tensor, scalar, along, kth, (products, counts), start + offset,
                         inside, BUILD, True, BLOCK,
                     )  # fmt: skip
     else:
         base = tl.load(program + 1).to(tl.int64) * BLOCK
         left = tl.load(tensor + rows.NUMEL_AT) - base
         inside = lanes < left
-        own_products = products + 4 * tl.program_id(0).to(tl.int64)
-        own_counts = counts + 5 * index
+        own_sums = products + 4 * tl.program_id(0).to(tl.int64), counts + 5 * index
         if BUILD.RESUMES:
             if merges(scalar, BUILD):
                 every = sparsify.looks_at_all(search + index * sparsify.SEARCH_COLUMNS)
                 own_words = words + tl.load(tensor + rows.WORDS_AT) + base // 32
                 marks = access.load_bits(own_words, BLOCK) | every
                 dot, norm = step.coefficients(tensor, coefficients, base, inside, BUILD, BLOCK)
+                along = dot, norm, rest_share, onto_share
                 if left >= BLOCK:
                     step.resume_chunk(
-                        tensor, scalar, dot, norm, rest_share, onto_share, kth, marks, base, inside, BUILD, False,
+                        tensor, scalar, along, kth, marks, base, inside, BUILD, False,
                         BLOCK,
                     )  # fmt: skip
                 else:
                     step.resume_chunk(
-                        tensor, scalar, dot, norm, rest_share, onto_share, kth, marks, base, inside, BUILD, True,
+                        tensor, scalar, along, kth, marks, base, inside, BUILD, True,
                         BLOCK,
                     )  # fmt: skip
         elif advances(scalar):
             dot, norm = step.coefficients(tensor, coefficients, base, inside, BUILD, BLOCK)
+            along = dot, norm, rest_share, onto_share
             # Bounds on single elements would forbid wide accesses: only the last chunk of a tensor pays for them.
             if left >= BLOCK:
                 step.step_chunk(
-                    tensor, scalar, dot, norm, rest_share, onto_share, kth, own_products, own_counts, base, inside,
+                    tensor, scalar, along, kth, own_sums, base, inside,
                     BUILD, False, BLOCK,
                 )  # fmt: skip
             else:
                 step.step_chunk(
-                    tensor, scalar, dot, norm, rest_share, onto_share, kth, own_products, own_counts, base, inside,
+                    tensor, scalar, along, kth, own_sums, base, inside,
                     BUILD, True, BLOCK,
                 )  # fmt: skip

@@ -112,7 +112,7 @@ def load_tau(tensor, full, base, where, BUILD: tl.constexpr, MASKED: tl.constexp
 @triton.jit
 def coefficients(tensor, table, base, inside, BUILD: tl.constexpr, BLOCK: tl.constexpr):
     """<x, tau> and <tau, tau>: of the tensor, or for each element of its row."""
-    if BUILD.PROJECT is None or BUILD.ROW_PROGRAMS:
+    if BUILD.PROJECT is None:
         return 0.0, 0.0
     else:
         at = table + 2 * tl.load(tensor + rows.COEFFICIENTS_AT)
@@ -124,8 +124,9 @@ def coefficients(tensor, table, base, inside, BUILD: tl.constexpr, BLOCK: tl.con
 
 
 @triton.jit
-def project(x, full, dot, norm, rest_share, onto_share, BUILD: tl.constexpr, ASCENT: tl.constexpr):
-    """x projected onto tau, or out of conflict with it."""
+def project(x, full, along, BUILD: tl.constexpr, ASCENT: tl.constexpr):
+    """x projected onto tau, or out of conflict with it; `along` is <x, tau>, <tau, tau>, and the shares of "onto"."""
+    dot, norm, rest_share, onto_share = along
     HOW: tl.constexpr = BUILD.PROJECT
     return projection.project(x, full, dot, norm, rest_share, onto_share, HOW, ASCENT)
 
@@ -135,10 +136,7 @@ def fresh_update(
     tensor,
     scalar,
     full,
-    dot,
-    norm,
-    rest_share,
-    onto_share,
+    along,
     base,
     where,
     BUILD: tl.constexpr,
@@ -148,10 +146,10 @@ def fresh_update(
     """The moments after this step and u, with what is projected projected."""
     g = gradient(tensor, scalar, base, where, BUILD, MASKED, BLOCK)
     if BUILD.PROJECT is not None and BUILD.PROJECT_ON == "gradient":
-        g = project(g, full, dot, norm, rest_share, onto_share, BUILD, True)
+        g = project(g, full, along, BUILD, True)
     m, v, u = advance(tensor, scalar, g, base, where, BUILD, MASKED, BLOCK)
     if BUILD.PROJECT is not None and BUILD.PROJECT_ON == "update":
-        u = project(u, full, dot, norm, rest_share, onto_share, BUILD, False)
+        u = project(u, full, along, BUILD, False)
     return m, v, u
 
 
@@ -249,11 +247,10 @@ def merge(scalar, u_kept, tau, BUILD: tl.constexpr):
 
 
 @triton.jit
-def add_up(
-    tensor, scalar, u, u_kept, tau, merged, start, inside, products, counts, BUILD: tl.constexpr, BLOCK: tl.constexpr
-):
+def add_up(tensor, scalar, u, u_kept, tau, merged, start, inside, sums, BUILD: tl.constexpr, BLOCK: tl.constexpr):
     """The statistics of a block, where they are collected."""
     if BUILD.STATS:
+        products, counts = sums
         CONSENSUS: tl.constexpr = BUILD.CONSENSUS
         merge_stats.add_up(
             u,
@@ -279,8 +276,7 @@ def add_merged(
     u_kept,
     full,
     inside,
-    products,
-    counts,
+    sums,
     base,
     BUILD: tl.constexpr,
     MASKED: tl.constexpr,
@@ -301,7 +297,7 @@ def add_merged(
             store_weight(tensor, scalar, theta * decay, merged, base, touched, BUILD, True, BLOCK)
         else:
             start = load_weight(tensor, base, inside, BUILD, MASKED, BLOCK) * decay
-            add_up(tensor, scalar, u, u_kept, tau, merged, start, inside, products, counts, BUILD, BLOCK)
+            add_up(tensor, scalar, u, u_kept, tau, merged, start, inside, sums, BUILD, BLOCK)
             store_weight(tensor, scalar, start, merged, base, inside, BUILD, MASKED, BLOCK)
 
 
@@ -313,8 +309,7 @@ def add_since_anchor(
     full,
     kth,
     inside,
-    products,
-    counts,
+    sums,
     base,
     BUILD: tl.constexpr,
     MASKED: tl.constexpr,
@@ -329,7 +324,7 @@ def add_since_anchor(
         u_kept = kept(tensor, scalar, u, kth, base, BUILD, BLOCK)
         tau = load_tau(tensor, full, base, inside, BUILD, MASKED, BLOCK)
         merged = merge(scalar, u_kept, tau, BUILD)
-        add_up(tensor, scalar, u, u_kept, tau, merged, start, inside, products, counts, BUILD, BLOCK)
+        add_up(tensor, scalar, u, u_kept, tau, merged, start, inside, sums, BUILD, BLOCK)
     stored = store_weight(tensor, scalar, start, merged, base, inside, BUILD, MASKED, BLOCK)
     if merges:
         at = tl.load(tensor + rows.ANCHOR_AT)
@@ -340,13 +335,9 @@ def add_since_anchor(
 def step_chunk(
     tensor,
     scalar,
-    dot,
-    norm,
-    rest_share,
-    onto_share,
+    along,
     kth,
-    products,
-    counts,
+    sums,
     base,
     inside,
     BUILD: tl.constexpr,
@@ -355,25 +346,22 @@ def step_chunk(
 ):
     """The whole step for BLOCK elements from `base` on."""
     full = load_full(tensor, base, inside, BUILD, MASKED, BLOCK)
-    m, v, u = fresh_update(tensor, scalar, full, dot, norm, rest_share, onto_share, base, inside, BUILD, MASKED, BLOCK)
+    m, v, u = fresh_update(tensor, scalar, full, along, base, inside, BUILD, MASKED, BLOCK)
     store_moments(tensor, m, v, base, inside, BUILD, MASKED, BLOCK)
     # lr = 0 moves the moments and leaves the weights, bit for bit.
     if tl.load(scalar + scalars.MOVES) != 0.0:
         if BUILD.ANCHOR is not None:
-            add_since_anchor(tensor, scalar, u, full, kth, inside, products, counts, base, BUILD, MASKED, BLOCK)
+            add_since_anchor(tensor, scalar, u, full, kth, inside, sums, base, BUILD, MASKED, BLOCK)
         else:
             u_kept = kept(tensor, scalar, u, kth, base, BUILD, BLOCK)
-            add_merged(tensor, scalar, u, u_kept, full, inside, products, counts, base, BUILD, MASKED, BLOCK)
+            add_merged(tensor, scalar, u, u_kept, full, inside, sums, base, BUILD, MASKED, BLOCK)
 
 
 @triton.jit
 def update_again(
     tensor,
     scalar,
-    dot,
-    norm,
-    rest_share,
-    onto_share,
+    along,
     marks,
     base,
     inside,
@@ -388,9 +376,9 @@ def update_again(
         m, v = load_moments(tensor, base, near, BUILD, True, BLOCK)
         u = update(scalar, m, v)
         if BUILD.PROJECT is not None and BUILD.PROJECT_ON == "update":
-            u = project(u, full, dot, norm, rest_share, onto_share, BUILD, False)
+            u = project(u, full, along, BUILD, False)
     else:
-        _, _, u = fresh_update(tensor, scalar, full, dot, norm, rest_share, onto_share, base, near, BUILD, True, BLOCK)
+        _, _, u = fresh_update(tensor, scalar, full, along, base, near, BUILD, True, BLOCK)
         if BUILD.ANCHOR is not None:
             decayed = load_weight(tensor, base, near, BUILD, True, BLOCK) * tl.load(scalar + scalars.DECAY)
             _, u = since_anchor(tensor, scalar, decayed, u, base, near, BUILD, True, BLOCK)
@@ -401,10 +389,7 @@ def update_again(
 def resume_chunk(
     tensor,
     scalar,
-    dot,
-    norm,
-    rest_share,
-    onto_share,
+    along,
     kth,
     marks,
     base,
@@ -414,10 +399,10 @@ def resume_chunk(
     BLOCK: tl.constexpr,
 ):
     """The rest of a step whose moments are stored already: merge what is marked, add, round."""
-    u = update_again(tensor, scalar, dot, norm, rest_share, onto_share, marks, base, inside, BUILD, MASKED, BLOCK)
+    u = update_again(tensor, scalar, along, marks, base, inside, BUILD, MASKED, BLOCK)
     # What is not marked is dropped without having been looked at.
     u_kept = tl.where(marks != 0, kept(tensor, scalar, u, kth, base, BUILD, BLOCK), 0.0)
     full = 0.0
     if BUILD.PROJECT is not None and BUILD.FULL is None and not BUILD.SPARSE:
         full = load_full(tensor, base, inside, BUILD, MASKED, BLOCK)
-    add_merged(tensor, scalar, u, u_kept, full, inside, 0, 0, base, BUILD, MASKED, BLOCK)
+    add_merged(tensor, scalar, u, u_kept, full, inside, (0, 0), base, BUILD, MASKED, BLOCK)
