@@ -51,6 +51,7 @@ SIGNATURE = {
     "counts": "*i64",
     "search": "*i64",
     "words": "*i32",
+    "patterns": "*i32",
     "products": "*fp32",
     "out": "*fp32",
     "spans": "*i32",

@@ -77,7 +77,7 @@ def merging_adamw_(
         grads: T dense gradients of the same shapes.
         exp_avgs: T first moments; mutated.
         exp_avg_sqs: T second moments; mutated.
-        steps: T step counts, 0-d fp32; incremented. On the CPU, or beside the parameters.
+        steps: T step counts, 0-d fp32, beside the parameters; incremented.
         taus: F(tau) of each tensor: already sparsified, unscaled, dense or sparse; None for plain AdamW.
         rule: a row of the table of methods with its options, from `merge_rule`.
         hyper: learning rate, betas and the like; a tensor among them is never read by the host.
@@ -207,7 +207,12 @@ class Workspace:
 def _check(name: str, o: Operands, rule: MergeRule) -> None:
     """Raise a `ValueError` if the tensors of a parameter do not fit one another."""
     others = (o.grad, o.exp_avg, o.exp_avg_sq, o.tau, o.full, o.master, o.anchor and o.anchor.weights)
-    shape = o.param.shape
+    shape, device = o.param.shape, o.param.device
+    for other in (*others, o.step, o.anchor and o.anchor.decay):
+        if other is not None and other.device != device:
+            raise ValueError(f"{name}: the parameter is on {device} and one of its tensors on {other.device}; move it")
+    if o.step.dtype != torch.float32:
+        raise ValueError(f"{name}: a step count must be fp32, as torch.optim.AdamW has it, got {o.step.dtype}")
     if any(other is not None and other.shape != shape for other in others):
         shapes = {tuple(other.shape) for other in others if other is not None}
         raise ValueError(
@@ -267,8 +272,10 @@ def _merges(o: Operands, hyper: Hyper) -> bool:
 def _take_back(steps: Sequence[Tensor], found_inf: float | Tensor) -> None:
     """Uncount a step that an overflow of scaled gradients has stopped, without asking the device."""
     if isinstance(found_inf, Tensor):
-        for step in steps:
-            step.sub_(found_inf.to(step.device).clamp(max=1.0).view(()))
+        stopped = {device: found_inf.to(device, torch.float32).clamp(max=1.0) for device in {s.device for s in steps}}
+        torch._foreach_sub_(list(steps), [stopped[step.device].view(()) for step in steps])
+    elif found_inf:
+        torch._foreach_sub_(list(steps), 1.0)
 
 
 def _delta(tau: Tau, full: Tensor | None, rule: MergeRule) -> Delta | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_merge.eager.adamw import compute_dtype
+from fused_merge.eager.rounding import join
 
 
 def state_dtypes(param: Tensor, group: Mapping[str, Any]) -> dict[str, torch.dtype]:
@@ -51,7 +52,8 @@ def complete_state(state: dict[str, Tensor], param: Tensor, group: Mapping[str, 
     if group["master"] == "split" and "master_low" not in state:
         state["master_low"] = like_param("master_low")
     if merged and group["merge_every"] > 1 and "anchor" not in state:
-        state["anchor"] = like_param("anchor").copy_(state.get("master", param))
+        whole = join(param, state["master_low"]) if "master_low" in state else state.get("master", param)
+        state["anchor"] = like_param("anchor").copy_(whole)
         state["anchor_decay"] = torch.ones((), dtype=dtypes["anchor_decay"], device=param.device)
     for key, value in state.items():
         if value.device != param.device:

@@ -117,7 +117,7 @@ def interpolate(
             launches.setdefault((base.dtype, tables.is_aligned((base, tuned, *points))), []).append(index)
     where = bases[0].device
     for (dtype, aligned), members in launches.items():
-        programs = tables.program_table([bases[i].numel() for i in members], block, where)
+        programs = tables.program_table(tuple(bases[i].numel() for i in members), block, where)
         tensors = torch.tensor([rows[i] for i in members], dtype=torch.int64).to(where, non_blocking=True)
         table = torch.tensor([[_ratio_row(r) for r in ratios[i]] for i in members], dtype=torch.float32)
         with torch.cuda.device_of(bases[0]):

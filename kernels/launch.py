@@ -143,7 +143,7 @@ def _row(o: Operands, build: Build, rule: MergeRule, seed: int, coefficients: in
         anchor_decay=address(o.anchor.decay) if build.ANCHOR and o.anchor else 0,
         master=address(o.master),
         numel=numel,
-        columns=o.param.shape[1:].numel() if build.PROJECT_ROWS else numel,
+        columns=max(1, o.param.shape[1:].numel()) if build.PROJECT_ROWS else numel,
         coefficients=coefficients,
         **o.shard._asdict(),
         tensor_id=o.tensor_id,
@@ -186,15 +186,15 @@ class Launch:
             for o, (coefficients, first_word) in zip(operands, firsts, strict=False)
         ]
         self._tensors = torch.tensor(table, dtype=torch.int64).to(device, non_blocking=True)
-        self._chunks = tables.program_table(numels, block, device)
-        self._rows = tables.program_table(heights, 1, device) if build.PROJECT_ROWS else self._chunks
+        self._chunks = tables.program_table(tuple(numels), block, device)
+        self._rows = tables.program_table(tuple(heights), 1, device) if build.PROJECT_ROWS else self._chunks
         self._add_up = Reduction(chunks, device)
         self.thresholds: Tensor | None = None
         if build.RANKED:
             unknown = torch.full((), sparsify.LARGEST.value, dtype=torch.int32, device=device)
             self.thresholds = torch.stack([thresholds.get(address, unknown) for address in self.addresses])
             self._counts = torch.zeros(len(operands), sparsify.BINS.value, dtype=torch.int64, device=device)
-            self._groups = tables.program_table(numels, block * SEARCH_BLOCKS.value, device)
+            self._groups = tables.program_table(tuple(numels), block * SEARCH_BLOCKS.value, device)
 
     def run(self, constants: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor] | None:
         """Take the step; return the sums of what merged, fp32 `[T, 4]` and int64 `[T, 5]`, where they are collected."""
@@ -228,21 +228,21 @@ class Launch:
         """Find the thresholds of a ranked F; return the state of the search and the marks."""
         if self.thresholds is None:
             return self._tensors, self._chunks
-        words = self._chunks.new_empty(self._words)
+        words, patterns = (self._chunks.new_empty(self._words) for _ in range(2))
         search = self._tensors.new_empty(len(self._tensors), sparsify.SEARCH_COLUMNS.value)
         self._launch(
             mark_kernel, self._chunks, self._chunks, self._tensors, table, coefficients, self.thresholds, self._counts,
-            words, *self._shares, BLOCK=self._block,
+            words, patterns, *self._shares, BLOCK=self._block,
         )  # fmt: skip
         for finished in range(sparsify.ROUNDS + 1):
             if finished:
                 self._launch(
                     count_kernel, self._groups, self._groups, self._tensors, table, coefficients, self._counts, search,
-                    words, *self._shares, BLOCK=self._block,
+                    patterns, *self._shares, BLOCK=self._block,
                 )  # fmt: skip
             self._launch(
                 search_kernel, self._tensors, self._tensors, table, self.thresholds, self._counts, search,
-                FIRST=finished == 0, LAST=finished == sparsify.ROUNDS,
+                FIRST=finished == 0, LAST=finished == sparsify.ROUNDS, BLOCK=self._block,
             )  # fmt: skip
         return search, words
 
@@ -308,9 +308,8 @@ def _identity(o: Operands) -> tuple[Any, ...]:
     """Return all that the tables of a tensor depend on."""
     sparse = (o.tau.mask, o.tau.values) if isinstance(o.tau, SparseTensor) else (o.tau,)
     every = (o.param, o.grad, o.exp_avg, o.exp_avg_sq, o.step, *sparse, o.full, *(o.anchor or ()), o.master)
-    tensors = [tensor for tensor in every if tensor is not None]
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    return o.param.shape, o.tensor_id, o.shard, addresses, [tensor.dtype for tensor in tensors]
+    tensors = [None if tensor is None else (tensor.data_ptr(), tensor.dtype) for tensor in every]
+    return o.param.shape, o.tensor_id, o.shard, tensors
 
 
 def prepare(
@@ -346,8 +345,17 @@ def prepare(
     straight = [i for i, o in enumerate(operands) if all(t.is_contiguous() for t in _dense(o))]
     if len(straight) < len(operands) and tables.capturing():
         raise RuntimeError("a CUDA graph cannot capture a step of tensors that are not contiguous; make them so")
+    device = operands[0].param.device
+    if device.type != "cpu":
+        # The host reads its own tensors; to copy them would wait for the device.
+        on_host = {
+            field: float(value)
+            for field, value in hyper._asdict().items()
+            if isinstance(value, Tensor) and value.device.type == "cpu"
+        }
+        hyper = hyper._replace(**on_host)
     plan = plan or Plan()
-    constants = plan.constants(hyper, operands[0].param.device)
+    constants = plan.constants(hyper, device)
     launches = plan.launches([operands[i] for i in straight], rule, seed, stats, block)
 
     def step() -> list[MergeSums | None]:
@@ -379,7 +387,13 @@ def _step_copy(o: Operands, rule: MergeRule, hyper: Hyper, seed: int, stats: boo
     if o.anchor is not None:
         copy = copy._replace(anchor=Anchor(o.anchor.weights.contiguous(), o.anchor.decay))
     (sums,) = prepare([copy], rule, hyper, seed=seed, stats=stats, block=block)()
-    for mine, theirs in zip(_dense(o), _dense(copy), strict=True):
+    for mine, theirs in zip(_written(o), _written(copy), strict=True):
         if mine is not theirs:
             mine.copy_(theirs)
     return sums
+
+
+def _written(o: Operands) -> list[Tensor]:
+    """Return the tensors of the parameter's shape that a step mutates."""
+    written = (o.param, o.exp_avg, o.exp_avg_sq, o.anchor and o.anchor.weights, o.master)
+    return [tensor for tensor in written if isinstance(tensor, Tensor)]

@@ -15,7 +15,7 @@ COUNTS = tl.constexpr(5)
 @triton.jit
 def count(condition, counts, column: tl.constexpr):
     """Add the number of elements that fulfil a condition."""
-    tl.atomic_add(counts + column, tl.sum(condition.to(tl.int32)).to(tl.int64))
+    tl.atomic_add(counts + column, tl.sum(condition.to(tl.int32)).to(tl.int64), sem="relaxed")
 
 
 @triton.jit

@@ -13,10 +13,11 @@ Bytes per element, all fp32: reads theta 4, g 4, m 4, v 4; writes theta 4, m 4, 
 - Where few elements are kept and nothing decays, theta is read and written only in groups of eight neighbours that
   hold one: of its 8 bytes 1.2 remain at p = 0.01 for u and for tau.
 - Random masks cost arithmetic and no bytes.
-- Ranked F (the k-th largest magnitude): a first pass reads g, m, v and writes m, v and a bit (20 1/8); four rounds read
-  the bits and, of m and v, groups that hold a marked element; the step does so too, and touches theta as above.
-  Where the last threshold tells nothing each round reads m and v whole: 8 more. With 16-bit moments, step-K or
-  statistics the passes read g, m and v instead, and the step is a whole one.
+- Ranked F (the k-th largest magnitude): a first pass reads g, m, v and writes m, v, a bit, and a list of what lies near
+  the last threshold (20 1/8 and less than 1/8); four rounds read the list; the step reads the bits and, of m and v, the
+  groups that hold a marked element, and touches theta as above. Where the last threshold tells nothing each round
+  reads m and v whole, 8, and so does the step. With 16-bit moments, step-K or statistics the passes read g, m and v
+  instead, and the step is a whole one.
 - Projection over tensors: one pass more over g and tau (over g, m, v and tau for the update). Over rows: nothing,
   since a program that owns a row finds it in the cache again.
 - Step-K: the anchor is read and written at merges, and only then is tau read.
@@ -127,6 +128,12 @@ def project_kernel(
 
 
 @triton.jit
+def list_capacity(tensor, BLOCK: tl.constexpr):
+    """How many patterns of a tensor fit in its list: one for 32 elements, as many as it has words of marks."""
+    return tl.cdiv(tl.load(tensor + rows.NUMEL_AT), BLOCK) * (BLOCK // 32)
+
+
+@triton.jit
 def mark_chunk(
     tensor,
     scalar,
@@ -135,13 +142,15 @@ def mark_chunk(
     kth,
     counts,
     words,
+    listed,
+    capacity,
     base,
     inside,
     BUILD: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Mark the elements in or above the window around the last threshold, and count them."""
+    """Mark the elements in or above the window around the last threshold, count them, and list those in it."""
     dot, norm = step.coefficients(tensor, coefficients, base, inside, BUILD, BLOCK)
     rest_share, onto_share = shares
     along = dot, norm, rest_share, onto_share
@@ -158,8 +167,11 @@ def mark_chunk(
     above = inside & (pattern > last)
     access.store_bits(marked, words, BLOCK)
     if tl.load(scalar + scalars.MOVES) != 0.0:
-        tl.atomic_add(counts, tl.sum(above.to(tl.int32)).to(tl.int64))
-        tl.atomic_add(counts + 1, tl.sum((marked & (pattern <= last)).to(tl.int32)).to(tl.int64))
+        within = (marked & (pattern <= last)).to(tl.int32)
+        tl.atomic_add(counts, tl.sum(above.to(tl.int32)).to(tl.int64), sem="relaxed")
+        first = tl.atomic_add(counts + 1, tl.sum(within).to(tl.int64), sem="relaxed")
+        at = first + (tl.cumsum(within, axis=0) - within)
+        tl.store(listed + at, pattern, mask=(within != 0) & (at < capacity))
 
 
 @triton.jit
@@ -171,6 +183,7 @@ def mark_kernel(
     thresholds,  # int32 [T]: the patterns of the last thresholds
     counts,  # int64 [T, 256], zeros; written
     words,  # int32: a bit an element, written
+    patterns,  # int32, as many: a list for each tensor, written
     rest_share,
     onto_share,
     BUILD: tl.constexpr,
@@ -186,7 +199,9 @@ def mark_kernel(
     inside = tl.arange(0, BLOCK) < left
     kth = tl.load(thresholds + index)
     own_counts = counts + index * sparsify.BINS
-    own_words = words + tl.load(tensor + rows.WORDS_AT) + base // 32
+    first_word = tl.load(tensor + rows.WORDS_AT)
+    own_words = words + first_word + base // 32
+    capacity = list_capacity(tensor, BLOCK)
     # At lr = 0 the moments move and nothing is merged.
     if BUILD.RESUMES:
         runs = advances(scalar)
@@ -195,13 +210,13 @@ def mark_kernel(
     if runs:
         if left >= BLOCK:
             mark_chunk(
-                tensor, scalar, coefficients, (rest_share, onto_share), kth, own_counts, own_words, base, inside,
-                BUILD, False, BLOCK,
+                tensor, scalar, coefficients, (rest_share, onto_share), kth, own_counts, own_words,
+                patterns + first_word, capacity, base, inside, BUILD, False, BLOCK,
             )  # fmt: skip
         else:
             mark_chunk(
-                tensor, scalar, coefficients, (rest_share, onto_share), kth, own_counts, own_words, base, inside,
-                BUILD, True, BLOCK,
+                tensor, scalar, coefficients, (rest_share, onto_share), kth, own_counts, own_words,
+                patterns + first_word, capacity, base, inside, BUILD, True, BLOCK,
             )  # fmt: skip
 
 
@@ -215,6 +230,7 @@ def search_kernel(
     BUILD: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Narrow the interval that holds each tensor's k-th largest magnitude; one program a tensor."""
     index = tl.program_id(0)
@@ -224,11 +240,19 @@ def search_kernel(
     if merges(table + index * scalars.COLUMNS, BUILD):
         if FIRST:
             k = tl.load(tensor + rows.RANK_AT)
-            sparsify.begin_search(own, own_counts, tl.load(thresholds + index), k)
+            sparsify.begin_search(own, own_counts, tl.load(thresholds + index), k, list_capacity(tensor, BLOCK))
         else:
             low = sparsify.narrow_search(own, own_counts)
             if LAST:
                 tl.store(thresholds + index, low.to(tl.int32))
+
+
+@triton.jit
+def bin_counts(pattern, where, low, last):
+    """How many patterns lie in each of the 256 bins from `low` to `last`."""
+    sought = where & (pattern >= low) & (pattern <= last)
+    bins = tl.where(sought, (pattern - low) >> sparsify.bin_shift(last - low), 0)
+    return tl.histogram(bins, sparsify.BINS, mask=sought)
 
 
 @triton.jit
@@ -239,51 +263,45 @@ def count_kernel(
     coefficients,  # fp32 [T or R, 2]
     counts,  # int64 [T, 256], written
     search,  # int64 [T, 4]: `sparsify`
-    words,  # int32: the marks
+    patterns,  # int32: a list for each tensor
     rest_share,
     onto_share,
     BUILD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One round of a search: count the elements in the 256 bins of the interval."""
+    LISTED: tl.constexpr = BLOCK * SEARCH_BLOCKS // 32
     program = programs + 2 * tl.program_id(0)
     index = tl.load(program)
     tensor = tensors + index * rows.TENSOR_COLUMNS
     scalar = table + index * scalars.COLUMNS
     own = search + index * sparsify.SEARCH_COLUMNS
-    numel = tl.load(tensor + rows.NUMEL_AT)
-    start = tl.load(program + 1).to(tl.int64) * (BLOCK * SEARCH_BLOCKS)
+    chunk = tl.load(program + 1).to(tl.int64)
     if merges(scalar, BUILD):
         low = tl.load(own + sparsify.LOW_AT).to(tl.int32)
         last = tl.load(own + sparsify.LAST_AT).to(tl.int32)
-        every = sparsify.looks_at_all(own)
-        if last > low:
-            shift = sparsify.bin_shift(last - low)
+        listed = tl.load(own + sparsify.LISTED_AT)
+        if (last > low) & ((listed < 0) | (chunk * LISTED < listed)):
             total = tl.zeros((sparsify.BINS,), tl.int32)
-            for block in range(SEARCH_BLOCKS):
-                base = start + block * BLOCK
-                if base < numel:
-                    marks = access.load_bits(words + tl.load(tensor + rows.WORDS_AT) + base // 32, BLOCK) | every
-                    if tl.max(marks) != 0:
+            if listed < 0:
+                numel = tl.load(tensor + rows.NUMEL_AT)
+                for block in range(SEARCH_BLOCKS):
+                    base = (chunk * SEARCH_BLOCKS + block) * BLOCK
+                    if base < numel:
                         inside = tl.arange(0, BLOCK) < numel - base
                         dot, norm = step.coefficients(tensor, coefficients, base, inside, BUILD, BLOCK)
                         along = dot, norm, rest_share, onto_share
                         if base + BLOCK <= numel:
-                            u = step.update_again(
-                                tensor, scalar, along, marks, base, inside, BUILD, False,
-                                BLOCK,
-                            )  # fmt: skip
+                            u = step.update_again(tensor, scalar, along, base, inside, BUILD, False, BLOCK)
                         else:
-                            u = step.update_again(
-                                tensor, scalar, along, marks, base, inside, BUILD, True,
-                                BLOCK,
-                            )  # fmt: skip
-                        pattern = sparsify.pattern(u)
-                        sought = inside & (marks != 0) & (pattern >= low) & (pattern <= last)
-                        bins = tl.where(sought, (pattern - low) >> shift, 0)
-                        total += tl.histogram(bins, sparsify.BINS, mask=sought)
+                            u = step.update_again(tensor, scalar, along, base, inside, BUILD, True, BLOCK)
+                        total += bin_counts(sparsify.pattern(u), inside, low, last)
+            else:
+                at = chunk * LISTED + tl.arange(0, LISTED)
+                own_patterns = patterns + tl.load(tensor + rows.WORDS_AT)
+                total = bin_counts(tl.load(own_patterns + at, mask=at < listed, other=0), at < listed, low, last)
             bins = tl.arange(0, sparsify.BINS)
-            tl.atomic_add(counts + index * sparsify.BINS + bins, total.to(tl.int64), mask=total > 0)
+            tl.atomic_add(counts + index * sparsify.BINS + bins, total.to(tl.int64), mask=total > 0, sem="relaxed")
 
 
 @triton.jit

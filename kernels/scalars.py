@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fused_merge.eager import scalars as eager
 from fused_merge.kernels.rows import ANCHOR_DECAY_AT, STEP_AT, TENSOR_COLUMNS
@@ -29,7 +30,7 @@ def constants(hyper: eager.Hyper) -> list[float]:
     """Return the constants of a step in the order of their columns; 0 for those that are tensors."""
     numbers = (hyper.lr, hyper.grad_factor, hyper.found_inf)
     return [
-        *(float(number) if isinstance(number, (int, float)) else 0.0 for number in numbers),
+        *(0.0 if isinstance(number, Tensor) else float(number) for number in numbers),
         *hyper.betas,
         hyper.eps,
         hyper.weight_decay,

@@ -5,10 +5,10 @@ and a line of `by_rank`.
 
 The k-th largest of a tensor is found in rounds. An interval of patterns of |x| is known to hold it; each round counts
 the elements in 256 equal bins of the interval, and the bin that holds rank k becomes the next interval, until it is
-one pattern wide: at most four rounds. The first interval is a window around the threshold of the last step. When
-elements are first seen, those in or above the window are marked, a bit each; where the window holds the threshold,
-later rounds look at the marked ones only. Where it does not (and at the first step), they look at all. Counts are
-integers: the result is exact, and which way it was found does not show.
+one pattern wide: at most four rounds. The first interval is a window around the threshold of the last step, and the
+patterns in it are listed when elements are first seen: where it holds the threshold, the rounds read that list. Where
+it does not, as at the first step, or where too many lie in it, they look at all elements. Counts are integers, and the
+order of the list does not matter to them: the result is exact, and which way it was found does not show.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ HALF_WINDOW = tl.constexpr(1 << 18)
 LARGEST = tl.constexpr(0x7FFFFFFF)
 
 # Columns of the search table, int64: the interval from LOW to LAST, the rank sought in it (1 is its largest), and
-# whether only marked elements lie in it.
-LOW_AT, LAST_AT, RANK_AT, AMONG_MARKED_AT, SEARCH_COLUMNS = map(tl.constexpr, range(5))
+# how many elements are listed, or -1 where all must be looked at.
+LOW_AT, LAST_AT, RANK_AT, LISTED_AT, SEARCH_COLUMNS = map(tl.constexpr, range(5))
 
 
 @triton.jit
@@ -79,8 +79,8 @@ def bin_shift(span):
 
 
 @triton.jit
-def begin_search(search, counts, kth, k):
-    """Choose the first interval from how many elements lie above the window and in it."""
+def begin_search(search, counts, kth, k, capacity):
+    """Choose the first interval from how many elements lie above the window and in it, and fit in the list."""
     above = tl.load(counts)
     inside = tl.load(counts + 1)
     tl.store(counts, above * 0)
@@ -90,16 +90,17 @@ def begin_search(search, counts, kth, k):
     last = last.to(tl.int64)
     over = above >= k
     hit = (above < k) & (above + inside >= k)
+    listed = hit & (inside <= capacity)
     tl.store(search + LOW_AT, tl.where(hit, low, tl.where(over, last + 1, 0)))
     tl.store(search + LAST_AT, tl.where(hit, last, tl.where(over, LARGEST, low - 1)))
     tl.store(search + RANK_AT, tl.where(hit, k - above, tl.where(over, k, k - above - inside)))
-    tl.store(search + AMONG_MARKED_AT, (hit | over).to(tl.int64))
+    tl.store(search + LISTED_AT, tl.where(listed, inside, -1))
 
 
 @triton.jit
 def looks_at_all(search):
-    """1 if the k-th largest lies below the window, among elements without a mark, else 0."""
-    return (tl.load(search + AMONG_MARKED_AT) == 0).to(tl.int32)
+    """1 if the k-th largest may be of any element, else 0: it then has a mark, and so has all that is larger."""
+    return (tl.load(search + LISTED_AT) < 0).to(tl.int32)
 
 
 @triton.jit

@@ -362,26 +362,24 @@ def update_again(
     tensor,
     scalar,
     along,
-    marks,
     base,
-    inside,
+    where,
     BUILD: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The u that F sees, of marked elements and their neighbours; of others any number."""
-    near = access.near(marks, inside, MASKED, BLOCK)
-    full = load_full(tensor, base, near, BUILD, True, BLOCK)
+    """The u that F sees, once more; if MASKED of the elements that `where` says."""
+    full = load_full(tensor, base, where, BUILD, MASKED, BLOCK)
     if BUILD.RESUMES:
-        m, v = load_moments(tensor, base, near, BUILD, True, BLOCK)
+        m, v = load_moments(tensor, base, where, BUILD, MASKED, BLOCK)
         u = update(scalar, m, v)
         if BUILD.PROJECT is not None and BUILD.PROJECT_ON == "update":
             u = project(u, full, along, BUILD, False)
     else:
-        _, _, u = fresh_update(tensor, scalar, full, along, base, near, BUILD, True, BLOCK)
+        _, _, u = fresh_update(tensor, scalar, full, along, base, where, BUILD, MASKED, BLOCK)
         if BUILD.ANCHOR is not None:
-            decayed = load_weight(tensor, base, near, BUILD, True, BLOCK) * tl.load(scalar + scalars.DECAY)
-            _, u = since_anchor(tensor, scalar, decayed, u, base, near, BUILD, True, BLOCK)
+            decayed = load_weight(tensor, base, where, BUILD, MASKED, BLOCK) * tl.load(scalar + scalars.DECAY)
+            _, u = since_anchor(tensor, scalar, decayed, u, base, where, BUILD, MASKED, BLOCK)
     return u
 
 
@@ -399,7 +397,8 @@ def resume_chunk(
     BLOCK: tl.constexpr,
 ):
     """The rest of a step whose moments are stored already: merge what is marked, add, round."""
-    u = update_again(tensor, scalar, along, marks, base, inside, BUILD, MASKED, BLOCK)
+    near = access.near(marks, inside, MASKED, BLOCK)
+    u = update_again(tensor, scalar, along, base, near, BUILD, True, BLOCK)
     # What is not marked is dropped without having been looked at.
     u_kept = tl.where(marks != 0, kept(tensor, scalar, u, kth, base, BUILD, BLOCK), 0.0)
     full = 0.0

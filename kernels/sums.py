@@ -116,7 +116,7 @@ class Reduction:
         while max(counts) > 1:
             ends = torch.tensor(counts).cumsum(0)
             spans = torch.stack((ends - torch.tensor(counts), torch.tensor(counts)), 1).to(torch.int32)
-            programs = tables.program_table(counts, FAN_IN, device)
+            programs = tables.program_table(tuple(counts), FAN_IN, device)
             self._levels.append((programs, spans.to(device, non_blocking=True)))
             counts = [-(-count // FAN_IN) for count in counts]
 
@@ -124,7 +124,10 @@ class Reduction:
         """Return fp32 `[T, C]` from the block sums `[N, C]`."""
         for programs, spans in self._levels:
             out = sums.new_empty(len(programs), sums.shape[1])
-            tree_kernel[(len(programs),)](programs, spans, sums, out, COLUMNS=sums.shape[1], SIZE=FAN_IN)
+            tree_kernel[(len(programs),)](
+                programs, spans, sums, out, COLUMNS=sums.shape[1], SIZE=FAN_IN,
+                num_warps=tables.NUM_WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
             sums = out
         return sums
 
@@ -172,7 +175,7 @@ class Plan:
         ]
         tensors = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
         chunks = [tables.chunk_count(numel, block) for numel in numels]
-        return build, members, tables.program_table(numels, block, device), tensors, Reduction(chunks, device)
+        return build, members, tables.program_table(tuple(numels), block, device), tensors, Reduction(chunks, device)
 
 
 def inner_products(

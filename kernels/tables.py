@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -29,10 +30,11 @@ def chunk_count(numel: int, block: int) -> int:
     return max(1, -(-numel // block))
 
 
-def program_table(numels: Sequence[int], block: int, device: torch.device) -> Tensor:
+@lru_cache(maxsize=32)
+def program_table(numels: tuple[int, ...], block: int, device: torch.device) -> Tensor:
     """Return int32 `[programs, 2]`: the tensor and the chunk of `block` elements that each program works on.
 
-    Every tensor has a chunk, if only an empty one.
+    Every tensor has a chunk, if only an empty one. Tables are kept: shapes outlive addresses. Read only.
     """
     chunks = torch.tensor([chunk_count(numel, block) for numel in numels])
     tensor = torch.repeat_interleave(torch.arange(len(numels)), chunks)

@@ -28,6 +28,7 @@ OPTIONS = {
     "exp_avg": DTYPES,
     "exp_avg_sq": DTYPES,
     "merge_every": (None, 1, 3),  # with an anchor, or None without one
+    "eps": (1e-8, 0.0),
     "weight_decay": (0.1, 0.0),
     "alpha": (1e-2, 0.5, 0.0, 1.0),
     "lr": ("float", "zero", "tensor"),
@@ -120,5 +121,33 @@ ROWS = [
     # Half and half, opposite terms of the same magnitude cancel.
     {"row": "onties-paper", "special": "ties", "alpha": 0.5},
 ]
-PRODUCT = [complete(chosen) for chosen in ROWS]
+RARE = {"tau": "sparse-bf16", "reserve_rate": 0.02, "weight_decay": 0.0}
+BY_ROWS = {"row": "onproj", "project_over": "rows"}
+# The compiled forms that pairs of options reach by chance alone: a row in one pass, weights that are skipped, and the
+# moments of a ranked F that are stored before it is known what is kept.
+FORMS = [
+    *(BY_ROWS | {"tau": tau, "project_on": on} for tau, on in product(("bf16", "fp32"), OPTIONS["project_on"])),
+    *(
+        BY_ROWS | {"row": "ondare", "project": "conflict", "full_tau": "bf16", **RARE, "project_on": on}
+        for on in OPTIONS["project_on"]
+    ),
+    BY_ROWS | {"row": "ondare", "project": "onto-0.3", "weights": "bf16", "rounding": "stochastic", "shard": "rows"},
+    BY_ROWS | {"found_inf": "overflow", "eps": 0.0},
+    BY_ROWS | {"lr": "zero", "special": "signed-zeros"},
+    *(RARE | {"row": row} for row in ("ondare", "onties", "onsoft")),
+    RARE | {"row": "ondare", "shard": "columns"},
+    *(RARE | {"row": row, "weight_decay": 0.1, "eps": 0.0} for row in ("ondare", "onties", "onsoft")),
+    *(
+        RARE | {"row": row, "weights": "bf16", "rounding": "stochastic", "special": "nonfinite"}
+        for row in ("ondare", "onties")
+    ),
+    *(RARE | {"row": row, "lr": "zero", "special": "nonfinite"} for row in ("onties", "onsoft")),
+    *(RARE | {"row": row, "found_inf": "overflow"} for row in ("ondare", "onties")),
+    *(
+        RARE | {"row": "onties", "project": "conflict", "project_on": on, "full_tau": "bf16"}
+        for on in OPTIONS["project_on"]
+    ),
+    RARE | {"row": "onsoft", "project": "onto", "project_over": "rows", "project_on": "update", "full_tau": "fp32"},
+]
+PRODUCT = [complete(chosen) for chosen in (*ROWS, *FORMS)]
 CASES = {f"{number}-{named(case)}": Case(**case) for number, case in enumerate([*PRODUCT, *cover_pairs(PRODUCT)])}

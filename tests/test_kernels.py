@@ -257,7 +257,7 @@ def hyper_of(case, index):
     return Hyper(
         lr={"float": LR, "zero": LR * (1.0 - in_the_middle), "tensor": number(LR)}[case.lr],
         betas=(0.9, 0.95),
-        eps=1e-8,
+        eps=case.eps,
         weight_decay=case.weight_decay,
         alpha=case.alpha,
         grad_factor=number(0.37) if case.grad_factor == "tensor" else case.grad_factor,
@@ -276,8 +276,8 @@ def shards_of(case):
         "whole": None,
         # Odd, and beyond what 32 bits count.
         "rows": [ShardIndex.whole(prod(shape))._replace(offset=2**34 + 7) for shape in SHAPES],
-        # The second half of the columns.
-        "columns": [ShardIndex(run, run, 2 * run) for run in inner],
+        # The middle columns, at distances that are no multiple of 4.
+        "columns": [ShardIndex(run, run, 2 * run + 2) for run in inner],
     }[case.shard]
 
 
@@ -336,6 +336,49 @@ def test_the_cases_show_every_legal_pair_of_options():
     columns = [[(name, value) for value in values] for name, values in OPTIONS.items()]
     for pair in (frozenset(pair) for two in combinations(columns, 2) for pair in product(*two)):
         assert pair in shown or complete(dict(pair)) is None, pair
+
+
+def builds_of(case, monkeypatch):
+    """Return the compiled forms that a case runs."""
+    from fused_merge.kernels import launch
+
+    builds = []
+
+    def watched(operands, rule, hyper, *, stats, **options):
+        builds.extend(launch._build(o, rule, stats) for o in operands)
+        return lambda: [None] * len(operands)
+
+    monkeypatch.setattr(launch, "prepare", watched)
+    Tensors(case).step("triton", 0)
+    return builds
+
+
+def test_the_cases_show_every_compiled_form(monkeypatch):
+    builds = {build for case in CASES.values() for build in builds_of(case, monkeypatch)}
+    for flag in (
+        "SPARSE",
+        "PROJECT_ROWS",
+        "STOCHASTIC",
+        "STATS",
+        "RANKED",
+        "RESUMES",
+        "ROW_PROGRAMS",
+        "SKIPS",
+        "STRIDED",
+    ):
+        assert {getattr(build, flag) for build in builds} == {False, True}, flag
+    for flags in (
+        ("ROW_PROGRAMS", "SPARSE"),
+        ("ROW_PROGRAMS", "STOCHASTIC"),
+        ("ROW_PROGRAMS", "SKIPS"),
+        ("SKIPS", "RESUMES"),
+        ("SKIPS", "STOCHASTIC"),
+        ("SKIPS", "STRIDED"),
+        ("RESUMES", "PROJECT_ROWS"),
+        ("RANKED", "STATS"),
+        ("RANKED", "ANCHOR"),
+    ):
+        assert any(all(getattr(build, flag) for flag in flags) for build in builds), flags
 
 
 def test_one_bit_of_any_output_shows_and_one_element_beside_it():

@@ -185,7 +185,7 @@ def test_the_search_counts_nan_as_the_largest():
             assert (kept != 0).nonzero().flatten().tolist() == found
 
 
-def test_a_window_that_holds_the_threshold_looks_at_marked_elements_only(monkeypatch):
+def test_where_the_window_holds_the_threshold_only_what_is_listed_is_counted(monkeypatch):
     from fused_merge.kernels import launch, sparsify
 
     searches = []
@@ -199,6 +199,16 @@ def test_a_window_that_holds_the_threshold_looks_at_marked_elements_only(monkeyp
     x = SEARCHED["normal"]
     kth = int(x.abs().view(torch.int32).kthvalue(x.numel() - 14).values)
     kept_by_the_kernels(x, 15.5 / 1500, [kth, kth + (1 << 19), kth - (1 << 19)])
-    among_marked = [bool(search[0, sparsify.AMONG_MARKED_AT.value]) for search in searches]
-    # From nowhere; a window around it; one above it, which marks too little; one below it, which marks enough.
-    assert among_marked == [False, True, False, True]
+    listed = [search[0, sparsify.LISTED_AT.value].item() for search in searches]
+    # From nowhere; a window around it; one above it; one below it.
+    assert listed[0] == listed[2] == listed[3] == -1
+    low, last = kth - (1 << 18), kth + (1 << 18) - 1
+    patterns = x.abs().view(torch.int32)
+    assert listed[1] == ((patterns >= low) & (patterns <= last)).sum()
+
+
+def test_a_window_with_more_in_it_than_the_list_holds_is_not_trusted():
+    # 1500 elements have a list of 512 in the interpreter's blocks; all 1500 lie in one window.
+    x = torch.linspace(1.0, 1.01, 1500)
+    for kept in kept_by_the_kernels(x, 0.3, [int(torch.tensor(1.005).view(torch.int32))] * 2):
+        assert torch.equal(kept, torch.where(x >= x[1500 - 450], -x, 0.0))

@@ -19,8 +19,9 @@ def tree_sum(x: Tensor) -> Tensor:
     if x.shape[-1] == 0:
         return x.sum(-1)
     while x.shape[-1] > 1:
-        # A zero at the end of an odd level stands for all the padding above it.
-        x = pad(x, (0, x.shape[-1] % 2))
+        if x.shape[-1] % 2:
+            # A zero at the end of an odd level stands for all the padding above it.
+            x = pad(x, (0, 1))
         x = x[..., 0::2] + x[..., 1::2]
     # A sum of nothing but -0 is 0, as with any padding.
     return x[..., 0] + 0.0
