@@ -9,8 +9,8 @@ A launch takes the longer of two times, and an operation the sum over its launch
     instructions per element / instructions that the device can issue
 
 The bytes are those of the kernels' docstrings. The instructions are counted in the machine code that
-`bench/kernels.py` compiles, where the code for whole blocks and that for the last block of a tensor both stand: about
-half of them run.
+`bench/kernels.py` has compiled and recorded, where the code for whole blocks and that for the last block of a tensor
+both stand: about half of them run.
 Launch overheads, waiting, and pipes that are narrower than the issue rate are left out, so the times are lower bounds.
 """
 
@@ -18,9 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import NormalDist
@@ -28,6 +25,7 @@ from typing import Any, NamedTuple
 
 BENCH = Path(__file__).resolve().parent
 RESULTS = BENCH / "results" / "gpu"
+RECORD = BENCH / "results" / "kernels.json"
 MARKERS = "<!-- roofline: begin -->", "<!-- roofline: end -->"
 
 # Of the bandwidth on a data sheet, what a plain copy reaches.
@@ -105,7 +103,7 @@ def ops(sector: int = 32) -> dict[str, Op]:
     tau = bit + offsets + 2 * rate
     either = 1 - (1 - rate) ** 2
     theta, theta_bf16 = 8 * touched(either, 4, sector), 4 * touched(either, 2, sector)
-    # Of normally distributed updates: what lies above the lower edge of a window of 3 % around the threshold, and in it.
+    # Of normally distributed updates: what lies above a window of 3 % around the threshold, and in it or above.
     threshold = NormalDist().inv_cdf(1 - rate / 2)
     marked, above = (2 * (1 - NormalDist().cdf(edge * threshold)) for edge in (0.97, 1.03))
     listed = 4 * (marked - above)
@@ -235,14 +233,6 @@ def report(kernels: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]
     return "\n".join(lines)
 
 
-def count_instructions() -> list[dict[str, Any]]:
-    """Compile every build; Triton does so only in a process without its interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, BENCH / "kernels.py", "--json"]
-    rows: list[dict[str, Any]] = json.loads(subprocess.check_output(command, env=environment))
-    return rows
-
-
 def replace_between_markers(page: str, text: str) -> str:
     """Return a page with what stands between its markers replaced."""
     begin, end = MARKERS
@@ -256,10 +246,12 @@ def replace_between_markers(page: str, text: str) -> str:
 def main() -> None:
     """Print or write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kernels", type=Path, help="output of bench/kernels.py --json; compiled anew without it")
+    parser.add_argument(
+        "--kernels", type=Path, default=RECORD, help="output of bench/kernels.py --json; its record without it"
+    )
     parser.add_argument("--write", type=Path, metavar="PAGE", help="write the tables between the markers of a page")
     arguments = parser.parse_args()
-    kernels = json.loads(arguments.kernels.read_text()) if arguments.kernels else count_instructions()
+    kernels = json.loads(arguments.kernels.read_text())["rows"]
     measured = [row for file in sorted(RESULTS.glob("*.json")) for row in json.loads(file.read_text())]
     text = report(kernels, measured)
     if arguments.write:

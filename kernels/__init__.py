@@ -1,8 +1,8 @@
 """The Triton kernels, the only folder of the project that imports triton.
 
-Each file has the name of the eager file whose equations it fuses (`fused_merge/eager/X.py`) and is compared
-with it bit for bit (`tests/test_X.py`). `device` holds the small functions on loaded values that kernels
-share, `tables` what describes many tensors to one launch.
+A file with the name of an eager file (`fused_merge/eager/X.py`) holds its equations as functions on loaded values.
+`step` puts those of a step together, `merging_adamw` makes kernels of it and `launch` launches them; `rows` is what
+they know of a tensor. `access` and `tables` are loads, stores and launch tables.
 """
 
 from __future__ import annotations
