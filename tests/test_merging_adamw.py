@@ -520,3 +520,52 @@ def test_what_a_graph_cannot_capture_is_said_and_changes_nothing(monkeypatch):
     t.step("triton", workspace=workspace)
     assert captured() is not None
     assert captured() is not plan._launches[0]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"seed": 4},
+        {"lr": 0.5},
+        {"lr": np.float32(0.25)},
+        {"reserve_rate": 0.5},
+        {"rounding": "stochastic"},
+        {"shards": [ShardIndex(8, 300, 300)]},
+        {"tensor_ids": [7]},
+        {"method": "onties", "vote": "paper"},
+        {"found_inf": 1.0},
+    ],
+    ids=str,
+)
+def test_a_workspace_notices_what_has_changed(changed):
+    t = Tensors([(300,)], tau=torch.bfloat16, sparse=True)
+    by_eager = t.clone()
+    workspace = functional.Workspace()
+    for options in ({}, changed, {}):
+        options = dict(options)
+        ids = options.pop("tensor_ids", t.ids)
+        for tensors, own in ((t, {"impl": "triton", "workspace": workspace}), (by_eager, {"impl": "eager"})):
+            tensors.ids = ids
+            tensors.step(**own, **options)
+        assert_same_bits(t, by_eager)
+
+
+def test_a_gradient_that_is_one_number_for_all_is_only_read():
+    t = Tensors([(20, 30)])
+    t.grads = [torch.full((), 0.1, device=DEVICE).expand(20, 30)]
+    run_both(t)
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        (torch.zeros((), dtype=torch.float64, device=DEVICE), "a step count must be fp32"),
+        (torch.zeros((), device="meta"), "one of its tensors on meta; move it"),
+    ],
+    ids=str,
+)
+def test_a_step_count_that_no_kernel_could_read_is_refused(step, reason):
+    t = Tensors([(8,)])
+    t.steps = [step]
+    with pytest.raises(ValueError, match=f"tensor 0: .*{reason}"):
+        t.step("eager")

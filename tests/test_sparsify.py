@@ -212,3 +212,17 @@ def test_a_window_with_more_in_it_than_the_list_holds_is_not_trusted():
     x = torch.linspace(1.0, 1.01, 1500)
     for kept in kept_by_the_kernels(x, 0.3, [int(torch.tensor(1.005).view(torch.int32))] * 2):
         assert torch.equal(kept, torch.where(x >= x[1500 - 450], -x, 0.0))
+
+
+def test_a_search_goes_through_every_block_of_a_tensor(monkeypatch):
+    from fused_merge.kernels import launch, merging_adamw
+
+    prepare, block = launch.prepare, 1024
+    monkeypatch.setattr(launch, "prepare", lambda *args, **kwargs: prepare(*args, **kwargs, block=block))
+    n = 2 * block * merging_adamw.SEARCH_BLOCKS.value + 100
+    # Ascending: the k largest lie in the last blocks, or reach from there far down.
+    x = torch.linspace(1e-3, 1.0, n)
+    for k in (50, 3000, n - 10):
+        kth = int(x[n - k].view(torch.int32))
+        for kept in kept_by_the_kernels(x, (k + 0.5) / n, [kth]):
+            assert torch.equal(kept, torch.where(x >= x[n - k], -x, 0.0))
