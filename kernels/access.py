@@ -21,11 +21,20 @@ def pointer(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def load(address, base, where, dtype: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK elements from element `base` (int64) on; if MASKED only those `where` says, and zeros elsewhere."""
+def load(
+    address,
+    base,
+    where,
+    dtype: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OTHER: tl.constexpr = 0,
+):
+    """BLOCK elements from element `base` (int64) on; if MASKED only those `where` says, and OTHER elsewhere."""
     at = pointer(address, dtype, ALIGNED) + base + tl.arange(0, BLOCK)
     if MASKED:
-        return tl.load(at, mask=where, other=0)
+        return tl.load(at, mask=where, other=OTHER)
     else:
         return tl.load(at)
 

@@ -32,10 +32,19 @@ def gradient(tensor, scalar, base, where, BUILD: tl.constexpr, MASKED: tl.conste
 
 
 @triton.jit
-def load_moments(tensor, base, where, BUILD: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+def load_moments(
+    tensor,
+    base,
+    where,
+    BUILD: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OTHER: tl.constexpr = 0,
+):
     """m and v as they are stored."""
-    m = access.load(tl.load(tensor + rows.EXP_AVG_AT), base, where, BUILD.EXP_AVG, BUILD.ALIGNED, MASKED, BLOCK)
-    v = access.load(tl.load(tensor + rows.EXP_AVG_SQ_AT), base, where, BUILD.EXP_AVG_SQ, BUILD.ALIGNED, MASKED, BLOCK)
+    m = access.load(tl.load(tensor + rows.EXP_AVG_AT), base, where, BUILD.EXP_AVG, BUILD.ALIGNED, MASKED, BLOCK, OTHER)
+    at = tl.load(tensor + rows.EXP_AVG_SQ_AT)
+    v = access.load(at, base, where, BUILD.EXP_AVG_SQ, BUILD.ALIGNED, MASKED, BLOCK, OTHER)
     return m.to(tl.float32), v.to(tl.float32)
 
 
@@ -371,7 +380,8 @@ def update_again(
     """The u that F sees, once more; if MASKED of the elements that `where` says."""
     full = load_full(tensor, base, where, BUILD, MASKED, BLOCK)
     if BUILD.RESUMES:
-        m, v = load_moments(tensor, base, where, BUILD, MASKED, BLOCK)
+        # Of 0, an IEEE root takes the long way: what is left out is 1.
+        m, v = load_moments(tensor, base, where, BUILD, MASKED, BLOCK, 1)
         u = update(scalar, m, v)
         if BUILD.PROJECT is not None and BUILD.PROJECT_ON == "update":
             u = project(u, full, along, BUILD, False)
