@@ -8,7 +8,7 @@ demo: .venv/installed-demo  ## base, SFT, preference training with online mergin
 	$(BIN)/python bench/alignment_tax/run.py --quick
 
 test: .venv/installed-test  ## every test; on a CPU the kernels run in Triton's interpreter, on a GPU on the GPU
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 kernels: .venv/installed-test  ## every build of the kernels, compiled for GPUs that need not be here
 	$(BIN)/python bench/kernels.py

@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import DEVICE
 
 STUB = Path(__file__).parent / "no_gpu"
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="stands in for a driver, where there is none")
 @pytest.mark.skipif(shutil.which("gcc") is None or sys.platform != "linux", reason="builds a stub driver with gcc")
 def test_steps_are_launched_and_nothing_is_compiled_twice(tmp_path):
     library = tmp_path / "libcuda.so.1"
