@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+import fused_merge as fm
 from fused_merge import functional
 from fused_merge.functional import Anchor, Hyper, ShardIndex, merge_rule
 from fused_merge.names import tensor_id
@@ -279,3 +281,50 @@ def differences(one: Tensor, other: Tensor) -> int:
     """Return how many elements of two tensors differ in a bit."""
     as_integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.itemsize]
     return int((one.cpu().contiguous().view(as_integers) != other.cpu().contiguous().view(as_integers)).sum())
+
+
+class Captured:
+    """A step as a CUDA graph, captured after steps that warm up; without a GPU the step itself."""
+
+    def __init__(self, step: Callable[[], Any], gpu: bool, warm_up: int = 3) -> None:
+        """Warm up and capture; `step` is kept, since the graph uses what it owns."""
+        self._step = self._run = step
+        if not gpu:
+            for _ in range(warm_up):
+                step()
+            return
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(warm_up):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        self._run = graph.replay
+
+    def __call__(self) -> None:
+        """Take the step."""
+        self._run()
+
+
+def optimizers() -> dict[str, Callable[..., Any]]:
+    """Return the optimizers that are captured, by name."""
+    return {
+        "ondare, p = 0.01": partial(fm.OnDAREAdamW, reserve_rate=0.01),
+        "onties, p = 0.01": partial(fm.OnTIESAdamW, reserve_rate=0.01),
+        "onproj, tensor": fm.OnProjAdamW,
+        "ondare, K = 3, clipped": partial(fm.OnDAREAdamW, reserve_rate=0.3, merge_every=3, max_grad_norm=1e-2),
+    }
+
+
+def model(shape: Shape, device: torch.device) -> tuple[dict[str, torch.nn.Parameter], fm.ReferenceDelta]:
+    """Return named parameters with gradients and a reference delta for them."""
+    torch.manual_seed(0)
+    base = {f"layers.{i}.weight": 0.02 * torch.randn(size) for i, size in enumerate(shape.tensors())}
+    tuned = {name: x + 1e-3 * torch.randn(x.shape) for name, x in base.items()}
+    params = {name: torch.nn.Parameter(x.to(device)) for name, x in tuned.items()}
+    for param in params.values():
+        param.grad = GRADIENT * torch.randn_like(param)
+    return params, fm.ReferenceDelta.from_models(base, tuned)

@@ -188,7 +188,8 @@ class Launch:
         self._tensors = torch.tensor(table, dtype=torch.int64).to(device, non_blocking=True)
         self._chunks = tables.program_table(tuple(numels), block, device)
         self._rows = tables.program_table(tuple(heights), 1, device) if build.PROJECT_ROWS else self._chunks
-        self._add_up = Reduction(chunks, device)
+        adds_up = build.STATS or (build.PROJECT is not None and not build.PROJECT_ROWS)
+        self._add_up = Reduction(chunks if adds_up else [], device)
         self.thresholds: Tensor | None = None
         if build.RANKED:
             unknown = torch.full((), sparsify.LARGEST.value, dtype=torch.int32, device=device)

@@ -30,12 +30,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_merge.kernels import access, rows, scalars, sparsify, step, sums
+from fused_merge.kernels import access, merge_stats, rows, scalars, sparsify, step, sums
 
 # Blocks of a row that a program can project as it goes.
 ROW_BLOCKS = tl.constexpr(256)
 # Blocks that a program looks at in one round of a search, before it adds its counts to those of others.
 SEARCH_BLOCKS = tl.constexpr(16)
+
+
+@triton.jit
+def locate(programs, tensors, table):
+    """What this program works on: the number of its tensor, its row and scalars, and which chunk or row of it."""
+    program = programs + 2 * tl.program_id(0)
+    index = tl.load(program)
+    return (
+        index,
+        tensors + index * rows.TENSOR_COLUMNS,
+        table + index * scalars.COLUMNS,
+        tl.load(program + 1).to(tl.int64),
+    )
 
 
 @triton.jit
@@ -78,9 +91,9 @@ def block_products(tensor, scalar, base, left, BUILD: tl.constexpr, BLOCK: tl.co
 
 
 @triton.jit
-def row_start(tensor, row, columns, BUILD: tl.constexpr):
+def row_start(row, columns, BUILD: tl.constexpr):
     """The first element of a row, as int64."""
-    start = row.to(tl.int64) * columns
+    start = row * columns
     if BUILD.ALIGNED:
         start = tl.multiple_of(start, 8)
     return start
@@ -110,17 +123,13 @@ def project_kernel(
     BLOCK: tl.constexpr,
 ):
     """<x, tau> and <tau, tau> of what is projected: block sums of the tensor, or those of a row."""
-    program = programs + 2 * tl.program_id(0)
-    index = tl.load(program)
-    tensor = tensors + index * rows.TENSOR_COLUMNS
-    scalar = table + index * scalars.COLUMNS
+    _, tensor, scalar, chunk = locate(programs, tensors, table)
     if BUILD.PROJECT_ROWS:
-        row = tl.load(program + 1)
         columns = tl.load(tensor + rows.COLUMNS_AT)
-        dot, norm = row_products(tensor, scalar, row_start(tensor, row, columns, BUILD), columns, BUILD, BLOCK)
-        at = out + 2 * (tl.load(tensor + rows.COEFFICIENTS_AT) + row)
+        dot, norm = row_products(tensor, scalar, row_start(chunk, columns, BUILD), columns, BUILD, BLOCK)
+        at = out + 2 * (tl.load(tensor + rows.COEFFICIENTS_AT) + chunk)
     else:
-        base = tl.load(program + 1).to(tl.int64) * BLOCK
+        base = chunk * BLOCK
         dot, norm = block_products(tensor, scalar, base, tl.load(tensor + rows.NUMEL_AT) - base, BUILD, BLOCK)
         at = out + 2 * tl.program_id(0).to(tl.int64)
     tl.store(at, dot)
@@ -190,11 +199,8 @@ def mark_kernel(
     BLOCK: tl.constexpr,
 ):
     """The first pass of a ranked F: mark and count, and where the step resumes store the moments."""
-    program = programs + 2 * tl.program_id(0)
-    index = tl.load(program)
-    tensor = tensors + index * rows.TENSOR_COLUMNS
-    scalar = table + index * scalars.COLUMNS
-    base = tl.load(program + 1).to(tl.int64) * BLOCK
+    index, tensor, scalar, chunk = locate(programs, tensors, table)
+    base = chunk * BLOCK
     left = tl.load(tensor + rows.NUMEL_AT) - base
     inside = tl.arange(0, BLOCK) < left
     kth = tl.load(thresholds + index)
@@ -271,12 +277,8 @@ def count_kernel(
 ):
     """One round of a search: count the elements in the 256 bins of the interval."""
     LISTED: tl.constexpr = BLOCK * SEARCH_BLOCKS // 32
-    program = programs + 2 * tl.program_id(0)
-    index = tl.load(program)
-    tensor = tensors + index * rows.TENSOR_COLUMNS
-    scalar = table + index * scalars.COLUMNS
+    index, tensor, scalar, chunk = locate(programs, tensors, table)
     own = search + index * sparsify.SEARCH_COLUMNS
-    chunk = tl.load(program + 1).to(tl.int64)
     if merges(scalar, BUILD):
         low = tl.load(own + sparsify.LOW_AT).to(tl.int32)
         last = tl.load(own + sparsify.LAST_AT).to(tl.int32)
@@ -321,10 +323,7 @@ def merging_adamw_kernel(
     BLOCK: tl.constexpr,
 ):
     """The step; one program a chunk of BLOCK elements, or a row."""
-    program = programs + 2 * tl.program_id(0)
-    index = tl.load(program)
-    tensor = tensors + index * rows.TENSOR_COLUMNS
-    scalar = table + index * scalars.COLUMNS
+    index, tensor, scalar, chunk = locate(programs, tensors, table)
     lanes = tl.arange(0, BLOCK)
     kth = 0
     if BUILD.RANKED:
@@ -332,7 +331,7 @@ def merging_adamw_kernel(
     if BUILD.ROW_PROGRAMS:
         if advances(scalar):
             columns = tl.load(tensor + rows.COLUMNS_AT)
-            start = row_start(tensor, tl.load(program + 1), columns, BUILD)
+            start = row_start(chunk, columns, BUILD)
             dot, norm = row_products(tensor, scalar, start, columns, BUILD, BLOCK)
             along = dot, norm, rest_share, onto_share
             for block in range(0, tl.cdiv(columns, BLOCK)):
@@ -349,10 +348,11 @@ def merging_adamw_kernel(
                         inside, BUILD, True, BLOCK,
                     )  # fmt: skip
     else:
-        base = tl.load(program + 1).to(tl.int64) * BLOCK
+        base = chunk * BLOCK
         left = tl.load(tensor + rows.NUMEL_AT) - base
         inside = lanes < left
-        own_sums = products + 4 * tl.program_id(0).to(tl.int64), counts + 5 * index
+        own_products = products + tl.program_id(0).to(tl.int64) * merge_stats.PRODUCTS
+        own_sums = own_products, counts + index * merge_stats.COUNTS
         if BUILD.RESUMES:
             if merges(scalar, BUILD):
                 every = sparsify.looks_at_all(search + index * sparsify.SEARCH_COLUMNS)

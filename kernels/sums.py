@@ -113,7 +113,7 @@ class Reduction:
     def __init__(self, counts: Sequence[int], device: torch.device) -> None:
         """Plan for `counts[t]` block sums of tensor t, one tensor after the other."""
         self._levels: list[tuple[Tensor, Tensor]] = []
-        while max(counts) > 1:
+        while max(counts, default=0) > 1:
             ends = torch.tensor(counts).cumsum(0)
             spans = torch.stack((ends - torch.tensor(counts), torch.tensor(counts)), 1).to(torch.int32)
             programs = tables.program_table(tuple(counts), FAN_IN, device)

@@ -12,7 +12,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
+import gpu_checks
 import gpu_suite
+import gpu_times
 import roofline
 
 # There is a `kernels` in that folder, and one that others look for.
@@ -70,20 +72,20 @@ def test_the_report_of_the_tests_is_read(tmp_path):
         '<testcase classname="tests.a" name="two"><failure message="m">assert 1 == 2</failure></testcase>'
         '<testcase classname="tests.a" name="three"><skipped/></testcase></testsuite></testsuites>'
     )
-    counts, failure = gpu_suite.read_report(report, "session-timeout: 6.0 sec exceeded")
+    counts, failure = gpu_checks.read_report(report, "session-timeout: 6.0 sec exceeded")
     assert (counts.ok, counts.detail) == (False, "1 passed, 1 failed, 1 skipped, stopped by the time limit")
     assert (failure.ok, failure.name, failure.detail) == (False, "tests.a::two", "assert 1 == 2")
-    (missing,) = gpu_suite.read_report(tmp_path / "none.xml", "usage: pytest")
+    (missing,) = gpu_checks.read_report(tmp_path / "none.xml", "usage: pytest")
     assert (missing.ok, missing.detail) == (False, "usage: pytest")
 
 
 def test_ratios_are_taken_within_a_round():
     ops = roofline.ops()
     times = {
-        name: [gpu_suite.Time(ms, 0.1) for ms in series]
+        name: [gpu_times.Time(ms, 0.1) for ms in series]
         for name, series in {roofline.FUSED: (1.0, 2.0, 4.0), "ondare, p = 0.01": (0.8, 1.6, 3.2)}.items()
     }
-    baseline, row = gpu_suite.time_rows("large", "large", 10**6, times, ops)
+    baseline, row = gpu_times.time_rows("large", "large", 10**6, times, ops)
     assert (baseline.ms, baseline.ratio, baseline.gigabytes_per_second) == (2.0, 1.0, 14.0)
     assert (row.ms, row.target, row.met) == (1.6, 0.85, True)
     assert row.ratio == pytest.approx(0.8)
