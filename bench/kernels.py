@@ -41,6 +41,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 NVDISASM = CUOBJDUMP.with_name("nvdisasm")
 RECORD = Path(__file__).parent / "results" / "kernels.json"
 
+ELEMENTS_PER_THREAD = 8
+
 # What the kernels are handed at run time; every other argument is a constant.
 SIGNATURE = {
     "programs": "*i32",
@@ -143,7 +145,7 @@ def builds() -> dict[str, Kernel]:
 
 def elements_per_program(target: GPUTarget) -> int:
     """Return the block size that the library launches on this target."""
-    return 8 * NUM_WARPS * target.warp_size
+    return ELEMENTS_PER_THREAD * NUM_WARPS * target.warp_size
 
 
 def compile_for(target: GPUTarget, build: Kernel) -> Any:
@@ -195,6 +197,7 @@ def report(compiled: Any, target: GPUTarget) -> dict[str, int | float]:
         "registers": registers,
         "shared": compiled.metadata.shared,
         "instructions": instructions,
+        "per_element": instructions / ELEMENTS_PER_THREAD,
     }
 
 
@@ -232,7 +235,18 @@ def main() -> None:
     if options.json:
         json.dump(found, sys.stdout, indent=1)
         return
-    columns = ("registers", "spills", "shared", "instructions", "narrow", "read", "reads", "written", "writes")
+    columns = (
+        "registers",
+        "spills",
+        "shared",
+        "instructions",
+        "per_element",
+        "narrow",
+        "read",
+        "reads",
+        "written",
+        "writes",
+    )
     print(f"{len(builds())} builds; read and written, reads and writes: bytes per element, counted and by the model")
     print(f"{'build':28} target " + " ".join(f"{column:>12}" for column in columns))
     for row in found["rows"]:
