@@ -14,7 +14,7 @@ from fused_merge import functional
 from fused_merge.backend import check_impl
 from fused_merge.names import canonical_name
 from fused_merge.settings import Setting, check_ratios, is_tuned, per_tensor
-from fused_merge.sharding import is_sharded, local_box, local_part
+from fused_merge.sharding import local_box, local_part, reshard
 from fused_merge.sources import SourceLike, TensorSource, match, open_source, same_bits
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -111,9 +111,12 @@ class RatioSweep(Generic[Model]):
     Raises:
         ValueError: if names, shapes or dtypes differ, if the model ties weights that `base` or `tuned` tell
             apart, if it shares storage with them, or if its shards are no boxes of tensors.
+        TypeError: if `model` is no module.
     """
 
     def __init__(self, model: Model, base: SourceLike, tuned: SourceLike, *, impl: str = "auto") -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a module, got a {type(model).__name__}; use interpolate for state dicts")
         self.model = model
         self._impl = check_impl(impl)
         self._ratio: Setting | None = None
@@ -209,7 +212,7 @@ class RatioSweep(Generic[Model]):
         return lambda: copy
 
     def _open_model(self) -> TensorSource:
-        _reshard(self.model)
+        reshard(self.model)
         weights = open_source(self.model, role="model")
         for source in (self._base, self._tuned):
             if _storages(weights) & _storages(source):
@@ -226,14 +229,6 @@ class RatioSweep(Generic[Model]):
                     f"the model ties {name!r} to {owner!r}, but {source.origin} holds other values for it; "
                     "untie them in the model (tie_word_embeddings=False)"
                 )
-
-
-def _reshard(model: nn.Module) -> None:
-    """Let FSDP2 drop the whole weights that it keeps after a forward pass: the next one is to gather the new ones."""
-    for module in model.modules():
-        reshard = getattr(module, "reshard", None)
-        if callable(reshard) and any(map(is_sharded, model.parameters())):
-            reshard()
 
 
 def _points(base: Tensor, tuned: Tensor, ratios: Sequence[float], impl: str) -> Tensor:

@@ -22,24 +22,28 @@ _FLOOR = 1e-2
 def project_ratios(x: Vector, mean: float, metric: Vector | None = None) -> Vector:
     """Return the point of {0 <= r_k <= 1, mean of r_k = `mean`} that is nearest to x.
 
-    Nearest is what has the least sum of metric_k * (r_k - x_k)^2. It is clip(x - s / metric, 0, 1) for one s, found by
-    bisection; what rounding leaves of the mean is then spread over the ratios that are free.
+    Nearest is what has the least sum of metric_k * (r_k - x_k)^2. It is clip(x - s / metric, 0, 1) for one s, which is
+    bisected down to two neighbouring numbers; between what they give lies the mean, however coarse numbers are there.
 
     Args:
-        x: any point.
+        x: any finite point.
         mean: in [0, 1].
         metric: positive; None is 1 for every ratio.
     """
+    if mean in (0.0, 1.0):
+        return np.full_like(x, mean)
     shift = np.ones_like(x) if metric is None else 1.0 / metric
     low, high = float(((x - 1.0) / shift).min()), float((x / shift).max())
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if np.clip(x - middle * shift, 0.0, 1.0).mean() > mean else (low, middle)
-    ratios = np.clip(x - high * shift, 0.0, 1.0)
-    free = (ratios > 0.0) & (ratios < 1.0)
-    if free.any():
-        ratios[free] += (mean - ratios.mean()) * len(x) / free.sum()
-    return np.clip(ratios, 0.0, 1.0)
+    above, below = np.ones_like(x), np.zeros_like(x)
+    while low < (middle := low + (high - low) / 2) < high:
+        ratios = np.clip(x - middle * shift, 0.0, 1.0)
+        if ratios.mean() > mean:
+            low, above = middle, ratios
+        else:
+            high, below = middle, ratios
+    between = (mean - below.mean()) / (above.mean() - below.mean())
+    nearest: Vector = np.clip(below + between * (above - below), 0.0, 1.0)
+    return nearest
 
 
 class Search(ABC):

@@ -104,7 +104,7 @@ class _MemorySource(TensorSource):
                 kind = "a meta tensor without data" if tensor.is_meta else f"stored as {tensor.layout}"
                 raise ValueError(f"{raw!r} of {origin} is {kind}; pass a dense tensor with its values")
             name = _add_name(self._tensors, raw, origin)
-            tensor = self._tensors[name] = tensor.detach()
+            self._tensors[name] = tensor.detach()
             owner = first.setdefault(_location(tensor), name) if tensor.numel() else name
             if owner != name:
                 aliases[name] = owner
@@ -390,7 +390,7 @@ def _add_name(known: Collection[str], raw: str, origin: str) -> str:
 
 
 def _location(tensor: Tensor) -> tuple[object, ...]:
-    # The address of a DTensor is that of what this process holds of it; an empty part is nobody's twin.
+    # The address of a DTensor is that of what this process holds of it; an empty part has none but the object.
     part = local_part(tensor)
     place = part.data_ptr() if part.numel() else id(tensor)
     return (tensor.device, place, tensor.dtype, tensor.shape, tensor.stride())

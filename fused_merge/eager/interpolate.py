@@ -59,17 +59,20 @@ def interpolate_(base: Tensor, tuned: Tensor, ratios: Sequence[float], outs: Seq
     for start in range(0, base.numel(), block):
         stored = base[start : start + block], tuned[start : start + block]
         a, b, d, merged = scratch[:, : len(stored[0])]
-        a, b = a.copy_(stored[0]), b.copy_(stored[1])
+        # What has the dtype of the computation is read, and below written, where it lies.
+        a, b = (x if x.dtype == wide else room.copy_(x) for x, room in zip(stored, (a, b), strict=True))
         torch.sub(b, a, out=d)
         for ratio, (near, far), out in zip(ratios, weights, outs, strict=True):
             point = out[start : start + block]
             if ratio in (0.0, 1.0):
                 point.copy_(stored[int(ratio)])
-            elif ratio < 0.5:
-                torch.add(a, torch.mul(d, near, out=merged), out=merged)
-                point.copy_(merged)
+                continue
+            place = point if point.dtype == wide else merged
+            if ratio < 0.5:
+                torch.add(a, torch.mul(d, near, out=merged), out=place)
             else:
-                torch.sub(b, torch.mul(d, far, out=merged), out=merged)
+                torch.sub(b, torch.mul(d, far, out=merged), out=place)
+            if place is merged:
                 point.copy_(merged)
 
 
