@@ -2,8 +2,9 @@
 
 A block is the same range of the data of one file in all R outputs. A thread reads the inputs of its block, makes the
 R points of it, takes their checksums while a cache still holds them, and writes them past the page cache (O_DIRECT)
-where the file system takes that. Threads share nothing but the place of the next block, so that some compute while
-others wait for the disk. Memory is that of the blocks in hand, whatever the size of the model.
+where the file system takes that. There are more threads than cores, so that some write while others compute; no more
+compute at a time than there are cores, since they would only wait for each other. Memory is that of the blocks in hand,
+whatever the size of the model.
 
 Bytes per element of b bytes: reads n*b of n inputs, writes R*b.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import math
+import mmap
 import os
 import threading
 import time
@@ -22,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import torch
@@ -32,7 +35,7 @@ from fused_merge.checkpoints.plan import ALIGNMENT, OutputFile, Run
 from fused_merge.writer import writing
 
 # Larger blocks gain nothing on a disk and leave the caches.
-_LARGEST_BLOCK = 1 << 20
+_LARGEST_BLOCK = 1 << 21
 _DIRECT = getattr(os, "O_DIRECT", 0)
 # Temporaries of a rule, in bytes for each byte of a block of one output, at most: four fp32 numbers for one of bf16.
 _SCRATCH = 8.0
@@ -43,12 +46,14 @@ class Resources(NamedTuple):
 
     Attributes:
         threads: that read, compute and write.
+        computing: how many of them read and compute at a time.
         memory: bytes for buffers.
         device: that computes.
         impl: as for `fused_merge.interpolate`.
     """
 
     threads: int
+    computing: int
     memory: int
     device: torch.device
     impl: str
@@ -63,9 +68,10 @@ class Resources(NamedTuple):
         Raises:
             ValueError: if not even the smallest block fits.
         """
-        most = self.memory / self.threads / (outputs + input_bytes + _SCRATCH)
+        held = self.threads * outputs + self.computing * (input_bytes + _SCRATCH)
+        most = self.memory / held
         if most < ALIGNMENT:
-            needed = self.threads * (outputs + input_bytes + _SCRATCH) * ALIGNMENT
+            needed = held * ALIGNMENT
             raise ValueError(
                 f"max_memory of {self.memory} bytes is too little for {self.threads} threads and {outputs} outputs; "
                 f"allow {math.ceil(needed / 1e6)} MB or take fewer threads"
@@ -106,7 +112,10 @@ def write_file(
                 for path in sorted({extent.file for run in file.runs for extent in run.part.inputs})
             }
             outputs = [stack.enter_context(_Output(path, part)) for path, part in zip(paths, parts, strict=True)]
-            stream = _Stream(file, sources, outputs, block, int(block * input_bytes), resources, advance)
+            inputs: SimpleQueue[_Inputs] = SimpleQueue()
+            for _ in range(resources.computing):
+                inputs.put(_Inputs(file, int(block * input_bytes), resources.device))
+            stream = _Stream(file, sources, outputs, block, inputs, resources, advance)
             with workers(resources.threads) as pool, _Shared(range(0, size, block)) as blocks:
                 for own in pool.map(stream.run, [blocks] * resources.threads):
                     add_to(totals, own.items())
@@ -213,38 +222,42 @@ class _Stream(NamedTuple):
     sources: Mapping[Path, int]
     outputs: Sequence[_Output]
     block: int
-    input_bytes: int
+    inputs: SimpleQueue[_Inputs]  # of those who compute
     resources: Resources
     advance: Callable[[int], None]
 
     def run(self, blocks: _Shared) -> dict[str, Tensor]:
         """Make and write blocks until none is left; returns the checksums of what was written."""
         try:
-            buffers = _Buffers(self.file, len(self.outputs), self.block, self.input_bytes, self.resources.device)
+            made = _aligned(len(self.outputs) * self.block, pinned=self.resources.device.type == "cuda")
+            made = made.view(len(self.outputs), self.block)
             totals: dict[str, Tensor] = {}
             for at in blocks:
                 end = min(at + self.block, len(self.file.header) + self.file.nbytes)
-                add_to(totals, self._fill(at, end, buffers))
-                for output, made in zip(self.outputs, buffers.outputs, strict=True):
-                    output.write(bytes_of(made), at, end - at)
+                inputs = self.inputs.get()
+                try:
+                    add_to(totals, self._fill(at, end, inputs, made))
+                finally:
+                    self.inputs.put(inputs)
+                for output, block in zip(self.outputs, made, strict=True):
+                    output.write(bytes_of(block), at, end - at)
                 self.advance((end - at) * len(self.outputs))
             return totals
         except BaseException:
             blocks.stop()
             raise
 
-    def _fill(self, at: int, end: int, buffers: _Buffers) -> list[tuple[str, Tensor]]:
-        """Fill the buffers of the outputs with bytes [at, end) of the file."""
+    def _fill(self, at: int, end: int, inputs: _Inputs, made: Tensor) -> list[tuple[str, Tensor]]:
+        """Fill `made`, a block of each output, with bytes [at, end) of the file."""
         header = len(self.file.header)
         if at < header:
             text = torch.frombuffer(bytearray(self.file.header[at:end]), dtype=torch.uint8)
-            for out in buffers.outputs:
-                out[: len(text)] = text
+            made[:, : len(text)] = text
         pieces = []
         for _, group in groupby(self._clips(at - header, end - header), _Clip.joins):
             clips = list(group)
-            self._compute(clips, buffers)
-            pieces += [self._piece(clip, buffers) for clip in clips]
+            self._compute(clips, inputs, made)
+            pieces += [self._piece(clip, made) for clip in clips]
         return pieces
 
     def _clips(self, start: int, end: int) -> Iterator[_Clip]:
@@ -259,10 +272,10 @@ class _Stream(NamedTuple):
             if count > 0:
                 yield _Clip(run, skipped, count, run.start + skipped * size - start)
 
-    def _compute(self, clips: Sequence[_Clip], buffers: _Buffers) -> None:
+    def _compute(self, clips: Sequence[_Clip], room: _Inputs, made: Tensor) -> None:
         """Read the inputs of clips of one kind and make their outputs."""
         run, count = clips[0].run, sum(clip.numel for clip in clips)
-        inputs = buffers.take([extent.dtype for extent in run.part.inputs], count)
+        inputs = room.take([extent.dtype for extent in run.part.inputs], count)
         for i, tensor in enumerate(inputs):
             view = bytes_of(tensor)
             filled = 0
@@ -273,36 +286,34 @@ class _Stream(NamedTuple):
                 read_into(self.sources[extent.file], extent.file, view[filled : filled + nbytes], offset)
                 filled += nbytes
         place = slice(clips[0].start, clips[0].start + count * run.dtype.itemsize)
-        outs = [out[place].view(run.dtype) for out in buffers.outputs]
+        outs = list(made[:, place].view(run.dtype))
         first = run.first + clips[0].skipped
-        if buffers.stream is None:
+        if room.stream is None:
             run.part.rule(inputs, outs, first, self.resources.impl)
             return
         # Other threads read, write and compute while this one waits for its copies.
-        with torch.cuda.stream(buffers.stream):
+        with torch.cuda.stream(room.stream):
             there = [tensor.to(self.resources.device, non_blocking=True) for tensor in inputs]
-            made = [torch.empty_like(out, device=self.resources.device) for out in outs]
-            run.part.rule(there, made, first, self.resources.impl)
-            for out, point in zip(outs, made, strict=True):
+            points = [torch.empty_like(out, device=self.resources.device) for out in outs]
+            run.part.rule(there, points, first, self.resources.impl)
+            for out, point in zip(outs, points, strict=True):
                 out.copy_(point, non_blocking=True)
-            buffers.stream.synchronize()
+            room.stream.synchronize()
 
-    def _piece(self, clip: _Clip, buffers: _Buffers) -> tuple[str, Tensor]:
+    def _piece(self, clip: _Clip, made: Tensor) -> tuple[str, Tensor]:
         """Return what a clip adds to the checksums of its tensor."""
         size = clip.run.dtype.itemsize
-        made = buffers.block[:, clip.start : clip.start + clip.numel * size]
-        return clip.run.name, checksums(made, (clip.run.first + clip.skipped) * size)
+        piece = made[:, clip.start : clip.start + clip.numel * size]
+        return clip.run.name, checksums(piece, (clip.run.first + clip.skipped) * size)
 
 
-class _Buffers:
-    """What one thread holds: a block of each output, and the inputs of a block."""
+class _Inputs:
+    """What a thread holds while it computes: the inputs of a block."""
 
-    def __init__(self, file: OutputFile, outputs: int, block: int, input_bytes: int, device: torch.device) -> None:
+    def __init__(self, file: OutputFile, nbytes: int, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
         most = max((len(run.part.inputs) for run in file.runs), default=0)
-        self.block = _aligned(outputs * block, pinned=on_gpu).view(outputs, block)
-        self.outputs = self.block.unbind()
-        self._inputs = _aligned(input_bytes + most * ALIGNMENT, pinned=on_gpu)
+        self._inputs = _aligned(nbytes + most * ALIGNMENT, pinned=on_gpu)
         self.stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
 
     def take(self, dtypes: Sequence[torch.dtype], count: int) -> list[Tensor]:
@@ -447,10 +458,11 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _aligned(nbytes: int, *, pinned: bool) -> Tensor:
-    """Return bytes that begin where a disk can write from."""
-    room = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=pinned)
-    start = -room.data_ptr() % ALIGNMENT
-    return room[start : start + nbytes]
+    """Return bytes that begin where a disk can write from, and that the system gets back as soon as they are free."""
+    if pinned:
+        room = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=True)
+        return room[-room.data_ptr() % ALIGNMENT :][:nbytes]
+    return torch.frombuffer(mmap.mmap(-1, max(1, nbytes), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=torch.uint8)
 
 
 def _input_bytes(run: Run) -> float:

@@ -93,7 +93,7 @@ def interpolate_checkpoints(
         worker: (i, n): this process writes the i-th of n shares of the files; the last to finish gives the folders
             their names.
         threads: that read, compute and write; None is three for every two cores.
-        max_memory: of all buffers, in bytes or as in `"256MB"`; None is 64 MiB. It does not depend on R or on the
+        max_memory: of all buffers, in bytes or as in `"256MB"`; None is 88 MiB. It does not depend on R or on the
             size of the model.
         device: `"cpu"`, or `"cuda"` to compute on a GPU.
         impl: `"auto"`, `"triton"` or `"eager"`.

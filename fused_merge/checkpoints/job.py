@@ -45,7 +45,7 @@ from fused_merge.writer import writing
 
 # Three threads keep two cores and a disk busy; more gain nothing where the disk is the limit.
 _THREADS_PER_CORE = 1.5
-_MEMORY = 64 << 20
+_MEMORY = 88 << 20
 # Files that are open beside inputs and outputs: locks, a journal, a folder.
 _SPARE_HANDLES = 16
 
@@ -182,7 +182,7 @@ class Job:
             worker: (i, n): this process writes the i-th of n shares of the files, 1 <= i <= n. The last to finish
                 gives the folders their names.
             threads: that read, compute and write; None is three for every two cores.
-            max_memory: of all buffers, in bytes or as in `"256MB"`; None is 64 MiB.
+            max_memory: of all buffers, in bytes or as in `"256MB"`; None is 88 MiB.
             device: that computes.
             impl: as for `fused_merge.interpolate`.
             verify: read everything from the disk again and compare it with its checksums, before it gets its name; a
@@ -601,8 +601,10 @@ def _resources(threads: int | None, max_memory: int | str | None, device: str | 
         threads = ceil(_THREADS_PER_CORE * _cores())
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
+    # Those that a GPU computes for wait for its copies meanwhile.
+    computing = threads if where.type == "cuda" else min(threads, _cores())
     memory = _MEMORY if max_memory is None else parse_bytes(max_memory, what="max_memory")
-    return Resources(threads, memory, where, impl)
+    return Resources(threads, computing, memory, where, impl)
 
 
 def _cores() -> int:

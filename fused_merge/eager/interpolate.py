@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Elements of a block: its four temporaries in fp32 fill four megabytes of a cache. Smaller ones would be faster, if
-# Python's threads did not take turns between the operations.
-_BLOCK = 1 << 18
+# Elements of a block: its five temporaries in fp32 stay in a cache. Smaller ones would be faster, if Python's threads
+# did not take turns between the operations.
+_BLOCK = 1 << 17
 
 
 def interpolate(base: Tensor, tuned: Tensor, ratio: float) -> Tensor:
@@ -44,7 +44,8 @@ def interpolate(base: Tensor, tuned: Tensor, ratio: float) -> Tensor:
 def interpolate_(base: Tensor, tuned: Tensor, ratios: Sequence[float], outs: Sequence[Tensor]) -> None:
     """Write R points of the line: the bits of `interpolate`, from one read of the ends.
 
-    Goes by blocks that stay in a cache: b - a is taken once, and each point passes through it once.
+    Goes by blocks that stay in a cache: b - a is taken once, its product with a weight once for the two points that
+    lie as far from either end, and each point passes through the cache once.
 
     Args:
         base: theta0, a vector.
@@ -53,27 +54,33 @@ def interpolate_(base: Tensor, tuned: Tensor, ratios: Sequence[float], outs: Seq
         outs: R vectors of as many elements, of any floating dtype: mutated. One may be an input if R = 1.
     """
     wide = _wide(base, tuned)
-    weights = [_weights(ratio, wide) for ratio in ratios]
+    # Of each weight the points that are so far from an end, and whether that end is base.
+    points: dict[float, list[tuple[bool, Tensor]]] = {}
+    for ratio, out in zip(ratios, outs, strict=True):
+        near, far = _weights(ratio, wide)
+        if ratio not in (0.0, 1.0):
+            points.setdefault(near if ratio < 0.5 else far, []).append((ratio < 0.5, out))
+    copies = [((base, tuned)[int(ratio)], out) for ratio, out in zip(ratios, outs, strict=True) if ratio in (0.0, 1.0)]
     block = _BLOCK if base.device.type == "cpu" else max(1, base.numel())
-    scratch = torch.empty(4, min(block, base.numel()), dtype=wide, device=base.device)
+    scratch = torch.empty(5, min(block, base.numel()), dtype=wide, device=base.device)
     for start in range(0, base.numel(), block):
-        stored = base[start : start + block], tuned[start : start + block]
-        a, b, d, merged = scratch[:, : len(stored[0])]
+        here = slice(start, start + block)
+        a, b, d, product, merged = scratch[:, : len(base[here])]
         # What has the dtype of the computation is read, and below written, where it lies.
-        a, b = (x if x.dtype == wide else room.copy_(x) for x, room in zip(stored, (a, b), strict=True))
+        a, b = (x[here] if x.dtype == wide else room.copy_(x[here]) for x, room in ((base, a), (tuned, b)))
         torch.sub(b, a, out=d)
-        for ratio, (near, far), out in zip(ratios, weights, outs, strict=True):
-            point = out[start : start + block]
-            if ratio in (0.0, 1.0):
-                point.copy_(stored[int(ratio)])
-                continue
-            place = point if point.dtype == wide else merged
-            if ratio < 0.5:
-                torch.add(a, torch.mul(d, near, out=merged), out=place)
-            else:
-                torch.sub(b, torch.mul(d, far, out=merged), out=place)
-            if place is merged:
-                point.copy_(merged)
+        for end, out in copies:
+            out[here].copy_(end[here])
+        for weight, alike in points.items():
+            torch.mul(d, weight, out=product)
+            for from_base, out in alike:
+                place = out[here] if out.dtype == wide else merged
+                if from_base:
+                    torch.add(a, product, out=place)
+                else:
+                    torch.sub(b, product, out=place)
+                if place is merged:
+                    out[here].copy_(merged)
 
 
 def _wide(base: Tensor, tuned: Tensor) -> torch.dtype:
