@@ -69,8 +69,9 @@ def adapt_ratios(
 
     With FSDP2 each process reads and writes its own elements, and with DDP or FSDP2 each has its own batches: the loss
     is the mean over processes, as in training, and all return the same ratios. Of gradients DDP then reduces nothing:
-    it is K inner products that are. Weights in bf16 or fp16 work, and so does autocast within `loss_fn`; inner products
-    are taken in fp32.
+    it is K inner products that are. A bad batch, loss, file or journal stops all processes; a `loss_fn` that raises
+    stops its own, as in training. Processes whose models nothing ties together are alone. Weights in bf16 or fp16 work,
+    and so does autocast within `loss_fn`; inner products are taken in fp32.
 
     Args:
         model: any module whose parameters carry the names of the checkpoints.
@@ -157,7 +158,8 @@ def adapt_ratios(
 
     stream = _cycle(batches, skip=len(history) * accumulate)
     evaluate = _Evaluation(sweep, start, loss_fn, processes, gradients=gradients, impl=impl)
-    with evaluate.running(), progress_bar("adapting ratios", steps, enabled=progress) as advance:
+    shown = progress and processes.is_first
+    with evaluate.running(), progress_bar("adapting ratios", steps, unit="steps", enabled=shown) as advance:
         advance(len(history))
         while len(history) < steps and not _has_settled(history, patience, tolerance):
             ratios = search.propose()
@@ -227,7 +229,10 @@ class _Evaluation:
     def running(self) -> Iterator[None]:
         """Take the model for evaluations, and give it back as it was."""
         model = self._sweep.model
-        with self._sweep.at(self._start), ExitStack() as stack:
+        with ExitStack() as stack:
+            # Reading files, here and below, may fail for one process alone.
+            with self._processes.raising_together():
+                stack.enter_context(self._sweep.at(self._start))
             aliases = open_source(model, role="model").aliases
             named = ((canonical_name(name), p) for name, p in model.named_parameters())
             self._parameters = [(aliases.get(name, name), p) for name, p in named]
@@ -247,7 +252,8 @@ class _Evaluation:
 
     def __call__(self, ratios: LayerRatios, batches: Iterator[Any], count: int) -> tuple[float, Vector | None]:
         """Return the mean loss over the next batches, and its gradient by the ratios if it is wanted."""
-        self._sweep.move_to(ratios)
+        with self._processes.raising_together():
+            self._sweep.move_to(ratios)
         total = torch.zeros((), dtype=torch.float64, device=self._processes.device)
         with torch.set_grad_enabled(self._gradients):
             for _ in range(count):
@@ -275,7 +281,23 @@ class _Evaluation:
 
     def _gradient(self) -> Vector:
         """Return <p.grad, tuned - base> summed over each part, and let go of the gradients."""
-        # Of each part the sum, and how many parameters had a gradient; by the processes to add up over.
+        with self._processes.raising_together():
+            sums = self._products()
+        totals = [sum_over(here.to(self._processes.device), groups).cpu() for groups, here in sums.items()]
+        gradient: Vector
+        gradient, found = torch.stack(totals).sum(0).numpy()
+        for label, derivative, count in zip(self._labels, gradient, found, strict=True):
+            if not count:
+                raise ValueError(f"no parameter of part {label!r} gets a gradient; make it one part with others")
+            if not math.isfinite(derivative):
+                raise ValueError(
+                    f"the loss is finite, but its derivative by the ratio of part {label!r} is {derivative}; look at "
+                    "the batch, and whether the model's dtype can hold its gradients"
+                )
+        return gradient
+
+    def _products(self) -> dict[tuple[Any, ...], Tensor]:
+        """Return, by the processes to add up over, the sum of each part and how many parameters had a gradient."""
         sums: dict[tuple[Any, ...], Tensor] = {}
         for name, p in self._parameters:
             # FSDP2 has averaged the gradient of what it shards; of any other weight each process has its own.
@@ -289,18 +311,7 @@ class _Evaluation:
             here[0, self._part[name]] += product.double().cpu() / (self._processes.size if own else 1)
             here[1, self._part[name]] += 1
             p.grad = None
-        totals = [sum_over(here.to(self._processes.device), groups).cpu() for groups, here in sums.items()]
-        gradient: Vector
-        gradient, found = torch.stack(totals).sum(0).numpy()
-        for label, derivative, count in zip(self._labels, gradient, found, strict=True):
-            if not count:
-                raise ValueError(f"no parameter of part {label!r} gets a gradient; make it one part with others")
-            if not math.isfinite(derivative):
-                raise ValueError(
-                    f"the loss is finite, but its derivative by the ratio of part {label!r} is {derivative}; look at "
-                    "the batch, and whether the model's dtype can hold its gradients"
-                )
-        return gradient
+        return sums
 
 
 class _Journal:

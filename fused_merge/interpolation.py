@@ -98,8 +98,8 @@ class RatioSweep(Generic[Model]):
     ```
 
     Only one tensor of each checkpoint is read at a time. Parameters and persistent buffers are written; integer ones
-    are copied from `tuned` (from `base` where every ratio is 0). Of a model sharded with FSDP2 each process reads and
-    writes its own elements.
+    are copied from `tuned` (from `base` where every ratio is 0). A model of another floating dtype than its ends gets
+    each point rounded once to its own. Of a model sharded with FSDP2 each process reads and writes its own elements.
 
     Args:
         model: written in place inside `at`; its tensors keep their identity, device and strides. It may be wrapped in
@@ -109,8 +109,9 @@ class RatioSweep(Generic[Model]):
         impl: `"auto"`, `"triton"` or `"eager"`.
 
     Raises:
-        ValueError: if names, shapes or dtypes differ, if the model ties weights that `base` or `tuned` tell
-            apart, if it shares storage with them, or if its shards are no boxes of tensors.
+        ValueError: if names or shapes differ, or dtypes of `base` and `tuned`, or of integers, if the model ties
+            weights that `base` or `tuned` tell apart, if it shares storage with them, or if its shards are no boxes of
+            tensors.
         TypeError: if `model` is no module.
     """
 
@@ -124,12 +125,18 @@ class RatioSweep(Generic[Model]):
         self._tuned = open_source(tuned, role="tuned")
         weights = self._open_model()
         ends = match(self._base, self._tuned, same_dtype=True)
-        with_model = match(weights, self._base, same_dtype=True)
+        with_model = match(weights, self._base)
         # One entry for each tensor of the model: its first name, and its name in the checkpoints.
         self._plan: dict[str, str] = {}
         for name in weights:
             source_name = ends.resolve(with_model.resolve(name))
             owner = weights.aliases.get(name, name)
+            stored = self._base.dtype(source_name)
+            if weights.dtype(name) != stored and not weights.is_merged(name):
+                raise ValueError(
+                    f"{name!r} is {weights.dtype(name)} in the model and {stored} in {self._base.origin}; integers "
+                    "are copied as they are, so both must have one dtype"
+                )
             self._check_tie(owner, name, self._plan.setdefault(owner, source_name), source_name)
         self.names = tuple(name for name in self._plan if weights.is_merged(name))
         """The tensors that have a ratio, tied ones once under the model's first name."""
@@ -158,8 +165,9 @@ class RatioSweep(Generic[Model]):
         self._ratio = ratio
         try:
             for name in self._plan:
-                found[name] = self._way_back(weights[name], name)
-                self._write(weights[name], name, ratio, decided)
+                ends = self.ends_of(name, weights[name])
+                found[name] = self._way_back(weights[name], name, ends)
+                self._write(weights[name], name, ends, ratio, decided)
             yield self.model
         finally:
             self._ratio = None
@@ -183,7 +191,7 @@ class RatioSweep(Generic[Model]):
         decided = per_tensor(ratio, self.names, what="ratio")
         weights = self._open_model()
         for name in self._plan:
-            self._write(weights[name], name, ratio, decided)
+            self._write(weights[name], name, self.ends_of(name, weights[name]), ratio, decided)
         self._ratio = ratio
 
     def ends_of(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,16 +204,32 @@ class RatioSweep(Generic[Model]):
         source_name, box, device = self._plan[name], local_box(weight), local_part(weight).device
         return self._base.box(source_name, box).to(device), self._tuned.box(source_name, box).to(device)
 
-    def _write(self, weight: Tensor, name: str, ratio: Setting, decided: Mapping[str, float]) -> None:
-        ends, local = self.ends_of(name, weight), local_part(weight)
-        if name in decided:
-            functional.interpolate(ends[:1], ends[1:], [decided[name]], [[local]], impl=self._impl)
-        else:
+    def _write(
+        self,
+        weight: Tensor,
+        name: str,
+        ends: tuple[Tensor, Tensor],
+        ratio: Setting,
+        decided: Mapping[str, float],
+    ) -> None:
+        (base, tuned), local = ends, local_part(weight)
+        if name not in decided:
             local.copy_(ends[is_tuned(ratio, decided)])
+        elif decided[name] in (0.0, 1.0):
+            local.copy_(ends[int(decided[name])])
+        elif local.dtype == base.dtype:
+            functional.interpolate([base], [tuned], [decided[name]], [[local]], impl=self._impl)
+        else:
+            # Contiguous all of them: of other strides the point would be rounded to the dtype of the ends first.
+            place = local.contiguous()
+            ends = base.contiguous(), tuned.contiguous()
+            functional.interpolate(ends[:1], ends[1:], [decided[name]], [[place]], impl=self._impl)
+            if place is not local:
+                local.copy_(place)
 
-    def _way_back(self, weight: Tensor, name: str) -> Callable[[], Tensor]:
+    def _way_back(self, weight: Tensor, name: str, ends: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
         local, box = local_part(weight), local_box(weight)
-        for source, end in zip((self._base, self._tuned), self.ends_of(name, weight), strict=True):
+        for source, end in zip((self._base, self._tuned), ends, strict=True):
             if same_bits(local, end):
                 return partial(source.box, self._plan[name], box)
         copy = local.to("cpu", copy=True)

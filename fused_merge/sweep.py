@@ -13,7 +13,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -41,6 +41,7 @@ from fused_merge.scorers import (
     stored_dtype,
 )
 from fused_merge.settings import Setting, finite, parse_dtype
+from fused_merge.sharding import Processes
 from fused_merge.sources import PathLike, open_files
 from fused_merge.writer import writing
 
@@ -51,6 +52,8 @@ PICTURE = "pareto.png"
 # Points of the line, or {label: point}.
 Ratios: TypeAlias = "Sequence[float] | Mapping[str, Setting]"
 
+_ALONE = Processes((), torch.device("cpu"))
+
 # Slicing a volume takes n^(d - 1) steps for d scores.
 _MOST_SCORES_OF_A_VOLUME = 4
 
@@ -60,6 +63,9 @@ class Line(Protocol):
 
     def at(self, ratio: Any) -> AbstractContextManager[Any]:
         """Hold a model at a ratio, and put it back."""
+
+    def move_to(self, ratio: Any) -> None:
+        """Hold it at another ratio, within `at`."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +161,12 @@ def evaluate_ratios(
 ) -> list[Row]:
     """Score a model at many ratios; go on where a killed sweep of the same kind ended.
 
+    Of a model under DDP or FSDP2 every process has to call this, with the same arguments: all of them score, and the
+    scores of the first one are written, by it alone, and returned by all. A scorer that returns no finite number stops
+    them together; one that raises stops its own process, as in training.
+
     Args:
-        sweep: holds the model, which has its weights back after every ratio, also when a scorer fails.
+        sweep: holds the model, which has its weights back at the end, also when a scorer fails.
         ratios: distinct numbers, or {label: number, or what else `sweep.at` takes by name of tensor}.
         scorers: name -> function of the model; it returns a number, which becomes the score of that name, or
             {key: number}, which become the scores `name/key`. One that knows of keys where less is better lists them
@@ -174,7 +184,7 @@ def evaluate_ratios(
     Raises:
         ValueError: if ratios, scorers or `minimise` do not fit, or `out` holds the results of another sweep.
         RuntimeError: if a scorer raises, or returns what is no finite number; the sentence names scorer and ratio.
-            Finished ratios are kept.
+            Finished ratios are kept. Also if another process has raised one of these.
         OSError: if `out` cannot be written to, or a checkpoint cannot be read.
         TypeError: for a ratio that is no number.
     """
@@ -186,6 +196,7 @@ def evaluate_ratios(
         checkpoints=checkpoints or {},
         minimise=minimise,
         progress=progress,
+        processes=Processes.of(sweep.model) if isinstance(sweep, RatioSweep) else _ALONE,
     )
 
 
@@ -278,11 +289,12 @@ def _evaluate(
     minimise: Collection[str],
     progress: bool,
     also: Mapping[str, Any] | None = None,
+    processes: Processes = _ALONE,
 ) -> list[Row]:
     """Do what `evaluate_ratios` does, for scorers of these names.
 
     Model and scorers, which may take long to make ready, are asked of `prepare` when there is a ratio to score. `also`
-    is what else the results belong to.
+    is what else the results belong to. Of `processes` the first reads and writes files.
     """
     wanted = _labelled(ratios)
     if not names:
@@ -291,37 +303,47 @@ def _evaluate(
         if not any(score == name or score.startswith(f"{name}/") for name in names):
             raise ValueError(f"minimise names {score!r}, which is no score of {some(map(repr, names))}; correct it")
     path = Path(out) / RESULTS
-    belongs_to = {
-        "checkpoints": {role: _describe(checkpoint) for role, checkpoint in checkpoints.items()},
-        "ratios": wanted,
-        "scorers": list(names),
-        **(also or {}),
-    }
-    found = _resumed(path, belongs_to)
-    rows = {row.label: row for row in found.rows}
+    with processes.raising_together():
+        belongs_to = {
+            "checkpoints": {role: _describe(checkpoint) for role, checkpoint in checkpoints.items()},
+            "ratios": wanted,
+            "scorers": list(names),
+            **(also or {}),
+        }
+        found = _resumed(path, belongs_to) if processes.is_first else Results(belongs_to)
+    known, lower = processes.from_first((found.rows, found.lower_is_better))
+    rows = {row.label: row for row in known}
 
     def in_order() -> list[Row]:
         return [rows[label] for label in wanted if label in rows]
 
-    results = replace(found, rows=in_order(), minimise=minimise)
+    def keep(results: Results) -> None:
+        with processes.raising_together():
+            if processes.is_first:
+                _save(path, results)
+
+    results = Results(belongs_to, in_order(), minimise, lower)
     if results.rows:
         _check_minimise(results)
     # At once, so that a folder that cannot be written to is no surprise after the first ratio.
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    _save(path, results)
+    keep(results)
     missing = {label: ratio for label, ratio in wanted.items() if label not in rows}
     if missing:
         sweep, scorers = prepare()
-        with progress_bar("sweeping", len(missing), unit="ratios", enabled=progress) as advance:
-            for label, ratio in missing.items():
-                with sweep.at(ratio) as model:
-                    kept = f"{len(results.rows)} of {len(wanted)} ratios are finished and kept in {path}"
-                    scores = _score(scorers, model, label, results.scores, kept)
-                rows[label] = Row(label, ratio, scores)
-                lower = {*results.lower_is_better, *_lower(scorers)}
-                results = replace(results, rows=in_order(), lower_is_better=lower)
-                _save(path, results)
+        shown = progress and processes.is_first
+        with ExitStack() as stack, progress_bar("sweeping", len(missing), unit="ratios", enabled=shown) as advance:
+            for i, (label, ratio) in enumerate(missing.items()):
+                with processes.raising_together():
+                    # Entered once: the model's own weights are put aside once, and put back once.
+                    if i == 0:
+                        model = stack.enter_context(sweep.at(ratio))
+                    else:
+                        sweep.move_to(ratio)
+                kept = f"{len(results.rows)} of {len(wanted)} ratios are finished and kept in {path}"
+                scores = _score(scorers, model, label, results.scores, kept, processes)
+                rows[label], lower = processes.from_first((Row(label, ratio, scores), _lower(scorers)))
+                results = replace(results, rows=in_order(), lower_is_better={*results.lower_is_better, *lower})
+                keep(results)
                 _check_minimise(results)
                 advance(1)
     return list(results.rows)
@@ -359,7 +381,12 @@ def _describe(path: PathLike) -> dict[str, Any]:
 
 
 def _score(
-    scorers: Mapping[str, Scorer], model: Any, label: str, expected: Sequence[str], kept: str
+    scorers: Mapping[str, Scorer],
+    model: Any,
+    label: str,
+    expected: Sequence[str],
+    kept: str,
+    processes: Processes,
 ) -> dict[str, float]:
     """Return the scores of a model, or say which scorer failed at the ratio called `label`, and what is `kept`."""
     scores: dict[str, float] = {}
@@ -372,23 +399,26 @@ def _score(
         except Exception as error:
             said = ": ".join(filter(None, (type(error).__name__, str(error))))
             raise RuntimeError(f"{at} raised {said}; {way_out}") from error
-        named = found if isinstance(found, Mapping) else {None: found}
-        for key, value in named.items():
-            score = name if key is None else f"{name}/{key}"
-            number = _number(value)
-            if not math.isfinite(number):
-                of = "" if key is None else f" for {key!r}"
-                raise RuntimeError(f"{at} returned {value!r}{of}, which is no finite number; {way_out}")
-            if score in scores:
-                raise RuntimeError(f"{at} returned {score!r} as another scorer does; rename one ({kept})")
-            scores[score] = number
-        if not named:
-            raise RuntimeError(f"{at} returned no score; {way_out}")
-    if expected and set(scores) != set(expected):
-        raise RuntimeError(
-            f"the scores at ratio {label} are {some(map(repr, scores))} and were {some(map(repr, expected))} before; "
-            f"return the same ones at every ratio ({kept})"
-        )
+        # Before the next scorer, in which a process could wait for one that has failed.
+        with processes.raising_together():
+            named = found if isinstance(found, Mapping) else {None: found}
+            for key, value in named.items():
+                score = name if key is None else f"{name}/{key}"
+                number = _number(value)
+                if not math.isfinite(number):
+                    of = "" if key is None else f" for {key!r}"
+                    raise RuntimeError(f"{at} returned {value!r}{of}, which is no finite number; {way_out}")
+                if score in scores:
+                    raise RuntimeError(f"{at} returned {score!r} as another scorer does; rename one ({kept})")
+                scores[score] = number
+            if not named:
+                raise RuntimeError(f"{at} returned no score; {way_out}")
+    with processes.raising_together():
+        if expected and set(scores) != set(expected):
+            raise RuntimeError(
+                f"the scores at ratio {label} are {some(map(repr, scores))} and were {some(map(repr, expected))} "
+                f"before; return the same ones at every ratio ({kept})"
+            )
     return {name: scores[name] for name in expected or scores}
 
 
@@ -434,6 +464,8 @@ def _check_minimise(results: Results) -> None:
 
 
 def _save(path: Path, results: Results) -> None:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, json.dumps(results.document(), indent=1) + "\n")
 
 

@@ -229,6 +229,15 @@ def test_special_bits_come_back():
     assert_state(model, before)
 
 
+def test_a_zero_gets_its_sign_back():
+    model, base = nn.Linear(3, 1, bias=False), nn.Linear(3, 1, bias=False)
+    nn.init.constant_(model.weight, -0.0)
+    nn.init.constant_(base.weight, 0.0)
+    with RatioSweep(model, base, nn.Linear(3, 1, bias=False)).at(0.5):
+        pass
+    assert model.weight.signbit().all()
+
+
 def test_buffers_integers_and_strides():
     def network(seed):
         torch.manual_seed(seed)
@@ -248,6 +257,38 @@ def test_buffers_integers_and_strides():
     with sweep.at(0.0):
         assert_state(model, base.state_dict())
     assert_state(model, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_model_of_another_dtype_gets_points_rounded_once(dtype, transposed):
+    def linear(dtype):
+        layer = nn.Linear(200, 300).to(dtype)
+        layer.register_buffer("count", torch.tensor(3))
+        if transposed:
+            layer.weight = nn.Parameter(layer.weight.detach().T)
+        return layer
+
+    stored = torch.bfloat16 if dtype == torch.float64 else torch.float32
+    base, tuned, model = linear(stored), linear(stored), linear(dtype)
+    points = interpolate(*({n: t.float() for n, t in m.named_parameters()} for m in (base, tuned)), RATIOS)
+    before, sweep = state(model), RatioSweep(model, base, tuned)
+    with sweep.at(0.0):
+        for ratio, point in zip(RATIOS, points, strict=True):
+            sweep.move_to(ratio)
+            for name, parameter in model.named_parameters():
+                assert equal_bits(parameter.detach(), point[name].to(dtype))
+    assert_state(model, before)
+
+
+def test_integers_of_another_dtype_are_refused():
+    def counter(dtype):
+        module = nn.Linear(1, 1)
+        module.register_buffer("count", torch.tensor([300], dtype=dtype))
+        return module
+
+    with pytest.raises(ValueError, match=r"'count' is torch.int32 in the model and torch.int64 in base .*one dtype"):
+        RatioSweep(counter(torch.int32), counter(torch.int64), counter(torch.int64))
 
 
 def test_a_tied_model_and_a_checkpoint_that_writes_both_out(tmp_path):
@@ -288,8 +329,14 @@ def test_gradients_are_left_alone_and_flow_inside():
 def test_one_point_at_a_time():
     model = llama(2)
     sweep, before = RatioSweep(model, llama(0), llama(1)), state(model)
+    with pytest.raises(RuntimeError, match=r"the model is nowhere on the line; enter sweep.at\(ratio\) first"):
+        sweep.move_to(0.3)
+    assert_state(model, before)
     with sweep.at(0.3):
         with pytest.raises(RuntimeError, match=r"the model is at ratio 0.3 already; leave that block, or use move_to"):
+            sweep.at(0.4).__enter__()
+        sweep.move_to(0.6)
+        with pytest.raises(RuntimeError, match=r"the model is at ratio 0.6 already"):
             sweep.at(0.4).__enter__()
         with pytest.raises(ValueError, match="a ratio must be finite, got inf"):
             sweep.at(float("inf")).__enter__()
@@ -317,7 +364,7 @@ def test_models_that_do_not_fit():
     with pytest.raises(ValueError, match=r"model \(module\) and base \(module\) do not match: .* \[50, 16\] and \[48,"):
         RatioSweep(llama(2, vocabulary=50), base, tuned)
     with pytest.raises(ValueError, match=r"is torch.bfloat16 and torch.float32.*; both must be of one arch.*one dtype"):
-        RatioSweep(llama(2, dtype=torch.bfloat16), base, tuned)
+        RatioSweep(llama(2), llama(0, dtype=torch.bfloat16), tuned)
     without_head = [{n: t for n, t in m.state_dict().items() if n != "lm_head.weight"} for m in (base, tuned)]
     with pytest.raises(ValueError, match=r"base \(state dict\) lacks 'lm_head.weight' of model \(module\)"):
         RatioSweep(llama(2, tied=False), *without_head)

@@ -71,6 +71,38 @@ def test_adam_in_noise_comes_near_the_optimum():
     assert np.abs(search.best() - optimum(curvature, target, 0.4)).max() < 0.05
 
 
+def test_the_mean_is_exact_however_coarse_numbers_are_there():
+    # Neighbours of 1e9 are 1e-7 apart.
+    found = project_ratios(np.array([1e9, 1e9 + 0.3, -5.0, 1e9 + 0.1]), 0.4)
+    assert found.mean() == pytest.approx(0.4, abs=1e-15)
+    assert found[2] == 0.0
+
+
+def test_the_first_step_is_as_long_as_the_rate():
+    search = ProjectedAdam(np.array([0.3, 0.5]), 0.4, 0.05, (0.9, 0.99), 10)
+    search.learn(0.0, np.array([2.0, -2.0]))
+    assert search.best() == pytest.approx([0.25, 0.55], abs=1e-12)
+
+
+def test_what_all_parts_have_in_common_moves_nothing():
+    one, other = (ProjectedAdam(np.full(3, 0.4), 0.4, 0.05, (0.9, 0.99), 10) for _ in range(2))
+    for gradient in np.random.default_rng(0).normal(size=(5, 3)):
+        one.learn(0.0, gradient)
+        other.learn(0.0, gradient + 100.0)
+        assert one.best() == pytest.approx(other.best(), abs=1e-9)
+
+
+def test_sigmoids_stay_where_there_is_no_gradient():
+    search = SigmoidAdam(3, 0.4, 0.05, (0.9, 0.99), 10)
+    search.learn(0.0, np.zeros(3))
+    assert search.best() == pytest.approx([0.4] * 3)
+
+
+def test_another_seed_is_another_search():
+    first, second = (CovarianceSearch(np.full(3, 0.4), 0.4, 0.1, seed).propose().tolist() for seed in (0, 1))
+    assert first != second
+
+
 def test_without_a_gradient_nothing_moves():
     search = ProjectedAdam(np.array([0.1, 0.9]), 0.5, 0.05, (0.9, 0.99), 10)
     search.learn(1.0, np.array([3.0, 3.0]))

@@ -103,12 +103,31 @@ def test_ratios_with_labels_reach_the_model_as_they_are(tmp_path):
             asked.append(ratio)
             yield None
 
+        def move_to(self, ratio):
+            asked.append(ratio)
+
     ratios = {"half": 0.5, "by layer": {"lower.*": 0.1, ".*": 1}, "third": 1 / 3}
     rows = evaluate_ratios(Recorder(), ratios, {"one": lambda model: 1.0}, tmp_path)
     assert asked == [0.5, {"lower.*": 0.1, ".*": 1.0}, 1 / 3]
     assert [(row.label, row.ratio) for row in rows] == list(ratios.items())
     assert evaluate_ratios(Recorder(), ratios, {"one": lambda model: 2.0}, tmp_path) == rows
     assert len(asked) == 3
+
+
+def test_the_models_own_weights_are_put_aside_and_back_once(line, tmp_path, monkeypatch):
+    entered, at = [], RatioSweep.at
+    monkeypatch.setattr(RatioSweep, "at", lambda self, ratio: entered.append(ratio) or at(self, ratio))
+    rows = evaluate_ratios(line, [0.25, 0.5, 1], {"mean": mean}, tmp_path)
+    assert [row.scores["mean"] for row in rows] == [0.25, 0.5, 1]
+    assert entered == [0.25]
+    assert line.model.weight.tolist() == [[7.0] * 3]
+
+
+def test_a_ratio_that_does_not_fit_the_model_keeps_the_finished_ones(line, tmp_path):
+    with pytest.raises(ValueError, match="'bias' of the ratios matches no tensor"):
+        evaluate_ratios(line, {"half": 0.5, "odd": {"bias": 0.1, ".*": 0.2}}, {"mean": mean}, tmp_path)
+    assert line.model.weight.tolist() == [[7.0] * 3]
+    assert [row["label"] for row in results_of(tmp_path)["rows"]] == ["half"]
 
 
 def test_labels_of_numbers_tell_them_apart(line, tmp_path):
@@ -318,6 +337,15 @@ def test_a_scorer_that_fails_half_way(answer, sentence, line, tmp_path):
     assert [row.scores["mean"] for row in rows] == [0, 0.25, 0.5, 0.75]
     # In the order of the first ratio, whatever the order of the answers.
     assert len({tuple(row.scores) for row in rows}) == 1
+
+
+def test_a_direction_that_a_scorer_told_once_is_kept(line, tmp_path):
+    def tax(model):
+        tax.lower_is_better = {"x"} if mean(model) == 0 else set()
+        return {"x": mean(model)}
+
+    evaluate_ratios(line, [0, 1], {"tax": tax}, tmp_path)
+    assert results_of(tmp_path)["lower_is_better"] == ["tax/x"]
 
 
 def test_scores_that_change_between_ratios(line, tmp_path):
@@ -591,6 +619,18 @@ def test_the_model_has_the_dtype_of_the_files_whatever_its_configuration_says(en
     assert json.loads((ends[1] / "config.json").read_text())["dtype"] == "float32"
     files = sweep_checkpoints(*ends, [0.5], tmp_path / "out", scorers=["dtypes:size"])
     assert read_results(files[0]).rows[0].scores == {"size": 2.0}
+
+
+def test_the_model_may_have_another_dtype_than_the_files(ends, module, tmp_path):
+    module("first", "def weight(model):\n    assert model.dtype.itemsize == 2\n    return model.lm_head.weight[0, 0]\n")
+    files = sweep_checkpoints(*ends, [0, 0.3, 1], tmp_path / "out", scorers=["first:weight"], dtype="bfloat16")
+    points = interpolate(llama(0).state_dict(), llama(1).state_dict(), [0, 0.3, 1])
+    assert [row.scores["weight"] for row in read_results(files[0]).rows] == [
+        point["lm_head.weight"][0, 0].bfloat16().item() for point in points
+    ]
+    # Another dtype is another sweep.
+    with pytest.raises(ValueError, match="a sweep with other dtype"):
+        sweep_checkpoints(*ends, [0, 0.3, 1], tmp_path / "out", scorers=["first:weight"])
 
 
 @pytest.mark.parametrize(
