@@ -18,6 +18,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator
 from settings import ADDED_TAU, FROM_FULL, MAIN, RATIOS, SFT_SHARE, Setting
 
+from fused_merge import pareto_front
+
 PACKAGES = ("fused_merge", "torch", "transformers", "trl", "datasets", "tokenizers")
 
 
@@ -92,11 +94,9 @@ TAXES = (
 
 def front(points: Iterable[Point], tax: Tax) -> list[Point]:
     """The points that no other one beats in both reward and tax, by rising reward."""
-    kept: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.reward, tax.sign * tax.of(p)), reverse=True):
-        if not kept or tax.sign * (tax.of(point) - tax.of(kept[-1])) > 0:
-            kept.append(point)
-    return kept[::-1]
+    listed = list(points)
+    kept = pareto_front([(point.reward, tax.of(point)) for point in listed], maximise=[True, tax.sign > 0])
+    return sorted((listed[i] for i in kept), key=lambda point: point.reward)
 
 
 def from_front(point: Point, others: Iterable[Point], tax: Tax) -> float:
