@@ -954,19 +954,26 @@ def test_an_input_that_ends_while_it_is_read(models, tmp_path):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_an_interruption_while_threads_write(threads, models, expected, tmp_path):
     """The signal arrives when the last file is on its way."""
-    written = []
+    written, seen = [], threading.Event()
+
+    def handler(*_):
+        seen.set()
+        raise KeyboardInterrupt
 
     def interrupt(pwrite, handle, data, at):
         written.append(at)
         if len(written) == 3:
             os.kill(os.getpid(), signal.SIGINT)
-            # Until the main thread has seen it.
-            time.sleep(0.05)
+            assert seen.wait(60)
         return pwrite(handle, data, at)
 
     held = open_files(), threading.active_count(), torch.get_num_threads()
-    with patched(os, "pwrite", interrupt), pytest.raises(KeyboardInterrupt):
-        interpolate_checkpoints(*models, RATIOS, tmp_path, threads=threads)
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with patched(os, "pwrite", interrupt), pytest.raises(KeyboardInterrupt):
+            interpolate_checkpoints(*models, RATIOS, tmp_path, threads=threads)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (open_files(), threading.active_count(), torch.get_num_threads()) == held
     assert [path.name for path in tmp_path.rglob("*.safetensors.part")] == []
     interpolate_checkpoints(*models, RATIOS, tmp_path)

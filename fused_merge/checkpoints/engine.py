@@ -37,8 +37,8 @@ from fused_merge.writer import writing
 # Larger blocks gain nothing on a disk and leave the caches.
 _LARGEST_BLOCK = 1 << 21
 _DIRECT = getattr(os, "O_DIRECT", 0)
-# Temporaries of a rule, in bytes for each byte of a block of one output, at most: four fp32 numbers for one of bf16.
-_SCRATCH = 8.0
+# Temporaries of a rule, in bytes for each byte of a block of one output, at most: five fp32 numbers for one of bf16.
+_SCRATCH = 10.0
 
 
 class Resources(NamedTuple):
@@ -192,7 +192,7 @@ def read_blocks(path: Path, start: int, nbytes: int) -> Iterator[Tensor]:
     Raises:
         OSError: if the file cannot be read or ends early.
     """
-    buffer = torch.empty(_LARGEST_BLOCK, dtype=torch.uint8)
+    buffer = _aligned(_LARGEST_BLOCK, pinned=False)
     with reading(path) as handle:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(handle, start, nbytes, os.POSIX_FADV_DONTNEED)
@@ -418,9 +418,11 @@ def workers(threads: int) -> Iterator[ThreadPoolExecutor]:
     try:
         yield pool
     finally:
-        pool.shutdown(cancel_futures=True)
-        # It also is what threads that are started from now on begin with.
-        torch.set_num_threads(before)
+        try:
+            pool.shutdown(cancel_futures=True)
+        finally:
+            # It also is what threads that are started from now on begin with.
+            torch.set_num_threads(before)
 
 
 @contextmanager
