@@ -1,6 +1,6 @@
 """Averaging before and after preference training, by depth: which part matters, and what does a search find?
 
-    python bench/adaptive_averaging/run.py             three seeds, about ten minutes on two CPU cores
+    python bench/adaptive_averaging/run.py             three seeds, 14 minutes on two busy CPU cores
     python bench/adaptive_averaging/run.py --record    the same, recorded in bench/results/adaptive_averaging
     python bench/adaptive_averaging/run.py --quick     does it run at all? Seconds, and numbers of no meaning
 
