@@ -30,7 +30,7 @@ from fused_merge.ratio_search import CovarianceSearch, ProjectedAdam, Search, Si
 from fused_merge.settings import check_choice, per_tensor
 from fused_merge.sharding import Processes, is_sharded, local_part, sharding_groups, sum_over
 from fused_merge.sources import PathLike, SourceLike, open_source
-from fused_merge.writer import writing
+from fused_merge.writer import write_text, writing
 
 PARAMETRIZATIONS = ("direct", "paper")
 REGULARISERS = ("uniform", "paper")
@@ -341,13 +341,7 @@ class _Journal:
         """Keep one more step."""
         self.entries.append(entry)
         if self._path is not None:
-            part = self._path.with_name(self._path.name + ".part")
-            with writing(self._path):
-                try:
-                    part.write_text(json.dumps({"run": self._run, "history": self.entries}) + "\n")
-                    part.replace(self._path)
-                finally:
-                    part.unlink(missing_ok=True)
+            write_text(self._path, json.dumps({"run": self._run, "history": self.entries}) + "\n")
 
 
 def _cycle(batches: Iterable[Any], *, skip: int) -> Iterator[Any]:

@@ -24,7 +24,7 @@ from fused_merge.headers import load_json
 from fused_merge.names import canonical_name, layer_of, some
 from fused_merge.settings import ByName, Setting, finite, match_keys, per_tensor
 from fused_merge.sources import PathLike, open_source
-from fused_merge.writer import writing
+from fused_merge.writer import write_text
 
 # A module, a state dict, the path of a checkpoint, or names.
 Names: TypeAlias = "nn.Module | Mapping[str, Tensor] | PathLike | Iterable[str]"
@@ -300,17 +300,7 @@ class LayerRatios(ByName):
         if not _is_json(path):
             # From JSON, which has no tuples and no subclasses of numbers: the two forms say the same.
             text = _yaml(path).safe_dump(json.loads(text), sort_keys=False, width=math.inf)
-        part = path.with_name(path.name + ".part")
-        with writing(path):
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with part.open("w", encoding="utf-8") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
-                part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
+        write_text(path, text)
 
     @classmethod
     def load(cls, path: PathLike) -> LayerRatios:

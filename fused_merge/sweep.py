@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -43,7 +42,7 @@ from fused_merge.scorers import (
 from fused_merge.settings import Setting, finite, parse_dtype
 from fused_merge.sharding import Processes
 from fused_merge.sources import PathLike, open_files
-from fused_merge.writer import writing
+from fused_merge.writer import write_text, writing
 
 RESULTS = "results.json"
 TABLE = "results.md"
@@ -464,23 +463,7 @@ def _check_minimise(results: Results) -> None:
 
 
 def _save(path: Path, results: Results) -> None:
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(results.document(), indent=1) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file beside its name, wait for the disk, and rename it."""
-    part = path.with_name(path.name + ".part")
-    with writing(path):
-        try:
-            with part.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+    write_text(path, json.dumps(results.document(), indent=1) + "\n")
 
 
 def _resumed(path: Path, belongs_to: Mapping[str, Any]) -> Results:
@@ -549,7 +532,7 @@ def write_report(out: PathLike, compare: Sequence[PathLike] = ()) -> list[Path]:
     sweeps = _compared(folder / RESULTS, [Path(path) for path in compare])
     main = next(iter(sweeps.values()))
     files = [folder / RESULTS, folder / TABLE]
-    _write(files[1], _markdown(sweeps))
+    write_text(files[1], _markdown(sweeps))
     if len(main.scores) > 1:
         first, second = main.scores[:2]
         marks = {

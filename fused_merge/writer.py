@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor."""
+"""Files that get their names when they are whole: safetensors, written tensor by tensor, and texts."""
 
 from __future__ import annotations
 
@@ -114,6 +114,29 @@ class SafetensorsWriter:
         self._file.write(encode_header(self._entries, self._metadata, multiple=self._room))
         self._file.flush()
         os.fsync(self._file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole: beside its name, waited for until it is on the disk, and renamed.
+
+    Args:
+        path: the file; an existing one is replaced, and missing folders are made.
+        text: what it is to hold, written as UTF-8.
+
+    Raises:
+        OSError: if it cannot be written; the sentence names the file, which stays as it was.
+    """
+    part = path.with_name(path.name + ".part")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 @contextmanager
