@@ -7,6 +7,7 @@ import torch
 from conftest import DEVICE
 
 from fused_merge import functional
+from fused_merge.eager import interpolate as eager
 from fused_merge.eager.interpolate import interpolate as eager_interpolate
 from fused_merge.eager.interpolate import interpolate_
 
@@ -163,6 +164,30 @@ def test_many_ratios_block_by_block_are_the_points_one_by_one(numel, dtype):
     interpolate_(base, tuned, RATIOS, outs)
     for out, ratio in zip(outs, RATIOS, strict=True):
         assert torch.equal(bits(out), bits(eager_interpolate(base, tuned, ratio)))
+
+
+# One point, two of one weight, two of two, and ends alone: each has its own number of temporaries.
+@pytest.mark.parametrize("ratios", [[0.3], [0.7], [0.25, 0.75], [0.25, 0.3], [1.0, 0.5], [0.0, 1.0], RATIOS])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_every_room_for_temporaries_gives_the_same_points(ratios, dtype, monkeypatch):
+    monkeypatch.setattr(eager, "_SCRATCH", 2**16)
+    base, tuned = pair(3 * 2**15 + 5, dtype)
+    outs = [torch.empty_like(base) for _ in ratios]
+    interpolate_(base, tuned, ratios, outs)
+    for out, ratio in zip(outs, ratios, strict=True):
+        assert torch.equal(bits(out), bits(eager_interpolate(base, tuned, ratio)))
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("end", ["base", "tuned"])
+def test_one_point_may_take_the_place_of_an_end(ratio, dtype, end, monkeypatch):
+    monkeypatch.setattr(eager, "_SCRATCH", 2**16)
+    base, tuned = pair(3 * 2**15 + 5, dtype)
+    expected = eager_interpolate(base, tuned, ratio)
+    out = base if end == "base" else tuned
+    interpolate_(base, tuned, [ratio], [out])
+    assert torch.equal(bits(out), bits(expected))
 
 
 def test_ends_and_outputs_of_several_dtypes():

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Elements of a block: its five temporaries in fp32 stay in a cache. Smaller ones would be faster, if Python's threads
-# did not take turns between the operations.
-_BLOCK = 1 << 17
+# Bytes of temporaries for each thread of torch: they stay in its caches; smaller blocks cost more calls than they gain.
+_SCRATCH = 3 << 20
+# The temporaries of a block: both ends, their difference, its product with a weight, and a point.
+_BASE, _TUNED, _DELTA, _PRODUCT, _POINT = range(5)
 
 
 def interpolate(base: Tensor, tuned: Tensor, ratio: float) -> Tensor:
@@ -61,26 +62,42 @@ def interpolate_(base: Tensor, tuned: Tensor, ratios: Sequence[float], outs: Seq
         if ratio not in (0.0, 1.0):
             points.setdefault(near if ratio < 0.5 else far, []).append((ratio < 0.5, out))
     copies = [((base, tuned)[int(ratio)], out) for ratio, out in zip(ratios, outs, strict=True) if ratio in (0.0, 1.0)]
-    block = _BLOCK if base.device.type == "cpu" else max(1, base.numel())
-    scratch = torch.empty(5, min(block, base.numel()), dtype=wide, device=base.device)
+    # One weight may take the room of the difference, which nobody else needs, and one point that of the product.
+    product_at = _PRODUCT if len(points) > 1 else _DELTA
+    point_at = _POINT if any(len(alike) > 1 for alike in points.values()) else product_at
+    rows = 1 + max(product_at, point_at)
+    block = _block(rows, base, wide)
+    scratch = torch.empty(rows, min(block, base.numel()), dtype=wide, device=base.device)
     for start in range(0, base.numel(), block):
         here = slice(start, start + block)
-        a, b, d, product, merged = scratch[:, : len(base[here])]
+        room = scratch[:, : len(base[here])].unbind()
         # What has the dtype of the computation is read, and below written, where it lies.
-        a, b = (x[here] if x.dtype == wide else room.copy_(x[here]) for x, room in ((base, a), (tuned, b)))
-        torch.sub(b, a, out=d)
+        a, b = (
+            end[here] if end.dtype == wide else room[row].copy_(end[here])
+            for end, row in ((base, _BASE), (tuned, _TUNED))
+        )
         for end, out in copies:
             out[here].copy_(end[here])
+        if points:
+            torch.sub(b, a, out=room[_DELTA])
         for weight, alike in points.items():
-            torch.mul(d, weight, out=product)
+            product = torch.mul(room[_DELTA], weight, out=room[product_at])
             for from_base, out in alike:
-                place = out[here] if out.dtype == wide else merged
+                place = out[here]
+                point = place if out.dtype == wide else room[point_at]
                 if from_base:
-                    torch.add(a, product, out=place)
+                    torch.add(a, product, out=point)
                 else:
-                    torch.sub(b, product, out=place)
-                if place is merged:
-                    out[here].copy_(merged)
+                    torch.sub(b, product, out=point)
+                if point is not place:
+                    place.copy_(point)
+
+
+def _block(rows: int, end: Tensor, wide: torch.dtype) -> int:
+    """Return the elements of a block with so many temporaries."""
+    if end.device.type != "cpu":
+        return max(1, end.numel())
+    return torch.get_num_threads() * _SCRATCH // (rows * wide.itemsize * 1024) * 1024
 
 
 def _wide(base: Tensor, tuned: Tensor) -> torch.dtype:
