@@ -92,7 +92,7 @@ def interpolate_checkpoints(
         overwrite: replace folders that exist, and drop what another job left unfinished.
         worker: (i, n): this process writes the i-th of n shares of the files; the last to finish gives the folders
             their names.
-        threads: that read, compute and write; None is three for every two cores.
+        threads: that read, compute and write; None is five for every two cores.
         max_memory: of all buffers, in bytes or as in `"256MB"`; None is 88 MiB. It does not depend on R or on the
             size of the model.
         device: `"cpu"`, or `"cuda"` to compute on a GPU.

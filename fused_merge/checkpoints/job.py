@@ -43,8 +43,8 @@ from fused_merge.settings import parse_bytes
 from fused_merge.sources import INDEX_FILE, SINGLE_FILE, FileSource
 from fused_merge.writer import writing
 
-# Three threads keep two cores and a disk busy; more gain nothing where the disk is the limit.
-_THREADS_PER_CORE = 1.5
+# Five threads keep two cores and a disk busy: three blocks are written while two are made.
+_THREADS_PER_CORE = 2.5
 _MEMORY = 88 << 20
 # Files that are open beside inputs and outputs: locks, a journal, a folder.
 _SPARE_HANDLES = 16
@@ -181,7 +181,7 @@ class Job:
         Args:
             worker: (i, n): this process writes the i-th of n shares of the files, 1 <= i <= n. The last to finish
                 gives the folders their names.
-            threads: that read, compute and write; None is three for every two cores.
+            threads: that read, compute and write; None is five for every two cores.
             max_memory: of all buffers, in bytes or as in `"256MB"`; None is 88 MiB.
             device: that computes.
             impl: as for `fused_merge.interpolate`.

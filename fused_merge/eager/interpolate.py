@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # Bytes of temporaries for each thread of torch: they stay in its caches; smaller blocks cost more calls than they gain.
-_SCRATCH = 3 << 20
+_SCRATCH = 5 << 19
 # The temporaries of a block: both ends, their difference, its product with a weight, and a point.
 _BASE, _TUNED, _DELTA, _PRODUCT, _POINT = range(5)
 
