@@ -170,7 +170,7 @@ def test_many_ratios_block_by_block_are_the_points_one_by_one(numel, dtype):
 @pytest.mark.parametrize("ratios", [[0.3], [0.7], [0.25, 0.75], [0.25, 0.3], [1.0, 0.5], [0.0, 1.0], RATIOS])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_every_room_for_temporaries_gives_the_same_points(ratios, dtype, monkeypatch):
-    monkeypatch.setattr(eager, "_SCRATCH", 2**16)
+    monkeypatch.setattr(eager, "_BLOCK", 2**12)
     base, tuned = pair(3 * 2**15 + 5, dtype)
     outs = [torch.empty_like(base) for _ in ratios]
     interpolate_(base, tuned, ratios, outs)
@@ -182,7 +182,7 @@ def test_every_room_for_temporaries_gives_the_same_points(ratios, dtype, monkeyp
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("end", ["base", "tuned"])
 def test_one_point_may_take_the_place_of_an_end(ratio, dtype, end, monkeypatch):
-    monkeypatch.setattr(eager, "_SCRATCH", 2**16)
+    monkeypatch.setattr(eager, "_BLOCK", 2**12)
     base, tuned = pair(3 * 2**15 + 5, dtype)
     expected = eager_interpolate(base, tuned, ratio)
     out = base if end == "base" else tuned

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Bytes of temporaries for each thread of torch: they stay in its caches; smaller blocks cost more calls than they gain.
-_SCRATCH = 5 << 19
+# Elements of a block for each thread of torch: smaller ones cost more in calls than they gain by the caches.
+_BLOCK = 1 << 17
 # The temporaries of a block: both ends, their difference, its product with a weight, and a point.
 _BASE, _TUNED, _DELTA, _PRODUCT, _POINT = range(5)
 
@@ -65,9 +65,9 @@ def interpolate_(base: Tensor, tuned: Tensor, ratios: Sequence[float], outs: Seq
     # One weight may take the room of the difference, which nobody else needs, and one point that of the product.
     product_at = _PRODUCT if len(points) > 1 else _DELTA
     point_at = _POINT if any(len(alike) > 1 for alike in points.values()) else product_at
-    rows = 1 + max(product_at, point_at)
-    block = _block(rows, base, wide)
-    scratch = torch.empty(rows, min(block, base.numel()), dtype=wide, device=base.device)
+    block = torch.get_num_threads() * _BLOCK if base.device.type == "cpu" else max(1, base.numel())
+    # Always as large: what differs in size is not given back by the memory of a thread.
+    scratch = torch.empty(5, min(block, base.numel()), dtype=wide, device=base.device)
     for start in range(0, base.numel(), block):
         here = slice(start, start + block)
         room = scratch[:, : len(base[here])].unbind()
@@ -91,13 +91,6 @@ def interpolate_(base: Tensor, tuned: Tensor, ratios: Sequence[float], outs: Seq
                     torch.sub(b, product, out=point)
                 if point is not place:
                     place.copy_(point)
-
-
-def _block(rows: int, end: Tensor, wide: torch.dtype) -> int:
-    """Return the elements of a block with so many temporaries."""
-    if end.device.type != "cpu":
-        return max(1, end.numel())
-    return torch.get_num_threads() * _SCRATCH // (rows * wide.itemsize * 1024) * 1024
 
 
 def _wide(base: Tensor, tuned: Tensor) -> torch.dtype:
