@@ -166,7 +166,7 @@ def test_many_ratios_block_by_block_are_the_points_one_by_one(numel, dtype):
         assert torch.equal(bits(out), bits(eager_interpolate(base, tuned, ratio)))
 
 
-# One point, two of one weight, two of two, and ends alone: each has its own number of temporaries.
+# One point, two of one weight, two of two, and ends alone: each uses other temporaries.
 @pytest.mark.parametrize("ratios", [[0.3], [0.7], [0.25, 0.75], [0.25, 0.3], [1.0, 0.5], [0.0, 1.0], RATIOS])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_every_room_for_temporaries_gives_the_same_points(ratios, dtype, monkeypatch):

@@ -34,7 +34,7 @@ from fused_merge.checkpoints.checksum import add_to, checksums, text
 from fused_merge.checkpoints.plan import ALIGNMENT, OutputFile, Run
 from fused_merge.writer import writing
 
-# Larger blocks gain nothing on a disk and leave the caches.
+# Larger blocks would be fewer in the same memory; more of them kept a disk busier.
 _LARGEST_BLOCK = 1 << 20
 _DIRECT = getattr(os, "O_DIRECT", 0)
 # Temporaries of a rule, in bytes for each byte of a block of one output, at most: five fp32 numbers for one of bf16.

@@ -66,7 +66,7 @@ def interpolate_(base: Tensor, tuned: Tensor, ratios: Sequence[float], outs: Seq
     product_at = _PRODUCT if len(points) > 1 else _DELTA
     point_at = _POINT if any(len(alike) > 1 for alike in points.values()) else product_at
     block = torch.get_num_threads() * _BLOCK if base.device.type == "cpu" else max(1, base.numel())
-    # Always as large: what differs in size is not given back by the memory of a thread.
+    # Five rows whatever is used of them: with fewer, larger ones, threads of a stream kept twice the memory.
     scratch = torch.empty(5, min(block, base.numel()), dtype=wide, device=base.device)
     for start in range(0, base.numel(), block):
         here = slice(start, start + block)
