@@ -974,6 +974,10 @@ def test_an_interruption_while_threads_write(threads, models, expected, tmp_path
             interpolate_checkpoints(*models, RATIOS, tmp_path, threads=threads)
     finally:
         signal.signal(signal.SIGINT, before)
+    # A thread that the signal met while it was started is joined by nobody; it finds nothing to do and ends.
+    patience = time.monotonic() + 60
+    while threading.active_count() > held[1] and time.monotonic() < patience:
+        time.sleep(0.01)
     assert (open_files(), threading.active_count(), torch.get_num_threads()) == held
     assert [path.name for path in tmp_path.rglob("*.safetensors.part")] == []
     interpolate_checkpoints(*models, RATIOS, tmp_path)
@@ -992,7 +996,7 @@ def test_the_first_fault_of_any_thread_is_what_is_said(big, tmp_path):
         patched(os, "preadv", fail),
         pytest.raises(OSError, match=r"cannot read .*a\.safetensors: Input/output error"),
     ):
-        interpolate_checkpoints(*big, RATIOS, tmp_path, threads=4, max_memory="9MB")
+        interpolate_checkpoints(*big, RATIOS, tmp_path, threads=4, max_memory="6MB")
     assert os.listdir(tmp_path) == []
 
 
@@ -1036,7 +1040,7 @@ def test_a_finished_job_needs_neither_room_nor_leave_to_write(models, tmp_path, 
 # --- what a job may use
 
 
-@pytest.mark.parametrize(("threads", "memory"), [(1, 2_120_000), (2, "4.3MB"), (3, None), (4, 8_460_000), (4, "1GB")])
+@pytest.mark.parametrize(("threads", "memory"), [(1, 1_363_000), (2, "2.76MB"), (3, None), (4, 5_816_000), (4, "1GB")])
 def test_threads_and_memory_change_no_byte(threads, memory, models, expected, tmp_path):
     interpolate_checkpoints(*models, RATIOS, tmp_path, threads=threads, max_memory=memory, verify=True)
     assert contents(tmp_path) == expected
@@ -1044,7 +1048,7 @@ def test_threads_and_memory_change_no_byte(threads, memory, models, expected, tm
 
 def test_too_little_memory_says_how_much_is_enough(models, tmp_path):
     with pytest.raises(ValueError, match=r"for 3 threads and 2 outputs; allow \d+ MB or take fewer threads") as caught:
-        interpolate_checkpoints(*models, RATIOS, tmp_path, threads=3, max_memory="100KB")
+        interpolate_checkpoints(*models, RATIOS, tmp_path, threads=3, max_memory="70KB")
     assert os.listdir(tmp_path) == []
     enough = re.search(r"allow (\d+ MB)", str(caught.value))[1]
     interpolate_checkpoints(*models, RATIOS, tmp_path, threads=3, max_memory=enough)

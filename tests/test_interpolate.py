@@ -170,7 +170,7 @@ def test_many_ratios_block_by_block_are_the_points_one_by_one(numel, dtype):
 @pytest.mark.parametrize("ratios", [[0.3], [0.7], [0.25, 0.75], [0.25, 0.3], [1.0, 0.5], [0.0, 1.0], RATIOS])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_every_room_for_temporaries_gives_the_same_points(ratios, dtype, monkeypatch):
-    monkeypatch.setattr(eager, "_BLOCK", 2**12)
+    monkeypatch.setattr(eager, "_SCRATCH", 5 << 14)
     base, tuned = pair(3 * 2**15 + 5, dtype)
     outs = [torch.empty_like(base) for _ in ratios]
     interpolate_(base, tuned, ratios, outs)
@@ -182,12 +182,39 @@ def test_every_room_for_temporaries_gives_the_same_points(ratios, dtype, monkeyp
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("end", ["base", "tuned"])
 def test_one_point_may_take_the_place_of_an_end(ratio, dtype, end, monkeypatch):
-    monkeypatch.setattr(eager, "_BLOCK", 2**12)
+    monkeypatch.setattr(eager, "_SCRATCH", 5 << 14)
     base, tuned = pair(3 * 2**15 + 5, dtype)
     expected = eager_interpolate(base, tuned, ratio)
     out = base if end == "base" else tuned
     interpolate_(base, tuned, [ratio], [out])
     assert torch.equal(bits(out), bits(expected))
+
+
+@pytest.mark.parametrize("nbytes", [64, 1001, 2**16, 2**20])
+@pytest.mark.parametrize("ratios", [[0.3], RATIOS])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_scratch_of_any_size_changes_no_bit(nbytes, ratios, dtype):
+    base, tuned = pair(999, dtype)
+    scratch = torch.full([nbytes], 0xFF, dtype=torch.uint8)
+    (points,) = functional.interpolate([base], [tuned], ratios, impl="eager", scratch=scratch)
+    for point, ratio in zip(points, ratios, strict=True):
+        assert torch.equal(bits(point), bits(eager_interpolate(base, tuned, ratio)))
+    assert not scratch.eq(0xFF).all()
+
+
+@pytest.mark.parametrize(
+    ("scratch", "sentence"),
+    [
+        (torch.zeros(63, dtype=torch.uint8), "scratch must be at least 64 contiguous bytes of torch.uint8, got .*63"),
+        (torch.zeros(256, dtype=torch.uint8)[::2], "contiguous"),
+        (torch.zeros(256), "torch.uint8, got .*float32"),
+        (torch.zeros(256, dtype=torch.uint8, device="meta"), "tensor 0: scratch is on meta, but base is .* on cpu"),
+    ],
+)
+def test_scratch_that_does_not_serve_is_named(scratch, sentence):
+    base, tuned = pair(8, torch.float32)
+    with pytest.raises(ValueError, match=sentence):
+        functional.interpolate([base], [tuned], [0.3], scratch=scratch)
 
 
 def test_ends_and_outputs_of_several_dtypes():

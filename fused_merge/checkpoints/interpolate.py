@@ -39,10 +39,12 @@ class Line(NamedTuple):
 
     ratios: tuple[float, ...]
 
-    def __call__(self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str) -> None:
+    def __call__(
+        self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None
+    ) -> None:
         """Interpolate; see `fused_merge.functional.interpolate`."""
         base, tuned = inputs
-        functional.interpolate([base], [tuned], self.ratios, [outs], impl=impl)
+        functional.interpolate([base], [tuned], self.ratios, [outs], impl=impl, scratch=scratch)
 
 
 def interpolate_checkpoints(
@@ -93,7 +95,7 @@ def interpolate_checkpoints(
         worker: (i, n): this process writes the i-th of n shares of the files; the last to finish gives the folders
             their names.
         threads: that read, compute and write; None is five for every two cores.
-        max_memory: of all buffers, in bytes or as in `"256MB"`; None is 88 MiB. It does not depend on R or on the
+        max_memory: of all buffers, in bytes or as in `"256MB"`; None is 80 MiB. It does not depend on R or on the
             size of the model.
         device: `"cpu"`, or `"cuda"` to compute on a GPU.
         impl: `"auto"`, `"triton"` or `"eager"`.

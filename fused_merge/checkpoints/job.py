@@ -45,7 +45,7 @@ from fused_merge.writer import writing
 
 # On two cores five threads with blocks of 1 MiB took a tenth less time than three with larger ones.
 _THREADS_PER_CORE = 2.5
-_MEMORY = 88 << 20
+_MEMORY = 80 << 20
 # Files that are open beside inputs and outputs: locks, a journal, a folder.
 _SPARE_HANDLES = 16
 
@@ -182,7 +182,7 @@ class Job:
             worker: (i, n): this process writes the i-th of n shares of the files, 1 <= i <= n. The last to finish
                 gives the folders their names.
             threads: that read, compute and write; None is five for every two cores.
-            max_memory: of all buffers, in bytes or as in `"256MB"`; None is 88 MiB.
+            max_memory: of all buffers, in bytes or as in `"256MB"`; None is 80 MiB.
             device: that computes.
             impl: as for `fused_merge.interpolate`.
             verify: read everything from the disk again and compare it with its checksums, before it gets its name; a

@@ -58,7 +58,9 @@ class Merge:
     seed: int
     thresholds: tuple[int, ...] | None = None
 
-    def __call__(self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str) -> None:
+    def __call__(
+        self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None
+    ) -> None:
         """Merge elements of the models, the base before them if the method has one."""
         has_base = merge_method(self.method).has_base
         (out,) = outs

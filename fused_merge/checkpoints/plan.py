@@ -27,7 +27,9 @@ class Rule(Protocol):
     handed over together.
     """
 
-    def __call__(self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str) -> None:
+    def __call__(
+        self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None
+    ) -> None:
         """Compute.
 
         Args:
@@ -35,6 +37,7 @@ class Rule(Protocol):
             outs: R vectors of n elements, one of each output: written.
             first: the row-major index of the first element in its tensor.
             impl: what is to compute, as for `fused_merge.interpolate`.
+            scratch: bytes that may be overwritten, or None.
         """
 
 
@@ -43,7 +46,9 @@ class Pick(NamedTuple):
 
     picks: tuple[int, ...]
 
-    def __call__(self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str) -> None:
+    def __call__(
+        self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None
+    ) -> None:
         """Copy; bit for bit where the dtypes are one."""
         for out, pick in zip(outs, self.picks, strict=True):
             # Of booleans a copy would keep no byte but 0 and 1.

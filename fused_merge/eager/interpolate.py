@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Elements of a block for each thread of torch: smaller ones cost more in calls than they gain by the caches.
-_BLOCK = 1 << 17
-# The temporaries of a block: both ends, their difference, its product with a weight, and a point.
+# Bytes of temporaries for each thread of torch: with fewer, blocks cost more in calls than they gain by the caches.
+_SCRATCH = 5 << 19
+# The temporaries of a block, rows of scratch: both ends, their difference, its product with a weight, and a point.
 _BASE, _TUNED, _DELTA, _PRODUCT, _POINT = range(5)
 
 
@@ -42,7 +42,9 @@ def interpolate(base: Tensor, tuned: Tensor, ratio: float) -> Tensor:
     return merged.to(base.dtype)
 
 
-def interpolate_(base: Tensor, tuned: Tensor, ratios: Sequence[float], outs: Sequence[Tensor]) -> None:
+def interpolate_(
+    base: Tensor, tuned: Tensor, ratios: Sequence[float], outs: Sequence[Tensor], scratch: Tensor | None = None
+) -> None:
     """Write R points of the line: the bits of `interpolate`, from one read of the ends.
 
     Goes by blocks that stay in a cache: b - a is taken once, its product with a weight once for the two points that
@@ -53,6 +55,8 @@ def interpolate_(base: Tensor, tuned: Tensor, ratios: Sequence[float], outs: Seq
         tuned: theta1, a vector of as many elements.
         ratios: R finite ratios.
         outs: R vectors of as many elements, of any floating dtype: mutated. One may be an input if R = 1.
+        scratch: uint8, contiguous, of at least 64 bytes on the device of the ends: overwritten. The more bytes, the
+            larger the blocks. None allocates.
     """
     wide = _wide(base, tuned)
     # Of each weight the points that are so far from an end, and whether that end is base.
@@ -62,26 +66,35 @@ def interpolate_(base: Tensor, tuned: Tensor, ratios: Sequence[float], outs: Seq
         if ratio not in (0.0, 1.0):
             points.setdefault(near if ratio < 0.5 else far, []).append((ratio < 0.5, out))
     copies = [((base, tuned)[int(ratio)], out) for ratio, out in zip(ratios, outs, strict=True) if ratio in (0.0, 1.0)]
-    # One weight may take the room of the difference, which nobody else needs, and one point that of the product.
-    product_at = _PRODUCT if len(points) > 1 else _DELTA
-    point_at = _POINT if any(len(alike) > 1 for alike in points.values()) else product_at
-    block = torch.get_num_threads() * _BLOCK if base.device.type == "cpu" else max(1, base.numel())
-    # Five rows whatever is used of them: with fewer, larger ones, threads of a stream kept twice the memory.
-    scratch = torch.empty(5, min(block, base.numel()), dtype=wide, device=base.device)
+    delta_at, product_at, point_at = _DELTA, _PRODUCT, _POINT
+    rows = 5
+    match list(points.values()):
+        case [[(from_base, _)]]:
+            # The end that a single point does not start from makes room for all that follows.
+            delta_at = product_at = point_at = _TUNED if from_base else _BASE
+            rows = 2
+    if scratch is None:
+        nbytes = rows * base.numel() * wide.itemsize
+        if base.device.type == "cpu":
+            nbytes = min(nbytes, torch.get_num_threads() * _SCRATCH)
+        scratch = torch.empty(nbytes, dtype=torch.uint8, device=base.device)
+    block = max(1, min(base.numel(), scratch.numel() // (rows * wide.itemsize)))
+    table = scratch[: rows * block * wide.itemsize].view(wide).view(rows, -1)
     for start in range(0, base.numel(), block):
         here = slice(start, start + block)
-        room = scratch[:, : len(base[here])].unbind()
-        # What has the dtype of the computation is read, and below written, where it lies.
-        a, b = (
-            end[here] if end.dtype == wide else room[row].copy_(end[here])
-            for end, row in ((base, _BASE), (tuned, _TUNED))
-        )
+        room = table[:, : len(base[here])].unbind()
         for end, out in copies:
             out[here].copy_(end[here])
-        if points:
-            torch.sub(b, a, out=room[_DELTA])
+        if not points:
+            continue
+        # What has the dtype of the computation is read, and below written, where it lies.
+        a, b = (
+            end[here] if end.dtype == wide else room[at].copy_(end[here])
+            for end, at in ((base, _BASE), (tuned, _TUNED))
+        )
+        torch.sub(b, a, out=room[delta_at])
         for weight, alike in points.items():
-            product = torch.mul(room[_DELTA], weight, out=room[product_at])
+            product = torch.mul(room[delta_at], weight, out=room[product_at])
             for from_base, out in alike:
                 place = out[here]
                 point = place if out.dtype == wide else room[point_at]
