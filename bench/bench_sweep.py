@@ -1,13 +1,15 @@
 """What a sweep of a resident model costs beside its evaluations, against copies of the model, in one command.
 
-    python bench/bench_sweep.py --size 0.2 --ratios 11
+    python bench/bench_sweep.py --size 0.1 0.5 --dtype bfloat16 float32
 
-A module shaped like a Llama of SIZE billion parameters is made in memory, with two ends. Then, turn by turn:
+For each SIZE and dtype a module shaped like a Llama of so many billion parameters is made in memory, with two ends.
+Then, turn by turn:
 
     deepcopy             the floor: `copy.deepcopy` of the model, once for each ratio
     copy in place        `copy_` into the model's weights from another model's, once for each ratio
     sweep, in memory     `RatioSweep`: entered, moved to every ratio and left; the ends are state dicts
-    sweep, in files      the same; the ends are safetensors files in the page cache
+    sweep, compiled      the same with `impl="compiled"`; what the first turn compiles is not timed
+    sweep, in files      in eager code again; the ends are safetensors files in the page cache
     each entered         the same as in files, entered and left once for each ratio
 
 A first turn is not timed. The model is at neither end, so that a sweep keeps a copy of it; after every sweep it must be
@@ -22,6 +24,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -100,21 +103,23 @@ def copies_in_place(weights: dict[str, Tensor], sources: dict[str, Tensor], coun
             weight.copy_(sources[name])
 
 
-def measure(arguments: argparse.Namespace, dtype: torch.dtype, folder: Path) -> list[Row]:
+def measure(arguments: argparse.Namespace, size: float, dtype: torch.dtype, folder: Path) -> list[Row]:
     """Time every provider turn by turn."""
-    sizes = shapes(llama(arguments.size * 1e9))
+    sizes = shapes(llama(size * 1e9))
     base, tuned, model = (build(sizes, dtype, seed) for seed in range(3))
     ratios = [i / (arguments.ratios - 1) for i in range(arguments.ratios)]
     files = [folder / f"{dtype}-{name}.safetensors".removeprefix("torch.") for name in ("base", "tuned")]
     for file, end in zip(files, (base, tuned), strict=True):
         save_file(weights_of(end), file)
     in_memory = fm.RatioSweep(model, weights_of(base), weights_of(tuned))
+    compiled = fm.RatioSweep(model, weights_of(base), weights_of(tuned), impl="compiled")
     in_files = fm.RatioSweep(model, *files)
     scratch, before = copy.deepcopy(model), copy.deepcopy(weights_of(model))
     providers: dict[str, Callable[[], None]] = {
         DEEPCOPY: lambda: copies(model, len(ratios)),
         IN_PLACE: lambda: copies_in_place(weights_of(scratch), weights_of(model), len(ratios)),
         "sweep, in memory": lambda: along(in_memory, ratios),
+        "sweep, compiled": lambda: along(compiled, ratios),
         "sweep, in files": lambda: along(in_files, ratios),
         "each entered": lambda: each_entered(in_files, ratios),
     }
@@ -163,14 +168,16 @@ def print_rows(rows: list[Row]) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=float, default=0.2, metavar="BILLIONS", help="parameters of the model")
+    parser.add_argument(
+        "--size", type=float, nargs="+", default=[0.2], metavar="BILLIONS", help="parameters of the models"
+    )
     parser.add_argument("--ratios", type=int, default=11, metavar="R", help="how many, from 0 to 1")
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=["bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=3, help="timed turns")
     parser.add_argument("--work", type=Path, metavar="DIR", help="folder for the files of the ends")
     parser.add_argument("--write", action="store_true", help=f"keep the rows in bench/results/{RESULTS.name}")
     arguments = parser.parse_args()
-    if not arguments.size > 0 or arguments.ratios < 2 or arguments.rounds < 1:
+    if not min(arguments.size) > 0 or arguments.ratios < 2 or arguments.rounds < 1:
         parser.error("--size must be above 0, --ratios at least 2, --rounds at least 1")
     return arguments
 
@@ -180,8 +187,8 @@ def main() -> None:
     arguments = parse()
     rows = []
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
-        for dtype in arguments.dtype:
-            rows += measure(arguments, getattr(torch, dtype), Path(folder))
+        for size, dtype in product(arguments.size, arguments.dtype):
+            rows += measure(arguments, size, getattr(torch, dtype), Path(folder))
         where: dict[str, Any] = machine(Path(folder).resolve(), None)
     del where["mergekit"]
     where["threads"] = torch.get_num_threads()

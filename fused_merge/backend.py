@@ -80,7 +80,12 @@ def resolve(impl: str, device: torch.device, numel: int = 0) -> str:
 
 
 def group(
-    impl: str, tensors: Sequence[Tensor], called: Sequence[str], refusal: Callable[[int], str | None]
+    impl: str,
+    tensors: Sequence[Tensor],
+    called: Sequence[str],
+    refusal: Callable[[int], str | None],
+    *,
+    again: bool = False,
 ) -> list[tuple[str, torch.device, list[int]]]:
     """Decide what runs which tensors, before anything is changed.
 
@@ -89,6 +94,7 @@ def group(
         tensors: whose devices and sizes decide.
         called: what an error calls them.
         refusal: why the kernel cannot take tensor i, or None.
+        again: whether the same will run so often that "auto" may compile it.
 
     Returns:
         Backend, device and the tensors that they serve together.
@@ -100,7 +106,7 @@ def group(
     numels: dict[torch.device, int] = {}
     for tensor in tensors:
         numels[tensor.device] = numels.get(tensor.device, 0) + tensor.numel()
-    chosen = {device: resolve(impl, device, numel) for device, numel in numels.items()}
+    chosen = {device: resolve(impl, device, numel if again else 0) for device, numel in numels.items()}
     groups: dict[tuple[str, torch.device], list[int]] = {}
     for index, device in enumerate(tensor.device for tensor in tensors):
         runs = chosen[device]

@@ -130,7 +130,7 @@ def merging_adamw_(
         reason: str | None = unsupported(operands[i], rule)
         return reason
 
-    groups = backend.group(impl, params, called, refusal)
+    groups = backend.group(impl, params, called, refusal, again=True)
     if dry_run:
         return [None] * len(params)
     hyper = hyper._replace(update_scale=rule.scale(rule.reserve_rate), tau_scale=rule.scale(rule.tau_reserve_rate))
@@ -368,7 +368,6 @@ def interpolate(
     outs: Sequence[Sequence[Tensor]] | None = None,
     *,
     impl: str = "auto",
-    scratch: Tensor | None = None,
 ) -> list[list[Tensor]]:
     """Return R points of the line through each pair of tensors, reading each pair once.
 
@@ -383,20 +382,17 @@ def interpolate(
         outs: R tensors for each of the T pairs, of the shape and device of the pair: mutated. With R = 1 an
             output may be one of its inputs; they may not overlap otherwise. None allocates, in the dtype of
             theta0. The kernel takes only ends and outputs of one dtype.
-        impl: `"auto"`, `"triton"` or `"eager"`; `"compiled"` is the step's, and runs eager code here.
-        scratch: uint8, contiguous, of at least 64 bytes on the device of all pairs, where eager code keeps its
-            temporaries: overwritten. Code that is called again and again saves their allocation. None allocates.
+        impl: `"auto"`, `"triton"`, `"compiled"` or `"eager"`. Compiled, which is for a CPU and contiguous tensors and
+            never what "auto" chooses, takes a fraction of the time once some seconds have gone into compiling.
 
     Returns:
         `outs`, or R new tensors for each of the T pairs: `result[t][r]`.
 
     Raises:
-        ValueError: for a ratio that is not finite, tensors that do not match, or a `scratch` that does not serve.
+        ValueError: for a ratio that is not finite or tensors that do not match.
         RuntimeError: if `impl="triton"` cannot run here.
     """
     per_tensor = _ratios_per_tensor(ratios, len(bases))
-    if scratch is not None and (scratch.dtype != torch.uint8 or not scratch.is_contiguous() or scratch.numel() < 64):
-        raise ValueError(f"scratch must be at least 64 contiguous bytes of torch.uint8, got {_describe(scratch)}")
     pairs = list(zip(bases, tuneds, strict=True))
     if outs is None:
         outs = [
@@ -415,8 +411,6 @@ def interpolate(
                     f"tensor {index}: base is {_describe(base)} and another end or output {_describe(other)}; "
                     "make shape and device the same"
                 )
-        if scratch is not None and scratch.device != base.device:
-            raise ValueError(f"tensor {index}: scratch is on {scratch.device}, but base is {_describe(base)}")
 
     def refusal(i: int) -> str | None:
         from fused_merge.kernels.interpolate import unsupported
@@ -435,7 +429,8 @@ def interpolate(
         for i in members:
             if all(tensor.is_contiguous() for tensor in (*pairs[i], *outs[i])):
                 base, tuned, *points = (tensor.view(-1) for tensor in (*pairs[i], *outs[i]))
-                interpolate_(base, tuned, per_tensor[i], points, scratch)
+                run = compiled.interpolate_ if runs == "compiled" else interpolate_
+                run(base, tuned, per_tensor[i], points)
                 continue
             for out, ratio in zip(outs[i], per_tensor[i], strict=True):
                 out.copy_(eager_interpolate(*pairs[i], ratio))

@@ -51,7 +51,7 @@ def interpolate(
             one state dict lists is accepted.
         ratios: R finite ratios; below 0 or above 1 they extrapolate. For state dicts also mappings, such as
             `LayerRatios`, from names or regular expressions on whole names to ratios.
-        impl: `"auto"`, `"triton"` or `"eager"`.
+        impl: `"auto"`, `"triton"`, `"compiled"` or `"eager"`, as for `functional.interpolate`.
 
     Returns:
         For tensors one tensor `[R, *shape]`. For state dicts a list of R dicts under the names of `base`;
@@ -106,7 +106,7 @@ class RatioSweep(Generic[Model]):
             DDP, or sharded with FSDP2.
         base: theta0, r = 0: a module, a state dict, a safetensors file or a Hugging Face folder.
         tuned: theta1, r = 1: the same.
-        impl: `"auto"`, `"triton"` or `"eager"`.
+        impl: `"auto"`, `"triton"`, `"compiled"` or `"eager"`, as for `functional.interpolate`.
 
     Raises:
         ValueError: if names or shapes differ, or dtypes of `base` and `tuned`, or of integers, if the model ties

@@ -17,6 +17,7 @@ from fused_merge.checkpoints.align import AlignedTensor, Span, align, lay_out_fi
 from fused_merge.checkpoints.folders import describe_source
 from fused_merge.checkpoints.job import Job, Output, job_of
 from fused_merge.checkpoints.plan import Pick, Rule
+from fused_merge.eager.interpolate import interpolate_
 from fused_merge.settings import (
     ByName,
     Setting,
@@ -44,7 +45,10 @@ class Line(NamedTuple):
     ) -> None:
         """Interpolate; see `fused_merge.functional.interpolate`."""
         base, tuned = inputs
-        functional.interpolate([base], [tuned], self.ratios, [outs], impl=impl, scratch=scratch)
+        if impl == "eager":
+            interpolate_(base, tuned, self.ratios, outs, scratch)
+        else:
+            functional.interpolate([base], [tuned], self.ratios, [outs], impl=impl)
 
 
 def interpolate_checkpoints(

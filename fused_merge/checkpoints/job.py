@@ -596,7 +596,10 @@ def _resources(threads: int | None, max_memory: int | str | None, device: str | 
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}") from error
     if where.type not in ("cpu", "cuda") or (where.type == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device {str(device)!r} cannot compute here; use 'cpu'")
-    backend.resolve(impl, where)
+    impl = backend.check_impl(impl)
+    if backend.resolve(impl, where) != "triton":
+        # Compiled code would start threads of its own in each of these.
+        impl = "eager"
     if threads is None:
         threads = ceil(_THREADS_PER_CORE * _cores())
     if threads < 1:

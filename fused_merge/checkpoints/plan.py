@@ -36,7 +36,7 @@ class Rule(Protocol):
             inputs: vectors of n elements, one of each input of the run.
             outs: R vectors of n elements, one of each output: written.
             first: the row-major index of the first element in its tensor.
-            impl: what is to compute, as for `fused_merge.interpolate`.
+            impl: `"eager"`, or what is to compute as for `fused_merge.interpolate`.
             scratch: bytes that may be overwritten, or None.
         """
 

@@ -35,11 +35,15 @@ def interpolate(base: Tensor, tuned: Tensor, ratio: float) -> Tensor:
         return base.clone()
     if ratio == 1.0:
         return tuned.to(base.dtype, copy=True)
-    wide = _wide(base, tuned)
-    near, far = _weights(ratio, wide)
-    a, b = base.to(wide), tuned.to(wide)
-    merged = a + near * (b - a) if ratio < 0.5 else b - far * (b - a)
-    return merged.to(base.dtype)
+    wide = wide_dtype(base, tuned)
+    near, far = weights(ratio, wide)
+    from_base = ratio < 0.5
+    return point(base.to(wide), tuned.to(wide), near if from_base else far, from_base=from_base).to(base.dtype)
+
+
+def point(a: Tensor, b: Tensor, weight: float | Tensor, *, from_base: bool) -> Tensor:
+    """Return what lies between a = theta0 and b = theta1, `weight` of the way from one of them, not rounded."""
+    return a + weight * (b - a) if from_base else b - weight * (b - a)
 
 
 def interpolate_(
@@ -58,11 +62,11 @@ def interpolate_(
         scratch: uint8, contiguous, of at least 64 bytes on the device of the ends: overwritten. The more bytes, the
             larger the blocks. None allocates.
     """
-    wide = _wide(base, tuned)
+    wide = wide_dtype(base, tuned)
     # Of each weight the points that are so far from an end, and whether that end is base.
     points: dict[float, list[tuple[bool, Tensor]]] = {}
     for ratio, out in zip(ratios, outs, strict=True):
-        near, far = _weights(ratio, wide)
+        near, far = weights(ratio, wide)
         if ratio not in (0.0, 1.0):
             points.setdefault(near if ratio < 0.5 else far, []).append((ratio < 0.5, out))
     copies = [((base, tuned)[int(ratio)], out) for ratio, out in zip(ratios, outs, strict=True) if ratio in (0.0, 1.0)]
@@ -106,11 +110,12 @@ def interpolate_(
                     place.copy_(point)
 
 
-def _wide(base: Tensor, tuned: Tensor) -> torch.dtype:
+def wide_dtype(base: Tensor, tuned: Tensor) -> torch.dtype:
+    """Return the dtype of the computation."""
     return torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
 
 
-def _weights(ratio: float, wide: torch.dtype) -> tuple[float, float]:
+def weights(ratio: float, wide: torch.dtype) -> tuple[float, float]:
     """Return r and 1 - r, each rounded once to the dtype of the computation."""
     if wide == torch.float64:
         return ratio, 1.0 - ratio
