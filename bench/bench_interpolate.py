@@ -1,7 +1,7 @@
 """R points of a line at once against R times `torch.lerp`, in one run: `pytest bench/bench_interpolate.py`.
 
-On a GPU where there is one, else on the CPU. R points at once need (2 + R)*b bytes per element of b bytes, R lerps
-3*R*b; `extra_info` in the JSON (`--benchmark-json FILE`) has what that came to in GB/s.
+On a GPU where there is one, else on the CPU. R points at once need (2 + R)*b bytes per element of b bytes, R lerps, and
+R points in compiled code, 3*R*b; `extra_info` in the JSON (`--benchmark-json FILE`) has what that came to in GB/s.
 """
 
 from __future__ import annotations
@@ -20,11 +20,17 @@ def at_once(base: torch.Tensor, tuned: torch.Tensor) -> None:
     fm.interpolate(base, tuned, RATIOS)
 
 
+def compiled(base: torch.Tensor, tuned: torch.Tensor) -> None:
+    fm.interpolate(base, tuned, RATIOS, impl="compiled")
+
+
 def one_by_one(base: torch.Tensor, tuned: torch.Tensor) -> None:
     torch.stack([torch.lerp(base, tuned, ratio) for ratio in RATIOS])
 
 
 PROVIDERS = {"fused_merge": (at_once, 2 + len(RATIOS)), "torch.lerp": (one_by_one, 3 * len(RATIOS))}
+if DEVICE.type == "cpu":
+    PROVIDERS["fused_merge, compiled"] = (compiled, 3 * len(RATIOS))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
