@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 
 from fused_merge.adaptive import adapt_ratios, answer_loss
+from fused_merge.backend import check_device
 from fused_merge.checkpoints import plan_interpolation
 from fused_merge.layer_ratios import LayerRatios
 from fused_merge.progress import progress_bar
-from fused_merge.scorers import check_device, import_function, load_model, load_tokenizer, stored_dtype
+from fused_merge.scorers import import_function, load_model, load_tokenizer, stored_dtype
 from fused_merge.settings import parse_dtype
 from fused_merge.sources import PathLike, open_files
 

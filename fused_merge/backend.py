@@ -39,6 +39,21 @@ def why_not_compiled(device: torch.device) -> str | None:
     return None
 
 
+def check_device(device: str | torch.device) -> torch.device:
+    """Return a device that can compute here.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}") from error
+    if where.type not in ("cpu", "cuda") or (where.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device {str(device)!r} cannot compute here; use 'cpu'")
+    return where
+
+
 def check_impl(impl: str) -> str:
     """Return the implementation asked for, after `FUSED_MERGE_IMPL` had its say.
 

@@ -142,21 +142,6 @@ class HarnessTask:
         return scores
 
 
-def check_device(device: str) -> torch.device:
-    """Return a device that can compute here.
-
-    Raises:
-        ValueError: if there is none of that name.
-    """
-    try:
-        where = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}") from error
-    if where.type not in ("cpu", "cuda") or (where.type == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device {device!r} cannot compute here; use 'cpu'")
-    return where
-
-
 def check_transformers() -> Any:
     """Return the module `transformers`.
 

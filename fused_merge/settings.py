@@ -80,7 +80,7 @@ def match_keys(keys: Collection[str], names: Sequence[str], *, what: str, partia
     used = set(found.values())
     if idle := [key for key in keys if key not in used]:
         raise ValueError(
-            f"{some(map(repr, idle))} of the {what}s matches no tensor that an earlier key leaves; "
+            f"{some(map(repr, idle))} of the {_plural(what)} matches no tensor that an earlier key leaves; "
             f"keys are regular expressions on whole names, such as {names[0] if names else ''!r}"
         )
     return found
@@ -180,8 +180,12 @@ def parse_bytes(text: int | str, *, what: str) -> int:
     return int(number)
 
 
+def _plural(what: str) -> str:
+    return what[:-1] + "ies" if what.endswith("y") else what + "s"
+
+
 def _compiled(key: str, what: str) -> re.Pattern[str]:
     try:
         return re.compile(key)
     except (re.error, TypeError) as error:
-        raise ValueError(f"{key!r} of the {what}s is no regular expression: {error}") from error
+        raise ValueError(f"{key!r} of the {_plural(what)} is no regular expression: {error}") from error

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from fused_merge._version import __version__
+from fused_merge.backend import check_device
 from fused_merge.checkpoints.job import stamp_of
 from fused_merge.headers import load_json
 from fused_merge.interpolation import RatioSweep
@@ -33,7 +34,6 @@ from fused_merge.scorers import (
     Harness,
     ImportedScorer,
     Scorer,
-    check_device,
     check_transformers,
     load_model,
     load_tokenizer,

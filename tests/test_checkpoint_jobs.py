@@ -6,6 +6,7 @@ import errno
 import fcntl
 import io
 import json
+import mmap
 import multiprocessing
 import os
 import random
@@ -1043,6 +1044,16 @@ def test_a_finished_job_needs_neither_room_nor_leave_to_write(models, tmp_path, 
 @pytest.mark.parametrize(("threads", "memory"), [(1, 1_363_000), (2, "2.76MB"), (3, None), (4, 5_816_000), (4, "1GB")])
 def test_threads_and_memory_change_no_byte(threads, memory, models, expected, tmp_path):
     interpolate_checkpoints(*models, RATIOS, tmp_path, threads=threads, max_memory=memory, verify=True)
+    assert contents(tmp_path) == expected
+
+
+@pytest.mark.parametrize("lacking", ["the name", "the pages"])
+def test_a_system_without_huge_pages_writes_the_same(lacking, models, expected, tmp_path, monkeypatch):
+    if lacking == "the name":
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    else:
+        monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 12345, raising=False)
+    interpolate_checkpoints(*models, RATIOS, tmp_path)
     assert contents(tmp_path) == expected
 
 

@@ -567,10 +567,14 @@ def test_a_mapping_without_a_label_is_named_after_what_it_decides(tmp_path):
     first = {"a.*": 0.25, ".*b": 0.75, ".*": 0.5}
     # The same keys in another order decide otherwise, and other keys the same.
     other, same = {".*b": 0.75, "a.*": 0.25, ".*": 0.5}, {"a[bc]": 0.25, "bb": 0.75, "bc": 0.5}
-    names = [folder.name for folder in interpolate_checkpoints(*paths, [first, other, 0.25], tmp_path / "out")]
+    # The mean of the first, of other tensors.
+    mirrored = {"b.*": 0.25, ".*c": 0.75, ".*": 0.5}
+    points = [first, other, 0.25, mirrored]
+    names = [folder.name for folder in interpolate_checkpoints(*paths, points, tmp_path / "out")]
     assert re.fullmatch(r"r0\.44-[0-9a-f]{6}", names[0])
     assert re.fullmatch(r"r0\.56-[0-9a-f]{6}", names[1])
     assert names[2] == "r0.25"
+    assert re.fullmatch(r"r0\.44-[0-9a-f]{6}", names[3])
     assert plan_interpolation(*paths, [same], tmp_path / "other").outputs == [tmp_path / "other" / names[0]]
     with pytest.raises(ValueError, match=rf"ratios .* and .* would share the folder {names[0]}; drop one"):
         interpolate_checkpoints(*paths, [first, same], tmp_path / "twice")

@@ -59,6 +59,8 @@ def test_a_name_is_no_expression_for_other_names():
 
 
 def test_keys_without_a_tensor_are_named():
+    with pytest.raises(ValueError, match="'head' of the densities matches no tensor"):
+        per_tensor({".*": 0.5, "head": 0.1}, NAMES, what="density")
     with pytest.raises(
         ValueError,
         match=r"'a', 'b', 'c' and 1 more of the weights matches no tensor that an earlier key leaves; "
@@ -75,6 +77,7 @@ def test_keys_without_a_tensor_are_named():
         (INF, ValueError, "a weight must be finite, got inf"),
         ({".*": NAN}, ValueError, r"a weight of '\.\*' must be finite, got nan"),
         ("0.5", TypeError, "a weight must be a number, got '0.5'"),
+        (np.str_("0.5"), TypeError, "a weight must be a number, got .*0.5"),
         (b"1", TypeError, "a weight must be a number, got b'1'"),
         (None, TypeError, "a weight must be a number, got None"),
         ([0.5], TypeError, r"a weight must be a number, got \[0.5\]"),

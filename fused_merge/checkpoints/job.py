@@ -590,12 +590,7 @@ def stamp_of(path: Path) -> tuple[int, int]:
 
 
 def _resources(threads: int | None, max_memory: int | str | None, device: str | torch.device, impl: str) -> Resources:
-    try:
-        where = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}") from error
-    if where.type not in ("cpu", "cuda") or (where.type == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device {str(device)!r} cannot compute here; use 'cpu'")
+    where = backend.check_device(device)
     impl = backend.check_impl(impl)
     if backend.resolve(impl, where) != "triton":
         # Compiled code would start threads of its own in each of these.
