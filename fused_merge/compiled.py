@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_merge.eager.interpolate import between, weights, wide_dtype
 from fused_merge.eager.interpolate import interpolate_ as eager_interpolate_
-from fused_merge.eager.interpolate import point, weights, wide_dtype
 from fused_merge.eager.merging_adamw import Anchor, Delta, Terms
 from fused_merge.eager.merging_adamw import merging_adamw_ as eager_merging_adamw_
 from fused_merge.eager.philox import MaskKey
@@ -65,7 +65,7 @@ def merging_adamw_(
 def interpolate_(base: Tensor, tuned: Tensor, ratios: Sequence[float], outs: Sequence[Tensor]) -> None:
     """Do what `fused_merge.eager.interpolate.interpolate_` does, compiled when it is first needed.
 
-    Each point reads both ends and writes itself, (2 + 1)·b bytes per element of b bytes; nothing else leaves the cores.
+    Each point reads both ends and writes itself, 3·b bytes per element of b bytes.
     """
     wide = wide_dtype(base, tuned)
     for ratio, out in zip(ratios, outs, strict=True):
@@ -80,7 +80,7 @@ def interpolate_(base: Tensor, tuned: Tensor, ratios: Sequence[float], outs: Seq
 
 def write_point(base: Tensor, tuned: Tensor, weight: Tensor, out: Tensor, *, from_base: bool) -> None:
     """Write one point; `weight` is a tensor, since numbers would be compiled into the code."""
-    out.copy_(point(base.to(weight.dtype), tuned.to(weight.dtype), weight, from_base=from_base))
+    out.copy_(between(base.to(weight.dtype), tuned.to(weight.dtype), weight, from_base=from_base))
 
 
 @cache

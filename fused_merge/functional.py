@@ -382,8 +382,8 @@ def interpolate(
         outs: R tensors for each of the T pairs, of the shape and device of the pair: mutated. With R = 1 an
             output may be one of its inputs; they may not overlap otherwise. None allocates, in the dtype of
             theta0. The kernel takes only ends and outputs of one dtype.
-        impl: `"auto"`, `"triton"`, `"compiled"` or `"eager"`. Compiled, which is for a CPU and contiguous tensors and
-            never what "auto" chooses, takes a fraction of the time once some seconds have gone into compiling.
+        impl: `"auto"`, `"triton"`, `"compiled"` or `"eager"`. Compiled code, which `"auto"` never chooses here, serves
+            contiguous tensors on a CPU, and takes some seconds to compile when it is first used.
 
     Returns:
         `outs`, or R new tensors for each of the T pairs: `result[t][r]`.
@@ -426,10 +426,10 @@ def interpolate(
             columns = (bases, tuneds, per_tensor, outs)
             kernel.interpolate(*([column[i] for i in members] for column in columns))
             continue
+        run = compiled.interpolate_ if runs == "compiled" else interpolate_
         for i in members:
             if all(tensor.is_contiguous() for tensor in (*pairs[i], *outs[i])):
                 base, tuned, *points = (tensor.view(-1) for tensor in (*pairs[i], *outs[i]))
-                run = compiled.interpolate_ if runs == "compiled" else interpolate_
                 run(base, tuned, per_tensor[i], points)
                 continue
             for out, ratio in zip(outs[i], per_tensor[i], strict=True):

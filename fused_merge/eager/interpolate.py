@@ -38,10 +38,10 @@ def interpolate(base: Tensor, tuned: Tensor, ratio: float) -> Tensor:
     wide = wide_dtype(base, tuned)
     near, far = weights(ratio, wide)
     from_base = ratio < 0.5
-    return point(base.to(wide), tuned.to(wide), near if from_base else far, from_base=from_base).to(base.dtype)
+    return between(base.to(wide), tuned.to(wide), near if from_base else far, from_base=from_base).to(base.dtype)
 
 
-def point(a: Tensor, b: Tensor, weight: float | Tensor, *, from_base: bool) -> Tensor:
+def between(a: Tensor, b: Tensor, weight: float | Tensor, *, from_base: bool) -> Tensor:
     """Return what lies between a = theta0 and b = theta1, `weight` of the way from one of them, not rounded."""
     return a + weight * (b - a) if from_base else b - weight * (b - a)
 
