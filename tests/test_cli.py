@@ -762,6 +762,17 @@ def test_completion_is_offered(run):
         assert f"\n  {command} " in printed
 
 
+def test_help_says_what_jobs_take_by_themselves(run, monkeypatch):
+    from fused_merge.checkpoints.job import _resources
+
+    monkeypatch.setattr("fused_merge.checkpoints.job._cores", lambda: 2)
+    taken = _resources(None, None, "cpu", "auto")
+    code, printed, _ = run("interpolate", "--help")
+    assert code == 0
+    assert f"({taken.threads} for 2 cores)" in " ".join(printed.split())
+    assert f"({taken.memory >> 20}MiB)" in printed
+
+
 def answers(arguments, **environment):
     """What a fresh process prints, and whether it imported torch."""
     script = f"import atexit, sys\natexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n{PROGRAM}"

@@ -52,9 +52,9 @@ Worker = Annotated[
         help="Do the I-th part of N; all N write to one place.",
     ),
 ]
-Threads = Annotated[int | None, typer.Option(min=1, help="That read, compute and write.", show_default="3 for 2 cores")]
+Threads = Annotated[int | None, typer.Option(min=1, help="That read, compute and write.", show_default="5 for 2 cores")]
 MaxMemory = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="Of all buffers, such as 256MB.", show_default="64MiB")
+    str | None, typer.Option(metavar="SIZE", help="Of all buffers, such as 256MB.", show_default="80MiB")
 ]
 Device = Annotated[str, typer.Option(help="Where to compute, such as cuda:0.")]
 Impl = Annotated[str, typer.Option(help="auto, triton or eager.")]
