@@ -27,7 +27,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fused_merge.checkpoints import engine, interpolate_checkpoints, job, plan_interpolation, verify_checkpoint
+from fused_merge.checkpoints import disk, interpolate_checkpoints, job, plan_interpolation, verify_checkpoint
 from fused_merge.headers import read_header
 
 RATIOS = [0.0, 0.3]
@@ -290,7 +290,7 @@ def unhurried() -> Iterator[None]:
     """Wait for no disk: a process that ends loses nothing that it has written to the page cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda handle: None)
-        patch.setattr(engine, "_DIRECT", 0)
+        patch.setattr(disk, "_DIRECT", 0)
         yield
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from fused_merge import checkpoints
 from fused_merge._version import __version__
+from fused_merge.checkpoints import engine
 from fused_merge.cli import environment, main
 from fused_merge.reference_delta import ReferenceDelta
 
@@ -763,10 +764,8 @@ def test_completion_is_offered(run):
 
 
 def test_help_says_what_jobs_take_by_themselves(run, monkeypatch):
-    from fused_merge.checkpoints.job import _resources
-
-    monkeypatch.setattr("fused_merge.checkpoints.job._cores", lambda: 2)
-    taken = _resources(None, None, "cpu", "auto")
+    monkeypatch.setattr(engine, "_cores", lambda: 2)
+    taken = engine.Resources.of(None, None, "cpu", "auto")
     code, printed, _ = run("interpolate", "--help")
     assert code == 0
     assert f"({taken.threads} for 2 cores)" in " ".join(printed.split())

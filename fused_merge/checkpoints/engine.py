@@ -11,10 +11,7 @@ Bytes per element of b bytes: reads n*b of n inputs, writes R*b.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import math
-import mmap
 import os
 import threading
 import time
@@ -30,17 +27,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused_merge import backend
 from fused_merge.checkpoints.checksum import add_to, checksums, text
+from fused_merge.checkpoints.disk import DirectFile, aligned, bytes_of, read_into, reading, sync_folder
 from fused_merge.checkpoints.plan import ALIGNMENT, OutputFile, Run
+from fused_merge.settings import parse_bytes
 from fused_merge.writer import writing
 
+# On two cores five threads took 2.7 s for what three took 3.5, four 2.9 and six 2.8.
+_THREADS_PER_CORE = 2.5
+_MEMORY = 80 << 20
 # In the same memory, more threads with blocks of this size took less time than fewer with larger ones.
 _LARGEST_BLOCK = 1 << 20
-_DIRECT = getattr(os, "O_DIRECT", 0)
 # Temporaries that a rule is given, in bytes for each byte of a block of one output.
 _SCRATCH = 5
-# Files written from pages of this size took a sixth less time than from those of 4 KiB.
-_HUGE_PAGE = 1 << 21
 
 
 class Resources(NamedTuple):
@@ -51,7 +51,7 @@ class Resources(NamedTuple):
         computing: how many of them read and compute at a time.
         memory: bytes for buffers.
         device: that computes.
-        impl: as for `fused_merge.interpolate`.
+        impl: `"eager"`, or as for `fused_merge.interpolate`.
     """
 
     threads: int
@@ -59,6 +59,28 @@ class Resources(NamedTuple):
     memory: int
     device: torch.device
     impl: str
+
+    @classmethod
+    def of(cls, threads: int | None, max_memory: int | str | None, device: str | torch.device, impl: str) -> Resources:
+        """Return what options allow; see `Job.run`.
+
+        Raises:
+            ValueError: if an option is out of range.
+            RuntimeError: if `impl` cannot run on `device`.
+        """
+        where = backend.check_device(device)
+        impl = backend.check_impl(impl)
+        if backend.resolve(impl, where) != "triton":
+            # Compiled code would start threads of its own in each of a stream.
+            impl = "eager"
+        if threads is None:
+            threads = math.ceil(_THREADS_PER_CORE * _cores())
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}")
+        # Those that a GPU computes for wait for its copies meanwhile.
+        computing = threads if where.type == "cuda" else min(threads, _cores())
+        memory = _MEMORY if max_memory is None else parse_bytes(max_memory, what="max_memory")
+        return cls(threads, computing, memory, where, impl)
 
     @property
     def scratch(self) -> int:
@@ -118,7 +140,7 @@ def write_file(
                 path: stack.enter_context(reading(path))
                 for path in sorted({extent.file for run in file.runs for extent in run.part.inputs})
             }
-            outputs = [stack.enter_context(_Output(path, part)) for path, part in zip(paths, parts, strict=True)]
+            outputs = [stack.enter_context(DirectFile(path, part)) for path, part in zip(paths, parts, strict=True)]
             made, desks = _buffers(file, len(outputs), block, input_bytes, resources)
             stream = _Stream(file, sources, outputs, block, desks, resources, advance)
             with workers(resources.threads) as pool, _Shared(range(0, size, block)) as blocks:
@@ -182,31 +204,6 @@ def probe(files: Sequence[OutputFile], outputs: int, place: Path, *, computing: 
     return seconds
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def read_blocks(path: Path, start: int, nbytes: int) -> Iterator[Tensor]:
-    """Yield the bytes of a range of a file, block by block in one buffer, as the disk and not the page cache has them.
-
-    Raises:
-        OSError: if the file cannot be read or ends early.
-    """
-    buffer = _aligned(_LARGEST_BLOCK, pinned=False)
-    with reading(path) as handle:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle, start, nbytes, os.POSIX_FADV_DONTNEED)
-        for at in range(start, start + nbytes, _LARGEST_BLOCK):
-            block = buffer[: min(_LARGEST_BLOCK, start + nbytes - at)]
-            read_into(handle, path, bytes_of(block), at)
-            yield block
-
-
 class _Clip(NamedTuple):
     """What of a run lies in a block."""
 
@@ -225,7 +222,7 @@ class _Stream(NamedTuple):
 
     file: OutputFile
     sources: Mapping[Path, int]
-    outputs: Sequence[_Output]
+    outputs: Sequence[DirectFile]
     block: int
     desks: SimpleQueue[_Desk]  # one for each that may compute at a time
     resources: Resources
@@ -337,63 +334,6 @@ class _Desk:
         return taken
 
 
-class _Output:
-    """A file, still called `part`, written at any place by any thread."""
-
-    def __init__(self, path: Path, part: Path) -> None:
-        self._path = path
-        self._part = part
-        self._direct = bool(_DIRECT)
-
-    def __enter__(self) -> _Output:
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        with writing(self._path):
-            self._handle = self._open(flags)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # A thread that is still on its way must not write to what gets this number next.
-        handle, self._handle = self._handle, -1
-        os.close(handle)
-
-    def write(self, block: memoryview, at: int, nbytes: int) -> None:
-        """Write the first bytes of a block, and, since a disk takes only whole sectors, what follows them there."""
-        left = block[: -(-nbytes // ALIGNMENT) * ALIGNMENT]
-        with writing(self._path):
-            while left:
-                direct = self._direct
-                try:
-                    written = os.pwrite(self._handle, left, at)
-                except OSError as error:
-                    # Another thread may have left it since.
-                    if error.errno != errno.EINVAL or not direct:
-                        raise
-                    self._leave_direct()
-                    continue
-                left, at = left[written:], at + written
-
-    def finish(self, size: int) -> None:
-        """Cut the file to its size and wait until it is on the disk."""
-        with writing(self._path):
-            os.ftruncate(self._handle, size)
-            os.fsync(self._handle)
-
-    def _open(self, flags: int) -> int:
-        try:
-            return os.open(self._part, flags | _DIRECT, 0o666)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            self._direct = False
-            return os.open(self._part, flags, 0o666)
-
-    def _leave_direct(self) -> None:
-        """Go through the page cache from now on."""
-        flags = fcntl.fcntl(self._handle, fcntl.F_GETFL)
-        fcntl.fcntl(self._handle, fcntl.F_SETFL, flags & ~_DIRECT)
-        self._direct = False
-
-
 class _Shared:
     """An iterator that many threads take from, until one of them stops it."""
 
@@ -435,40 +375,6 @@ def workers(threads: int) -> Iterator[ThreadPoolExecutor]:
             torch.set_num_threads(before)
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[int]:
-    """Open a file to read from any place of it; what the operating system refuses becomes a sentence."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise OSError(f"cannot read {path}: {error.strerror}; put it back and run the same again") from error
-    try:
-        yield handle
-    finally:
-        os.close(handle)
-
-
-def read_into(handle: int, path: Path, view: memoryview, at: int) -> None:
-    """Fill a view from a place of a file.
-
-    Raises:
-        OSError: if the file cannot be read or ends early.
-    """
-    while view:
-        try:
-            got = os.preadv(handle, [view], at)
-        except OSError as error:
-            raise OSError(f"cannot read {path}: {error.strerror}; check its disk and run the same again") from error
-        if got == 0:
-            raise OSError(f"{path} ends before byte {at + len(view)}: it changed while it was read; run the same again")
-        view, at = view[got:], at + got
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """Return the memory of a contiguous CPU tensor as bytes."""
-    return tensor.view(torch.uint8).numpy().data
-
-
 def _buffers(
     file: OutputFile, outputs: int, block: int, input_bytes: float, resources: Resources
 ) -> tuple[Tensor, SimpleQueue[_Desk]]:
@@ -477,25 +383,16 @@ def _buffers(
     most = max((len(run.part.inputs) for run in file.runs), default=0)
     scratch = resources.scratch * block
     desk = -(-int(input_bytes * block) // ALIGNMENT) * ALIGNMENT + most * ALIGNMENT + scratch
-    room = _aligned(written + resources.computing * desk, pinned=resources.device.type == "cuda")
+    room = aligned(written + resources.computing * desk, pinned=resources.device.type == "cuda")
     desks: SimpleQueue[_Desk] = SimpleQueue()
     for own in room[written:].view(resources.computing, desk):
         desks.put(_Desk(own, scratch, resources.device))
     return room[:written].view(resources.threads, outputs, block), desks
 
 
-def _aligned(nbytes: int, *, pinned: bool) -> Tensor:
-    """Return bytes that begin where a disk can write from, and that the system gets back as soon as they are free."""
-    if pinned:
-        room = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=True)
-        return room[-room.data_ptr() % ALIGNMENT :][:nbytes]
-    pages = mmap.mmap(-1, nbytes + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    room = torch.frombuffer(pages, dtype=torch.uint8)
-    first = -room.data_ptr() % _HUGE_PAGE
-    # Not every system has them.
-    with suppress(AttributeError, OSError):
-        pages.madvise(mmap.MADV_HUGEPAGE, first, nbytes // _HUGE_PAGE * _HUGE_PAGE)
-    return room[first:][:nbytes]
+def _cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _input_bytes(run: Run) -> float:

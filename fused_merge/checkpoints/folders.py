@@ -16,7 +16,7 @@ import torch
 
 from fused_merge._version import __version__
 from fused_merge.checkpoints.checksum import checksums, text
-from fused_merge.checkpoints.engine import read_blocks
+from fused_merge.checkpoints.disk import read_blocks
 from fused_merge.headers import load_json, read_header, read_json
 from fused_merge.names import some
 from fused_merge.sources import FileSource, PathLike

@@ -26,16 +26,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from fused_merge import backend
 from fused_merge._version import __version__
 from fused_merge.checkpoints import folders
-from fused_merge.checkpoints.engine import Resources, probe, sync_folder, write_file
+from fused_merge.checkpoints.disk import sync_folder
+from fused_merge.checkpoints.engine import Resources, probe, write_file
 from fused_merge.checkpoints.plan import OutputFile
 from fused_merge.headers import load_json
 from fused_merge.progress import progress_bar
@@ -43,9 +42,6 @@ from fused_merge.settings import parse_bytes
 from fused_merge.sources import INDEX_FILE, SINGLE_FILE, FileSource
 from fused_merge.writer import writing
 
-# On two cores five took 2.7 s for what three took 3.5, four 2.9 and six 2.8.
-_THREADS_PER_CORE = 2.5
-_MEMORY = 80 << 20
 # Files that are open beside inputs and outputs: locks, a journal, a folder.
 _SPARE_HANDLES = 16
 
@@ -203,7 +199,7 @@ class Job:
         number, count = worker
         if not 1 <= number <= count:
             raise ValueError(f"worker must be (i, n) with 1 <= i <= n, got {worker}")
-        resources = _resources(threads, max_memory, device, impl)
+        resources = Resources.of(threads, max_memory, device, impl)
         # Of several workers none can tell what the others have just finished from what was there before.
         rewrites = self.overwrite and count == 1
         mine = list(self.files)[number - 1 :: count]
@@ -587,27 +583,6 @@ def stamp_of(path: Path) -> tuple[int, int]:
     """Return the size of a file and when it was changed."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns
-
-
-def _resources(threads: int | None, max_memory: int | str | None, device: str | torch.device, impl: str) -> Resources:
-    where = backend.check_device(device)
-    impl = backend.check_impl(impl)
-    if backend.resolve(impl, where) != "triton":
-        # Compiled code would start threads of its own in each of these.
-        impl = "eager"
-    if threads is None:
-        threads = ceil(_THREADS_PER_CORE * _cores())
-    if threads < 1:
-        raise ValueError(f"threads must be at least 1, got {threads}")
-    # Those that a GPU computes for wait for its copies meanwhile.
-    computing = threads if where.type == "cuda" else min(threads, _cores())
-    memory = _MEMORY if max_memory is None else parse_bytes(max_memory, what="max_memory")
-    return Resources(threads, computing, memory, where, impl)
-
-
-def _cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _size(file: OutputFile) -> int:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_merge.checkpoints.engine import bytes_of, read_into, reading
+from fused_merge.checkpoints.disk import bytes_of, read_into, reading
 from fused_merge.eager.sparsify import pattern
 from fused_merge.eager.sums import tree_sum
 from fused_merge.sources import Extent
