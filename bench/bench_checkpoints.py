@@ -2,6 +2,7 @@
 
     python bench/bench_checkpoints.py --size 0.5 --ratios 11 --work DIR             times, memory and bits
     python bench/bench_checkpoints.py --size 0.2 --ratios 11 --work DIR --memory    how memory grows: it must not
+    python bench/bench_checkpoints.py --size 0.5 --ratios 11 --work DIR --settings  what threads and pages are worth
 
 Two folders shaped like a Llama of SIZE billion bf16 parameters are made in DIR, once. Then, turn by turn:
 
@@ -12,6 +13,8 @@ Two folders shaped like a Llama of SIZE billion bf16 parameters are made in DIR,
     naive torch              load_file both, torch.lerp in fp32, save_file, in a fresh process
     mergekit-yaml            linear, dtype bfloat16, where installed; one ratio is timed, and multiplied
     mergekit-multi           the same, all ratios in one command
+
+With --settings dd and the call, and the call with 3, 4 or 6 threads, and with its buffers in pages of 4 KiB.
 
 A first turn is not timed: in it memory is watched, which takes time itself, and every output of fused_merge is held
 against float64 rounded once. Before each measurement the inputs are in the page cache and nothing waits to be written
@@ -33,7 +36,7 @@ from pathlib import Path
 
 from checkpoint_pair import Bits, Failure, Pair, compare, make_pair, pair_at, sentence
 from checkpoint_rows import Growth, draw, filesystem, machine, print_growth, print_rows, row_of, write
-from checkpoint_runs import CALL, CHILDREN, DD, OURS, YAML, Measurement, measure, providers, ratios_of
+from checkpoint_runs import CALL, CHILDREN, DD, OURS, YAML, Measurement, measure, providers, ratios_of, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "checkpoints"
@@ -72,6 +75,8 @@ def time_all(arguments: argparse.Namespace) -> int:
     if not there:
         make_pair(pair, config)
     running = providers(pair, ratios, arguments.work, arguments.mergekit)
+    if arguments.settings:
+        running = [*(provider for provider in running if provider.name in (DD, CALL)), *settings(pair, ratios)]
     names = [provider.name for provider in running]
     if arguments.only:
         running = [provider for provider in running if provider.name.startswith(tuple(arguments.only.split(",")))]
@@ -109,9 +114,9 @@ def time_all(arguments: argparse.Namespace) -> int:
     for name, found in bits.items():
         print(f"{name}: copies at r = 0 and r = 1; between them, {sentence(found)}")
     if arguments.write and rows:
-        name = f"{arguments.size:g}B-{len(ratios)}"
+        name = f"{arguments.size:g}B-{len(ratios)}" + ("-settings" if arguments.settings else "")
         path = write(arguments.write, name, rows, where, rounds=arguments.rounds)
-        if any(row.provider != DD for row in rows):
+        if any(row.provider != DD for row in rows) and not arguments.settings:
             draw(path.with_suffix(".png"), rows, len(ratios), where)
         print(f"rows: {path}")
     return 1 if failed else 0
@@ -158,6 +163,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", help="beginnings of names of providers, separated by commas")
     parser.add_argument("--mergekit", type=Path, metavar="BIN", help="folder of its programs; else PATH is searched")
     parser.add_argument("--memory", action="store_true", help="the call's memory for a larger pair and for more ratios")
+    parser.add_argument("--settings", action="store_true", help="dd, the call, and the call under other settings")
     parser.add_argument("--disk-limit", type=float, default=40.0, metavar="GB", help="of inputs and outputs together")
     parser.add_argument(
         "--write", type=Path, nargs="?", const=RESULTS, metavar="DIR", help="write rows and a plot to bench/results"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import json
 import os
@@ -22,6 +23,9 @@ from safetensors.torch import load_file, save_file
 SCRIPT = Path(__file__).with_name("bench_checkpoints.py")
 DD, NAIVE, YAML, MULTI = "dd", "naive torch", "mergekit-yaml", "mergekit-multi"
 CALL, COMMAND, PER_RATIO = OURS = ("fused_merge call", "fused_merge command", "fused_merge per ratio")
+
+# Of prctl(2).
+PR_SET_THP_DISABLE = 41
 
 # Where the kernel's counters of a disk have the sectors that it was told are free.
 DISCARDED = 13
@@ -97,13 +101,34 @@ def providers(pair: Pair, ratios: Sequence[float], work: Path, mergekit: Path | 
     return found
 
 
-def call(base: str, tuned: str, out: str, ratios: str) -> None:
+def settings(pair: Pair, ratios: Sequence[float]) -> list[Provider]:
+    """Return the call under other settings than its own: what these were chosen by."""
+    text = ",".join(map(str, ratios))
+
+    def other(name: str, run: str, *more: str) -> Provider:
+        def commands(out: Path) -> list[list[str | Path]]:
+            return [child(run, pair.base, pair.tuned, out, text, *more)]
+
+        return Provider(f"{CALL} with {name}", commands, len(ratios), timed_inside=True)
+
+    return [*(other(f"{n} threads", "call", str(n)) for n in (3, 4, 6)), other("4 KiB pages", "call in small pages")]
+
+
+def call(base: str, tuned: str, out: str, ratios: str, threads: str = "") -> None:
     """What a user's program does: in a process of its own, timed after the imports."""
     from fused_merge import interpolate_checkpoints
 
+    points = [float(ratio) for ratio in ratios.split(",")]
     began = time.perf_counter()
-    interpolate_checkpoints(base, tuned, [float(ratio) for ratio in ratios.split(",")], out, progress=False)
+    interpolate_checkpoints(base, tuned, points, out, threads=int(threads) if threads else None, progress=False)
     print(time.perf_counter() - began)
+
+
+def call_in_small_pages(base: str, tuned: str, out: str, ratios: str) -> None:
+    """Do the same in a process that the kernel gives no huge pages."""
+    if ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0):
+        sys.exit("this kernel does not let a process do without huge pages")
+    call(base, tuned, out, ratios)
 
 
 def naive(base: str, tuned: str, out: str, ratios: str) -> None:
@@ -119,7 +144,11 @@ def naive(base: str, tuned: str, out: str, ratios: str) -> None:
         save_file(between, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-CHILDREN: dict[str, Callable[..., None]] = {"call": call, "naive": naive}
+CHILDREN: dict[str, Callable[..., None]] = {
+    "call": call,
+    "call in small pages": call_in_small_pages,
+    "naive": naive,
+}
 
 
 # ---------------------------------------------------------------- measuring

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_merge.eager.interpolate import between, weights, wide_dtype
+from fused_merge.eager.interpolate import between, nearer_end, wide_dtype
 from fused_merge.eager.interpolate import interpolate_ as eager_interpolate_
 from fused_merge.eager.merging_adamw import Anchor, Delta, Terms
 from fused_merge.eager.merging_adamw import merging_adamw_ as eager_merging_adamw_
@@ -73,9 +73,8 @@ def interpolate_(base: Tensor, tuned: Tensor, ratios: Sequence[float], outs: Seq
             # Sizes 0 and 1, and an output that is an input, would be compiled for themselves.
             eager_interpolate_(base, tuned, [ratio], [out])
             continue
-        near, far = weights(ratio, wide)
-        from_base = ratio < 0.5
-        _compiled_point()(base, tuned, torch.tensor(near if from_base else far, dtype=wide), out, from_base=from_base)
+        weight, from_base = nearer_end(ratio, wide)
+        _compiled_point()(base, tuned, torch.tensor(weight, dtype=wide), out, from_base=from_base)
 
 
 def write_point(base: Tensor, tuned: Tensor, weight: Tensor, out: Tensor, *, from_base: bool) -> None:

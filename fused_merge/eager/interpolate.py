@@ -36,9 +36,8 @@ def interpolate(base: Tensor, tuned: Tensor, ratio: float) -> Tensor:
     if ratio == 1.0:
         return tuned.to(base.dtype, copy=True)
     wide = wide_dtype(base, tuned)
-    near, far = weights(ratio, wide)
-    from_base = ratio < 0.5
-    return between(base.to(wide), tuned.to(wide), near if from_base else far, from_base=from_base).to(base.dtype)
+    weight, from_base = nearer_end(ratio, wide)
+    return between(base.to(wide), tuned.to(wide), weight, from_base=from_base).to(base.dtype)
 
 
 def between(a: Tensor, b: Tensor, weight: float | Tensor, *, from_base: bool) -> Tensor:
@@ -66,9 +65,9 @@ def interpolate_(
     # Of each weight the points that are so far from an end, and whether that end is base.
     points: dict[float, list[tuple[bool, Tensor]]] = {}
     for ratio, out in zip(ratios, outs, strict=True):
-        near, far = weights(ratio, wide)
+        weight, from_base = nearer_end(ratio, wide)
         if ratio not in (0.0, 1.0):
-            points.setdefault(near if ratio < 0.5 else far, []).append((ratio < 0.5, out))
+            points.setdefault(weight, []).append((from_base, out))
     copies = [((base, tuned)[int(ratio)], out) for ratio, out in zip(ratios, outs, strict=True) if ratio in (0.0, 1.0)]
     delta_at, product_at, point_at = _DELTA, _PRODUCT, _POINT
     rows = 5
@@ -115,8 +114,8 @@ def wide_dtype(base: Tensor, tuned: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
 
 
-def weights(ratio: float, wide: torch.dtype) -> tuple[float, float]:
-    """Return r and 1 - r, each rounded once to the dtype of the computation."""
-    if wide == torch.float64:
-        return ratio, 1.0 - ratio
-    return float(np.float32(ratio)), float(np.float32(1.0 - ratio))
+def nearer_end(ratio: float, wide: torch.dtype) -> tuple[float, bool]:
+    """Return how far a point lies from its nearer end, rounded once to a dtype, and whether that end is base."""
+    from_base = ratio < 0.5
+    weight = ratio if from_base else 1.0 - ratio
+    return (weight if wide == torch.float64 else float(np.float32(weight))), from_base
