@@ -80,6 +80,16 @@ def test_a_tiny_run_gives_rows_a_plot_and_a_table(work, pair, tmp_path):
     assert not (work / bench.OUT).exists()
 
 
+def test_the_call_under_other_settings_is_timed_beside_itself(work, pair, tmp_path):
+    names = ["fused_merge call with 3 threads", "fused_merge call with 4 KiB pages"]
+    done = run(work, "--settings", "--only", ",".join(names), "--write", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = tmp_path.glob("*-0.0003B-3-settings-*")
+    rows = json.loads(file.read_text())
+    assert [row["provider"] for row in rows] == names
+    assert all(row["bytes"] >= 3 * pair.bytes for row in rows)
+
+
 def test_memory_is_watched_for_more_ratios_and_a_larger_pair(work, pair, tmp_path):
     done = run(work, "--memory", "--write", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -17,7 +17,8 @@ from fused_merge.checkpoints.plan import ALIGNMENT
 from fused_merge.writer import writing
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
-# Files written from pages of this size took a sixth less time than from those of 4 KiB.
+# Eleven files written from pages of this size took 3.0 s, from those of 4 KiB 3.8
+# (`python bench/bench_checkpoints.py --size 0.5 --work DIR --settings`).
 _HUGE_PAGE = 1 << 21
 _READ_BLOCK = 1 << 20
 

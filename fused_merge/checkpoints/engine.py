@@ -34,7 +34,8 @@ from fused_merge.checkpoints.plan import ALIGNMENT, OutputFile, Run
 from fused_merge.settings import parse_bytes
 from fused_merge.writer import writing
 
-# On two cores five threads took 2.7 s for what three took 3.5, four 2.9 and six 2.8.
+# On two cores five threads took 3.0 s, three 3.7, four 3.4 and six, in more memory, 2.9
+# (`python bench/bench_checkpoints.py --size 0.5 --work DIR --settings`).
 _THREADS_PER_CORE = 2.5
 _MEMORY = 80 << 20
 # In the same memory, more threads with blocks of this size took less time than fewer with larger ones.
