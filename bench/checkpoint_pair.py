@@ -94,7 +94,7 @@ def pair_at(work: Path, size: float) -> tuple[Pair, dict[str, Any], bool]:
 
 def make_pair(pair: Pair, config: Mapping[str, Any]) -> None:
     """Write both checkpoints tensor by tensor, always the same: normal weights, and normal changes to them."""
-    from fused_merge.writer import SafetensorsWriter
+    from fused_merge.io.writer import SafetensorsWriter
 
     print(f"making two checkpoints of {pair.parameters / 1e9:.3g} B parameters in {pair.base.parent}", flush=True)
     shutil.rmtree(pair.base.parent, ignore_errors=True)

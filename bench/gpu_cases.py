@@ -12,9 +12,9 @@ from torch import Tensor
 
 import fused_merge as fm
 from fused_merge import functional
+from fused_merge.eager.sparse import SparseTensor
 from fused_merge.functional import Anchor, Hyper, ShardIndex, merge_rule
 from fused_merge.names import tensor_id
-from fused_merge.sparse import SparseTensor
 
 LR, BETAS, EPS, ALPHA = 1e-6, (0.9, 0.999), 1e-8, 1e-6
 # The standard deviation of gradients, and where in a run they are.

@@ -23,15 +23,17 @@ from fused_merge._version import __version__
 
 if TYPE_CHECKING:
     from fused_merge import functional
-    from fused_merge.adaptive import adapt_ratios, answer_loss, reward_weighted_loss
-    from fused_merge.checkpoints import interpolate_checkpoints, merge_checkpoints
-    from fused_merge.interpolation import RatioSweep, interpolate
-    from fused_merge.layer_ratios import LayerRatios
-    from fused_merge.optimizers import MergingAdamW, OnDAREAdamW, OnProjAdamW, OnTIESAdamW
-    from fused_merge.pareto import hypervolume, knee, pareto_front
-    from fused_merge.reference_delta import ReferenceDelta
-    from fused_merge.sweep import evaluate_ratios, sweep_checkpoints
-    from fused_merge.verification import verify
+    from fused_merge.adapt.adapt import adapt_ratios, answer_loss, reward_weighted_loss
+    from fused_merge.checkpoints import interpolate_checkpoints
+    from fused_merge.delta.reference_delta import ReferenceDelta
+    from fused_merge.interpolation.interpolate import interpolate
+    from fused_merge.interpolation.layer_ratios import LayerRatios
+    from fused_merge.interpolation.ratio_sweep import RatioSweep
+    from fused_merge.merge import merge_checkpoints
+    from fused_merge.optim.merging_adamw import MergingAdamW, OnDAREAdamW, OnProjAdamW, OnTIESAdamW
+    from fused_merge.optim.verification import verify
+    from fused_merge.sweep.evaluate import evaluate_ratios, sweep_checkpoints
+    from fused_merge.sweep.pareto import hypervolume, knee, pareto_front
 
 __all__ = [
     "LayerRatios",
@@ -59,25 +61,25 @@ __all__ = [
 
 # No module may have the name of something that is looked up here: importing it would take the name.
 _HOMES = {
-    "LayerRatios": "layer_ratios",
-    "MergingAdamW": "optimizers",
-    "OnDAREAdamW": "optimizers",
-    "OnProjAdamW": "optimizers",
-    "OnTIESAdamW": "optimizers",
-    "RatioSweep": "interpolation",
-    "ReferenceDelta": "reference_delta",
-    "adapt_ratios": "adaptive",
-    "answer_loss": "adaptive",
-    "evaluate_ratios": "sweep",
-    "hypervolume": "pareto",
-    "interpolate": "interpolation",
+    "LayerRatios": "interpolation.layer_ratios",
+    "MergingAdamW": "optim.merging_adamw",
+    "OnDAREAdamW": "optim.merging_adamw",
+    "OnProjAdamW": "optim.merging_adamw",
+    "OnTIESAdamW": "optim.merging_adamw",
+    "RatioSweep": "interpolation.ratio_sweep",
+    "ReferenceDelta": "delta.reference_delta",
+    "adapt_ratios": "adapt.adapt",
+    "answer_loss": "adapt.adapt",
+    "evaluate_ratios": "sweep.evaluate",
+    "hypervolume": "sweep.pareto",
+    "interpolate": "interpolation.interpolate",
     "interpolate_checkpoints": "checkpoints",
-    "knee": "pareto",
-    "merge_checkpoints": "checkpoints",
-    "pareto_front": "pareto",
-    "reward_weighted_loss": "adaptive",
-    "sweep_checkpoints": "sweep",
-    "verify": "verification",
+    "knee": "sweep.pareto",
+    "merge_checkpoints": "merge",
+    "pareto_front": "sweep.pareto",
+    "reward_weighted_loss": "adapt.adapt",
+    "sweep_checkpoints": "sweep.evaluate",
+    "verify": "optim.verification",
 }
 
 

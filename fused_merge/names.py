@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
@@ -45,3 +49,8 @@ def some(items: Iterable[str], shown: int = 3) -> str:
     listed = list(items)
     more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
     return ", ".join(listed[:shown]) + more
+
+
+def describe(tensor: Tensor) -> str:
+    """Return shape, dtype and device of a tensor, for error messages."""
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"

@@ -1,117 +1,147 @@
-"""The options of a parameter group: what they may be, and what they mean to a step."""
+"""Options that are written once: type, default, check and documentation in one definition.
+
+A definition is a `TypedDict` whose fields are `Annotated[type, Option(...)]`. A function or class with these options
+takes `**options: Unpack[Definition]` and is decorated with `documented(Definition)`, which writes them into its
+signature and, in the place of `{options}`, into its docstring. The command line uses the same definitions.
+
+A module with definitions must not postpone its annotations.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypedDict
+import inspect
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
+Documented = TypeVar("Documented", bound=Callable[..., Any])
 
-from fused_merge.methods import MergeRule, merge_rule
-
-MISSING = ("error", "plain")
-MASTERS = ("none", "fp32", "split")
-STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-# What a state was made with cannot be changed under it.
-FIXED = ("merge_every", "master", "seed", "state_dtype")
-
-# Hyper-parameters of torch.optim.AdamW that change its result and that a loaded group may carry.
-FOREIGN = ("amsgrad",)
+_WIDTH = 120
 
 
-class AdamWOptions(TypedDict, total=False):
-    """The options that every merging optimizer has; `MergingAdamW` says what they mean."""
+@dataclass(frozen=True)
+class Option:
+    """One option.
 
-    lr: float | Tensor
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    alpha: float
-    merge_every: int
-    project: str | None
-    project_strength: float
-    project_over: str
-    project_on: str
-    max_grad_norm: float | None
-    maximize: bool
-    missing: str
-    state_dtype: torch.dtype
-    rounding: str
-    master: str
-    stats_every: int
-    seed: int
-    impl: str
+    Attributes:
+        default: its value where none is given.
+        doc: what it means, in plain sentences.
+        check: called with name and value; returns the value as it is used, or raises an error that names both.
+        cli: what the command line says differently, as keyword arguments of `typer.Option`; None keeps it off there.
+    """
+
+    default: Any
+    doc: str
+    check: Callable[[str, Any], Any] = lambda name, value: value
+    cli: Mapping[str, Any] | None = None
 
 
-def rule_of(group: Mapping[str, Any]) -> MergeRule:
-    """Return the rule that a group asks for.
+def options_of(*definitions: type) -> dict[str, Option]:
+    """Return the options of definitions by name, inherited ones first."""
+    return {
+        name: next(option for option in field.__metadata__ if isinstance(option, Option))
+        for definition in definitions
+        for name, field in definition.__annotations__.items()
+    }
+
+
+def resolve(given: Mapping[str, Any], *definitions: type) -> dict[str, Any]:
+    """Return every option of definitions, checked; those that are not given have their default.
 
     Raises:
-        ValueError: as `fused_merge.methods.merge_rule`.
+        TypeError: for the name of no option.
+        ValueError: as their checks.
     """
-    return merge_rule(
-        group["method"],
-        group["reserve_rate"],
-        tau_reserve_rate=group["reference"]["reserve_rate"] if "reference" in group else None,
-        **{
-            option: group[option]
-            for option in ("rescale", "vote", "project", "project_strength", "project_over", "project_on", "rounding")
-        },
-    )
+    options = options_of(*definitions)
+    check_known(given, options)
+    return {name: option.check(name, given.get(name, option.default)) for name, option in options.items()}
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name by which `torch` has a dtype, such as "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
+def check_known(given: Iterable[str], options: Mapping[str, Option]) -> None:
+    """Raise TypeError for a name that is no option."""
+    for name in given:
+        if name not in options:
+            near = get_close_matches(name, options, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(options)}"
+            raise TypeError(f"there is no option {name!r}; {hint}")
 
 
-def dtype_of(name: str | torch.dtype) -> torch.dtype | str:
-    """Return the state dtype of that name; what is none comes back as it is, for `check_options` to refuse."""
-    return {dtype_name(dtype): dtype for dtype in STATE_DTYPES}.get(str(name), name)
+def documented(*definitions: type) -> Callable[[Documented], Documented]:
+    """Write the options of definitions into the signature and the docstring of a function or class."""
+
+    def document(documented: Documented) -> Documented:
+        options = options_of(*definitions)
+        function = documented.__init__ if isinstance(documented, type) else documented  # type: ignore[misc]
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        types = {name: field.__origin__ for each in definitions for name, field in each.__annotations__.items()}
+        own += [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=_text(types[name])
+            )
+            for name, option in options.items()
+            if name not in signature.parameters
+        ]
+        function.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+        lines = []
+        for line in (documented.__doc__ or "").split("\n"):
+            if line.strip() == "{options}":
+                indent = line[: len(line) - len(line.lstrip())]
+                lines += [
+                    textwrap.fill(
+                        f"{name}: {option.doc}", _WIDTH, initial_indent=indent, subsequent_indent=indent + "    "
+                    )
+                    for name, option in options.items()
+                ]
+            else:
+                lines.append(line)
+        documented.__doc__ = "\n".join(lines)
+        return documented
+
+    return document
 
 
-def check_options(group: Mapping[str, Any]) -> None:
-    """Raise ValueError for the first option of a group that is out of range or that its row lacks."""
-    rule_of(group)
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"a tensor lr must hold one number, got shape {tuple(lr.shape)}")
-    if not isinstance(lr, Tensor) and not lr >= 0.0:
-        raise ValueError(f"lr must be at least 0, got {lr}")
-    for name, beta in zip(("betas[0]", "betas[1]"), group["betas"], strict=True):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"{name} must lie in [0, 1), got {beta}")
-    for name in ("eps", "weight_decay"):
-        if not group[name] >= 0.0:
-            raise ValueError(f"{name} must be at least 0, got {group[name]}")
-    if not 0.0 <= group["alpha"] <= 1.0:
-        raise ValueError(f"alpha must lie in [0, 1], got {group['alpha']}")
-    if not (isinstance(group["merge_every"], int) and group["merge_every"] >= 1):
-        raise ValueError(f"merge_every must be a whole number of steps, at least 1, got {group['merge_every']}")
-    if group["max_grad_norm"] is not None and not group["max_grad_norm"] > 0.0:
-        raise ValueError(f"max_grad_norm must be above 0, or None not to clip, got {group['max_grad_norm']}")
-    if group["missing"] not in MISSING:
-        raise ValueError(f"missing must be 'error' or 'plain', got {group['missing']!r}")
-    if group["master"] not in MASTERS:
-        raise ValueError(f"master must be 'none', 'fp32' or 'split', got {group['master']!r}")
-    if group["state_dtype"] not in STATE_DTYPES:
-        raise ValueError(f"state_dtype must be torch.float32, bfloat16 or float16, got {group['state_dtype']}")
-    if group["rounding"] == "stochastic" and group["master"] != "none":
-        raise ValueError(
-            f"rounding='stochastic' and master={group['master']!r} exclude each other: a master loses nothing that "
-            "random rounding could save; choose one"
-        )
+def _text(annotation: Any) -> str:
+    """Return an annotation as it was written, quoted or not."""
+    return str(getattr(annotation, "__forward_arg__", getattr(annotation, "__name__", annotation)))
 
 
-def check_dtype(name: str, param: Tensor, group: Mapping[str, Any]) -> None:
-    """Raise ValueError if a parameter's dtype does not go with the options of its group."""
-    if not param.is_floating_point():
-        raise ValueError(f"parameter {name!r} is {param.dtype}; only real floating parameters can be stepped")
-    if group["master"] != "none" and param.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"parameter {name!r} is {param.dtype} and needs no master; use master='none' for its group")
-    if group["master"] == "split" and param.dtype != torch.bfloat16:
-        raise ValueError(
-            f"parameter {name!r} is {param.dtype}, and only bf16 is the upper half of fp32; use master='fp32'"
-        )
+def one_of(*choices: str | None) -> Callable[[str, Any], Any]:
+    """Return a check that a value is one of a few."""
+
+    def check(name: str, value: Any) -> Any:
+        check_choice(name, value, choices)
+        return value
+
+    return check
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str | None]) -> None:
+    """Raise ValueError if a value is none of a few; the sentence lists them."""
+    listed = list(choices)
+    if value not in listed:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, listed))}, got {value!r}")
+
+
+def at_least(least: float) -> Callable[[str, Any], Any]:
+    """Return a check that a number is not below another."""
+
+    def check(name: str, value: Any) -> Any:
+        if not value >= least:
+            raise ValueError(f"{name} must be at least {least:g}, got {value}")
+        return value
+
+    return check
+
+
+def within(least: float, most: float) -> Callable[[str, Any], Any]:
+    """Return a check that a number lies in an interval, ends included."""
+
+    def check(name: str, value: Any) -> Any:
+        if not least <= value <= most:
+            raise ValueError(f"{name} must lie in [{least:g}, {most:g}], got {value}")
+        return value
+
+    return check

@@ -81,7 +81,7 @@ def interpolate_kernel(
         interpolate_chunk(tensor, ratio, ratios, base, inside, DTYPE, ALIGNED, True, BLOCK)
 
 
-def unsupported(base: Tensor, tuned: Tensor, outs: Sequence[Tensor]) -> str | None:
+def why_unsupported(base: Tensor, tuned: Tensor, outs: Sequence[Tensor]) -> str | None:
     """Return in a few words why the kernel cannot interpolate this tensor, or None."""
     if base.dtype not in tables.TL_DTYPE:
         return f"{base.dtype} tensors have no kernel"

@@ -8,17 +8,19 @@ made again when an address or an option changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_merge.eager.merge_stats import MergeSums
 from fused_merge.eager.merging_adamw import Anchor
+from fused_merge.eager.operands import Operands
 from fused_merge.eager.philox import keep_threshold
 from fused_merge.eager.scalars import Hyper
+from fused_merge.eager.sparse import SparseTensor
 from fused_merge.eager.sparsify import kept_count
 from fused_merge.kernels import merge_stats, scalars, sparsify, tables
 from fused_merge.kernels.merging_adamw import (
@@ -33,8 +35,6 @@ from fused_merge.kernels.merging_adamw import (
 from fused_merge.kernels.rows import Build, TensorRow
 from fused_merge.kernels.sums import Reduction
 from fused_merge.methods import MergeRule
-from fused_merge.operands import Operands
-from fused_merge.sparse import SparseTensor
 
 # From this share of kept elements on, groups of neighbours that hold none are too rare to skip.
 SKIPS_UP_TO = 0.1
@@ -50,10 +50,12 @@ FLOATS = (
 MASTER = {torch.float32: "fp32", torch.int16: "split"}
 
 
-def unsupported(o: Operands, rule: MergeRule) -> str | None:
+def why_unsupported(o: Operands, rule: MergeRule) -> str | None:
     """Return in a few words why the kernels cannot step this tensor, or None."""
     anchor = o.anchor.weights if o.anchor else None
-    for tensor, what in zip((o.param, o.grad, o.exp_avg, o.exp_avg_sq, o.tau, o.full, anchor), FLOATS, strict=True):
+    for tensor, what in zip(
+        (o.param, o.grad, o.exp_avg, o.exp_avg_sq, o.tau, o.tau_dense, anchor), FLOATS, strict=True
+    ):
         if tensor is not None and tensor.dtype not in tables.TL_DTYPE:
             return f"{tensor.dtype} {what} have no kernel"
     if isinstance(o.tau, SparseTensor) and o.tau.offsets.dtype != torch.int32:
@@ -93,7 +95,7 @@ def _build(o: Operands, rule: MergeRule, stats: bool) -> Build:
     rows = _projects_rows(o, rule)
     row_programs = rows and not ranked and not stats
     wide = o.exp_avg.dtype == o.exp_avg_sq.dtype == torch.float32
-    dense += [None if sparse else o.tau, o.full if rule.project else None, o.anchor and o.anchor.weights]
+    dense += [None if sparse else o.tau, o.tau_dense if rule.project else None, o.anchor and o.anchor.weights]
     return Build(
         **common,
         TAU=tables.TL_DTYPE[o.tau.dtype],
@@ -103,7 +105,7 @@ def _build(o: Operands, rule: MergeRule, stats: bool) -> Build:
         PROJECT=rule.project,
         PROJECT_ON=rule.project_on,
         PROJECT_ROWS=rows,
-        FULL=tables.TL_DTYPE[o.full.dtype] if rule.project and o.full is not None else None,
+        FULL=tables.TL_DTYPE[o.tau_dense.dtype] if rule.project and o.tau_dense is not None else None,
         ANCHOR=o.anchor and tables.TL_DTYPE[o.anchor.weights.dtype],
         STATS=stats,
         RANKED=ranked,
@@ -138,7 +140,7 @@ def _row(o: Operands, build: Build, rule: MergeRule, seed: int, coefficients: in
         tau=address(sparse.mask if sparse else o.tau),
         tau_values=address(sparse.values) if sparse else 0,
         tau_offsets=address(sparse.offsets) if sparse else 0,
-        full=address(o.full),
+        full=address(o.tau_dense),
         anchor=address(o.anchor.weights) if build.ANCHOR and o.anchor else 0,
         anchor_decay=address(o.anchor.decay) if build.ANCHOR and o.anchor else 0,
         master=address(o.master),
@@ -308,9 +310,23 @@ class Plan:
 def _identity(o: Operands) -> tuple[Any, ...]:
     """Return all that the tables of a tensor depend on."""
     sparse = (o.tau.mask, o.tau.values) if isinstance(o.tau, SparseTensor) else (o.tau,)
-    every = (o.param, o.grad, o.exp_avg, o.exp_avg_sq, o.step, *sparse, o.full, *(o.anchor or ()), o.master)
+    every = (o.param, o.grad, o.exp_avg, o.exp_avg_sq, o.step, *sparse, o.tau_dense, *(o.anchor or ()), o.master)
     tensors = [None if tensor is None else (tensor.data_ptr(), tensor.dtype) for tensor in every]
     return o.param.shape, o.tensor_id, o.shard, tensors
+
+
+class PreparedLaunches(NamedTuple):
+    """A step of tensors on one device that can be taken; nothing is changed yet."""
+
+    operands: Sequence[Operands]
+    rule: MergeRule
+    hyper: Hyper
+    seed: int
+    stats: bool
+    block: int
+    straight: list[int]  # the contiguous ones, which the launches step
+    constants: Tensor
+    launches: list[Launch]
 
 
 def prepare(
@@ -322,7 +338,7 @@ def prepare(
     stats: bool = False,
     plan: Plan | None = None,
     block: int = tables.DEFAULT_BLOCK,
-) -> Callable[[], list[MergeSums | None]]:
+) -> PreparedLaunches:
     """Make ready to step tensors that lie on one device, in one sequence of launches for all that share a `Build`.
 
     Tensors that are not contiguous are stepped as contiguous copies, one at a time.
@@ -335,10 +351,6 @@ def prepare(
         stats: also add up what is merged.
         plan: what the last call with these tensors has left.
         block: elements per program, a multiple of 1024.
-
-    Returns:
-        What takes the step, and mutates `operands` as they say. It returns T sums if asked for, else T times None;
-        None for tensors without a delta. They mean something only where a step has merged.
 
     Raises:
         RuntimeError: for what a CUDA graph that is captured just now cannot hold.
@@ -358,27 +370,34 @@ def prepare(
     plan = plan or Plan()
     constants = plan.constants(hyper, device)
     launches = plan.launches([operands[i] for i in straight], rule, seed, stats, block)
+    return PreparedLaunches(operands, rule, hyper, seed, stats, block, straight, constants, launches)
 
-    def step() -> list[MergeSums | None]:
-        gathered: list[MergeSums | None] = [None] * len(operands)
-        for launch in launches:
-            sums = launch.run(constants, hyper)
-            for row, member in enumerate(launch.members):
-                gathered[straight[member]] = sums and MergeSums(*sums[0][row].unbind(), *sums[1][row].unbind())
-        for i in set(range(len(operands))) - set(straight):
-            gathered[i] = _step_copy(operands[i], rule, hyper, seed, stats, block)
-        return gathered
 
-    return step
+def run(prepared: PreparedLaunches) -> list[MergeSums | None]:
+    """Take a prepared step; mutates the operands as `Operands` says.
+
+    Returns:
+        T sums if asked for, else T times None; None for tensors without a delta. They mean something only where a
+        step has merged.
+    """
+    operands, straight = prepared.operands, prepared.straight
+    gathered: list[MergeSums | None] = [None] * len(operands)
+    for launch in prepared.launches:
+        sums = launch.run(prepared.constants, prepared.hyper)
+        for row, member in enumerate(launch.members):
+            gathered[straight[member]] = sums and MergeSums(*sums[0][row].unbind(), *sums[1][row].unbind())
+    for i in set(range(len(operands))) - set(straight):
+        gathered[i] = _step_copy(operands[i], prepared)
+    return gathered
 
 
 def _dense(o: Operands) -> list[Tensor]:
     """Return the tensors that must be contiguous."""
-    dense = (o.param, o.grad, o.exp_avg, o.exp_avg_sq, o.tau, o.full, o.anchor and o.anchor.weights, o.master)
+    dense = (o.param, o.grad, o.exp_avg, o.exp_avg_sq, o.tau, o.tau_dense, o.anchor and o.anchor.weights, o.master)
     return [tensor for tensor in dense if isinstance(tensor, Tensor)]
 
 
-def _step_copy(o: Operands, rule: MergeRule, hyper: Hyper, seed: int, stats: bool, block: int) -> MergeSums | None:
+def _step_copy(o: Operands, step: PreparedLaunches) -> MergeSums | None:
     """Step a contiguous copy of a tensor and copy back what is mutated."""
 
     def straight(tensor: Any) -> Any:
@@ -387,7 +406,7 @@ def _step_copy(o: Operands, rule: MergeRule, hyper: Hyper, seed: int, stats: boo
     copy = Operands(*map(straight, o))
     if o.anchor is not None:
         copy = copy._replace(anchor=Anchor(o.anchor.weights.contiguous(), o.anchor.decay))
-    (sums,) = prepare([copy], rule, hyper, seed=seed, stats=stats, block=block)()
+    (sums,) = run(prepare([copy], step.rule, step.hyper, seed=step.seed, stats=step.stats, block=step.block))
     for mine, theirs in zip(_written(o), _written(copy), strict=True):
         if mine is not theirs:
             mine.copy_(theirs)

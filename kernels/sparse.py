@@ -1,11 +1,11 @@
-"""Decoding of `fused_merge.sparse.SparseTensor`: a bit an element, and the kept values packed in order."""
+"""Decoding of `fused_merge.eager.sparse.SparseTensor`: a bit an element, and the kept values packed in order."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from fused_merge import sparse as layout
+from fused_merge.eager import sparse as layout
 
 SPARSE_BLOCK = tl.constexpr(layout.BLOCK)
 WORDS = tl.constexpr(layout.WORDS)

@@ -135,7 +135,7 @@ class Reduction:
 Triple = tuple[Tensor, Tensor | None, Tensor | None]
 
 
-def unsupported(triple: Triple) -> str | None:
+def why_unsupported(triple: Triple) -> str | None:
     """Return in a few words why the kernel cannot multiply these tensors, or None."""
     for tensor in triple:
         if tensor is not None and tensor.dtype not in tables.TL_DTYPE:

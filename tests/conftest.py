@@ -8,6 +8,7 @@ import signal
 
 import pytest
 import torch
+from device import DEVICE
 
 # What is started in the background of a shell ignores Ctrl-C, and so would the tests of it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -15,8 +16,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Triton reads this once, when it is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture

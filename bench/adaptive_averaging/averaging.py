@@ -13,7 +13,7 @@ from experiment import PARTS, Setting
 from transformers import LlamaForCausalLM
 
 import fused_merge as fm
-from fused_merge.answers import answer_batches, best_answers, sample_answers
+from fused_merge.adapt.answers import answer_batches, best_answers, sample_answers
 
 UNIFORM = "uniform"  # one ratio for all
 

@@ -10,9 +10,9 @@ import torch
 
 from fused_merge.checkpoints.folders import read_config
 from fused_merge.checkpoints.plan import OutputFile, Part, PlannedTensor, Rule, lay_out, shard_by_size
+from fused_merge.io.sources import SINGLE_FILE, Extent, FileSource, Match, match
 from fused_merge.names import some
-from fused_merge.settings import check_choice
-from fused_merge.sources import SINGLE_FILE, Extent, FileSource, Match, match
+from fused_merge.options import check_choice
 
 UNMATCHED = ("refuse", "copy", "drop")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_merge.checkpoints.plan import ALIGNMENT
-from fused_merge.writer import writing
+from fused_merge.io.writer import writing
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
 # Eleven files written from pages of this size took 3.0 s, from those of 4 KiB 3.8

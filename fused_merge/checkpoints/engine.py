@@ -27,12 +27,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_merge import backend
 from fused_merge.checkpoints.checksum import add_to, checksums, text
 from fused_merge.checkpoints.disk import DirectFile, aligned, bytes_of, read_into, reading, sync_folder
 from fused_merge.checkpoints.plan import ALIGNMENT, OutputFile, Run
-from fused_merge.settings import parse_bytes
-from fused_merge.writer import writing
+from fused_merge.functional import backend
+from fused_merge.io.writer import writing
+from fused_merge.per_tensor import parse_bytes
 
 # On two cores five threads took 3.0 s, three 3.7, four 3.4 and six, in more memory, 2.9
 # (`python bench/bench_checkpoints.py --size 0.5 --work DIR --settings`).

@@ -17,9 +17,9 @@ import torch
 from fused_merge._version import __version__
 from fused_merge.checkpoints.checksum import checksums, text
 from fused_merge.checkpoints.disk import read_blocks
-from fused_merge.headers import load_json, read_header, read_json
+from fused_merge.io.headers import load_json, read_header, read_json
+from fused_merge.io.sources import FileSource, PathLike
 from fused_merge.names import some
-from fused_merge.sources import FileSource, PathLike
 
 MANIFEST = "fused_merge.json"
 CARD = "README.md"

@@ -18,10 +18,11 @@ from fused_merge.checkpoints.folders import describe_source
 from fused_merge.checkpoints.job import Job, Output, job_of
 from fused_merge.checkpoints.plan import Pick, Rule
 from fused_merge.eager.interpolate import interpolate_
-from fused_merge.settings import (
+from fused_merge.io.sources import PathLike, open_files
+from fused_merge.options import check_choice
+from fused_merge.per_tensor import (
     ByName,
     Setting,
-    check_choice,
     check_ratios,
     is_tuned,
     parse_bytes,
@@ -29,7 +30,6 @@ from fused_merge.settings import (
     per_tensor,
     plain,
 )
-from fused_merge.sources import PathLike, open_files
 
 # Points of the line, or {name of the folder: point}.
 Ratios: TypeAlias = "Sequence[Setting] | Mapping[str, Setting]"

@@ -36,11 +36,11 @@ from fused_merge.checkpoints import folders
 from fused_merge.checkpoints.disk import sync_folder
 from fused_merge.checkpoints.engine import Resources, probe, write_file
 from fused_merge.checkpoints.plan import OutputFile
-from fused_merge.headers import load_json
+from fused_merge.io.headers import load_json
+from fused_merge.io.sources import INDEX_FILE, SINGLE_FILE, FileSource
+from fused_merge.io.writer import writing
+from fused_merge.per_tensor import parse_bytes
 from fused_merge.progress import progress_bar
-from fused_merge.settings import parse_bytes
-from fused_merge.sources import INDEX_FILE, SINGLE_FILE, FileSource
-from fused_merge.writer import writing
 
 # Files that are open beside inputs and outputs: locks, a journal, a folder.
 _SPARE_HANDLES = 16

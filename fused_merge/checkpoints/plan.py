@@ -13,8 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fused_merge.headers import Entry, encode_header
-from fused_merge.sources import SINGLE_FILE, Extent
+from fused_merge.io.headers import Entry, encode_header
+from fused_merge.io.sources import SINGLE_FILE, Extent
 
 # Data begin and blocks are cut where every file system can write past its cache.
 ALIGNMENT = 4096

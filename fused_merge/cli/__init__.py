@@ -60,7 +60,7 @@ def _version(name: str) -> str | None:
 
 
 def _impl(device: Any) -> str:
-    from fused_merge import backend
+    from fused_merge.functional import backend
 
     try:
         chosen = backend.resolve("auto", device)

@@ -192,7 +192,7 @@ def sweep(
     if not (scorer or task):
         raise typer.BadParameter("Missing option '--scorer' or '--task'.")
     with one_sentence(debug=debug, json_output=json_output, resumes=True):
-        from fused_merge.sweep import sweep_checkpoints
+        from fused_merge.sweep.evaluate import sweep_checkpoints
 
         # What scorers print is no result.
         with redirect_stdout(sys.stderr):
@@ -251,8 +251,8 @@ def adapt(
 ) -> None:
     """Find a ratio for each part of the network on the tuned model's own answers, and write that model."""
     with one_sentence(debug=debug, json_output=json_output, resumes=True):
-        from fused_merge.answers import RATIOS, adapt_checkpoints, read_prompts
-        from fused_merge.layer_ratios import LayerRatios
+        from fused_merge.adapt.answers import RATIOS, adapt_checkpoints, read_prompts
+        from fused_merge.interpolation.layer_ratios import LayerRatios
 
         # What a reward prints is no result.
         with redirect_stdout(sys.stderr):
@@ -357,17 +357,15 @@ def merge(
     if len(dict(given.get("model", []))) != len(given.get("model", [])):
         raise typer.BadParameter("a --model is given twice; give each one weight")
     with one_sentence(debug=debug, json_output=json_output, resumes=not dry_run):
-        from fused_merge import checkpoints
+        from fused_merge import merge as merging
 
         job: Job
         shared: dict[str, Any] = {"max_shard_size": max_shard_size, "overwrite": overwrite}
         if config is not None:
-            job = checkpoints.plan_mergekit(config, target, **shared)
+            job = merging.plan_mergekit(config, target, **shared)
         else:
             models = dict(given.pop("model"))
-            job = checkpoints.plan_merge(
-                given.pop("base", None), models, given.pop("method"), target, **given, **shared
-            )
+            job = merging.plan_merge(given.pop("base", None), models, given.pop("method"), target, **given, **shared)
         if dry_run:
             say_plan(job.describe(), json_output=json_output, quiet=quiet)
             return
@@ -397,7 +395,7 @@ def delta(
 ) -> None:
     """Write the reference delta tuned - base to a file, dense or sparse, for the optimizers to read."""
     with one_sentence(debug=debug, json_output=json_output):
-        from fused_merge.reference_delta import ReferenceDelta
+        from fused_merge.delta.reference_delta import ReferenceDelta
 
         if out.exists() and not overwrite:
             raise FileExistsError(f"{out} exists; pass --overwrite to replace it, or choose another")
@@ -446,8 +444,8 @@ def inspect(
 ) -> None:
     """Show norms and real density of a reference delta, by tensor and by layer, and its overlap with another."""
     with one_sentence(debug=debug, json_output=json_output):
-        from fused_merge.inspection import inspect_delta
-        from fused_merge.reference_delta import ReferenceDelta
+        from fused_merge.delta.inspection import inspect_delta
+        from fused_merge.delta.reference_delta import ReferenceDelta
 
         tau = ReferenceDelta.load(delta) if tuned is None else ReferenceDelta.from_checkpoints(delta, tuned)
         rows = inspect_delta(

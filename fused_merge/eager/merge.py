@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from fused_merge.eager.philox import DOMAIN_TAU, MaskKey
+from fused_merge.eager.shard import ShardIndex
 from fused_merge.eager.sparsify import kth_largest, pattern, random
 from fused_merge.eager.sums import inner_product
 from fused_merge.names import tensor_id
-from fused_merge.sharding import ShardIndex
 
 # Two directions nearer to one line than this have no useful arc between them.
 COLLINEAR = 0.9995

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_merge.eager.opaque import opaque
-from fused_merge.sharding import ShardIndex
+from fused_merge.eager.custom_op import opaque
+from fused_merge.eager.shard import ShardIndex
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)

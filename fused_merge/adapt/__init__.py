@@ -1,0 +1,1 @@
+"""Ratios found by optimization: the search, and the answers that it learns from."""

@@ -1,0 +1,269 @@
+"""The aligned model's own answers as training data: the proxy that adaptive averaging keeps close to.
+
+Source: Lin et al. 2024 (arXiv 2309.06256), who sample answers of the aligned model, keep those that the reward model
+likes best, and find the ratios that make them likely.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fused_merge.adapt.adapt import adapt_ratios, answer_loss
+from fused_merge.checkpoints import plan_interpolation
+from fused_merge.functional.backend import check_device
+from fused_merge.interpolation.layer_ratios import LayerRatios
+from fused_merge.io.sources import PathLike, open_files
+from fused_merge.per_tensor import parse_dtype
+from fused_merge.progress import progress_bar
+from fused_merge.sweep.scorers import import_function, load_model, load_tokenizer, stored_dtype
+
+RATIOS = "ratios.json"
+JOURNAL = "journal.json"
+MODEL = "model"
+
+
+class Answer(NamedTuple):
+    """A prompt and what a model said, as tokens and as text."""
+
+    prompt: list[int]
+    answer: list[int]
+    text: str
+
+
+def sample_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[Answer]:
+    """Let a causal language model answer prompts.
+
+    Args:
+        model: of Transformers.
+        tokenizer: its tokenizer; with a chat template each prompt is one message of a user.
+        prompts: texts.
+        max_new_tokens: of an answer.
+        temperature: of sampling; 0 takes the likeliest token.
+        batch_size: prompts answered at once.
+        seed: of the samples; the caller's random numbers are not touched.
+        progress: show a progress bar.
+
+    Returns:
+        An answer for each prompt; ones that stay empty are left out.
+    """
+    answers = []
+    devices = [model.device] if model.device.type == "cuda" else []
+    end = tokenizer.eos_token_id
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0.0:
+        # What the model's own configuration says beside the temperature would be another distribution.
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(devices),
+        progress_bar("answering", len(prompts), unit="prompts", enabled=progress) as advance,
+    ):
+        torch.manual_seed(seed)
+        for first in range(0, len(prompts), batch_size):
+            asked = [_tokens(tokenizer, prompt) for prompt in prompts[first : first + batch_size]]
+            width = max(map(len, asked))
+            # On the left, so that all answers begin at one place.
+            ids = torch.tensor([[padding] * (width - len(tokens)) + tokens for tokens in asked], device=model.device)
+            mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in asked]).to(ids.device)
+            made = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=padding, **sampling
+            )
+            for tokens, row in zip(asked, made[:, width:].tolist(), strict=True):
+                answer = row[: row.index(end) + 1] if end in row else row
+                if answer and answer != [end]:
+                    answers.append(Answer(tokens, answer, tokenizer.decode(answer, skip_special_tokens=True)))
+            advance(len(asked))
+    return answers
+
+
+def answer_batches(
+    answers: Sequence[Answer], *, batch_size: int = 8, padding: int = 0, device: torch.device | str = "cpu"
+) -> list[dict[str, torch.Tensor]]:
+    """Return batches for `answer_loss`: only the tokens of answers are learnt.
+
+    Args:
+        answers: in the order in which they are to be seen.
+        batch_size: answers of a batch.
+        padding: the token to pad with, at the right.
+        device: where the tensors are wanted.
+
+    Returns:
+        Dicts of `input_ids`, `attention_mask` and `labels`, int64 `[batch, tokens]`.
+    """
+    batches = []
+    for first in range(0, len(answers), batch_size):
+        chosen = answers[first : first + batch_size]
+        width = max(len(answer.prompt) + len(answer.answer) for answer in chosen)
+        rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+        for prompt, answer, _ in chosen:
+            empty = width - len(prompt) - len(answer)
+            rows["input_ids"].append(prompt + answer + [padding] * empty)
+            rows["attention_mask"].append([1] * (width - empty) + [0] * empty)
+            rows["labels"].append([-100] * len(prompt) + answer + [-100] * empty)
+        batches.append({key: torch.tensor(row, device=device) for key, row in rows.items()})
+    return batches
+
+
+def best_answers(answers: Sequence[Answer], rewards: Sequence[float], share: float) -> list[Answer]:
+    """Return the answers of the highest rewards, in their order.
+
+    Args:
+        answers: any.
+        rewards: one for each.
+        share: of them to keep, in (0, 1]; at least one is.
+
+    Raises:
+        ValueError: if there are not as many finite rewards, or `share` is out of range.
+    """
+    if len(rewards) != len(answers) or not all(math.isfinite(reward) for reward in rewards):
+        raise ValueError(f"a reward must return one finite number for each of {len(answers)} answers, got {rewards}")
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"the share of answers to keep must lie in (0, 1], got {share}")
+    ranked = sorted(range(len(answers)), key=lambda i: -rewards[i])
+    kept = sorted(ranked[: max(1, round(share * len(answers)))])
+    return [answers[i] for i in kept]
+
+
+def adapt_checkpoints(
+    base: PathLike,
+    tuned: PathLike,
+    prompts: Sequence[str],
+    out: PathLike,
+    *,
+    mean_ratio: float = 0.4,
+    parts: int | LayerRatios = 3,
+    steps: int = 100,
+    lr: float = 0.05,
+    reward: str | None = None,
+    best: float = 0.4,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    batch_size: int = 8,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: torch.dtype | str | None = None,
+    progress: bool = True,
+) -> Path:
+    """Find a ratio for each part on the tuned model's own answers, and write the model that they make.
+
+    `out/ratios.json` has the ratios, to read, edit and pass to `fused-merge interpolate`; `out/model/` is the model; a
+    run that was killed goes on from `out/journal.json`. Source: Lin et al. 2024 (arXiv 2309.06256).
+
+    Args:
+        base: theta0: a safetensors file or a Hugging Face folder.
+        tuned: theta1: the Hugging Face folder of a causal language model with its tokenizer. Its code is never run.
+        prompts: texts that it answers.
+        out: the folder to write to.
+        mean_ratio: as for `adapt_ratios`, like `parts`, `steps` and `lr`.
+        parts: a number, or the ratios to start from.
+        steps: updates.
+        lr: how far a ratio may move in the first step.
+        reward: `"module:function"`, called with a list of (prompt, answer) texts, which returns a number for each; only
+            the `best` share is kept. None keeps all.
+        best: share of the answers.
+        max_new_tokens: of an answer.
+        temperature: of sampling.
+        batch_size: of answering and of the steps.
+        seed: of the samples.
+        device: `"cpu"` or `"cuda"`.
+        dtype: of the model while it is adapted, e.g. `"bfloat16"`; None is that of the files of `tuned`.
+        progress: show progress bars.
+
+    Returns:
+        `out/model`.
+
+    Raises:
+        ImportError: if Transformers or the module of the reward cannot be imported.
+        ValueError: if anything does not fit; as `adapt_ratios` and `interpolate_checkpoints`.
+        FileExistsError: if `out/model` exists.
+        OSError: if a file cannot be read or written.
+    """
+    out = Path(out)
+    source = open_files(tuned, role="tuned")
+    if not prompts:
+        raise ValueError("there is no prompt; give at least one")
+    judge = None if reward is None else import_function(reward, what="reward")
+    # Before any work: whether the model can be written.
+    plan_interpolation(base, tuned, {MODEL: mean_ratio}, out)
+    model = load_model(source.path, check_device(device), parse_dtype(dtype) or stored_dtype(source))
+    tokenizer = load_tokenizer(source.path)
+    answers = sample_answers(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+    )
+    if not answers:
+        raise ValueError(f"{tuned} answers none of {len(prompts)} prompts; give others, or a higher temperature")
+    if judge is not None:
+        texts = [(tokenizer.decode(answer.prompt, skip_special_tokens=True), answer.text) for answer in answers]
+        answers = best_answers(answers, [float(number) for number in judge(texts)], best)
+    out.mkdir(parents=True, exist_ok=True)
+    found = adapt_ratios(
+        model,
+        base,
+        tuned,
+        answer_loss,
+        answer_batches(answers, batch_size=batch_size, padding=tokenizer.pad_token_id or 0, device=model.device),
+        mean_ratio,
+        parts,
+        steps,
+        lr=lr,
+        journal=out / JOURNAL,
+        progress=progress,
+    )
+    found.save(out / RATIOS)
+    (written,) = plan_interpolation(base, tuned, {MODEL: found}, out).run(device=device, progress=progress)
+    return written
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read prompts: of a `.jsonl` file the `prompt` of each line, of any other each line that is not empty.
+
+    Raises:
+        ValueError: if a line is not what it should be; the sentence names it.
+        OSError: if the file cannot be read.
+    """
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path.suffix.lower() != ".jsonl":
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"line {number} of {path} is no JSON object with a 'prompt'; correct it") from error
+        if not isinstance(prompt, str):
+            raise ValueError(f"the 'prompt' in line {number} of {path} is no text; correct it")
+        prompts.append(prompt)
+    return prompts
+
+
+def _tokens(tokenizer: Any, prompt: str) -> list[int]:
+    if getattr(tokenizer, "chat_template", None):
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(prompt)["input_ids"])

@@ -1,0 +1,1 @@
+"""The reference delta: made, saved, sparsified, inspected."""

@@ -1,0 +1,133 @@
+"""What this process holds of a sharded model, and the processes that share it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor: of FSDP2 or another engine of torch's."""
+    # Who has a DTensor has imported its module; nobody else should wait for that.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return the elements that this process holds: a view of a DTensor, any other tensor itself."""
+    if not is_sharded(tensor):
+        return tensor
+    found: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return found
+
+
+def local_box(tensor: Tensor) -> tuple[slice, ...] | None:
+    """Return the box of the logical tensor that this process holds, None for all of it.
+
+    Raises:
+        ValueError: for a DTensor that is neither sharded along dimensions nor replicated.
+    """
+    if not is_sharded(tensor):
+        return None
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    placements = tensor.placements  # type: ignore[attr-defined]
+    # Exactly these: a strided shard, of tensor parallelism under FSDP2, is no box.
+    if any(type(placement) not in (Shard, Replicate) for placement in placements):
+        raise ValueError(f"a tensor placed as {placements} is no box of the whole; use FSDP2 alone, or gather it first")
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    sizes, starts = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    return tuple(slice(start, start + size) for size, start in zip(sizes, starts, strict=True))
+
+
+def sharding_groups(tensor: Tensor) -> tuple[Any, ...]:
+    """Return the process groups over which sums of local elements add up to sums of the logical tensor."""
+    if not is_sharded(tensor):
+        return ()
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    return tuple(mesh.get_group(dim) for dim, placement in enumerate(placements) if placement.is_shard())
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 drop the whole weights that it may keep after a forward pass: the next one is to gather new ones."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    for part in model.modules():
+        if module is not None and isinstance(part, module.FSDPModule):
+            part.reshard()
+
+
+def sum_over(values: Tensor, groups: tuple[Any, ...]) -> Tensor:
+    """Return values added up over process groups, the same on every process; mutates `values`."""
+    for group in groups:
+        torch.distributed.all_reduce(values, group=group)
+    return values
+
+
+class Processes(NamedTuple):
+    """The processes that share a model: those of DDP, and of the meshes that its weights are sharded over.
+
+    Attributes:
+        groups: in one order on all of them; none where a process is alone.
+        device: where the model is, and what they exchange.
+    """
+
+    groups: tuple[Any, ...]
+    device: torch.device
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Processes:
+        """Return the processes that share a model; one that FSDP2 has gathered is sharded again, so that they show."""
+        reshard(model)
+        wrappers = (part for part in model.modules() if isinstance(part, nn.parallel.DistributedDataParallel))
+        meshes = (p.device_mesh for p in model.parameters() if is_sharded(p))  # type: ignore[attr-defined]
+        groups = [wrapper.process_group for wrapper in wrappers]
+        groups += [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        return cls(tuple(dict.fromkeys(groups)), device)
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return math.prod(torch.distributed.get_world_size(group) for group in self.groups)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes what all of them need once."""
+        return all(torch.distributed.get_rank(group) == 0 for group in self.groups)
+
+    def from_first(self, value: T) -> T:
+        """Return what the first one passed, plain data, on every process."""
+        box = [value]
+        for group in self.groups:
+            torch.distributed.broadcast_object_list(box, group=group, group_src=0, device=self.device)
+        return box[0]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean of what every process passed, the same on all; mutates `values`."""
+        return sum_over(values, self.groups) / self.size
+
+    @contextmanager
+    def raising_together(self) -> Iterator[None]:
+        """Let none wait for one that has failed: where the block raises an exception, all others raise one too.
+
+        Every process must come here, and the block must hold nothing that they do together.
+
+        Raises:
+            RuntimeError: where the block itself ended well.
+        """
+        try:
+            yield
+        except Exception:
+            sum_over(torch.ones((), device=self.device), self.groups)
+            raise
+        if sum_over(torch.zeros((), device=self.device), self.groups) > 0:
+            raise RuntimeError("stopped, because another process was; its message says why")

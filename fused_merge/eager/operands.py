@@ -1,0 +1,30 @@
+"""Everything that one step of one parameter reads and writes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from fused_merge.eager.merging_adamw import Anchor
+from fused_merge.eager.shard import ShardIndex
+from fused_merge.eager.sparse import SparseTensor
+
+Tau: TypeAlias = "Tensor | SparseTensor | None"
+
+
+class Operands(NamedTuple):
+    """The tensors of one parameter's step, all of one shape, and what keys its random numbers."""
+
+    name: str  # used in error messages
+    param: Tensor  # mutated
+    grad: Tensor
+    exp_avg: Tensor  # mutated
+    exp_avg_sq: Tensor  # mutated
+    step: Tensor  # 0-d fp32, the step count; incremented
+    tau: Tau  # F(tau); None for a plain AdamW step
+    tau_dense: Tensor | None  # tau before F, where something is projected onto it and F(tau) is another
+    anchor: Anchor | None  # of step-K; mutated
+    master: Tensor | None  # fp32, or the int16 low halves of a bf16 parameter; mutated
+    tensor_id: int
+    shard: ShardIndex

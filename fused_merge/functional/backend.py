@@ -1,0 +1,153 @@
+"""Which code runs an operation: the Triton kernels or the eager equations."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IMPLS = ("auto", "triton", "compiled", "eager")
+
+# Elements from which on a CPU the compiled step pays for its compilation.
+COMPILE_FROM = 50_000_000
+
+logger = logging.getLogger("fused_merge")
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """Return in one sentence why the kernels cannot run on `device`, or None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; install a torch build that brings it, or use impl='eager'"
+    from fused_merge.kernels import why_unusable
+
+    reason: str | None = why_unusable(device)
+    return reason
+
+
+def why_not_compiled(device: torch.device) -> str | None:
+    """Return in one sentence why the compiled step cannot run on `device`, or None where it can."""
+    if device.type != "cpu":
+        return "it is for the CPU, where compilers keep IEEE arithmetic; use impl='triton' or 'eager'"
+    if not any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "cl") if name):
+        return "torch.compile needs a C++ compiler and finds none; install one, or use impl='eager'"
+    return None
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """Return a device that can compute here.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    try:
+        where = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}") from error
+    if where.type not in ("cpu", "cuda") or (where.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device {str(device)!r} cannot compute here; use 'cpu'")
+    return where
+
+
+def check_impl(impl: str) -> str:
+    """Return the implementation asked for, after `FUSED_MERGE_IMPL` had its say.
+
+    Raises:
+        ValueError: if it is not one of `IMPLS`.
+    """
+    override = os.environ.get("FUSED_MERGE_IMPL")
+    asked, source = (override, "FUSED_MERGE_IMPL") if override else (impl, "impl")
+    if asked not in IMPLS:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, IMPLS))}, got {asked!r}")
+    return asked
+
+
+def resolve(impl: str, device: torch.device, numel: int = 0) -> str:
+    """Return `"triton"`, `"compiled"` or `"eager"` for tensors of `numel` elements in all on `device`.
+
+    `"auto"` is Triton on a GPU that it can drive; on a CPU eager below 50 M elements and compiled above, where there
+    is a C++ compiler; elsewhere eager. The interpreter, which is there to verify and not to be fast, runs only when
+    asked for by name. The environment variable `FUSED_MERGE_IMPL` overrides `impl`.
+
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: if what was asked for by name cannot run; the sentence says why.
+    """
+    asked = check_impl(impl)
+    chosen = asked
+    if asked == "auto":
+        on_cpu = "compiled" if numel >= COMPILE_FROM else "eager"
+        chosen = on_cpu if device.type == "cpu" else "triton"
+    if chosen == "eager":
+        return chosen
+    reason = why_not_triton(device) if chosen == "triton" else why_not_compiled(device)
+    if reason is None:
+        return chosen
+    if asked == chosen:
+        raise RuntimeError(f"impl={chosen!r} cannot run on {device}: {reason}")
+    _warn_once(f"fused_merge runs eager code on {device}: {reason}")
+    return "eager"
+
+
+class Share(NamedTuple):
+    """Tensors that one backend serves on one device."""
+
+    backend: str
+    device: torch.device
+    members: list[int]  # their indices
+
+
+def choose(impl: str, tensors: Sequence[Tensor], *, worth_compiling: bool = False) -> dict[torch.device, str]:
+    """Return the backend for each device that the tensors are on; see `resolve`.
+
+    Args:
+        impl: as asked for.
+        tensors: whose devices and sizes decide.
+        worth_compiling: whether the same will run so often that "auto" may compile it.
+    """
+    numels: dict[torch.device, int] = {}
+    for tensor in tensors:
+        numels[tensor.device] = numels.get(tensor.device, 0) + tensor.numel()
+    return {device: resolve(impl, device, numel if worth_compiling else 0) for device, numel in numels.items()}
+
+
+def group(
+    impl: str,
+    chosen: Mapping[torch.device, str],
+    tensors: Sequence[Tensor],
+    names: Sequence[str],
+    refusals: Sequence[str | None],
+) -> list[Share]:
+    """Decide what runs which tensors, before anything is changed.
+
+    Args:
+        impl: as asked for.
+        chosen: what `choose` returned.
+        tensors: whose devices decide.
+        names: tensor names, used in error messages.
+        refusals: why the kernels cannot take each tensor, or None.
+
+    Raises:
+        RuntimeError: if `impl` is "triton" and a tensor is refused.
+    """
+    explicit = check_impl(impl) == "triton"
+    shares: dict[tuple[str, torch.device], Share] = {}
+    for index, (tensor, name, refusal) in enumerate(zip(tensors, names, refusals, strict=True)):
+        runs = chosen[tensor.device]
+        if runs == "triton" and refusal:
+            if explicit:
+                raise RuntimeError(f"impl='triton' cannot serve {name}: {refusal}; use impl='auto'")
+            runs = "eager"
+        shares.setdefault((runs, tensor.device), Share(runs, tensor.device, [])).members.append(index)
+    return list(shares.values())
+
+
+@cache
+def _warn_once(sentence: str) -> None:
+    logger.warning(sentence)

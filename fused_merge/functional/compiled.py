@@ -1,0 +1,94 @@
+"""Eager code through `torch.compile`, the step and the line: the same bits, fused for the CPU.
+
+Inductor neither contracts nor reorders floating-point arithmetic on a CPU, so that what it makes of
+`fused_merge.eager` is equal to it bit for bit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_merge.eager.interpolate import between, nearer_end, wide_dtype
+from fused_merge.eager.interpolate import interpolate_ as eager_interpolate_
+from fused_merge.eager.merging_adamw import Anchor, Delta, Terms
+from fused_merge.eager.merging_adamw import merging_adamw_ as eager_merging_adamw_
+from fused_merge.eager.philox import MaskKey
+from fused_merge.eager.scalars import Scalars
+from fused_merge.eager.shard import ShardIndex
+from fused_merge.methods import MergeRule
+
+logger = logging.getLogger("fused_merge")
+
+
+def merging_adamw_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    delta: Delta | None,
+    s: Scalars,
+    rule: MergeRule,
+    key: MaskKey,
+    *,
+    anchor: Anchor | None = None,
+    master: Tensor | None = None,
+    keep_terms: bool = False,
+) -> Terms | None:
+    """Do what `fused_merge.eager.merging_adamw.merging_adamw_` does, compiled when it is first needed."""
+    if param.numel() < 2 or param.dtype == torch.float64:
+        # Sizes 0 and 1 would be compiled for themselves. And torch's own fp64 square root may be a unit in the last
+        # place off where Inductor's is not: fp64 is defined by the eager code.
+        return eager_merging_adamw_(
+            param, grad, exp_avg, exp_avg_sq, delta, s, rule, key, anchor=anchor, master=master, keep_terms=keep_terms
+        )
+    key = key._replace(shard=key.shard or ShardIndex.whole(param.numel()))
+    tensors = [param, grad, exp_avg, exp_avg_sq]
+    every = [*tensors, *(t for t in (*(delta or ()), anchor and anchor.weights, master) if t is not None)]
+    if not (rule.project and rule.project_over == "rows") and all(t.is_contiguous() for t in every):
+        # One compiled form then serves tensors of all shapes.
+        tensors = [t.view(-1) for t in tensors]
+        delta = delta and Delta(delta.kept.view(-1), None if delta.full is None else delta.full.view(-1))
+        anchor = anchor and Anchor(anchor.weights.view(-1), anchor.decay)
+        master = None if master is None else master.view(-1)
+    terms: Terms | None = _compiled_step()(
+        *tensors, delta, s, rule, key, anchor=anchor, master=master, keep_terms=keep_terms
+    )
+    return terms
+
+
+def interpolate_(base: Tensor, tuned: Tensor, ratios: Sequence[float], outs: Sequence[Tensor]) -> None:
+    """Do what `fused_merge.eager.interpolate.interpolate_` does, compiled when it is first needed.
+
+    Each point reads both ends and writes itself, 3·b bytes per element of b bytes.
+    """
+    wide = wide_dtype(base, tuned)
+    for ratio, out in zip(ratios, outs, strict=True):
+        if ratio in (0.0, 1.0) or base.numel() < 2 or out.data_ptr() in (base.data_ptr(), tuned.data_ptr()):
+            # Sizes 0 and 1, and an output that is an input, would be compiled for themselves.
+            eager_interpolate_(base, tuned, [ratio], [out])
+            continue
+        weight, from_base = nearer_end(ratio, wide)
+        _compiled_point()(base, tuned, torch.tensor(weight, dtype=wide), out, from_base=from_base)
+
+
+def write_point(base: Tensor, tuned: Tensor, weight: Tensor, out: Tensor, *, from_base: bool) -> None:
+    """Write one point; `weight` is a tensor, since numbers would be compiled into the code."""
+    out.copy_(between(base.to(weight.dtype), tuned.to(weight.dtype), weight, from_base=from_base))
+
+
+@cache
+def _compiled_step() -> Callable[..., Any]:
+    logger.warning("compiling the optimizer step for the CPU: the first step takes some seconds")
+    return torch.compile(eager_merging_adamw_, dynamic=True)
+
+
+@cache
+def _compiled_point() -> Callable[..., Any]:
+    logger.warning("compiling interpolation for the CPU: the first points take some seconds")
+    return torch.compile(write_point, dynamic=True)

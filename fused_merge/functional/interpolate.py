@@ -1,0 +1,98 @@
+"""Points of the path between many pairs of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fused_merge.eager.interpolate import interpolate as eager_interpolate
+from fused_merge.eager.interpolate import interpolate_
+from fused_merge.functional import backend, compiled
+from fused_merge.names import describe
+from fused_merge.per_tensor import finite
+
+
+@torch.no_grad()
+def interpolate(
+    bases: Sequence[Tensor],
+    tuneds: Sequence[Tensor],
+    ratios: Sequence[float] | Sequence[Sequence[float]],
+    outs: Sequence[Sequence[Tensor]] | None = None,
+    *,
+    impl: str = "auto",
+) -> list[list[Tensor]]:
+    """Return R points of the line through each pair of tensors, reading each pair once.
+
+    theta(r) = theta0 + r * (theta1 - theta0), in fp32 (fp64 if an end is) from the nearer end and rounded
+    once; r = 0 and r = 1 copy bits. Source: Lin et al. 2024 (arXiv 2309.06256).
+
+    Args:
+        bases: T tensors theta0, floating, any shapes and strides.
+        tuneds: T tensors theta1 of the same shapes and devices.
+        ratios: R finite ratios for all tensors, or R for each of the T tensors. Below 0 or above 1 they
+            extrapolate.
+        outs: R tensors for each of the T pairs, of the shape and device of the pair: mutated. With R = 1 an
+            output may be one of its inputs; they may not overlap otherwise. None allocates, in the dtype of
+            theta0. The kernel takes only ends and outputs of one dtype.
+        impl: `"auto"`, `"triton"`, `"compiled"` or `"eager"`. Compiled code, which `"auto"` never chooses here, serves
+            contiguous tensors on a CPU, and takes some seconds to compile when it is first used.
+
+    Returns:
+        `outs`, or R new tensors for each of the T pairs: `result[t][r]`.
+
+    Raises:
+        ValueError: for a ratio that is not finite or tensors that do not match.
+        RuntimeError: if `impl="triton"` cannot run here.
+    """
+    per_tensor = _ratios_per_tensor(ratios, len(bases))
+    pairs = list(zip(bases, tuneds, strict=True))
+    if outs is None:
+        outs = [
+            [torch.empty_like(base, memory_format=torch.contiguous_format) for _ in row]
+            for base, row in zip(bases, per_tensor, strict=True)
+        ]
+    for index, ((base, tuned), points, row) in enumerate(zip(pairs, outs, per_tensor, strict=True)):
+        for tensor in (base, tuned, *points):
+            if not tensor.is_floating_point():
+                raise ValueError(f"tensor {index}: only floating tensors lie on a line, got {tensor.dtype}")
+        if len(points) != len(row):
+            raise ValueError(f"tensor {index}: {len(row)} ratios need as many outputs, got {len(points)}")
+        for other in (tuned, *points):
+            if (other.shape, other.device) != (base.shape, base.device):
+                raise ValueError(
+                    f"tensor {index}: base is {describe(base)} and another end or output {describe(other)}; "
+                    "make shape and device the same"
+                )
+
+    chosen = backend.choose(impl, bases)
+    refusals: Sequence[str | None] = [None] * len(bases)
+    if "triton" in chosen.values():
+        from fused_merge.kernels import interpolate as kernel
+
+        refusals = [kernel.why_unsupported(*pair, points) for pair, points in zip(pairs, outs, strict=True)]
+    for share in backend.group(impl, chosen, bases, [f"tensor {i}" for i in range(len(bases))], refusals):
+        if share.backend == "triton":
+            columns = (bases, tuneds, per_tensor, outs)
+            kernel.interpolate(*([column[i] for i in share.members] for column in columns))
+            continue
+        run = compiled.interpolate_ if share.backend == "compiled" else interpolate_
+        for i in share.members:
+            if all(tensor.is_contiguous() for tensor in (*pairs[i], *outs[i])):
+                base, tuned, *points = (tensor.view(-1) for tensor in (*pairs[i], *outs[i]))
+                run(base, tuned, per_tensor[i], points)
+                continue
+            for out, ratio in zip(outs[i], per_tensor[i], strict=True):
+                out.copy_(eager_interpolate(*pairs[i], ratio))
+    return [list(points) for points in outs]
+
+
+def _ratios_per_tensor(ratios: Sequence[float] | Sequence[Sequence[float]], tensors: int) -> list[list[float]]:
+    """Return the ratios of each tensor, all of them finite."""
+    shared = [ratio for ratio in ratios if not isinstance(ratio, Sequence)]
+    own = [[float(ratio) for ratio in row] for row in ratios if isinstance(row, Sequence)]
+    per_tensor = own or [[float(ratio) for ratio in shared]] * tensors
+    if (shared and own) or len(per_tensor) != tensors:
+        raise ValueError(f"ratios must be one list of numbers, or a list for each of the {tensors} tensors")
+    return [[finite(ratio, what="ratio") for ratio in row] for row in per_tensor]

@@ -1,0 +1,270 @@
+"""One merged AdamW step of many tensors: checked, given to a backend, taken.
+
+`prepare` raises all that can go wrong and changes nothing; `take` changes the tensors. `step_` is both, and
+`merging_adamw_` is the same for callers whose tensors stand in parallel lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_merge.eager.adamw import compute_dtype
+from fused_merge.eager.merge_stats import MergeStats, MergeSums, merge_stats, merge_sums
+from fused_merge.eager.merging_adamw import Anchor, Delta
+from fused_merge.eager.merging_adamw import merging_adamw_ as eager_merging_adamw_
+from fused_merge.eager.operands import Operands, Tau
+from fused_merge.eager.philox import DOMAIN_UPDATE, MaskKey
+from fused_merge.eager.scalars import Hyper, Scalars, derive_scalars, scalar_table
+from fused_merge.eager.shard import ShardIndex
+from fused_merge.eager.sparse import SparseTensor
+from fused_merge.functional import backend, compiled
+from fused_merge.functional.workspace import Workspace
+from fused_merge.methods import MergeRule
+
+
+class PreparedStep(NamedTuple):
+    """A step that can be taken; nothing is changed yet."""
+
+    operands: Sequence[Operands]
+    rule: MergeRule
+    hyper: Hyper
+    seed: int
+    stats: bool
+    # Backend and device -> the operands that they serve together, and the launches where the backend is Triton.
+    shares: Sequence[tuple[backend.Share, Any]]
+
+
+def step_(
+    operands: Sequence[Operands],
+    *,
+    rule: MergeRule,
+    hyper: Hyper,
+    seed: int = 0,
+    stats: bool = False,
+    workspace: Workspace | None = None,
+    impl: str = "auto",
+) -> list[MergeStats | None]:
+    """Take one merged AdamW step on every tensor: theta += F(u) ⊕ F(tau).
+
+    Args, result and errors are those of `merging_adamw_`; `operands` holds what that takes as lists.
+    """
+    return take(
+        prepare(operands, rule=rule, hyper=hyper, seed=seed, stats=stats, workspace=workspace or Workspace(), impl=impl)
+    )
+
+
+@torch.no_grad()
+def prepare(
+    operands: Sequence[Operands],
+    *,
+    rule: MergeRule,
+    hyper: Hyper,
+    seed: int,
+    stats: bool,
+    workspace: Workspace,
+    impl: str,
+) -> PreparedStep:
+    """Check everything that a step needs and decide what runs it; nothing is changed.
+
+    Args and errors are those of `merging_adamw_`.
+    """
+    for o in operands:
+        _check(o, rule)
+    hyper = hyper._replace(update_scale=rule.scale(rule.reserve_rate), tau_scale=rule.scale(rule.tau_reserve_rate))
+    params = [o.param for o in operands]
+    chosen = backend.choose(impl, params, worth_compiling=True)
+    refusals: Sequence[str | None] = [None] * len(operands)
+    if "triton" in chosen.values():
+        from fused_merge.kernels import launch
+
+        refusals = [launch.why_unsupported(o, rule) for o in operands]
+    shares: list[tuple[backend.Share, Any]] = []
+    for share in backend.group(impl, chosen, params, [o.name for o in operands], refusals):
+        launches = None
+        if share.backend == "triton":
+            plan = workspace.keep(("step", share.device), launch.Plan)
+            own = [operands[i] for i in share.members]
+            launches = launch.prepare(own, rule, hyper, seed=seed, stats=stats, plan=plan)
+        shares.append((share, launches))
+    return PreparedStep(operands, rule, hyper, seed, stats, shares)
+
+
+@torch.no_grad()
+def take(prepared: PreparedStep) -> list[MergeStats | None]:
+    """Take a prepared step; returns what `merging_adamw_` does."""
+    operands, hyper = prepared.operands, prepared.hyper
+    steps = [o.step for o in operands]
+    torch._foreach_add_(steps, 1.0)
+    sums: dict[int, MergeSums | None] = {}
+    for share, launches in prepared.shares:
+        if share.backend == "triton":
+            from fused_merge.kernels import launch
+
+            own = launch.run(launches)
+        else:
+            own = _step_each(share, prepared)
+        sums.update(zip(share.members, own, strict=True))
+    gathered = [
+        merge_stats(entry, o.param.numel()) if (entry := sums[i]) is not None and _merges(o, hyper) else None
+        for i, o in enumerate(operands)
+    ]
+    _take_back(steps, hyper.found_inf)
+    return gathered
+
+
+def merging_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    taus: Sequence[Tau],
+    *,
+    rule: MergeRule,
+    hyper: Hyper,
+    tensor_ids: Sequence[int],
+    seed: int = 0,
+    shards: Sequence[ShardIndex] | None = None,
+    dense_taus: Sequence[Tensor | None] | None = None,
+    anchors: Sequence[Anchor | None] | None = None,
+    masters: Sequence[Tensor | None] | None = None,
+    names: Sequence[str] | None = None,
+    stats: bool = False,
+    workspace: Workspace | None = None,
+    impl: str = "auto",
+) -> list[MergeStats | None]:
+    """Take one merged AdamW step on every tensor: theta += F(u) ⊕ F(tau).
+
+    Source: Lu et al. 2024 (arXiv 2405.17931), algorithm 1.
+
+    Args:
+        params: T floating tensors of any shapes and strides; mutated, unless the learning rate is 0.
+        grads: T dense gradients of the same shapes.
+        exp_avgs: T first moments; mutated.
+        exp_avg_sqs: T second moments; mutated.
+        steps: T step counts, 0-d fp32, beside the parameters; incremented.
+        taus: F(tau) of each tensor: already sparsified, unscaled, dense or sparse; None for plain AdamW.
+        rule: a method of the table with its options, from `merge_rule`.
+        hyper: learning rate, betas and the like; a tensor among them is never read by the host.
+        tensor_ids: `fused_merge.names.tensor_id` of each tensor's name, which keys its random numbers.
+        seed: 64-bit key of the random numbers.
+        shards: where each tensor lies in the unsharded one; None where all are whole.
+        dense_taus: tau before F, where the rule projects and `taus` are sparsified.
+        anchors: what step-K keeps between merges; mutated. None merges at every step.
+        masters: fp32 copies of 16-bit parameters or int16 low halves of bf16 ones; mutated.
+        names: tensor names, used in error messages; None is "tensor 0" and so on.
+        stats: also return what the merge did; the host waits for the device.
+        workspace: what calls with the same tensors share; None starts anew.
+        impl: `"auto"`, `"triton"`, `"compiled"` or `"eager"`.
+
+    Returns:
+        T statistics if asked for, else T times None; None for tensors without a delta or that did not merge.
+
+    Raises:
+        ValueError: for lists or shapes that do not match, or a projection onto a delta that is stored sparse. Nothing
+            has changed then.
+        RuntimeError: if `impl="triton"` cannot run here or does not serve a tensor. Nothing has changed then.
+    """
+    count = len(params)
+    columns: dict[str, Sequence[Any]] = {
+        "names": [f"tensor {i}" for i in range(count)] if names is None else names,
+        "params": params,
+        "grads": grads,
+        "exp_avgs": exp_avgs,
+        "exp_avg_sqs": exp_avg_sqs,
+        "steps": steps,
+        "taus": taus,
+        "dense_taus": [None] * count if dense_taus is None else dense_taus,
+        "anchors": [None] * count if anchors is None else anchors,
+        "masters": [None] * count if masters is None else masters,
+        "tensor_ids": tensor_ids,
+        "shards": [ShardIndex.whole(param.numel()) for param in params] if shards is None else shards,
+    }
+    for column, values in columns.items():
+        if len(values) != count:
+            raise ValueError(f"{column} must have one entry for each of the {count} params, got {len(values)}")
+    operands = [Operands(*entry) for entry in zip(*columns.values(), strict=True)]
+    return step_(operands, rule=rule, hyper=hyper, seed=seed, stats=stats, workspace=workspace, impl=impl)
+
+
+def _check(o: Operands, rule: MergeRule) -> None:
+    """Raise a `ValueError` if the tensors of a parameter do not fit one another."""
+    others = (o.grad, o.exp_avg, o.exp_avg_sq, o.tau, o.tau_dense, o.master, o.anchor and o.anchor.weights)
+    shape, device = o.param.shape, o.param.device
+    for other in (*others, o.step, o.anchor and o.anchor.decay):
+        if other is not None and other.device != device:
+            raise ValueError(
+                f"{o.name}: the parameter is on {device} and one of its tensors on {other.device}; move it"
+            )
+    if o.step.dtype != torch.float32:
+        raise ValueError(f"{o.name}: a step count must be fp32, as torch.optim.AdamW has it, got {o.step.dtype}")
+    if any(other is not None and other.shape != shape for other in others):
+        shapes = {tuple(other.shape) for other in others if other is not None}
+        raise ValueError(
+            f"{o.name}: gradient, states and reference delta must have the parameter's shape "
+            f"{tuple(shape)}, got {sorted(shapes)}"
+        )
+    if rule.project and o.tau_dense is None and isinstance(o.tau, SparseTensor):
+        raise ValueError(f"{o.name}: project={rule.project!r} needs the whole reference delta; pass it as dense_taus")
+    if o.master is not None:
+        fits = {torch.float32: (torch.bfloat16, torch.float16), torch.int16: (torch.bfloat16,)}
+        if o.param.dtype not in fits.get(o.master.dtype, ()):
+            raise ValueError(
+                f"{o.name}: {o.param.dtype} weights have no {o.master.dtype} master; 16-bit weights may have an fp32 "
+                "one, bf16 weights int16 low halves"
+            )
+        if rule.rounding == "stochastic":
+            raise ValueError(f"{o.name}: a weight with a master is rounded to nearest; use rounding='nearest'")
+
+
+def _step_each(share: backend.Share, prepared: PreparedStep) -> list[MergeSums | None]:
+    """Step tensors of one device one after the other; return what they merged, where it is asked for."""
+    merging_adamw = compiled.merging_adamw_ if share.backend == "compiled" else eager_merging_adamw_
+    operands, rule = [prepared.operands[i] for i in share.members], prepared.rule
+    table = scalar_table([o.step for o in operands], prepared.hyper, share.device)
+    sums: list[MergeSums | None] = []
+    for o, scalars in zip(operands, table.unbind(), strict=True):
+        s = Scalars(*scalars.to(compute_dtype(o.param.dtype)).unbind())
+        terms = merging_adamw(
+            o.param,
+            o.grad,
+            o.exp_avg,
+            o.exp_avg_sq,
+            _delta(o, rule),
+            s,
+            rule,
+            MaskKey(prepared.seed, s.step, o.tensor_id, DOMAIN_UPDATE, o.shard),
+            anchor=o.anchor,
+            master=o.master,
+            keep_terms=prepared.stats,
+        )
+        stored = o.param.dtype if o.master is None else torch.float32
+        sums.append(terms and merge_sums(terms, s, rule, stored))
+    return sums
+
+
+def _delta(o: Operands, rule: MergeRule) -> Delta | None:
+    """Return the delta of one tensor as the eager step takes it."""
+    if o.tau is None:
+        return None
+    tau = o.tau.unpack() if isinstance(o.tau, SparseTensor) else o.tau
+    return Delta(tau, o.tau_dense if o.tau_dense is not None else tau if rule.project else None)
+
+
+def _merges(o: Operands, hyper: Hyper) -> bool:
+    """Return whether a step merges: not between merges, at lr = 0 or at an overflow. Waits for the device."""
+    s = derive_scalars(float(o.step), hyper)
+    return bool(s.moves * s.advances) and (o.anchor is None or bool(s.merges))
+
+
+def _take_back(steps: Sequence[Tensor], found_inf: float | Tensor) -> None:
+    """Uncount a step that an overflow of scaled gradients has stopped, without asking the device."""
+    if isinstance(found_inf, Tensor):
+        stopped = {device: found_inf.to(device, torch.float32).clamp(max=1.0) for device in {s.device for s in steps}}
+        torch._foreach_sub_(list(steps), [stopped[step.device].view(()) for step in steps])
+    elif found_inf:
+        torch._foreach_sub_(list(steps), 1.0)

@@ -1,0 +1,194 @@
+"""The line between two models: tensors and state dicts for many ratios, and a model moved along it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Generic, TypeVar
+
+from torch import Tensor, nn
+
+from fused_merge import functional
+from fused_merge.distributed import local_box, local_part, reshard
+from fused_merge.functional.backend import check_impl
+from fused_merge.io.sources import SourceLike, TensorSource, match, open_source, same_bits
+from fused_merge.per_tensor import Setting, is_tuned, per_tensor
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class RatioSweep(Generic[Model]):
+    """Puts a model at any point of the line between two checkpoints, and back.
+
+    ```python
+    sweep = RatioSweep(model, "base/", "tuned/")
+    with sweep.at(0.0):
+        for ratio in (0.0, 0.3, 0.6, 1.0):
+            sweep.move_to(ratio)
+            print(ratio, evaluate(model))
+    ```
+
+    Only one tensor of each checkpoint is read at a time. Parameters and persistent buffers are written; integer ones
+    are copied from `tuned` (from `base` where every ratio is 0). A model of another floating dtype than its ends gets
+    each point rounded once to its own. Of a model sharded with FSDP2 each process reads and writes its own elements.
+
+    Args:
+        model: written in place inside `at`; its tensors keep their identity, device and strides. It may be wrapped in
+            DDP, or sharded with FSDP2.
+        base: theta0, r = 0: a module, a state dict, a safetensors file or a Hugging Face folder.
+        tuned: theta1, r = 1: the same.
+        impl: `"auto"`, `"triton"`, `"compiled"` or `"eager"`, as for `functional.interpolate`.
+
+    Raises:
+        ValueError: if names or shapes differ, or dtypes of `base` and `tuned`, or of integers, if the model ties
+            weights that `base` or `tuned` tell apart, if it shares storage with them, or if its shards are no boxes of
+            tensors.
+        TypeError: if `model` is no module.
+    """
+
+    def __init__(self, model: Model, base: SourceLike, tuned: SourceLike, *, impl: str = "auto") -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a module, got a {type(model).__name__}; use interpolate for state dicts")
+        self.model = model
+        self._impl = check_impl(impl)
+        self._ratio: Setting | None = None
+        self._base = open_source(base, role="base")
+        self._tuned = open_source(tuned, role="tuned")
+        weights = self._open_model()
+        ends = match(self._base, self._tuned, same_dtype=True)
+        with_model = match(weights, self._base)
+        # One entry for each tensor of the model: its first name, and its name in the checkpoints.
+        self._plan: dict[str, str] = {}
+        for name in weights:
+            source_name = ends.resolve(with_model.resolve(name))
+            owner = weights.aliases.get(name, name)
+            stored = self._base.dtype(source_name)
+            if weights.dtype(name) != stored and not weights.is_merged(name):
+                raise ValueError(
+                    f"{name!r} is {weights.dtype(name)} in the model and {stored} in {self._base.origin}; integers "
+                    "are copied as they are, so both must have one dtype"
+                )
+            self._check_tie(owner, name, self._plan.setdefault(owner, source_name), source_name)
+        self.names = tuple(name for name in self._plan if weights.is_merged(name))
+        """The tensors that have a ratio, tied ones once under the model's first name."""
+
+    @contextmanager
+    def at(self, ratio: Setting) -> Iterator[Model]:
+        """Write theta(ratio) into the model for the duration of a `with` block.
+
+        On leaving, also by an exception, every weight gets back the bits found on entry. They are kept as a
+        copy on the CPU, except where they equal `base` or `tuned`, which are then read again.
+
+        Args:
+            ratio: any finite number; 0 is `base`, 1 is `tuned`. Or a mapping, such as `LayerRatios`, from names or
+                regular expressions on whole names to numbers.
+
+        Raises:
+            ValueError: if `ratio` is not finite or does not fit, or the model now shares storage with `base` or
+                `tuned`.
+            RuntimeError: inside another `at` of this sweep.
+        """
+        decided = per_tensor(ratio, self.names, what="ratio")
+        if self._ratio is not None:
+            raise RuntimeError(f"the model is at ratio {self._ratio} already; leave that block, or use move_to")
+        weights = self._open_model()
+        found: dict[str, Callable[[], Tensor]] = {}
+        self._ratio = ratio
+        try:
+            for name in self._plan:
+                ends = self.ends_of(name, weights[name])
+                found[name] = self._way_back(weights[name], name, ends)
+                self._write(weights[name], name, ends, ratio, decided)
+            yield self.model
+        finally:
+            self._ratio = None
+            # Opened anew: the block may have moved the model to another device.
+            weights = self._open_model()
+            for name, way_back in found.items():
+                local_part(weights[name]).copy_(way_back())
+
+    def move_to(self, ratio: Setting) -> None:
+        """Write another point of the line into the model, inside `at`: two reads and one write of each weight.
+
+        Args:
+            ratio: as for `at`.
+
+        Raises:
+            ValueError: if `ratio` is not finite or does not fit; the model then stays where it is.
+            RuntimeError: outside `at`.
+        """
+        if self._ratio is None:
+            raise RuntimeError("the model is nowhere on the line; enter sweep.at(ratio) first")
+        decided = per_tensor(ratio, self.names, what="ratio")
+        weights = self._open_model()
+        for name in self._plan:
+            self._write(weights[name], name, self.ends_of(name, weights[name]), ratio, decided)
+        self._ratio = ratio
+
+    def ends_of(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what `base` and `tuned` hold of one of the model's tensors: the elements of this process, beside it.
+
+        Args:
+            name: one of `names`.
+            weight: the model's tensor of that name, which says which elements and where they are wanted.
+        """
+        source_name, box, device = self._plan[name], local_box(weight), local_part(weight).device
+        return self._base.box(source_name, box).to(device), self._tuned.box(source_name, box).to(device)
+
+    def _write(
+        self,
+        weight: Tensor,
+        name: str,
+        ends: tuple[Tensor, Tensor],
+        ratio: Setting,
+        decided: Mapping[str, float],
+    ) -> None:
+        (base, tuned), local = ends, local_part(weight)
+        if name not in decided:
+            local.copy_(ends[is_tuned(ratio, decided)])
+        elif decided[name] in (0.0, 1.0):
+            local.copy_(ends[int(decided[name])])
+        elif local.dtype == base.dtype:
+            functional.interpolate([base], [tuned], [decided[name]], [[local]], impl=self._impl)
+        else:
+            # Contiguous all of them: of other strides the point would be rounded to the dtype of the ends first.
+            place = local.contiguous()
+            ends = base.contiguous(), tuned.contiguous()
+            functional.interpolate(ends[:1], ends[1:], [decided[name]], [[place]], impl=self._impl)
+            if place is not local:
+                local.copy_(place)
+
+    def _way_back(self, weight: Tensor, name: str, ends: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
+        local, box = local_part(weight), local_box(weight)
+        for source, end in zip((self._base, self._tuned), ends, strict=True):
+            if same_bits(local, end):
+                return partial(source.box, self._plan[name], box)
+        copy = local.to("cpu", copy=True)
+        return lambda: copy
+
+    def _open_model(self) -> TensorSource:
+        reshard(self.model)
+        weights = open_source(self.model, role="model")
+        for source in (self._base, self._tuned):
+            if _storages(weights) & _storages(source):
+                raise ValueError(
+                    f"the model shares storage with {source.origin}, which writing to it would change; "
+                    "pass a deep copy or a saved checkpoint"
+                )
+        return weights
+
+    def _check_tie(self, owner: str, name: str, first: str, second: str) -> None:
+        for source in (self._base, self._tuned):
+            if first != second and not same_bits(source[first], source[second]):
+                raise ValueError(
+                    f"the model ties {name!r} to {owner!r}, but {source.origin} holds other values for it; "
+                    "untie them in the model (tie_word_embeddings=False)"
+                )
+
+
+def _storages(source: TensorSource) -> set[int]:
+    """Return the addresses of the memory behind a source; what is mapped from files is private to it."""
+    if source.files():
+        return set()
+    return {local_part(tensor).untyped_storage().data_ptr() for tensor in source.values()} - {0}

@@ -1,0 +1,150 @@
+"""Files that get their names when they are whole: safetensors, written tensor by tensor, and texts."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fused_merge.io.headers import CODES, Entry, encode_header
+from fused_merge.io.sources import PathLike, bits
+from fused_merge.names import some
+
+# Name -> dtype and shape; the shape None is a vector whose length shows when it is written.
+Manifest: TypeAlias = Mapping[str, tuple[torch.dtype, Sequence[int] | None]]
+
+_LONGEST = 2**63 - 1
+
+
+class SafetensorsWriter:
+    """Writes a safetensors file one tensor at a time; memory stays at the tensor in hand.
+
+    Used as a context manager. Everything goes to `PATH.part` beside the file, which takes its name when the
+    block ends well and is removed when it does not. The room for the header is reserved from the manifest;
+    the header itself is written last, so that the length of a vector may be left open until then. Tensors of
+    known size lie first, widest dtype first as in files of safetensors itself, so that each is aligned;
+    vectors of open length follow in the order in which they are written.
+
+    Args:
+        path: the file to write; an existing one is replaced at the end.
+        manifest: every tensor that will be written, with its dtype and shape.
+        metadata: free-form strings for the header.
+
+    Raises:
+        ValueError: for a dtype that the format lacks, a tensor that contradicts the manifest, one written
+            twice, or one that is missing when the block ends.
+        OSError: if the disk is full or refuses; the sentence names the file.
+    """
+
+    def __init__(self, path: PathLike, manifest: Manifest, metadata: Mapping[str, str] | None = None) -> None:
+        self.path = Path(path)
+        self._part = self.path.with_name(self.path.name + ".part")
+        self._manifest = manifest
+        self._metadata = dict(metadata or {})
+        for name, (dtype, _) in manifest.items():
+            if dtype not in CODES:
+                raise ValueError(f"{name!r} is {dtype}, which safetensors files cannot hold; convert it first")
+        # Where each tensor begins and ends, relative to the end of the header.
+        self._entries: dict[str, Entry] = {}
+        self._reserved: dict[str, int] = {}
+        self._end = 0
+        for name, (dtype, shape) in sorted(manifest.items(), key=lambda entry: -entry[1][0].itemsize):
+            if shape is not None:
+                self._reserved[name] = self._end
+                self._end += math.prod(shape) * dtype.itemsize
+        widest = {
+            name: Entry(dtype, (_LONGEST,) if shape is None else tuple(shape), _LONGEST, _LONGEST)
+            for name, (dtype, shape) in manifest.items()
+        }
+        self._room = len(encode_header(widest, self._metadata))
+
+    def __enter__(self) -> SafetensorsWriter:
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._part.open("wb")
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, in any order.
+
+        Args:
+            name: as in the manifest.
+            tensor: of the dtype and shape of the manifest; any device and strides.
+        """
+        dtype, shape = self._manifest[name]
+        if name in self._entries:
+            raise ValueError(f"{name!r} is written to {self.path} a second time")
+        if tensor.dtype != dtype or (tensor.ndim != 1 if shape is None else tensor.shape != torch.Size(shape)):
+            raise ValueError(
+                f"{name!r} is {tensor.dtype} of {list(tensor.shape)}, "
+                f"but the manifest of {self.path} says {dtype} of {shape if shape is None else list(shape)}"
+            )
+        start = self._reserved.get(name, self._end)
+        self._entries[name] = Entry(dtype, tuple(tensor.shape), start, start + tensor.nbytes)
+        self._end = max(self._end, start + tensor.nbytes)
+        with writing(self.path):
+            self._file.seek(self._room + start)
+            self._file.write(bits(tensor.detach().cpu()).contiguous().numpy().data)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            with writing(self.path), self._file:
+                if kind is None:
+                    self._finish()
+            if kind is None:
+                with writing(self.path):
+                    self._part.replace(self.path)
+        finally:
+            self._part.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        missing = [name for name in self._manifest if name not in self._entries]
+        if missing:
+            raise ValueError(f"{self.path} was closed without {some(map(repr, missing))} of its manifest")
+        self._file.seek(0)
+        self._file.write(encode_header(self._entries, self._metadata, multiple=self._room))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole: beside its name, waited for until it is on the disk, and renamed.
+
+    Args:
+        path: the file; an existing one is replaced, and missing folders are made.
+        text: what it is to hold, written as UTF-8.
+
+    Raises:
+        OSError: if it cannot be written; the sentence names the file, which stays as it was.
+    """
+    part = path.with_name(path.name + ".part")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file in what the operating system refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"cannot write {path}: {error.strerror or error}; nothing of it is left, choose another place"
+        ) from error

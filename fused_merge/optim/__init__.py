@@ -1,0 +1,1 @@
+"""The optimizers: states, options, and which delta belongs to which parameter."""

@@ -1,0 +1,197 @@
+"""The options of the optimizers: what they may be, and what they mean to a step."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from fused_merge.functional.backend import check_impl
+from fused_merge.methods import MergeRule, RuleOptions, merge_rule
+from fused_merge.options import Option, at_least, one_of, options_of, within
+
+if TYPE_CHECKING:
+    pass
+
+STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# What a state was made with cannot be changed under it.
+FIXED = ("merge_every", "master", "seed", "state_dtype")
+
+# Hyper-parameters of torch.optim.AdamW that change its result and that a loaded group may carry.
+FOREIGN = ("amsgrad",)
+
+
+def _check_lr(name: str, lr: float | Tensor) -> float | Tensor:
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"a tensor lr must hold one number, got shape {tuple(lr.shape)}")
+        return lr
+    if not lr >= 0.0:
+        raise ValueError(f"{name} must be at least 0, got {lr}")
+    return lr
+
+
+def _check_betas(name: str, betas: tuple[float, float]) -> tuple[float, float]:
+    for i, beta in enumerate(betas):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"{name}[{i}] must lie in [0, 1), got {beta}")
+    return betas
+
+
+def _check_steps(name: str, steps: int) -> int:
+    if not (isinstance(steps, int) and steps >= 1):
+        raise ValueError(f"{name} must be a whole number of steps, at least 1, got {steps}")
+    return steps
+
+
+def _check_norm(name: str, norm: float | None) -> float | None:
+    if norm is not None and not norm > 0.0:
+        raise ValueError(f"{name} must be above 0, or None not to clip, got {norm}")
+    return norm
+
+
+def _check_state_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    if dtype not in STATE_DTYPES:
+        raise ValueError(f"{name} must be torch.float32, bfloat16 or float16, got {dtype}")
+    return dtype
+
+
+def _check_impl(name: str, impl: str) -> str:
+    check_impl(impl)
+    return impl
+
+
+class AdamWOptions(RuleOptions, total=False):
+    """The options that may differ between parameter groups."""
+
+    lr: Annotated[
+        float | Tensor,
+        Option(
+            1e-6,
+            "learning rate, a float or a 0-d tensor. At 0 the moments and steps advance and no weight moves.",
+            _check_lr,
+        ),
+    ]
+    betas: Annotated[tuple[float, float], Option((0.9, 0.999), "decay rates of the two moments.", _check_betas)]
+    eps: Annotated[float, Option(1e-8, "added to the square root of the second moment.", at_least(0))]
+    weight_decay: Annotated[
+        float,
+        Option(0.0, "decoupled; theta is multiplied by 1 - lr*weight_decay before the merge.", at_least(0)),
+    ]
+    alpha: Annotated[
+        float,
+        Option(
+            1e-6,
+            "weight of the delta, in [0, 1]. Not scaled by `lr`: alpha*tau is added at every merge.",
+            within(0, 1),
+        ),
+    ]
+    merge_every: Annotated[
+        int,
+        Option(
+            1,
+            "K; between merges the steps are plain AdamW, and a merge takes all that came since the last one as its u "
+            "(the paper's step-K variant).",
+            _check_steps,
+        ),
+    ]
+    max_grad_norm: Annotated[
+        float | None,
+        Option(
+            None,
+            "scale all gradients down to this norm, as `clip_grad_norm_` does, without writing them.",
+            _check_norm,
+        ),
+    ]
+    maximize: Annotated[bool, Option(False, "step uphill.")]
+    missing: Annotated[
+        str,
+        Option(
+            "error",
+            '`"error"`, or `"plain"` to step parameters that the delta does not hold as AdamW does.',
+            one_of("error", "plain"),
+        ),
+    ]
+    state_dtype: Annotated[
+        torch.dtype, Option(torch.float32, "of the moments: fp32, bf16 or fp16.", _check_state_dtype)
+    ]
+    master: Annotated[
+        str,
+        Option(
+            "none",
+            '`"fp32"` keeps an fp32 copy of 16-bit weights, `"split"` the 16 bits that bf16 weights lack.',
+            one_of("none", "fp32", "split"),
+        ),
+    ]
+    seed: Annotated[int, Option(0, "64-bit key of the random masks and of stochastic rounding.")]
+
+
+class RunOptions(TypedDict, total=False):
+    """The options of a whole optimizer, which are not saved."""
+
+    stats_every: Annotated[int, Option(0, "collect `merge_stats` at every n-th step; 0 never does.", at_least(0))]
+    impl: Annotated[
+        str,
+        Option(
+            "auto",
+            '`"auto"` (Triton on a GPU; on a CPU eager, above 50 M parameters compiled), `"triton"`, `"compiled"` or '
+            '`"eager"`; all give the same bits. `FUSED_MERGE_IMPL` overrides it.',
+            _check_impl,
+        ),
+    ]
+
+
+class MergingOptions(AdamWOptions, RunOptions, total=False):
+    """Every option that all merging optimizers have."""
+
+
+GROUP_OPTIONS = options_of(AdamWOptions)
+RUN_OPTIONS = options_of(RunOptions)
+
+
+def rule_of(group: Mapping[str, Any]) -> MergeRule:
+    """Return the rule that a group asks for.
+
+    Raises:
+        ValueError: as `fused_merge.methods.merge_rule`.
+    """
+    return merge_rule(
+        group["method"],
+        tau_reserve_rate=group["reference"]["reserve_rate"] if "reference" in group else None,
+        **{option: group[option] for option in options_of(RuleOptions)},  # type: ignore[arg-type]
+    )
+
+
+def check_options(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first option of a group that is out of range or that its method lacks."""
+    rule_of(group)
+    for name, option in GROUP_OPTIONS.items():
+        option.check(name, group[name])
+    if group["rounding"] == "stochastic" and group["master"] != "none":
+        raise ValueError(
+            f"rounding='stochastic' and master={group['master']!r} exclude each other: a master loses nothing that "
+            "random rounding could save; choose one"
+        )
+
+
+def check_dtype(name: str, param: Tensor, group: Mapping[str, Any]) -> None:
+    """Raise ValueError if a parameter's dtype does not go with the options of its group."""
+    if not param.is_floating_point():
+        raise ValueError(f"parameter {name!r} is {param.dtype}; only real floating parameters can be stepped")
+    if group["master"] != "none" and param.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"parameter {name!r} is {param.dtype} and needs no master; use master='none' for its group")
+    if group["master"] == "split" and param.dtype != torch.bfloat16:
+        raise ValueError(
+            f"parameter {name!r} is {param.dtype}, and only bf16 is the upper half of fp32; use master='fp32'"
+        )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name by which `torch` has a dtype, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str | torch.dtype) -> torch.dtype | str:
+    """Return the state dtype of that name; what is none comes back as it is, for `check_options` to refuse."""
+    return {dtype_name(dtype): dtype for dtype in STATE_DTYPES}.get(str(name), name)

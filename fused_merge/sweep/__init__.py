@@ -1,0 +1,1 @@
+"""A model scored at many ratios, and what the scores say."""

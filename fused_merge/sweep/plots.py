@@ -1,0 +1,123 @@
+"""Pictures, which need matplotlib: pip install 'fused_merge[plots]'."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from fused_merge.sweep.pareto import pareto_front
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MARKERS = "osD^vP*X"
+_SOFT = "#8b949e"
+# Labels of different sweeps lie on different sides of their points: how far right, how far up, what is aligned there.
+_SIDES = ((7, 5, "left"), (-7, -12, "right"))
+
+
+class Mark(NamedTuple):
+    """A labelled point of a picture."""
+
+    label: str
+    x: float
+    y: float
+
+
+def draw_fronts(
+    path: Path, sweeps: Mapping[str, Sequence[Mark]], scores: tuple[str, str], *, maximise: tuple[bool, bool]
+) -> None:
+    """Write the picture of `fronts` to a PNG file; the same input makes the same bytes.
+
+    Args:
+        path: the file.
+        sweeps: see `fronts`.
+        scores: see `fronts`.
+        maximise: see `fronts`.
+
+    Raises:
+        ImportError: without matplotlib.
+        OSError: if the file cannot be written.
+    """
+    # The name of the program has its version in it.
+    fronts(sweeps, scores, maximise=maximise).savefig(path, format="png", metadata={"Software": None})
+
+
+def fronts(sweeps: Mapping[str, Sequence[Mark]], scores: tuple[str, str], *, maximise: tuple[bool, bool]) -> Figure:
+    """Return a picture of several sweeps over two scores: every point with its label, and a line along each front.
+
+    An axis whose score is better when it is lower runs backwards, so that up and right is better.
+
+    Args:
+        sweeps: name -> points.
+        scores: what the two axes are called.
+        maximise: whether more is better, for each axis.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    check_matplotlib()
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.patheffects import withStroke
+
+    # Names are the user's: a $ in them is no formula.
+    with matplotlib.rc_context(
+        {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
+    ):
+        figure = Figure(figsize=(9, 6), dpi=130, layout="constrained")
+        axes = figure.subplots()
+        for i, (name, marks) in enumerate(sweeps.items()):
+            colour = f"C{i % 10}"
+            front = pareto_front([(mark.x, mark.y) for mark in marks], maximise=maximise)
+            line = sorted((marks[k].x, marks[k].y) for k in front)
+            axes.plot(
+                [x for x, _ in line],
+                [y for _, y in line],
+                marker=_MARKERS[i % len(_MARKERS)],
+                color=colour,
+                label=name,
+                zorder=4,
+            )
+            behind = [mark for k, mark in enumerate(marks) if k not in front]
+            axes.plot(
+                [mark.x for mark in behind],
+                [mark.y for mark in behind],
+                marker=_MARKERS[i % len(_MARKERS)],
+                markerfacecolor="white",
+                linestyle="none",
+                color=colour,
+                alpha=0.6,
+                zorder=3,
+            )
+            right, up, aligned = _SIDES[i % len(_SIDES)]
+            for k, mark in enumerate(marks):
+                axes.annotate(
+                    mark.label,
+                    (mark.x, mark.y),
+                    (right, up),
+                    textcoords="offset points",
+                    horizontalalignment=aligned,
+                    fontsize=9,
+                    color=colour if k in front else _SOFT,
+                    path_effects=[withStroke(linewidth=2.5, foreground="white")],
+                    zorder=2.5,
+                )
+        for axis, name, more in zip((axes.xaxis, axes.yaxis), scores, maximise, strict=True):
+            axis.set_label_text(name if more else f"{name} (axis reversed)")
+            axis.set_inverted(not more)
+        axes.set_title("Up and right is better; the lines are the fronts", loc="left", fontsize=12)
+        axes.grid(color="#eaeef2")
+        axes.set_axisbelow(True)
+        if len(sweeps) > 1:
+            axes.legend(frameon=False)
+    return figure
+
+
+def check_matplotlib() -> None:
+    """Raise ImportError if matplotlib is missing; the sentence says what to install."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError("pareto.png needs matplotlib: pip install 'fused_merge[plots]'") from error

@@ -1,0 +1,426 @@
+"""Which tensors several checkpoints have in common, and where the elements of each lie."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from math import prod
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from tiny import equal_bits
+
+from fused_merge.checkpoints.align import AlignedTensor, Span, align, lay_out_files
+from fused_merge.checkpoints.plan import Pick
+from fused_merge.io.headers import read_header
+from fused_merge.io.sources import Extent, open_files
+
+EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+
+
+def vary(*shape, seed, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Write a folder and open it; the tensors of a list are those of one file each."""
+
+    def source(name, *files, config=None):
+        folder = tmp_path / name
+        folder.mkdir()
+        shards = {f"model-{i}.safetensors": tensors for i, tensors in enumerate(files)}
+        if len(files) == 1:
+            shards = {"model.safetensors": files[0]}
+        else:
+            weight_map = {key: file for file, tensors in shards.items() for key in tensors}
+            (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        for file, tensors in shards.items():
+            save_file(tensors, folder / file, {"from": f"{name} {file}"})
+        if config is not None:
+            (folder / "config.json").write_text(json.dumps(config))
+        return open_files(folder)
+
+    return source
+
+
+def aligned(*sources, leader=0, dtype=None, unmatched="refuse", align_vocabulary=False):
+    tensors = align(sources, leader=leader, dtype=dtype, unmatched=unmatched, align_vocabulary=align_vocabulary)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def read(extent, numel):
+    if numel == 0:
+        return torch.empty(0, dtype=extent.dtype)
+    with open(extent.file, "rb") as file:
+        file.seek(extent.offset)
+        return torch.frombuffer(bytearray(file.read(numel * extent.dtype.itemsize)), dtype=extent.dtype)
+
+
+def held(span):
+    """What a span finds in each of its files."""
+    return [read(extent, span.numel) for extent in span.inputs]
+
+
+# --- tensors that all hold
+
+
+def test_a_tensor_is_where_each_file_has_it(source):
+    w, n = [vary(3, 5, seed=i) for i in range(3)], [torch.arange(4) + i for i in range(3)]
+    sources = [
+        source("base", {"w": w[0]}, {"n": n[0]}),
+        source("a", {"n": n[1], "w": w[1]}),
+        source("b", {"n": n[2]}, {"w": w[2]}),
+    ]
+    found = aligned(*sources)
+    assert [*found] == ["w", "n"]
+    assert found["w"] == AlignedTensor("w", torch.float32, (3, 5), found["w"].spans)
+    assert [(span.numel, span.merged) for span in found["w"].spans + found["n"].spans] == [(15, True), (4, False)]
+    assert all(equal_bits(got, want.flatten()) for got, want in zip(held(found["w"].spans[0]), w, strict=True))
+    assert all(equal_bits(got, want) for got, want in zip(held(found["n"].spans[0]), n, strict=True))
+
+
+def test_one_checkpoint_alone(source):
+    found = aligned(source("a", {"w": vary(3, seed=0)}))
+    assert [len(span.inputs) for span in found["w"].spans] == [1]
+
+
+def test_scalars_and_tensors_without_elements(source):
+    tensors = {"scalar": torch.tensor(1.0), "none": torch.zeros(0, 4), "number": torch.tensor(3)}
+    found = aligned(source("a", tensors), source("b", tensors))
+    got = {name: (each.shape, each.spans[0].numel) for name, each in found.items()}
+    assert got == {"scalar": ((), 1), "none": ((0, 4), 0), "number": ((), 1)}
+
+
+def test_dtypes_must_agree_unless_one_is_asked_for(source):
+    base, a = source("base", {"w": vary(3, seed=0)}), source("a", {"w": vary(3, seed=1, dtype=torch.float16)})
+    with pytest.raises(
+        ValueError,
+        match=r"base and .*a do not match: 'w' is torch.float32 and torch.float16; say which to write with dtype='bfl",
+    ):
+        aligned(base, base, a)
+    found = aligned(base, a, dtype=torch.bfloat16)["w"]
+    assert found.dtype == torch.bfloat16
+    assert [extent.dtype for extent in found.spans[0].inputs] == [torch.float32, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_integers_keep_their_dtype_and_must_agree(source, dtype):
+    base, a = source("base", {"n": torch.arange(3)}), source("a", {"n": torch.arange(3).int()})
+    assert aligned(base, base, dtype=dtype)["n"].dtype == torch.int64
+    with pytest.raises(
+        ValueError, match=r"'n' is torch.int64 in .*base and torch.int32 in .*a; both must be of one architecture"
+    ):
+        aligned(base, a, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
+def test_what_cannot_be_merged_can_be_copied(source, dtype):
+    odd = vary(8, seed=0).to(dtype)
+    base, a = source("base", {"w": vary(8, seed=1), "odd": odd}), source("a", {"w": vary(8, seed=2)})
+    with pytest.raises(ValueError, match=f"'odd' of .*base is {dtype}, which cannot be merged; convert it to"):
+        aligned(base, base)
+    found = aligned(base, a, unmatched="copy")["odd"]
+    assert (found.dtype, found.spans[0].merged) == (dtype, False)
+    assert [*aligned(base, a, unmatched="drop")] == ["w"]
+    # There is no telling what its numbers mean in another dtype.
+    with pytest.raises(ValueError, match=f"'odd' of .*base is {dtype}, which cannot be merged"):
+        aligned(base, a, unmatched="copy", dtype=torch.bfloat16)
+
+
+# --- tensors that only some hold
+
+
+def test_an_unknown_choice(source):
+    base = source("base", {"w": vary(3, seed=0)})
+    with pytest.raises(ValueError, match="unmatched must be 'refuse' or 'copy' or 'drop', got 'keep'"):
+        aligned(base, base, unmatched="keep")
+
+
+def test_what_not_all_hold_is_refused_dropped_or_copied(source):
+    common = {"w": vary(3, seed=0)}
+    base = source("base", {**common, "x": vary(2, seed=1), "z": vary(2, seed=2)})
+    a = source("a", {**common, "y": vary(2, seed=3), "z": vary(2, seed=4)})
+    b = source("b", {**common, "x": vary(2, seed=5), "y": vary(2, seed=6)})
+    with pytest.raises(ValueError, match=r"a lacks 'x' of .*base; .*base lacks 'y' of .*a; both must hold the same"):
+        aligned(base, a, b)
+    assert [*aligned(base, a, b, unmatched="drop")] == ["w"]
+
+    for leader, homes in ((0, "base base a"), (1, "base a a"), (2, "b base b")):
+        found = aligned(base, a, b, leader=leader, unmatched="copy")
+        assert {*found} == {"w", "x", "y", "z"}
+        assert next(iter(found)) == "w"
+        for name, home in zip("xzy", homes.split(), strict=True):
+            (span,) = found[name].spans
+            assert (span.merged, span.numel) == (False, 2)
+            assert [extent.file.parent.name for extent in span.inputs] == [home]
+            assert equal_bits(held(span)[0], {"base": base, "a": a, "b": b}[home][name])
+
+
+def test_copies_are_converted_like_the_rest_but_integers_are_not(source):
+    base = source("base", {"w": vary(3, seed=0), "x": vary(3, seed=1), "n": torch.arange(3)})
+    found = aligned(base, source("a", {"w": vary(3, seed=0)}), unmatched="copy", dtype=torch.float16)
+    assert {name: tensor.dtype for name, tensor in found.items()} == {
+        "w": torch.float16,
+        "x": torch.float16,
+        "n": torch.int64,
+    }
+
+
+@pytest.mark.parametrize("unmatched", ["drop", "refuse"])
+def test_nothing_in_common(unmatched, source):
+    base, a = source("base", {"x": vary(3, seed=0)}), source("a", {"y": vary(3, seed=0)})
+    if unmatched == "refuse":
+        base = a = source("empty", {})
+    with pytest.raises(ValueError, match=r"no tensor is in all of .*(base|empty) and .*(a|empty), so that nothing"):
+        aligned(base, a, unmatched=unmatched)
+
+
+# --- tied weights
+
+
+def checkpoints(kinds, source):
+    """Each holds the embedding alone, with a tied head, or with another one."""
+    sources, tensors = [], []
+    for i, kind in enumerate(kinds):
+        embed = vary(4, 3, seed=i)
+        head = {"alone": None, "tied": embed.clone(), "apart": vary(4, 3, seed=i + 100)}[kind]
+        tensors.append({EMBED: embed, NORM: torch.ones(4)} | ({} if head is None else {HEAD: head}))
+        sources.append(source(f"{i} {kind}", tensors[-1]))
+    return sources, tensors
+
+
+COMBINATIONS = pytest.mark.parametrize("kinds", [*product(["alone", "tied", "apart"], repeat=3)], ids="-".join)
+
+
+@COMBINATIONS
+def test_tied_heads_in_every_combination(kinds, source):
+    sources, tensors = checkpoints(kinds, source)
+    # A head of its own has no counterpart in a checkpoint without one.
+    fits = kinds[0] != "alone" or "apart" not in kinds
+    fits &= kinds[0] != "apart" or "alone" not in kinds
+    if not fits:
+        with pytest.raises(ValueError, match=f"lacks '{HEAD}' of .*; both must hold the same tensors, tied copies"):
+            aligned(*sources)
+        return
+    found = aligned(*sources)
+    # Written where the first writes it, from what each has for it.
+    assert {*found} == {EMBED, NORM} | ({HEAD} if kinds[0] != "alone" else set())
+    if HEAD in found:
+        want = [own.get(HEAD, own[EMBED]).flatten() for own in tensors]
+        assert all(equal_bits(x, y) for x, y in zip(held(found[HEAD].spans[0]), want, strict=True))
+
+
+@pytest.mark.parametrize("leader", [0, 1, 2])
+@COMBINATIONS
+def test_a_head_of_its_own_is_never_lost_in_a_copy(kinds, leader, source):
+    sources, tensors = checkpoints(kinds, source)
+    found = aligned(*sources, leader=leader, unmatched="copy")
+    if not any(kind == "apart" for kind in kinds) and kinds[0] == "alone":
+        assert HEAD not in found
+        return
+    assert HEAD in found
+    if not found[HEAD].spans[0].merged:
+        (copied,) = held(found[HEAD].spans[0])
+        assert any(equal_bits(copied, own[HEAD].flatten()) for own in tensors if HEAD in own)
+
+
+def test_a_checkpoint_that_keeps_the_other_of_two_tied_names(source):
+    embed, head = vary(4, 3, seed=0), vary(4, 3, seed=1)
+    base, a = source("base", {EMBED: embed, HEAD: embed.clone()}), source("a", {HEAD: head})
+    found = aligned(base, a)
+    assert {*found} == {EMBED, HEAD}
+    for name in (EMBED, HEAD):
+        assert all(equal_bits(x, y.flatten()) for x, y in zip(held(found[name].spans[0]), (embed, head), strict=True))
+
+
+@pytest.mark.parametrize(("tie", "refused"), [(False, True), (True, False), (None, False)])
+def test_a_configuration_that_asks_for_what_is_left_out(tie, refused, source):
+    embed = vary(4, 3, seed=0)
+    base = source("base", {EMBED: embed})
+    config = {} if tie is None else {"tie_word_embeddings": tie}
+    a = source("a", {EMBED: embed, HEAD: embed.clone()}, config=config)
+    if not refused:
+        assert [*aligned(base, a, leader=1)] == [EMBED]
+        return
+    with pytest.raises(ValueError, match=r"base leaves out 'lm_head.weight', which .*a/config.json does not tie; set"):
+        aligned(base, a, leader=1)
+    # The configuration of the base does not say so, and a written head answers it.
+    assert [*aligned(base, a)] == [EMBED]
+    assert {*aligned(a, base, leader=0)} == {EMBED, HEAD}
+
+
+# --- other numbers of rows
+
+
+def vocabularies(source, *rows):
+    return [
+        source(f"v{i}", {EMBED: vary(n, 3, seed=i), "bias": vary(n, seed=i + 50), NORM: vary(4, seed=i)})
+        for i, n in enumerate(rows)
+    ]
+
+
+@pytest.mark.parametrize("rows", [(5, 7), (7, 5), (5, 5), (6, 5, 7), (5, 0)])
+def test_rows_beyond_the_fewest_are_the_leaders(rows, source):
+    sources = vocabularies(source, *rows)
+    fewest = min(rows)
+    for leader, most in enumerate(rows):
+        found = aligned(*sources, leader=leader, align_vocabulary=True)
+        for name, width in ((EMBED, 3), ("bias", 1)):
+            tensor = found[name]
+            assert tensor.shape == ((most, 3) if name == EMBED else (most,))
+            common, *beyond = tensor.spans
+            assert (common.numel, common.merged) == (fewest * width, True)
+            assert all(
+                equal_bits(got, own[name].flatten()[: fewest * width])
+                for got, own in zip(held(common), sources, strict=True)
+            )
+            more = (most - fewest) * width
+            assert [(span.numel, span.merged) for span in beyond] == ([(more, False)] if more else [])
+            if beyond:
+                assert equal_bits(held(beyond[0])[0], sources[leader][name].flatten()[fewest * width :])
+        assert len(found[NORM].spans) == 1
+
+
+def test_tied_heads_have_the_rows_of_the_vocabulary(source):
+    embeds = vary(5, 3, seed=0), vary(6, 3, seed=1)
+    base, a = source("base", {EMBED: embeds[0], HEAD: embeds[0].clone()}), source("a", {EMBED: embeds[1]})
+    found = aligned(base, a, leader=1, align_vocabulary=True)
+    for name in (EMBED, HEAD):
+        assert found[name].shape == (6, 3)
+        assert equal_bits(held(found[name].spans[1])[0], embeds[1].flatten()[15:])
+
+
+def test_other_vocabularies_are_refused_unless_asked_for(source):
+    with pytest.raises(ValueError, match=r"'model.embed_tokens.weight' is \[5, 3\] and \[7, 3\]"):
+        aligned(*vocabularies(source, 5, 7))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((4, 3), (4, 2)), r"'w' is \[4, 3\] and \[4, 2\]; both must be of one architecture"),
+        (((4, 3), (12,)), r"'w' is \[4, 3\] and \[12\]; both must be of one architecture"),
+        (((1,), ()), r"'w' is \[1\] and \[\]; both must be of one architecture"),
+        (((), (1,)), r"'w' is \[\] and \[1\]; both must be of one architecture"),
+    ],
+)
+def test_shapes_that_are_no_two_vocabularies(shapes, message, source):
+    sources = [source(f"s{i}", {"w": vary(*shape, seed=i)}) for i, shape in enumerate(shapes)]
+    with pytest.raises(ValueError, match=message):
+        aligned(*sources, align_vocabulary=True)
+
+
+def test_numbers_of_rows_that_are_not_of_one_vocabulary(source):
+    base = source("base", {EMBED: vary(5, 3, seed=0), "up": vary(8, 3, seed=0)})
+    a = source("a", {EMBED: vary(7, 3, seed=1), "up": vary(9, 3, seed=1)})
+    with pytest.raises(
+        ValueError,
+        match=r"'model.embed_tokens.weight' has 5 and 7 rows, 'up' has 8 and 9 rows: these are not two sizes of one",
+    ):
+        aligned(base, a, align_vocabulary=True)
+
+
+# --- files
+
+
+def picked(tensor, span):
+    return Pick((0,))
+
+
+def files_of(*sources, most=None, **options):
+    return lay_out_files([*aligned(*sources, **options).values()], sources[0], picked, most)
+
+
+def test_files_are_those_of_the_base(source):
+    base = source("base", {"w": vary(3, seed=0)}, {"n": torch.arange(3), "v": vary(2, seed=1)})
+    a = source("a", {"w": vary(3, seed=2), "n": torch.arange(3), "v": vary(2, seed=3), "more": vary(1, seed=4)})
+    files = files_of(base, a, unmatched="copy")
+    assert [(file.name, {*file.entries}) for file in files] == [
+        ("model-0.safetensors", {"w"}),
+        ("model-1.safetensors", {"n", "v", "more"}),
+    ]
+    for file in files:
+        text = file.header[8:].decode()
+        assert json.loads(text)["__metadata__"] == {"format": "pt", "from": f"base {file.name}"}
+
+
+def test_a_file_without_a_tensor_is_none(source):
+    base = source("base", {"w": vary(3, seed=0)}, {"v": vary(2, seed=1)})
+    a = source("a", {"w": vary(3, seed=2)})
+    assert [file.name for file in files_of(base, a, unmatched="drop")] == ["model-0.safetensors"]
+
+
+def test_a_bare_file_becomes_a_whole_model(tmp_path, source):
+    save_file({"w": vary(3, seed=0)}, tmp_path / "epoch3.safetensors")
+    base = open_files(tmp_path / "epoch3.safetensors")
+    assert [file.name for file in files_of(base, source("a", {"w": vary(3, seed=1)}))] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("most", [1, 12, 24, 25, 60, 10**9])
+def test_files_by_size(most, source):
+    tensors = {f"w{i}": vary(n, seed=i) for i, n in enumerate([3, 1, 2, 7, 0, 3])}
+    base = source("base", tensors)
+    files = files_of(base, base, most=most)
+    assert [name for file in files for name in file.entries] == [*base]
+    for file, after in zip(files, [*files[1:], None], strict=True):
+        assert file.nbytes <= most or len([entry for entry in file.entries.values() if entry.end > entry.start]) == 1
+        # Nothing more would have fitted.
+        if after is not None:
+            first = next(iter(after.entries.values()))
+            assert file.nbytes + first.end - first.start > most
+    count = len(files)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    assert [file.name for file in files] == (["model.safetensors"] if count == 1 else names)
+
+
+def test_elements_follow_one_another_whatever_their_dtype(source):
+    tensors = {"n": torch.arange(3).byte(), "w": vary(3, seed=0, dtype=torch.float16), "v": vary(2, seed=1).double()}
+    base = source("base", tensors)
+    (file,) = files_of(base, base)
+    assert [run.name for run in file.runs] == ["v", "w", "n"]
+    place = 0
+    for run in file.runs:
+        assert run.start == place
+        assert run.start % run.dtype.itemsize == 0
+        place += run.part.numel * run.dtype.itemsize
+    assert (place, len(file.header) % 4096) == (file.nbytes, 0)
+
+
+# --- anything
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    holders=st.lists(st.sets(st.sampled_from("abcdef"), min_size=1), min_size=1, max_size=4),
+    leader=st.integers(0, 3),
+    rows=st.lists(st.integers(0, 4), min_size=4, max_size=4),
+)
+def test_every_element_of_the_output_has_a_place(holders, leader, rows, tmp_path):
+    leader %= len(holders)
+    sources = []
+    for i, names in enumerate(holders):
+        path = tmp_path / f"{i}.safetensors"
+        save_file({name: vary(rows[i], 2, seed=10 * i + ord(name)) for name in names}, path)
+        sources.append(open_files(path))
+    found = aligned(*sources, leader=leader, unmatched="copy", align_vocabulary=True)
+    assert {*found} == set().union(*holders)
+    common = set.intersection(*holders)
+    for name, tensor in found.items():
+        assert sum(span.numel for span in tensor.spans) == prod(tensor.shape)
+        assert tensor.spans[0].merged == (name in common)
+        home = leader if name in holders[leader] else next(i for i, names in enumerate(holders) if name in names)
+        assert tensor.shape == (rows[home], 2)
+        for span in tensor.spans:
+            assert isinstance(span, Span)
+            assert len(span.inputs) == (len(holders) if span.merged else 1)
+            for extent in span.inputs:
+                assert isinstance(extent, Extent)
+                header = read_header(extent.file)
+                assert header.data <= extent.offset
+                assert extent.offset + span.numel * 4 <= extent.file.stat().st_size
+    dropped = set() if not common else {*aligned(*sources, leader=leader, unmatched="drop", align_vocabulary=True)}
+    assert dropped == common

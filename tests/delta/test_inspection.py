@@ -1,0 +1,288 @@
+"""What `inspect_delta` and `fused-merge inspect` measure, against hand-worked numbers and numpy in float64."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import count_reads, llama, save
+
+from fused_merge.cli import main
+from fused_merge.delta import inspection
+from fused_merge.delta.inspection import inspect_delta, layer_of
+from fused_merge.delta.reference_delta import ReferenceDelta
+
+BASE = {
+    "model.layers.0.a": torch.tensor([[6.0, 0.0], [8.0, 0.0]]),
+    "model.layers.0.b": torch.zeros(4),
+    "model.layers.10.a": torch.tensor([1.0, 2.0]),
+    "model.layers.2.a": torch.tensor([0.0]),
+    "head.weight": torch.tensor([2.0]),
+}
+TAU = {
+    "model.layers.0.a": torch.tensor([[3.0, 0.0], [0.0, 4.0]]),
+    "model.layers.0.b": torch.tensor([0.0, 12.0, 0.0, 0.0]),
+    "model.layers.10.a": torch.tensor([-1.0, 1.0]),
+    "model.layers.2.a": torch.tensor([0.0]),
+    "head.weight": torch.tensor([1.0]),
+}
+OTHER = {
+    "model.layers.0.a": torch.tensor([[3.0, 5.0], [5.0, -4.0]]),
+    "model.layers.0.b": torch.tensor([1.0, 12.0, 0.0, 0.0]),
+    "model.layers.10.a": torch.tensor([-2.0, 2.0]),
+    "model.layers.2.a": torch.tensor([7.0]),
+    "head.weight": torch.tensor([-3.0]),
+}
+
+
+def delta_of(tau, base=None):
+    """The reference delta that is `tau`."""
+    base = base or {name: torch.zeros_like(value) for name, value in tau.items()}
+    return ReferenceDelta.from_models(base, {name: base[name] + value for name, value in tau.items()})
+
+
+def by_name(rows, scope):
+    return {row["name"]: row for row in rows if row["scope"] == scope}
+
+
+def test_a_hand_worked_example():
+    rows = inspect_delta(delta_of(TAU, BASE), base=BASE, other=delta_of(OTHER), reserve_rate=0.5)
+    assert [(row["scope"], row["name"]) for row in rows] == [
+        *(("tensor", name) for name in TAU),
+        ("layer", "model.layers.0"),
+        ("layer", "model.layers.10"),
+        ("layer", "model.layers.2"),
+        ("layer", "head"),
+        ("all", "all"),
+    ]
+    tensors, layers, (everything,) = by_name(rows, "tensor"), by_name(rows, "layer"), by_name(rows, "all").values()
+    assert tensors["model.layers.0.a"] == {
+        "scope": "tensor",
+        "name": "model.layers.0.a",
+        "numel": 4,
+        "norm": 5,
+        "density": 0.5,
+        "relative_norm": 0.5,
+        # The two largest of four are all that there is.
+        "kept": 0.5,
+        # 3*3 - 4*4 over 5 * sqrt(75); 3 agrees and 4 does not.
+        "cosine": pytest.approx(-7 / (5 * math.sqrt(75)), rel=1e-15),
+        "sign_agreement": 0.5,
+    }
+    # Half of four elements are two, of which only one is not zero.
+    assert tensors["model.layers.0.b"]["kept"] == 0.25
+    assert tensors["model.layers.0.b"]["relative_norm"] is None
+    # Both tie: one is asked for and two stay.
+    assert tensors["model.layers.10.a"]["kept"] == 1
+    assert tensors["model.layers.10.a"]["cosine"] == pytest.approx(1, rel=1e-15)
+    assert tensors["model.layers.2.a"] | {"scope": 0, "name": 0} == {
+        "scope": 0,
+        "name": 0,
+        "numel": 1,
+        "norm": 0,
+        "density": 0,
+        "relative_norm": None,
+        "kept": 0,
+        "cosine": None,
+        "sign_agreement": None,
+    }
+    assert (layers["head"]["cosine"], layers["head"]["sign_agreement"]) == (-1, 0)
+    assert layers["model.layers.0"] | {"scope": 0, "name": 0} == {
+        "scope": 0,
+        "name": 0,
+        "numel": 8,
+        "norm": 13,
+        "density": 3 / 8,
+        "relative_norm": 1.3,
+        "kept": 3 / 8,
+        "cosine": pytest.approx((9 - 16 + 144) / (13 * math.sqrt(75 + 145)), rel=1e-15),
+        "sign_agreement": pytest.approx(2 / 3, rel=1e-15),
+    }
+    assert everything["numel"] == 12
+    assert everything["norm"] == pytest.approx(math.sqrt(169 + 2 + 1), rel=1e-15)
+    assert everything["relative_norm"] == pytest.approx(math.sqrt(172 / (100 + 5 + 4)), rel=1e-15)
+    assert everything["density"] == everything["kept"] == 0.5
+
+
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+def test_a_model_in_numpy(chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(inspection, "_CHUNK", chunk)
+    models = [llama(seed, dtype=torch.bfloat16) for seed in range(3)]
+    base, tuned, third = (save(model, tmp_path / str(i)) for i, model in enumerate(models))
+    rows = inspect_delta(
+        ReferenceDelta.from_checkpoints(base, tuned),
+        base=base,
+        other=ReferenceDelta.from_checkpoints(base, third),
+        reserve_rate=0.1,
+    )
+    states = [{name: p.detach().double().numpy() for name, p in model.named_parameters()} for model in models]
+    tensors, layers = by_name(rows, "tensor"), by_name(rows, "layer")
+    assert set(tensors) == set(states[0])
+    assert set(layers) == {"model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm"}
+
+    def rounded(x):
+        return torch.from_numpy(x).to(torch.bfloat16).double().numpy()
+
+    for scope, named in (("tensor", tensors), ("layer", layers)):
+        for name, row in named.items():
+            members = [n for n in states[0] if n == name or (scope == "layer" and n.startswith(f"{name}."))]
+            b = np.concatenate([states[0][n].ravel() for n in members])
+            x, y = (np.concatenate([rounded(s[n] - states[0][n]).ravel() for n in members]) for s in states[1:])
+            norm, kept = np.sqrt((x**2).sum()), 0
+            for n in members:
+                part = np.abs(rounded(states[1][n] - states[0][n])).ravel()
+                threshold = np.sort(part)[-max(1, int(0.1 * part.size))]
+                kept += int(((part >= threshold) & (part > 0)).sum())
+            both = (x != 0) & (y != 0)
+            products = np.sqrt((y**2).sum()) * norm
+            expected = {
+                "scope": scope,
+                "name": name,
+                "numel": x.size,
+                "norm": norm,
+                "density": (x != 0).mean(),
+                "relative_norm": norm / np.sqrt((b**2).sum()),
+                "kept": kept / x.size,
+                "cosine": (x * y).sum() / products if products else None,
+                "sign_agreement": (np.sign(x) == np.sign(y))[both].mean() if both.any() else None,
+            }
+            assert {key: row[key] for key in ("scope", "name", "numel")} == dict(list(expected.items())[:3])
+            for key in list(expected)[3:]:
+                assert row[key] == (
+                    None if expected[key] is None else pytest.approx(expected[key], rel=1e-12, abs=1e-15)
+                )
+
+
+def test_ties_of_quantized_weights_keep_far_more_than_asked_for():
+    """A bf16 delta of which all but a few elements moved by the same step: top-p at 0.1 keeps 0.75 of them."""
+    tau = {"w": torch.tensor([0.0, 0.0, *([2.0**-9] * 5), 2.0**-8], dtype=torch.bfloat16)}
+    (row, *_) = inspect_delta(delta_of(tau), reserve_rate=0.25)
+    assert (row["density"], row["kept"]) == (0.75, 0.75)
+    (row, *_) = inspect_delta(delta_of(tau), reserve_rate=0.125)
+    assert row["kept"] == 0.125
+
+
+@pytest.mark.parametrize("method", ["random", "magnitude"])
+def test_a_sparse_file_is_as_dense_as_it_is(method, tmp_path):
+    torch.manual_seed(0)
+    dense = delta_of({"layers.0.w": torch.randn(100, 50), "layers.1.w": torch.randn(1000)})
+    path = dense.save(tmp_path / "tau.safetensors", reserve_rate=0.01, method=method)
+    rows = inspect_delta(ReferenceDelta.load(path), other=dense)
+    for name, row in by_name(rows, "tensor").items():
+        stored = ReferenceDelta.load(path).tensor(name).double()
+        assert row["density"] == int((stored != 0).sum()) / stored.numel()
+        assert 0 < row["density"] < 0.03
+        assert row["sign_agreement"] == 1
+        assert row["cosine"] == pytest.approx(float(stored.norm() / dense.tensor(name).double().norm()), rel=1e-12)
+
+
+def test_every_tensor_is_read_once_and_rows_hold_what_was_asked_for(tmp_path, monkeypatch):
+    base, tuned = (save(llama(seed), tmp_path / str(seed)) for seed in range(2))
+    delta = ReferenceDelta.from_checkpoints(base, tuned)
+    reads = count_reads(monkeypatch)
+    rows = inspect_delta(delta)
+    assert sorted(reads) == sorted((str(path), name) for path in (base, tuned) for name in delta.names)
+    assert {tuple(row) for row in rows} == {("scope", "name", "numel", "norm", "density")}
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("model.layers.7.self_attn.q_proj.weight", "model.layers.7"),
+        ("model.layers.3.mlp.experts.12.up.weight", "model.layers.3"),
+        ("transformer.h.11.ln_1.bias", "transformer.h.11"),
+        ("0.weight", "0"),
+        ("model.embed_tokens.weight", "model.embed_tokens"),
+        ("head2.weight", "head2"),
+        ("scale", "scale"),
+    ],
+)
+def test_the_layer_of_a_name(name, layer):
+    assert layer_of(name) == layer
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"reserve_rate": 0.0}, r"reserve_rate must lie in \(0, 1\], got 0.0"),
+        ({"reserve_rate": math.nan}, r"reserve_rate must lie in \(0, 1\], got nan"),
+        ({"base": {"w": torch.zeros(2)}}, "the base lacks 'x'; both must be of one model"),
+        ({"base": {"w": torch.zeros(2), "x": torch.zeros(2)}}, r"'x' is \[3\] and in the base \[2\]"),
+        ({"other": delta_of({"x": torch.ones(3)})}, "the other reference delta lacks 'w'"),
+        ({"other": delta_of({"w": torch.ones(1), "x": torch.ones(3)})}, r"'w' is \[2\] and in the other .* \[1\]"),
+        (
+            {"other": delta_of({"w": torch.ones(2), "x": torch.ones(3), "y": torch.ones(1)})},
+            "only the other reference delta holds 'y'; both must be of one model",
+        ),
+    ],
+    ids=lambda value: None,
+)
+def test_what_cannot_be_measured(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        inspect_delta(delta_of({"w": torch.ones(2), "x": torch.ones(3)}), **options)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    def command(*arguments):
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "argv", ["fused-merge", "inspect", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return command
+
+
+@pytest.fixture
+def files(tmp_path) -> tuple[Path, Path, Path]:
+    save_file(BASE, tmp_path / "base.safetensors")
+    save_file({name: BASE[name] + TAU[name] for name in BASE}, tmp_path / "tuned.safetensors")
+    return tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", tmp_path / "other.safetensors"
+
+
+def test_the_command_prints_what_the_function_returns(command, files):
+    base, tuned, other = files
+    delta_of(OTHER).save(other)
+    code, printed, errors = command(base, tuned, "--other", other, "--reserve-rate", "0.5", "--json")
+    assert (code, errors) == (0, "")
+    assert json.loads(printed) == inspect_delta(
+        ReferenceDelta.from_checkpoints(base, tuned),
+        base=base,
+        other=ReferenceDelta.load(other),
+        reserve_rate=0.5,
+    )
+    code, printed, errors = command(other, "--json")
+    assert (code, errors) == (0, "")
+    assert json.loads(printed) == inspect_delta(delta_of(OTHER))
+
+
+def test_the_table(command, files):
+    base, tuned, _ = files
+    code, printed, errors = command(base, tuned)
+    assert (code, errors) == (0, "")
+    lines = [line.split() for line in printed.splitlines()]
+    assert lines[0] == ["scope", "name", "numel", "norm", "density", "relative_norm"]
+    assert ["layer", "model.layers.0", "8", "13", "0.375", "1.3"] in lines
+    assert ["tensor", "model.layers.0.b", "4", "12", "0.25", "-"] in lines
+    assert len(lines) == 1 + len(inspect_delta(delta_of(TAU)))
+
+
+def test_the_command_fails_in_one_sentence(command, files):
+    base, tuned, _ = files
+    for arguments, sentence in (
+        (["gone.safetensors"], "error: gone.safetensors does not exist"),
+        ([base], f"error: {base} is a safetensors file but not a saved reference delta; make one with"),
+        ([base, tuned, "--reserve-rate", "2"], "error: reserve_rate must lie in (0, 1], got 2.0"),
+        ([base, tuned, "--other", tuned], f"error: {tuned} is a safetensors file but not a saved reference delta"),
+    ):
+        code, printed, errors = command(*arguments)
+        assert (code, printed) == (1, "")
+        assert errors.startswith(sentence)
+        assert errors.count("\n") == 1

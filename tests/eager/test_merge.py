@@ -1,0 +1,523 @@
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import equal_bits
+
+from fused_merge.eager.merge import (
+    MERGE_METHODS,
+    check_coefficients,
+    consensus,
+    drop,
+    linear,
+    merge,
+    merge_method,
+    slerp,
+    slerp_coefficients,
+    trim,
+    trim_threshold,
+)
+from fused_merge.eager.philox import DOMAIN_TAU, MaskKey
+from fused_merge.eager.shard import ShardIndex
+from fused_merge.eager.sparsify import sparsify_tau
+from fused_merge.names import tensor_id
+
+NAN, INF = float("nan"), float("inf")
+NAME = "model.layers.0.mlp.up_proj.weight"
+WEIGHTS = [0.7, -0.4, 1.3]
+DENSITIES = [0.3, 0.55, 1.0]
+
+
+def models(shape, dtype=torch.float32, count=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(shape, generator=generator)
+    return base.to(dtype), [(base + 0.1 * torch.randn(shape, generator=generator)).to(dtype) for _ in range(count)]
+
+
+# --- the papers once more, in numpy, an element at a time
+
+
+def voted(terms, weights, elect, normalize):
+    """The merge of one element: the terms are the weighted deltas."""
+    zero = terms[0] - terms[0]
+    chosen = list(range(len(terms)))
+    if elect:
+        sign = 1 if sum(terms, zero) >= 0 else -1
+        chosen = [i for i in chosen if terms[i] * sign > 0]
+    total = sum((terms[i] for i in chosen), zero)
+    mass = sum((weights[i] for i in chosen), zero)
+    return total / mass if normalize and mass != 0 else total
+
+
+def summed(deltas, weights, elect, normalize):
+    weights = [deltas[0].dtype.type(w) for w in weights]
+    rows = np.stack([w * d.ravel() for w, d in zip(weights, deltas, strict=True)], 1)
+    return np.array([voted(row, weights, elect, normalize) for row in rows], deltas[0].dtype).reshape(deltas[0].shape)
+
+
+def expected(base, thetas, weights, keeps, *, elect, normalize, divide_by=(1.0, 1.0, 1.0), scale=1.0):
+    deltas = [
+        np.where(keep, theta - base, 0) / base.dtype.type(p)
+        for theta, keep, p in zip(thetas, keeps, divide_by, strict=True)
+    ]
+    return base + base.dtype.type(scale) * summed(deltas, weights, elect, normalize)
+
+
+def as_numpy(tensors):
+    return [tensor.double().numpy() if tensor.dtype == torch.float64 else tensor.float().numpy() for tensor in tensors]
+
+
+def assert_merged(got, want, dtype):
+    """The same bits, where the calculation in numpy is rounded once to the dtype of the result."""
+    assert got.dtype == dtype
+    assert torch.equal(got, torch.as_tensor(want).to(dtype))
+
+
+ALL_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("normalize", [None, True, False])
+def test_task_arithmetic_is_the_weighted_sum_of_task_vectors(dtype, normalize):
+    base, thetas = models((19, 23), dtype)
+    first, *rest = as_numpy([base, *thetas])
+    want = expected(first, rest, WEIGHTS, [True] * 3, elect=False, normalize=bool(normalize), scale=0.8)
+    got = merge(base, thetas, WEIGHTS, method="task_arithmetic", name=NAME, normalize=normalize, scale=0.8)
+    assert_merged(got, want, dtype)
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("normalize", [None, True, False])
+def test_ties_trims_elects_and_takes_the_disjoint_mean(dtype, normalize):
+    base, thetas = models((19, 23), dtype, seed=1)
+    first, *rest = as_numpy([base, *thetas])
+    keeps = [reference.top(theta - first, p) for theta, p in zip(rest, DENSITIES, strict=True)]
+    want = expected(first, rest, WEIGHTS, keeps, elect=True, normalize=normalize is not False, scale=1.5)
+    got = merge(base, thetas, WEIGHTS, method="ties", name=NAME, densities=DENSITIES, normalize=normalize, scale=1.5)
+    assert_merged(got, want, dtype)
+
+
+def test_ties_trimmed_over_the_whole_model():
+    names = {"a": (3, 50), "b": (40,), "c": ()}
+    tensors = {name: models(shape, seed=i) for i, (name, shape) in enumerate(names.items())}
+    # The share of each tensor differs: the deltas of "b" are larger.
+    tensors["b"] = (tensors["b"][0], [tensors["b"][0] + 5 * (theta - tensors["b"][0]) for theta in tensors["b"][1]])
+    deltas = [
+        np.concatenate([(thetas[i] - base).numpy().ravel() for base, thetas in tensors.values()]) for i in range(3)
+    ]
+    levels = [np.sort(np.abs(delta))[-max(1, math.floor(0.2 * delta.size))] for delta in deltas]
+    thresholds = [trim_threshold(torch.from_numpy(delta), 0.2) for delta in deltas]
+    for name, (base, thetas) in tensors.items():
+        first, *rest = as_numpy([base, *thetas])
+        keeps = [np.abs(theta - first) >= level for theta, level in zip(rest, levels, strict=True)]
+        want = expected(first, rest, WEIGHTS, keeps, elect=True, normalize=True)
+        got = merge(base, thetas, WEIGHTS, method="ties", name=name, thresholds=thresholds)
+        assert_merged(got, want, torch.float32)
+        own = merge(base, thetas, WEIGHTS, method="ties", name=name, densities=[0.2] * 3)
+        assert not torch.equal(got, own)
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("rescale", [None, True, False])
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_dare_drops_by_the_mask_of_each_model_and_divides_by_its_density(dtype, rescale, method):
+    base, thetas = models((19, 23), dtype, seed=2)
+    first, *rest = as_numpy([base, *thetas])
+    keeps = [reference.keep(437, p, 11, i, NAME, 1).reshape(19, 23) for i, p in enumerate(DENSITIES[:2])] + [True]
+    want = expected(
+        first,
+        rest,
+        WEIGHTS,
+        keeps,
+        elect=method == "dare_ties",
+        normalize=False,
+        divide_by=(1.0,) * 3 if rescale is False else DENSITIES,
+    )
+    got = merge(base, thetas, WEIGHTS, method=method, name=NAME, densities=DENSITIES, rescale=rescale, seed=11)
+    assert_merged(got, want, dtype)
+
+
+@ALL_DTYPES
+@pytest.mark.parametrize("normalize", [None, True, False])
+def test_linear_is_the_weighted_mean_of_models(dtype, normalize):
+    _, thetas = models((19, 23), dtype, seed=3)
+    want = summed(as_numpy(thetas), WEIGHTS, False, normalize is not False)
+    assert_merged(merge(None, thetas, WEIGHTS, method="linear", name=NAME, normalize=normalize), want, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.5, 1.0, 1.2, -0.1])
+def test_slerp_turns_by_a_share_of_the_angle(dtype, t):
+    a, b = torch.randn(2, 31, 17, generator=torch.Generator().manual_seed(4)).to(dtype)
+    x, y = (tensor.double().numpy() for tensor in (a, b))
+    # Gram and Schmidt: turn a towards the part of b that is orthogonal to it, in units of the two lengths.
+    u = x / np.linalg.norm(x)
+    v = y / np.linalg.norm(y)
+    across = v - (u * v).sum() * u
+    angle = math.atan2(np.linalg.norm(across), (u * v).sum())
+    share_b = math.sin(t * angle) / math.sin(angle)
+    share_a = math.cos(t * angle) - share_b * math.cos(angle)
+    want = torch.from_numpy(share_a * x + share_b * y)
+    got = merge(a, [b], [t], method="slerp", name=NAME)
+    assert got.dtype == dtype
+    torch.testing.assert_close(
+        got.double(), want.to(dtype).double(), rtol=1e-6 if dtype != torch.bfloat16 else 2**-7, atol=1e-6
+    )
+
+
+# --- by hand
+
+
+def test_ties_by_hand():
+    # Trimmed to two of four: (3, -2, 0, 0), (-1, 0, 4, 0), (2, 0, -4, 0). The sums are 4, -2 and 0, where + wins.
+    base = torch.tensor([1.0, 1.0, 1.0, 1.0])
+    deltas = torch.tensor([[3.0, -2.0, 1.0, 0.5], [-1.0, 0.5, 4.0, 0.25], [2.0, 1.0, -4.0, 1.0]])
+    got = merge(base, list(base + deltas), [1.0, 1.0, 1.0], method="ties", name="a", densities=[0.5] * 3)
+    assert got.tolist() == [1.0 + (3.0 + 2.0) / 2, 1.0 - 2.0, 1.0 + 4.0, 1.0]
+    # A weight of 9 turns the first vote, 3 - 9 + 2, and the third, 36 - 4, has a winner.
+    got = merge(base, list(base + deltas), [1.0, 9.0, 1.0], method="ties", name="a", densities=[0.5] * 3)
+    assert got.tolist() == [1.0 - 9.0 / 9.0, -1.0, 1.0 + 36.0 / 9.0, 1.0]
+
+
+def test_a_vote_by_hand():
+    deltas = [torch.tensor([2.0, 2.0, 0.0, -1.0]), torch.tensor([-3.0, -2.0, 0.0, -1.0])]
+    assert consensus(deltas, [1.0, 1.0], elect=True, normalize=False).tolist() == [-3.0, 2.0, 0.0, -2.0]
+    # A negative weight turns its delta: 2 and 3, 2 and 2, 0 and 0, -1 and 1.
+    assert consensus(deltas, [1.0, -1.0], elect=True, normalize=False).tolist() == [5.0, 4.0, 0.0, 1.0]
+    # Where weights of opposite signs agree, their sum is 0 and divides nothing.
+    assert consensus(deltas, [1.0, -1.0], elect=True, normalize=True).tolist() == [5.0, 4.0, 0.0, -1.0]
+
+
+def test_the_mean_is_of_those_that_agree():
+    deltas = [torch.tensor([4.0, 0.0]), torch.tensor([-1.0, 2.0]), torch.tensor([8.0, 6.0])]
+    assert consensus(deltas, [1.0, 1.0, 3.0], elect=True, normalize=True).tolist() == [7.0, 5.0]
+    assert consensus(deltas, [1.0, 1.0, 2.0], elect=False, normalize=True).tolist() == [4.75, 3.5]
+
+
+def test_weights_that_cancel_divide_nothing():
+    deltas = [torch.tensor([3.0]), torch.tensor([1.0])]
+    assert consensus(deltas, [0.5, -0.5], elect=False, normalize=True).tolist() == [1.0]
+
+
+def test_dare_by_hand():
+    key = MaskKey(seed=3, step=0, tensor_id=tensor_id("a"), domain=DOMAIN_TAU)
+    keep = reference.keep(6, 0.5, 3, 0, "a", 1)
+    assert 0 < keep.sum() < 6
+    assert drop(torch.full((6,), 3.0), 0.5, key, rescale=True).tolist() == [6.0 if k else 0.0 for k in keep]
+    assert drop(torch.full((6,), 3.0), 0.5, key, rescale=False).tolist() == [3.0 if k else 0.0 for k in keep]
+
+
+def test_the_mean_over_masks_is_the_delta():
+    base, theta = torch.zeros(20_000), torch.ones(20_000)
+    got = merge(base, [theta], [1.0], method="dare_linear", name="a", densities=[0.25])
+    assert set(got.tolist()) == {0.0, 4.0}
+    # Four standard deviations of a mean of 20 000.
+    assert abs(got.mean().item() - 1.0) < 4 * math.sqrt(3 / 20_000)
+
+
+def test_slerp_by_hand():
+    # A right angle, halfway: both by sin(45 degrees).
+    half = math.sqrt(0.5)
+    assert slerp_coefficients(0.5, 2.0, 3.0, 0.0) == pytest.approx((half, half))
+    # 60 degrees, a third of the way: sin 40 / sin 60 and sin 20 / sin 60.
+    third = [math.sin(math.radians(angle)) / math.sin(math.radians(60)) for angle in (40, 20)]
+    assert slerp_coefficients(1 / 3, 2.0, 5.0, 5.0) == pytest.approx(third)
+    assert slerp(torch.tensor([2.0, 0.0]), torch.tensor([0.0, 3.0]), 0.5).tolist() == pytest.approx(
+        [2 * half, 3 * half]
+    )
+
+
+@pytest.mark.parametrize(
+    ("norm_a", "norm_b", "dot"),
+    [
+        (1.0, 2.0, 1.9999),
+        (1.0, 2.0, -1.9999),
+        (1.0, 1.0, 1.0 + 1e-7),
+        (0.0, 2.0, 0.0),
+        (0.0, 0.0, 0.0),
+        (INF, 1.0, 1.0),
+        (1.0, NAN, NAN),
+        (INF, INF, INF),
+    ],
+)
+def test_without_an_angle_slerp_is_a_straight_line(norm_a, norm_b, dot):
+    assert slerp_coefficients(0.25, norm_a, norm_b, dot) == (0.75, 0.25)
+
+
+def test_slerp_of_nearly_one_line_of_zeros_and_of_nan():
+    a = torch.randn(100, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(slerp(a, 2 * a, 0.25), 0.75 * a + 0.25 * (2 * a))
+    assert torch.equal(slerp(a, -a, 0.25), 0.75 * a + 0.25 * -a)
+    assert torch.equal(slerp(a, torch.zeros(100), 0.25), 0.75 * a)
+    assert slerp(torch.zeros(3), torch.zeros(3), 0.25).tolist() == [0.0] * 3
+    assert slerp(torch.tensor([1.0, NAN, 3.0]), torch.ones(3), 0.5).isnan().tolist() == [False, True, False]
+
+
+# --- what a method keeps
+
+
+def test_the_first_mask_is_that_of_a_reference_delta():
+    base, thetas = models((30, 40))
+    delta = thetas[0] - base
+    drawn = sparsify_tau(delta, name="module.a", method="random", reserve_rate=0.3, seed=5)
+    got = merge(base, thetas[:1], [1.0], method="dare_linear", name="a", densities=[0.3], rescale=False, seed=5)
+    assert torch.equal(got, base + drawn)
+
+
+def test_ties_at_the_threshold_all_stay():
+    x = torch.tensor([2.0, -2.0, 1.0, 2.0, -0.5])
+    assert trim(x, trim_threshold(x, 0.2)).tolist() == [2.0, -2.0, 0.0, 2.0, 0.0]
+    assert trim(x, trim_threshold(x, 1.0)).tolist() == x.tolist()
+    assert trim(x, trim_threshold(x, 0.001)).tolist() == [2.0, -2.0, 0.0, 2.0, 0.0]
+    assert trim_threshold(torch.zeros(0), 0.5) == 0
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties"])
+def test_a_density_of_one_keeps_everything(method):
+    base, thetas = models((19, 23))
+    whole = merge(base, thetas, WEIGHTS, method=method, name=NAME, densities=[1.0] * 3)
+    assert torch.equal(whole, merge(base, thetas, WEIGHTS, method=method, name=NAME))
+    plain = merge(base, thetas, WEIGHTS, method="task_arithmetic", name=NAME)
+    assert torch.equal(whole, plain) == (method == "dare_linear")
+
+
+@pytest.mark.parametrize("method", [name for name, row in MERGE_METHODS.items() if row.deltas])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_zero_leave_the_base(method, dtype):
+    base, thetas = models((19, 23), dtype)
+    assert torch.equal(merge(base, thetas, [0.0] * 3, method=method, name=NAME), base)
+    one = merge(base, thetas, [0.0, 1.0, 0.0], method=method, name=NAME)
+    assert torch.equal(one, merge(base, thetas[1:2], [1.0], method=method, name=NAME))
+
+
+@pytest.mark.parametrize("method", MERGE_METHODS)
+def test_nan_stays_nan_and_nothing_else_becomes_it(method):
+    row = MERGE_METHODS[method]
+    base, thetas = models((6, 7), count=1 if row.spherical else 3)
+    thetas[0][2, 3] = NAN
+    # The vote for a sign that is not the NaN's must not drop it.
+    for theta in thetas[1:]:
+        theta[2, 3] = 9.0
+    weights = [0.5] if row.spherical else WEIGHTS
+    densities = None if row.sparsify == "none" else [1.0] * 3
+    got = merge(
+        base if row.deltas or row.spherical else None, thetas, weights, method=method, name=NAME, densities=densities
+    )
+    assert got.isnan().nonzero().tolist() == [[2, 3]]
+
+
+def test_a_trim_keeps_nan():
+    base, thetas = models((6, 7), count=2)
+    thetas[1][0, 0] = NAN
+    got = merge(base, thetas, [1.0, 1.0], method="ties", name=NAME, densities=[0.1, 0.1])
+    assert got.isnan().nonzero().tolist() == [[0, 0]]
+
+
+# --- blocks, shapes, dtypes
+
+
+@given(
+    method=st.sampled_from([name for name in MERGE_METHODS if name != "slerp"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    cuts=st.lists(st.integers(0, 437), max_size=5),
+    options=st.fixed_dictionaries({"normalize": st.sampled_from([None, True, False])}),
+    scale=st.sampled_from([1.0, 0.3]),
+)
+def test_blocks_have_the_bits_of_the_whole(method, dtype, cuts, options, scale):
+    row = MERGE_METHODS[method]
+    base, thetas = models(437, dtype)
+    options |= {"method": method, "name": NAME, "seed": 7}
+    if row.deltas:
+        options["scale"] = scale
+    if row.sparsify != "none":
+        options["densities"] = DENSITIES
+    start = base if row.deltas else None
+    whole = merge(start, thetas, WEIGHTS, **options)
+    if row.sparsify == "magnitude":
+        wide = dtype if dtype == torch.float64 else torch.float32
+        deltas = [theta.to(wide) - base.to(wide) for theta in thetas]
+        options["thresholds"] = [trim_threshold(x, p) for x, p in zip(deltas, DENSITIES, strict=True)]
+    edges = [0, *sorted(cuts), 437]
+    blocks = [
+        merge(
+            None if start is None else start[i:j],
+            [theta[i:j] for theta in thetas],
+            WEIGHTS,
+            **options,
+            shard=ShardIndex(i, max(j - i, 1), max(j - i, 1)),
+        )
+        for i, j in pairwise(edges)
+    ]
+    assert equal_bits(torch.cat(blocks), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_blocks_of_slerp_are_those_of_a_sum_with_its_coefficients(dtype):
+    base, (other,) = models(437, dtype, count=1, seed=8)
+    other = other + torch.linspace(-3, 3, 437).to(dtype)
+    whole = merge(base, [other], [0.3], method="slerp", name=NAME)
+    wide = dtype if dtype == torch.float64 else torch.float32
+    a, b = base.to(wide), other.to(wide)
+    # Sums over neighbours, as the whole tensor is summed: a tree.
+    tree = [list(x * y) for x, y in ((a, a), (b, b), (a, b))]
+    for level in tree:
+        while len(level) > 1:
+            level[:] = [sum(level[i + 1 : i + 2], level[i]) for i in range(0, len(level), 2)]
+    (aa,), (bb,), (ab,) = tree
+    coefficients = slerp_coefficients(0.3, math.sqrt(aa), math.sqrt(bb), float(ab))
+    assert coefficients != (0.7, 0.3)
+    blocks = [
+        merge(None, [base[i:j], other[i:j]], coefficients, method="linear", name=NAME, normalize=False)
+        for i, j in ((0, 100), (100, 101), (101, 437))
+    ]
+    assert equal_bits(torch.cat(blocks), whole)
+
+
+@pytest.mark.parametrize("method", MERGE_METHODS)
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (5, 7, 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_shapes(method, shape, dtype):
+    row = MERGE_METHODS[method]
+    base, thetas = models(shape, dtype, count=1 if row.spherical else 2)
+    before = [tensor.clone() for tensor in (base, *thetas)]
+    got = merge(
+        base if row.deltas or row.spherical else None,
+        thetas,
+        [0.5] * len(thetas),
+        method=method,
+        name=NAME,
+        densities=None if row.sparsify == "none" else [0.5] * len(thetas),
+    )
+    assert got.shape == shape
+    assert got.dtype == dtype
+    assert not got.isnan().any()
+    assert all(equal_bits(a, b) for a, b in zip(before, (base, *thetas), strict=True))
+
+
+def test_models_of_several_dtypes_and_a_dtype_of_the_result():
+    base, thetas = models((19, 23))
+    mixed = [thetas[0].bfloat16(), thetas[1].half(), thetas[2]]
+    got = merge(base.bfloat16(), mixed, WEIGHTS, method="task_arithmetic", name=NAME)
+    assert got.dtype == torch.bfloat16
+    wide = merge(base.bfloat16(), mixed, WEIGHTS, method="task_arithmetic", name=NAME, dtype=torch.float32)
+    want = merge(base.bfloat16().float(), [x.float() for x in mixed], WEIGHTS, method="task_arithmetic", name=NAME)
+    assert equal_bits(wide, want)
+    assert equal_bits(got, want.bfloat16())
+    double = merge(base, [thetas[0].double()], [0.1], method="task_arithmetic", name=NAME, dtype=torch.float64)
+    assert torch.equal(double, base.double() + 0.1 * (thetas[0].double() - base.double()))
+
+
+def test_views_of_any_strides():
+    base, thetas = models((19, 23))
+    densities = [0.3, 0.5, 0.9]
+    across = merge(base.T, [x.T for x in thetas], WEIGHTS, method="ties", name=NAME, densities=densities)
+    assert torch.equal(across.T, merge(base, thetas, WEIGHTS, method="ties", name=NAME, densities=densities))
+    assert torch.equal(
+        merge(base.T, [thetas[0].T.contiguous()], [0.2], method="slerp", name=NAME),
+        slerp(base.T.contiguous(), thetas[0].T.contiguous(), 0.2),
+    )
+
+
+@given(
+    st.lists(st.tuples(*[st.floats(-8, 8, width=16)] * 3), min_size=1, max_size=20),
+    st.tuples(*[st.sampled_from([0.0, 0.5, 1.0, -1.0, 2.0])] * 3),
+    st.booleans(),
+    st.booleans(),
+)
+def test_any_consensus_is_that_of_its_elements(rows, weights, elect, normalize):
+    deltas = [torch.tensor(column, dtype=torch.float32) for column in zip(*rows, strict=True)]
+    got = consensus(deltas, weights, elect=elect, normalize=normalize)
+    assert np.array_equal(got.numpy(), summed([delta.numpy() for delta in deltas], weights, elect, normalize))
+
+
+def test_linear_is_a_mean_or_a_sum():
+    thetas = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])]
+    assert linear(thetas, [1.0, 3.0]).tolist() == [2.5, 5.0]
+    assert linear(thetas, [1.0, 3.0], normalize=False).tolist() == [10.0, 20.0]
+
+
+# --- what is refused
+
+
+def test_options_are_decided_by_the_row():
+    assert merge_method("ties") == MERGE_METHODS["ties"]
+    assert merge_method("ties", normalize=False).normalize is False
+    assert merge_method("dare_ties", rescale=False).rescale is False
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("tie", {}, "unknown merge method 'tie'; the rows are 'linear', 'slerp', 'task_arithmetic', 'ties'"),
+        ("slerp", {"normalize": True}, "'slerp' has no option 'normalize': the angle decides its weights; leave it"),
+        ("ties", {"rescale": True}, "'ties' has no option 'rescale': it drops nothing at random; leave it out"),
+        ("ties", {"scale": INF}, "scale must be finite, got inf"),
+        ("linear", {"scale": 2.0}, "'linear' has no option 'scale': it sums whole models; leave it out"),
+    ],
+)
+def test_options_that_a_row_lacks(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        merge_method(method, **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "weights", "densities", "message"),
+    [
+        ("ties", 0, [], None, "there is no model to merge; pass at least one"),
+        ("slerp", 2, [0.5, 0.5], None, "'slerp' goes from the base to one model, got 2 models"),
+        ("ties", 2, [0.5], None, "2 models need as many weights, got 1"),
+        ("ties", 1, [NAN], None, "a weight must be finite, got nan"),
+        ("linear", 2, [0.5, -0.5], None, r"divides by the sum of \[0.5, -0.5\], which is 0; use normalize=False"),
+        ("task_arithmetic", 1, [1.0], [0.5], "'task_arithmetic' has no option 'density': it keeps everything; leave"),
+        ("ties", 2, [1.0, 1.0], [0.5], "2 models need as many densities, got 1"),
+        ("ties", 1, [1.0], [0.0], r"density must lie in \(0, 1\], got 0.0"),
+        ("dare_ties", 1, [1.0], [1.1], r"density must lie in \(0, 1\], got 1.1"),
+        ("dare_ties", 1, [1.0], [NAN], r"density must lie in \(0, 1\], got nan"),
+    ],
+)
+def test_coefficients_that_no_merge_can_use(method, count, weights, densities, message):
+    with pytest.raises(ValueError, match=message):
+        check_coefficients(method, count, weights, densities)
+    base = None if method == "linear" else torch.ones(3)
+    with pytest.raises(ValueError, match=message):
+        merge(base, [torch.ones(3)] * count, weights, method=method, name=NAME, densities=densities)
+
+
+def test_weights_of_a_sum_may_cancel():
+    check_coefficients("linear", 2, [0.5, -0.5], normalize=False)
+    check_coefficients("task_arithmetic", 2, [0.5, -0.5], normalize=True)
+
+
+@pytest.mark.parametrize(
+    ("base", "thetas", "options", "message"),
+    [
+        (None, [torch.ones(3)], {"method": "ties"}, "method 'ties' needs a base"),
+        (None, [torch.ones(3)], {"method": "slerp"}, "method 'slerp' needs a base"),
+        (torch.ones(3), [torch.ones(3)], {"method": "linear"}, "method 'linear' needs no base; pass None"),
+        (torch.ones(3), [torch.ones(1)], {"method": "ties"}, r"'a' is \[3\] and \[1\]; all models need one shape"),
+        (
+            torch.ones(3),
+            [torch.ones(3)],
+            {"method": "dare_ties", "thresholds": [1]},
+            "'dare_ties' of 1 models got 1 th",
+        ),
+        (torch.ones(3), [torch.ones(3)], {"method": "ties", "thresholds": [1, 2]}, "'ties' of 1 models got 2 thresh"),
+        (
+            torch.ones(3),
+            [torch.ones(3)],
+            {"method": "ties", "shard": ShardIndex.whole(3)},
+            "a block of 'a' cannot tell what 'ties' takes from the whole tensor; pass thresholds",
+        ),
+        (torch.ones(3), [torch.ones(3)], {"method": "slerp", "shard": ShardIndex.whole(3)}, "a block of 'a' cannot"),
+    ],
+)
+def test_tensors_that_do_not_fit(base, thetas, options, message):
+    with pytest.raises(ValueError, match=message):
+        merge(base, thetas, [1.0] * len(thetas), name="a", **options)

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from device import DEVICE
+
+from fused_merge.functional import backend
+
+CPU = torch.device("cpu")
+
+
+def python(code: str, **environment: str) -> str:
+    clean = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FUSED_MERGE_IMPL")}
+    run = subprocess.run([sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_auto_is_eager_on_a_cpu_and_triton_on_a_gpu():
+    assert backend.resolve("auto", CPU) == "eager"
+    if DEVICE.type == "cuda":
+        assert backend.resolve("auto", DEVICE) == "triton"
+
+
+def test_auto_compiles_on_a_cpu_above_fifty_million_elements(monkeypatch, caplog):
+    assert backend.resolve("auto", CPU, 49_999_999) == "eager"
+    assert backend.resolve("auto", CPU, 50_000_000) == "compiled"
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    backend._warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "fused_merge"):
+        assert backend.resolve("auto", CPU, 50_000_000) == "eager"
+        assert backend.resolve("auto", CPU, 50_000_000) == "eager"
+    assert [record.getMessage() for record in caplog.records] == [
+        "fused_merge runs eager code on cpu: torch.compile needs a C++ compiler and finds none; install one, or use "
+        "impl='eager'"
+    ]
+    with pytest.raises(RuntimeError, match=r"impl='compiled' cannot run on cpu: torch.compile needs a C\+\+ compiler"):
+        backend.resolve("compiled", CPU)
+
+
+def test_compiling_is_for_the_cpu():
+    with pytest.raises(RuntimeError, match="impl='compiled' cannot run on meta: it is for the CPU"):
+        backend.resolve("compiled", torch.device("meta"))
+
+
+def test_what_is_asked_for_by_name():
+    assert backend.resolve("compiled", CPU) == "compiled"
+    assert backend.resolve("eager", DEVICE) == "eager"
+    assert backend.resolve("triton", DEVICE) == "triton"
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="impl must be one of 'auto', 'triton', 'compiled', 'eager', got 'cuda'"):
+        backend.resolve("cuda", CPU)
+
+
+def test_the_environment_overrides(monkeypatch):
+    monkeypatch.setenv("FUSED_MERGE_IMPL", "triton")
+    assert backend.resolve("eager", DEVICE) == "triton"
+    monkeypatch.setenv("FUSED_MERGE_IMPL", "fast")
+    with pytest.raises(ValueError, match="FUSED_MERGE_IMPL must be one of"):
+        backend.resolve("eager", CPU)
+
+
+def test_triton_that_cannot_run_says_why():
+    code = """
+import torch
+from fused_merge.functional import backend
+try:
+    backend.resolve("triton", torch.device("cpu"))
+except RuntimeError as error:
+    print(error)
+"""
+    sentence = python(code)
+    assert sentence.startswith("impl='triton' cannot run on cpu: Triton drives no cpu device; use impl='eager'")
+    assert "TRITON_INTERPRET=1" in sentence
+
+
+def test_without_triton_the_reason_is_its_absence(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert backend.why_not_triton(CPU).startswith("Triton is not installed; install a torch build that brings it")
+
+
+def test_importing_the_library_imports_neither_triton_nor_extras():
+    code = """
+import sys, torch
+before = set(sys.modules)
+import fused_merge
+print(sorted({name.split(".")[0] for name in set(sys.modules) - before} & {"triton", "rich", "typer", "transformers"}))
+"""
+    assert python(code) == "[]"
+
+
+def test_it_works_without_triton():
+    code = """
+import sys
+sys.modules["triton"] = None
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
+import torch, fused_merge as fm
+model, base = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+delta = fm.ReferenceDelta.from_models(base, model)
+optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, lr=1e-3)
+model(torch.ones(1, 3)).sum().backward()
+optimizer.step()
+print(fm.interpolate(torch.zeros(2), torch.ones(2), [0.5]).tolist())
+"""
+    assert python(code) == "[[0.5, 0.5]]"
+
+
+def test_the_import_costs_at_most_a_fifth_of_torch():
+    def seconds(statement: str) -> float:
+        # Of the processor and not of the clock: what else the machine does is not the import's.
+        before = os.times()
+        python(statement)
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    # Turn by turn, so that a busy machine slows both; the best of each is what the import costs.
+    pairs = [(seconds("import torch"), seconds("import fused_merge")) for _ in range(5)]
+    torch_alone, ours = (min(times) for times in zip(*pairs, strict=True))
+    assert ours <= 1.2 * torch_alone

@@ -1,0 +1,190 @@
+"""Compiled code against eager code, bit for bit. CPU only: that is where it runs."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import fused_merge as fm
+from fused_merge import functional
+from fused_merge.eager.interpolate import interpolate as eager_interpolate
+from fused_merge.functional import backend, compiled
+from fused_merge.functional.backend import why_not_compiled
+from fused_merge.io.sources import same_bits
+
+assert why_not_compiled(torch.device("cpu")) is None
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler(monkeypatch):
+    """Every case is compiled for itself, and a case that cannot be compiled whole fails."""
+    torch.compiler.reset()
+    strict = torch.compile(compiled.eager_merging_adamw_, dynamic=True, fullgraph=True)
+    monkeypatch.setattr(compiled, "_compiled_step", lambda: strict)
+
+
+def parameters(dtype: torch.dtype, seed: int) -> nn.ParameterDict:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+
+    tensors = {"matrix": draw(33, 65), "other": draw(17, 129), "vector": draw(1001), "cube": draw(3, 5, 7)}
+    return nn.ParameterDict(tensors | {"one": draw(1), "empty": draw(0, 4), "permuted": nn.Parameter(draw(20, 30).t())})
+
+
+CASES = [
+    {"method": "ondare", "reserve_rate": 1.0, "weight_decay": 0.1},
+    {"method": "ondare", "reserve_rate": 0.3, "max_grad_norm": 1.0},
+    {"method": "onties", "reserve_rate": 0.3, "merge_every": 2, "weight_decay": 0.1},
+    {"method": "onties", "reserve_rate": 0.3, "vote": "paper", "project": "conflict", "project_on": "update"},
+    {"method": "onproj", "project": "onto", "project_over": "rows", "project_strength": 0.5},
+    {"method": "onsoft", "reserve_rate": 0.3, "rounding": "stochastic"},
+    {"method": "ondare", "reserve_rate": 0.3, "dtype": torch.bfloat16, "master": "split"},
+    {"method": "ondare", "reserve_rate": 0.3, "dtype": torch.bfloat16, "rounding": "stochastic"},
+    {"method": "ondare", "reserve_rate": 0.3, "dtype": torch.float64},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
+def test_compiled_equals_eager(case):
+    options = dict(case)
+    dtype = options.pop("dtype", torch.float32)
+    delta = fm.ReferenceDelta.from_models(dict(parameters(dtype, 0).items()), dict(parameters(dtype, 1).items()))
+    runs = []
+    for impl in ("eager", "compiled"):
+        params = parameters(dtype, 1)
+        optimizer = fm.MergingAdamW(
+            params.named_parameters(), reference_delta=delta, lr=1e-2, alpha=0.05, seed=3, impl=impl, **options
+        )
+        generator = torch.Generator().manual_seed(2)
+        for _ in range(3):
+            for parameter in params.values():
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(dtype)
+            optimizer.step()
+        runs.append([(p.detach(), optimizer.state[p]) for p in params.values()])
+    for (ours, our_state), (theirs, their_state) in zip(*runs, strict=True):
+        assert torch.equal(ours, theirs)
+        assert our_state.keys() == their_state.keys()
+        assert all(torch.equal(our_state[key], their_state[key]) for key in our_state)
+
+
+def test_statistics_are_those_of_eager():
+    delta = fm.ReferenceDelta.from_models(dict(parameters(torch.float32, 0)), dict(parameters(torch.float32, 1)))
+    gathered = []
+    for impl in ("eager", "compiled"):
+        params = parameters(torch.float32, 1)
+        optimizer = fm.OnTIESAdamW(
+            params.named_parameters(), reference_delta=delta, lr=1e-2, reserve_rate=0.3, stats_every=1, impl=impl
+        )
+        for parameter in params.values():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        gathered.append(optimizer.merge_stats())
+    assert gathered[0] == gathered[1]
+    assert gathered[0]["matrix"]["kept_tau"] > 0.29
+
+
+def test_one_form_serves_all_sizes_seeds_and_steps():
+    params = parameters(torch.float32, 1)
+    delta = fm.ReferenceDelta.from_models(dict(parameters(torch.float32, 0)), dict(params))
+    optimizer = fm.OnDAREAdamW(params.named_parameters(), reference_delta=delta, reserve_rate=0.3, impl="compiled")
+    for parameter in params.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        optimizer.param_groups[0]["lr"] = 0.5
+        optimizer.step()
+        optimizer.step()
+
+
+def test_compiling_is_announced_once(monkeypatch, caplog):
+    monkeypatch.undo()
+    compiled._compiled_step.cache_clear()
+    with caplog.at_level(logging.WARNING, "fused_merge"):
+        compiled._compiled_step()
+        compiled._compiled_step()
+    assert [record.getMessage() for record in caplog.records] == [
+        "compiling the optimizer step for the CPU: the first step takes some seconds"
+    ]
+
+
+# --- the line
+
+
+@pytest.fixture
+def strict_point(monkeypatch):
+    """A point that cannot be compiled whole fails."""
+    strict = torch.compile(compiled.write_point, dynamic=True, fullgraph=True)
+    monkeypatch.setattr(compiled, "_compiled_point", lambda: strict)
+
+
+def ends(numel: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(numel)
+    base = torch.randn(numel, generator=generator, dtype=torch.float64)
+    return base.to(dtype), (base + 1e-3 * torch.randn(numel, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+@pytest.mark.usefixtures("strict_point")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_compiled_line_equals_the_eager_one(dtype):
+    ratios = [0.0, 0.25, 0.3, 0.5, 0.9, 1.0, 1.3, -0.7]
+    for numel in (0, 1, 2, 31, 4097, 3 * 2**17 + 5):
+        pairs = [ends(numel, dtype)]
+        # What is no number, and what overflows, has its bits too.
+        pairs.append((pairs[0][0] * float("inf"), pairs[0][1]))
+        for base, tuned in pairs:
+            made, expected = (
+                functional.interpolate([base], [tuned], ratios, impl=impl)[0] for impl in ("compiled", "eager")
+            )
+            for ours, theirs in zip(made, expected, strict=True):
+                assert same_bits(ours, theirs)
+
+
+@pytest.mark.usefixtures("strict_point")
+def test_compiled_outputs_of_other_dtypes_and_in_the_place_of_an_end():
+    base, tuned = ends(1001, torch.bfloat16)
+    for dtype in (torch.float32, torch.float64):
+        made, expected = ([torch.empty(1001, dtype=dtype) for _ in range(2)] for _ in range(2))
+        functional.interpolate([base], [tuned], [0.3, 0.8], [made], impl="compiled")
+        functional.interpolate([base], [tuned], [0.3, 0.8], [expected], impl="eager")
+        assert all(same_bits(*pair) for pair in zip(made, expected, strict=True))
+    for place in (0, 1):
+        pair = [base.clone(), tuned.clone()]
+        ((expected,),) = functional.interpolate([base], [tuned], [0.3], impl="eager")
+        functional.interpolate(pair[:1], pair[1:], [0.3], [[pair[place]]], impl="compiled")
+        assert same_bits(pair[place], expected)
+
+
+def test_one_compiled_point_serves_all_sizes_and_ratios():
+    first, second = ends(4097, torch.bfloat16), ends(70001, torch.bfloat16)
+    functional.interpolate(first[:1], first[1:], [0.3, 0.7], impl="compiled")
+    with torch.compiler.set_stance("fail_on_recompile"):
+        functional.interpolate(first[:1], first[1:], [0.1, 0.9, 1.5], impl="compiled")
+        functional.interpolate(second[:1], second[1:], [0.3, 0.7], impl="compiled")
+
+
+def test_a_sweep_may_be_compiled_and_comes_back():
+    base, tuned, model = (parameters(torch.bfloat16, seed) for seed in range(3))
+    before = [p.detach().clone() for p in model.values()]
+    with fm.RatioSweep(model, dict(base), dict(tuned), impl="compiled").at(0.3):
+        for ours, theirs in zip(model.values(), zip(base.values(), tuned.values(), strict=True), strict=True):
+            assert same_bits(ours.detach(), eager_interpolate(*(end.detach() for end in theirs), 0.3))
+    assert all(same_bits(p.detach(), kept) for p, kept in zip(model.values(), before, strict=True))
+
+
+def test_neither_auto_nor_a_stream_compiles_the_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "_compiled_point", lambda: pytest.fail("compiled"))
+    monkeypatch.setattr(backend, "COMPILE_FROM", 10)
+    base, tuned = ends(1001, torch.bfloat16)
+    functional.interpolate([base], [tuned], [0.3], impl="auto")
+    for name, end in (("base", base), ("tuned", tuned)):
+        save_file({"weight": end}, tmp_path / f"{name}.safetensors")
+    files = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    fm.interpolate_checkpoints(*files, [0.3], tmp_path / "named", impl="compiled", progress=False)
+    monkeypatch.setenv("FUSED_MERGE_IMPL", "compiled")
+    fm.interpolate_checkpoints(*files, [0.3], tmp_path / "overridden", progress=False)

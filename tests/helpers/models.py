@@ -1,0 +1,65 @@
+"""A small model near another one, its gradients and its steps: what the tests of the optimizers share."""
+
+from __future__ import annotations
+
+import torch
+from device import DEVICE
+from torch import nn
+
+import fused_merge as fm
+
+IMPLS = ["eager", "triton"]
+
+
+class Model(nn.Module):
+    def __init__(self, seed: int = 0, head: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = nn.Embedding(11, 8)
+        self.hidden = nn.Linear(8, 16)
+        self.norm = nn.LayerNorm(16)
+        if head:
+            self.head = nn.Linear(16, 3, bias=False)
+        self.to(DEVICE)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(torch.tanh(self.hidden(self.embed(tokens)))))
+
+
+def trained(seed: int = 1) -> nn.Module:
+    """A model near `Model(0)`, as after fine-tuning."""
+    model = Model(0)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return model
+
+
+def fill_gradients(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter)
+
+
+def run(optimizer, model, steps, first=0):
+    for step in range(first, first + steps):
+        fill_gradients(model, step)
+        optimizer.step()
+
+
+def assert_same(a, b):
+    """Same bits in parameters and in every state tensor."""
+    for group_a, group_b in zip(a.param_groups, b.param_groups, strict=True):
+        for p, q in zip(group_a["params"], group_b["params"], strict=True):
+            assert torch.equal(p, q)
+            assert a.state[p].keys() == b.state[q].keys()
+            for key in a.state[p]:
+                assert a.state[p][key].dtype == b.state[q][key].dtype
+                assert torch.equal(a.state[p][key], b.state[q][key])
+
+
+def optimizer_of(model, delta, **options):
+    """OnDARE whose merges move every tensor, dense enough to see."""
+    options = {"lr": 1e-2, "alpha": 0.1, "reserve_rate": 0.5} | options
+    return fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, **options)

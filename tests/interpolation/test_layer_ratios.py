@@ -1,0 +1,786 @@
+"""Where `LayerRatios` puts every tensor of the common layouts, what it refuses, and its text form."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import pickle
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tiny import equal_bits, llama, save
+
+from fused_merge import functional
+from fused_merge.checkpoints import interpolate_checkpoints
+from fused_merge.interpolation.layer_ratios import LayerRatios
+from fused_merge.merge import merge_checkpoints
+from fused_merge.per_tensor import per_tensor
+
+SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 3}
+SIZES |= {"max_position_embeddings": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GROUPED = SIZES | {"num_key_value_heads": 1, "head_dim": 8}
+GPT2 = {
+    "vocab_size": 32,
+    "n_embd": 16,
+    "n_layer": 3,
+    "n_head": 2,
+    "n_positions": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+OPT = SIZES | {"ffn_dim": 24, "word_embed_proj_dim": 8}
+T5 = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 2}
+GATED = T5 | {"feed_forward_proj": "gated-gelu"}
+
+LAYOUTS = {
+    "LlamaForCausalLM": ("LlamaConfig", GROUPED),
+    "LlamaForSequenceClassification": ("LlamaConfig", GROUPED),
+    "Qwen2ForCausalLM": ("Qwen2Config", GROUPED),
+    "Qwen3ForCausalLM": ("Qwen3Config", GROUPED),
+    "Qwen3MoeForCausalLM": ("Qwen3MoeConfig", GROUPED | {"num_experts": 2, "moe_intermediate_size": 8}),
+    "MistralForCausalLM": ("MistralConfig", GROUPED),
+    "MixtralForCausalLM": ("MixtralConfig", GROUPED | {"num_local_experts": 2}),
+    "GemmaForCausalLM": ("GemmaConfig", GROUPED),
+    "Gemma2ForCausalLM": ("Gemma2Config", GROUPED),
+    "GPT2LMHeadModel": ("GPT2Config", GPT2),
+    "GPT2DoubleHeadsModel": ("GPT2Config", GPT2 | {"num_labels": 1}),
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", SIZES),
+    "OPTForCausalLM": ("OPTConfig", OPT),
+    "PhiForCausalLM": ("PhiConfig", SIZES | {"qk_layernorm": True}),
+    "Phi3ForCausalLM": ("Phi3Config", GROUPED),
+    "BertForMaskedLM": ("BertConfig", SIZES),
+    "BertForPreTraining": ("BertConfig", SIZES),
+    "BertForSequenceClassification": ("BertConfig", SIZES),
+    "BertForQuestionAnswering": ("BertConfig", SIZES),
+    "RobertaForMaskedLM": ("RobertaConfig", SIZES),
+    "T5ForConditionalGeneration": ("T5Config", GATED),
+    "T5ForSequenceClassification": ("T5Config", T5),
+}
+KINDS = ["embeddings", "attention", "mlp", "norm", "head"]
+
+
+def names_of(layout: str, **options) -> list[str]:
+    """The names of all floating tensors of a model, tied ones once, in the order of the module."""
+    config, sizes = LAYOUTS[layout]
+    with torch.device("meta"):
+        model = getattr(transformers, layout)(getattr(transformers, config)(**sizes | options))
+    floating_buffers = set(model.state_dict()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    assert not floating_buffers
+    return [name for name, _ in model.named_parameters()]
+
+
+def layers(count: int, rest: tuple[str, ...] = ("self_attn.q_proj.weight",)) -> list[str]:
+    return [f"model.layers.{i}.{name}" for i in range(count) for name in rest]
+
+
+def kinds_of(names: list[str]) -> dict[str, str]:
+    """Name -> kind."""
+    # So that every kind occurs.
+    more = ["embed.x", "layers.0.attn.x", "layers.0.mlp.x", "norm.x", "lm_head.x"]
+    ratios = LayerRatios.by_kind([*names, *more], {kind: i for i, kind in enumerate(KINDS)})
+    return {name: KINDS[int(ratios[name])] for name in names}
+
+
+# --- where everything goes, tensor by tensor: (part of three, kind)
+
+
+def expected_llama() -> dict[str, tuple[int, str]]:
+    expected = {"model.embed_tokens.weight": (0, "embeddings")}
+    for i in range(3):
+        expected |= {f"model.layers.{i}.self_attn.{p}_proj.weight": (i, "attention") for p in "qkvo"}
+        expected |= {f"model.layers.{i}.mlp.{p}_proj.weight": (i, "mlp") for p in ("gate", "up", "down")}
+        expected |= {f"model.layers.{i}.{p}_layernorm.weight": (i, "norm") for p in ("input", "post_attention")}
+    return expected | {"model.norm.weight": (2, "norm"), "lm_head.weight": (2, "head")}
+
+
+def expected_gpt2() -> dict[str, tuple[int, str]]:
+    # The head is tied to wte.
+    expected = {f"transformer.{name}.weight": (0, "embeddings") for name in ("wte", "wpe")}
+    for end in ("weight", "bias"):
+        for i in range(3):
+            layer = f"transformer.h.{i}"
+            expected |= {f"{layer}.attn.{name}.{end}": (i, "attention") for name in ("c_attn", "c_proj")}
+            expected |= {f"{layer}.mlp.{name}.{end}": (i, "mlp") for name in ("c_fc", "c_proj")}
+            expected |= {f"{layer}.{name}.{end}": (i, "norm") for name in ("ln_1", "ln_2")}
+        expected[f"transformer.ln_f.{end}"] = (2, "norm")
+    return expected
+
+
+def expected_t5() -> dict[str, tuple[int, str]]:
+    """Five layers in three parts: both of the encoder, two of the decoder, the last."""
+    expected = {"shared.weight": (0, "embeddings")}
+    for stack, parts in (("encoder", (0, 0)), ("decoder", (1, 1, 2))):
+        for i, part in enumerate(parts):
+            sublayers = ["SelfAttention", *(["EncDecAttention"] if stack == "decoder" else []), "DenseReluDense"]
+            for j, sublayer in enumerate(sublayers):
+                here = f"{stack}.block.{i}.layer.{j}"
+                kind = "mlp" if sublayer == "DenseReluDense" else "attention"
+                weights = ("wi_0", "wi_1", "wo") if kind == "mlp" else "qkvo"
+                expected |= {f"{here}.{sublayer}.{weight}.weight": (part, kind) for weight in weights}
+                expected[f"{here}.layer_norm.weight"] = (part, "norm")
+        bias = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        expected[bias] = (parts[0], "attention")
+        expected[f"{stack}.final_layer_norm.weight"] = (parts[-1], "norm")
+    return expected
+
+
+def expected_bert() -> dict[str, tuple[int, str]]:
+    words = ("word_embeddings.weight", "position_embeddings.weight", "token_type_embeddings.weight")
+    names = (*words, "LayerNorm.weight", "LayerNorm.bias")
+    expected = {f"bert.embeddings.{name}": (0, "embeddings") for name in names}
+    for end in ("weight", "bias"):
+        for i in range(3):
+            layer = f"bert.encoder.layer.{i}"
+            for name in (
+                "attention.self.query",
+                "attention.self.key",
+                "attention.self.value",
+                "attention.output.dense",
+            ):
+                expected[f"{layer}.{name}.{end}"] = (i, "attention")
+            expected |= {f"{layer}.{name}.dense.{end}": (i, "mlp") for name in ("intermediate", "output")}
+            expected |= {f"{layer}.{name}.LayerNorm.{end}": (i, "norm") for name in ("attention.output", "output")}
+        head = ("bert.pooler.dense", "cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm")
+        expected |= {f"{name}.{end}": (2, "head") for name in (*head, "cls.seq_relationship")}
+    # The weight of the decoder is tied to the embeddings, its bias to this.
+    return expected | {"cls.predictions.bias": (2, "head")}
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ("LlamaForCausalLM", expected_llama()),
+        ("GPT2LMHeadModel", expected_gpt2()),
+        ("T5ForConditionalGeneration", expected_t5()),
+        ("BertForPreTraining", expected_bert()),
+    ],
+)
+def test_every_tensor_of_a_layout_is_where_it_belongs(layout, expected):
+    names = names_of(layout)
+    assert set(names) == set(expected)
+    ratios = LayerRatios.by_parts(names, [0.0, 1.0, 2.0])
+    assert dict(ratios) == {name: part for name, (part, _) in expected.items()}
+    assert kinds_of(names) == {name: kind for name, (_, kind) in expected.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_placed_and_rises_with_depth(layout):
+    names = names_of(layout)
+    stacks = ["encoder.block.", "decoder.block."] if "T5" in layout else [r"(?:layers?|h)\."]
+    depths = {}
+    for name in names:
+        for i, stack in enumerate(stacks):
+            if found := re.search(rf"(?:^|\.){stack}(\d+)\.", name):
+                depths[name] = (i, int(found[1]))
+    order = sorted(set(depths.values()))
+    assert len(order) == (5 if "T5" in layout else 3)
+    ratios = LayerRatios.by_parts(names, range(len(order)))
+    assert list(ratios) == sorted(names, key=lambda name: ratios[name])
+    assert set(ratios) == set(names)
+    assert all(order[int(ratios[name])] == place for name, place in depths.items())
+
+    kinds = kinds_of(names)
+    for place in order:
+        assert {kinds[name] for name in depths if depths[name] == place} == {"attention", "mlp", "norm"}
+    for name, kind in kinds.items():
+        inside = name in depths
+        assert (kind in ("attention", "mlp")) <= inside
+        assert (kind in ("embeddings", "head")) <= (not inside)
+        # A module is called a norm, or attention, wherever it is one.
+        *_, module, _ = name.split(".")
+        if inside:
+            assert (kind == "norm") == ("norm" in module.lower() or module.startswith("ln_"))
+            assert (kind == "attention") == (bool(re.search("attn|attention", name, re.IGNORECASE)) and kind != "norm")
+        elif kind == "embeddings":
+            assert ratios[name] == 0
+        elif kind == "head":
+            assert ratios[name] == len(order) - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "kind"),
+    [
+        ("model.decoder.project_in.weight", 0, "embeddings"),
+        ("model.decoder.project_out.weight", -1, "head"),
+        ("gpt_neox.embed_in.weight", 0, "embeddings"),
+        ("embed_out.weight", -1, "head"),
+        ("tok_embeddings.weight", 0, "embeddings"),
+        ("transformer.word_embeddings_layernorm.bias", 0, "embeddings"),
+        ("vision_model.pre_layrnorm.weight", 0, "embeddings"),
+        ("model.rotary_emb.inv_freq", 0, "embeddings"),
+        ("output.weight", -1, "head"),
+        ("score.weight", -1, "head"),
+        ("v_head.summary.weight", -1, "head"),
+        ("v_head.layers.5.weight", -1, "head"),
+        ("classifier.0.weight", -1, "head"),
+        ("bert.pooler.dense.bias", -1, "head"),
+        ("classification_head.out_proj.weight", -1, "head"),
+        ("vocab_layer_norm.weight", -1, "head"),
+        ("lm_head.layer_norm.weight", -1, "head"),
+        ("model.layers.1.self_attn.rotary_emb.inv_freq", 1, "attention"),
+        ("model.layers.1.attention.masked_bias", 1, "attention"),
+        ("model.layers.1.block_sparse_moe.experts.3.w1.weight", 1, "mlp"),
+        ("model.layers.1.block_sparse_moe.gate.weight", 1, "mlp"),
+        ("model.layers.1.mlp.experts.gate_up_proj", 1, "mlp"),
+        ("model.layers.1.feed_forward.w1.weight", 1, "mlp"),
+        ("model.layers.1.ffn.lin1.weight", 1, "mlp"),
+        ("model.layers.1.fc2.bias", 1, "mlp"),
+        ("model.layers.1.self_attn.q_norm.weight", 1, "norm"),
+        ("model.layers.1.pre_feedforward_layernorm.weight", 1, "norm"),
+        ("model.layers.1.ln1.weight", 1, "norm"),
+    ],
+)
+def test_where_other_names_belong(name, part, kind):
+    ratios = LayerRatios.by_parts([*layers(3), name], [0.0, 1.0, 2.0])
+    assert ratios[name] == part % 3
+    assert kinds_of([*layers(3), name])[name] == kind
+
+
+# --- by depth
+
+
+@pytest.mark.parametrize("depth", [1, 2, 7, 12, 26, 32])
+def test_equal_parts_are_those_of_the_definition(depth):
+    for count in range(1, depth + 1):
+        ratios = LayerRatios.by_parts(layers(depth), range(count))
+        assert [ratios[name] for name in layers(depth)] == [i * count // depth for i in range(depth)]
+
+
+def test_26_layers_in_three_parts():
+    names = ["model.embed_tokens.weight", *layers(26), "model.norm.weight", "lm_head.weight"]
+    thirds = LayerRatios.by_parts(names, [0.2, 0.5, 0.9])
+    assert list(thirds.parts) == ["layers 0-8", "layers 9-17", "layers 18-25"]
+    assert thirds.parts["layers 0-8"] == tuple(names[:10])
+    assert thirds.parts["layers 9-17"] == tuple(names[10:19])
+    assert thirds.parts["layers 18-25"] == tuple(names[19:])
+
+    paper = LayerRatios.by_parts(names, [0.2, 0.5, 0.9], boundaries=[8, 16])
+    assert {label: len(members) for label, members in paper.parts.items()} == {
+        "layers 0-7": 9,
+        "layers 8-15": 8,
+        "layers 16-25": 12,
+    }
+    assert (paper["model.layers.7.self_attn.q_proj.weight"], paper["model.layers.8.self_attn.q_proj.weight"]) == (
+        0.2,
+        0.5,
+    )
+    assert list(LayerRatios.by_parts(names, [0, 1, 2], boundaries=torch.tensor([1, 2])).parts) == [
+        "layer 0",
+        "layer 1",
+        "layers 2-25",
+    ]
+
+
+def test_what_is_outside_goes_where_it_is_told_to():
+    outer = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    names = [*layers(3), *outer]
+
+    def of(**outside):
+        ratios = LayerRatios.by_parts(names, [0, 1, 2], outside=outside)
+        return [ratios[name] for name in outer]
+
+    assert of() == [0, 2, 2]
+    assert of(embeddings=1, norm=0, head=-2) == [1, 0, 1]
+    assert of(embeddings=-1) == [2, 2, 2]
+    assert of(**{"model.norm.weight": 1, ".*head.*": 0}) == [0, 1, 0]
+    # A kind that does not occur is no slip: the head of a tied model.
+    tied = LayerRatios.by_parts(names[:-1], [0, 1, 2], outside={"embeddings": 2, "norm": 2, "head": 2})
+    assert tied["model.embed_tokens.weight"] == 2
+
+
+def test_names_that_are_given_a_part_are_outside_the_layers():
+    """The tower of a vision model has one ratio, and the slices are those of the language model."""
+    tower = [f"vision_tower.encoder.layers.{i}.mlp.fc1.weight" for i in range(9)]
+    names = [*tower, "projector.weight", *layers(4)]
+    ratios = LayerRatios.by_parts(names, [0.1, 0.2], outside={"vision_tower.*": 0, "projector.weight": -1})
+    assert list(ratios.parts) == ["layers 0-1", "layers 2-3"]
+    assert {ratios[name] for name in tower} == {0.1}
+    assert [ratios[name] for name in names[9:]] == [0.2, 0.1, 0.1, 0.2, 0.2]
+
+
+def test_stacks_follow_one_another_whatever_the_order_of_names():
+    """A file is in the order of its names, where decoders come before encoders."""
+    names = names_of("T5ForConditionalGeneration")
+    ratios = LayerRatios.by_parts(names, range(5))
+    assert dict(LayerRatios.by_parts(sorted(names), range(5))) == dict(ratios)
+    assert ratios == LayerRatios.by_parts(names[::-1], range(5))
+    stacks = ["vision_model.encoder.layers", "encoder.layers", "model.layers", "decoder.bert.encoder.layer"]
+    names = sorted(f"{stack}.{i}.mlp.weight" for stack in stacks for i in range(2))
+    ratios = LayerRatios.by_parts(names, range(8))
+    assert [ratios[f"{stack}.{i}.mlp.weight"] for stack in stacks for i in range(2)] == [*range(8)]
+
+
+def test_a_final_norm_is_with_the_last_layer_of_its_own_stack():
+    stacks = {"vision.blocks": "vision.ln_post", "model.vision_tower.layers": "model.vision_tower.norm"}
+    stacks |= {"model.layers": "model.norm", "model.mtp.layers": "model.mtp.norm", "text.encoder.layers": "text.ln_f"}
+    names = [f"{stack}.{i}.mlp.weight" for stack in stacks for i in range(2)]
+    ratios = LayerRatios.by_parts([*names, *(f"{norm}.weight" for norm in stacks.values())], range(10))
+    for stack, norm in stacks.items():
+        assert ratios[f"{norm}.weight"] == ratios[f"{stack}.1.mlp.weight"]
+    # One that has no stack of its own is behind everything.
+    assert LayerRatios.by_parts([*names, "norm.weight"], range(10))["norm.weight"] == 9
+
+
+def test_names_are_made_canonical():
+    names = [f"_orig_mod.module.{name}" for name in [*layers(2), "lm_head.weight"]]
+    assert list(LayerRatios.by_parts(names, [0.1, 0.2])) == [*layers(2), "lm_head.weight"]
+
+
+@pytest.mark.parametrize(
+    ("names", "ratios", "options", "sentence"),
+    [
+        (layers(2), [0.1, 0.2, 0.3], {}, "3 parts need as many layers, and there are 2; give fewer ratios"),
+        (layers(2), [], {}, "ratios is empty; give a number for each part"),
+        (layers(2), [0.1, math.nan], {}, "a ratio of 'layer 1' must be finite, got nan"),
+        ([], [0.1], {}, "there is no floating tensor to give a ratio; pass a model"),
+        (
+            ["lm_head.weight", "0.weight"],
+            [1],
+            {},
+            "no name is that of a numbered layer, .* but 'lm_head.weight', '0.weig",
+        ),
+        (
+            [*layers(1), "logit_scale"],
+            [0.1],
+            {},
+            "cannot tell where 'logit_scale' belongs: it is in no list of layers, .* give its part with "
+            r"outside=\{'logit_scale': 0\}, or use by_patterns",
+        ),
+        (
+            [*layers(1), "a.x", "router.3.x", "b", "c", "d"],
+            [0.1],
+            {},
+            "cannot tell where 'a.x' belongs, nor 'router.3.x', 'b', 'c' and 1 more:",
+        ),
+        (layers(3)[:1] * 2, [0.1], {}, "'model.layers.0.self_attn.q_proj.weight' is named twice when prefixes of wrap"),
+        # Layer 1 of 2 alone: the lower half is empty.
+        (layers(2)[1:], [0.1, 0.2], {}, "part 'layer 0' holds no tensor"),
+        (layers(2), [0.1, 0.2], {"boundaries": [2]}, r"first layers of .*, 1 rising numbers from 1 to 1, got \[2\]"),
+        (layers(9), [0, 1, 2], {"boundaries": [0, 3]}, r"2 rising numbers from 1 to 8, got \[0, 3\]"),
+        (layers(9), [0, 1, 2], {"boundaries": [3, 3]}, r"rising numbers .*, got \[3, 3\]"),
+        (layers(9), [0, 1, 2], {"boundaries": [5, 3]}, r"rising numbers .*, got \[5, 3\]"),
+        (layers(9), [0, 1, 2], {"boundaries": [3]}, r"2 rising numbers .*, got \[3\]"),
+        (layers(9), [0, 1, 2], {"boundaries": [3, 4, 10]}, r"2 rising numbers .*, got \[3, 4, 10\]"),
+        (layers(9), [0, 1], {"boundaries": 3}, "1 rising numbers .*, got 3"),
+        (layers(9), [0, 1], {"boundaries": [2.5]}, r"rising numbers .*, got \[2.5\]"),
+        (layers(3), [0, 1], {"outside": {"norm": 2}}, "outside puts 'norm' into part 2, but parts are 0 to 1, or -1"),
+        (layers(3), [0, 1], {"outside": {"norm": -3}}, "outside puts 'norm' into part -3"),
+        (layers(3), [0, 1], {"outside": {"norm": "last"}}, "outside puts 'norm' into part 'last'"),
+        (
+            layers(3),
+            [0, 1],
+            {"outside": {"embedding": 0}},
+            "outside takes 'head', 'embeddings', 'norm' and names, but 'embedding' of the parts matches no tensor",
+        ),
+        (layers(3), [0, 1], {"outside": {"(": 0}}, r"outside takes .*'\(' of the parts is no regular expression"),
+    ],
+)
+def test_parts_that_cannot_be(names, ratios, options, sentence):
+    with pytest.raises(ValueError, match=sentence) as raised:
+        LayerRatios.by_parts(names, ratios, **options)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "ratios", "sentence"),
+    [
+        (layers(2), 0.5, "ratios must be a sequence of numbers, one for each part, got 0.5"),
+        (layers(2), {"a": 0.5}, "ratios must be a sequence of numbers"),
+        (layers(2), [0.5, "x"], "a ratio of 'layer 1' must be a number, got 'x'"),
+        (llama(0).named_parameters(), [0.5], "a tensor must be given by its name, got a tuple; pass strings"),
+        (7, [0.5], "names must be an iterable of strings, got 7"),
+    ],
+)
+def test_what_is_no_number_and_no_name(names, ratios, sentence):
+    with pytest.raises(TypeError, match=sentence):
+        LayerRatios.by_parts(names, ratios)
+
+
+# --- what names are taken from
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_its_state_dict_and_its_checkpoint_say_the_same(tied, tmp_path):
+    model = llama(0, tied=tied)
+    folder = save(model, tmp_path / "model", shard="3KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    ratios = LayerRatios.by_parts(model, [0.2, 0.9])
+    assert LayerRatios.by_parts(model.state_dict(), [0.2, 0.9]) == ratios
+    assert LayerRatios.by_parts(folder, [0.2, 0.9]) == ratios
+    assert LayerRatios.by_parts(str(folder), [0.2, 0.9]) == ratios
+    assert LayerRatios.by_parts((name for name, _ in model.named_parameters()), [0.2, 0.9]) == ratios
+    assert ("lm_head.weight" in ratios) != tied
+    assert set(ratios) == {name for name, _ in model.named_parameters()}
+
+
+def test_integers_have_no_ratio_and_floating_buffers_have():
+    tensors = {name: torch.zeros(1) for name in layers(1)}
+    model = tensors | {"model.layers.0.attn.bias": torch.ones(1), "embed.position_ids": torch.arange(3)}
+    assert list(LayerRatios.by_parts(model, [0.5])) == [*tensors, "model.layers.0.attn.bias"]
+    with pytest.raises(ValueError, match="there is no floating tensor to give a ratio"):
+        LayerRatios.by_parts({"layers.0.w": torch.arange(3)}, [0.5])
+    with pytest.raises(FileNotFoundError, match="no/where does not exist"):
+        LayerRatios.by_parts("no/where", [0.5])
+
+
+# --- by pattern, kind and tensor
+
+NAMES = [
+    "model.embed_tokens.weight",
+    *layers(2, ("self_attn.q_proj.weight", "mlp.up_proj.weight")),
+    "model.norm.weight",
+]
+EMBED, Q0, UP0, Q1, UP1, NORM = NAMES
+
+
+def test_parts_by_patterns():
+    ratios = LayerRatios.by_patterns(NAMES, {UP0: 0.1, r".*layers\.\d\.mlp.*": 0.2, ".*q_proj.*": 0.3, ".*": 0.4})
+    assert dict(ratios.parts) == {
+        UP0: (UP0,),
+        r".*layers\.\d\.mlp.*": (UP1,),
+        ".*q_proj.*": (Q0, Q1),
+        ".*": (EMBED, NORM),
+    }
+    assert ratios.ratios == (0.1, 0.2, 0.3, 0.4)
+
+
+def test_parts_by_kind():
+    ratios = LayerRatios.by_kind(NAMES, {"mlp": 0.6, "attention": 0.3, "other": 0.5})
+    assert dict(ratios.parts) == {"mlp": (UP0, UP1), "attention": (Q0, Q1), "other": (EMBED, NORM)}
+    assert ratios.ratios == (0.6, 0.3, 0.5)
+    strange = LayerRatios.by_kind([*NAMES, "model.layers.0.scale"], {"embeddings": 1, "norm": 2, "other": 3})
+    assert strange.parts["other"] == (Q0, UP0, Q1, UP1, "model.layers.0.scale")
+
+
+def test_a_part_for_each_tensor():
+    assert dict(LayerRatios.per_tensor(NAMES, 0.5).parts) == {name: (name,) for name in NAMES}
+    assert set(LayerRatios.per_tensor(NAMES, 0.5).ratios) == {0.5}
+    ratios = LayerRatios.per_tensor(NAMES, {Q1: 0.7, ".*": 0.1})
+    assert ratios.ratios == (0.1, 0.1, 0.1, 0.7, 0.1, 0.1)
+    assert dict(LayerRatios.per_tensor(NAMES, LayerRatios.by_parts(NAMES, [0.1, 0.2]))) == {
+        name: 0.1 if name in (EMBED, Q0, UP0) else 0.2 for name in NAMES
+    }
+
+
+@pytest.mark.parametrize(
+    ("make", "ratios", "sentence"),
+    [
+        (
+            LayerRatios.by_patterns,
+            {".*mlp.*": 0.1},
+            f"no ratio is given for {EMBED!r}; add its name, or '.*' as the last",
+        ),
+        (LayerRatios.by_patterns, {".*": 0.1, Q0[:-1]: 0.2}, r"'model\S*weigh' of the ratios matches no tensor"),
+        (LayerRatios.by_patterns, {"(": 0.1, ".*": 1}, r"'\(' of the ratios is no regular expression"),
+        (LayerRatios.by_patterns, {".*": math.inf}, r"a ratio of '\.\*' must be finite, got inf"),
+        (LayerRatios.by_kind, {"attention": 0.1}, f"{EMBED!r} is of the kind 'embeddings', which has no ratio; add it"),
+        (LayerRatios.by_kind, {"head": 0.1, "other": 0.2}, "no tensor is of the kind 'head'; leave it out"),
+        (
+            LayerRatios.by_kind,
+            {"norm": 0.1, "MLP": 0.2},
+            "there is no kind 'MLP'; kinds are 'embeddings', 'attention', ",
+        ),
+        (LayerRatios.per_tensor, {Q0: 0.1}, f"no ratio is given for {EMBED!r}"),
+        (LayerRatios.per_tensor, math.nan, "a ratio must be finite, got nan"),
+    ],
+)
+def test_settings_that_do_not_fit(make, ratios, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make(NAMES, ratios)
+
+
+def test_a_kind_that_cannot_be_told():
+    kinds = {"embeddings": 1, "attention": 2, "mlp": 3, "norm": 4}
+    with pytest.raises(
+        ValueError, match="cannot tell what kind 'logit_scale' is; give a ratio for 'other', or use by_p"
+    ):
+        LayerRatios.by_kind([*NAMES, "logit_scale"], kinds)
+    with pytest.raises(ValueError, match=r"cannot tell what kind 'model\.layers\.0\.scale' is"):
+        LayerRatios.by_kind([*NAMES, "model.layers.0.scale"], kinds)
+
+
+# --- the value
+
+
+def test_a_mapping_that_does_not_change():
+    ratios = LayerRatios({"low": ["a", "module.b.w"], "high": ["c"]}, [0.25, 1], history=[{"step": 1}])
+    assert dict(ratios) == {"a": 0.25, "b.w": 0.25, "c": 1.0}
+    assert len(ratios) == 3
+    assert "module.b.w" not in ratios
+    assert ratios.ratios == (0.25, 1.0)
+    assert ratios.mean == 0.625
+    assert ratios.history == ({"step": 1},)
+    for attribute in ("parts", "ratios", "mean"):
+        with pytest.raises(AttributeError):
+            setattr(ratios, attribute, None)
+    with pytest.raises(TypeError):
+        ratios.parts["low"] = ()
+    with pytest.raises(TypeError):
+        ratios["a"] = 0.5
+
+    other = ratios.replace([-1, 1.5])
+    assert other.parts == ratios.parts
+    assert (other.ratios, other.history) == ((-1.0, 1.5), ())
+    assert ratios.ratios == (0.25, 1.0)
+    with pytest.raises(ValueError, match="2 parts need as many ratios, got 3"):
+        ratios.replace([1, 2, 3])
+
+
+def test_equal_by_parts_and_ratios():
+    ratios = LayerRatios({"low": ["a", "b"], "high": ["c"]}, [0.25, 1])
+    same = LayerRatios({"low": ["b", "a"], "high": ["c"]}, [0.25, 1], history=[{"step": 1}])
+    assert ratios == same
+    assert hash(ratios) == hash(same)
+    assert ratios != ratios.replace([0.25, 0.5])
+    assert ratios != LayerRatios({"low": ["a", "b"], "top": ["c"]}, [0.25, 1])
+    assert ratios != LayerRatios({"high": ["c"], "low": ["a", "b"]}, [1, 0.25])
+    assert ratios != dict(ratios)
+    for copied in (pickle.loads(pickle.dumps(same)), copy.deepcopy(same)):
+        assert (copied, copied.history, dict(copied.parts)) == (same, same.history, dict(same.parts))
+
+
+@pytest.mark.parametrize(
+    ("parts", "ratios", "kind", "sentence"),
+    [
+        ({}, [], ValueError, "ratios is empty"),
+        ({"low": ["a"]}, [1, 2], ValueError, "1 parts need as many ratios, got 2"),
+        ({"low": []}, [1], ValueError, "part 'low' holds no tensor; give it one or leave it out"),
+        ({"low": ["a", "b"], "high": ["module.b"]}, [1, 2], ValueError, "'b' of part 'high' stands in part 'low' too"),
+        ({"low": ["a", "a"]}, [1], ValueError, "'a' is named twice"),
+        ({"low": ["a"]}, [math.inf], ValueError, "a ratio of 'low' must be finite, got inf"),
+        ({"low": ["a"]}, ["1"], TypeError, "a ratio of 'low' must be a number, got '1'"),
+        ({"low": "abc"}, [1], TypeError, "names must be an iterable of strings, got 'abc'"),
+        ({"low": [1]}, [1], TypeError, "a tensor must be given by its name, got a int"),
+        ({3: ["a"]}, [1], TypeError, "a part must be called by a string, got 3"),
+    ],
+)
+def test_parts_that_are_none(parts, ratios, kind, sentence):
+    with pytest.raises(kind, match=sentence):
+        LayerRatios(parts, ratios)
+
+
+def test_the_table():
+    names = [*NAMES, "classifier.0.weight", "lm_head.a.weight", "lm_head.b.weight", *layers(7)[5:], "x"]
+    ratios = LayerRatios.by_patterns(names, {".*mlp.*": 1 / 3, "model.*": -0.5, ".*": 1})
+    assert str(ratios).splitlines() == [
+        "part     holds                                                 tensors     ratio",
+        ".*mlp.*  model.layers 0-1                                            2  0.333333",
+        "model.*  model.layers 0-1+5-6, model.embed_tokens, model.norm        6      -0.5",
+        ".*       classifier 0, lm_head, x                                    4         1",
+    ]
+    assert repr(ratios) == "<LayerRatios of 12 tensors: '.*mlp.*': 0.333333, 'model.*': -0.5, '.*': 1>"
+    assert repr(LayerRatios.per_tensor(list("abcde"), 0.5).replace([1, 2, 3, 4, 5])).endswith("'c': 3 and 2 more>")
+
+
+# --- the text form
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@pytest.mark.parametrize("name", ["r.yaml", "r.json", "r.JSON", "ratios"])
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    labels=st.lists(TEXT, min_size=1, max_size=4, unique=True),
+    ratios=st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=4, max_size=4),
+    name_of=TEXT,
+    history=st.lists(st.dictionaries(TEXT, PLAIN, max_size=3), max_size=2),
+)
+def test_text_says_it_all(name, tmp_path_factory, labels, ratios, name_of, history):
+    parts = {label: [f"{name_of}.{i}", f"{name_of} {i}"] for i, label in enumerate(labels)}
+    saved = LayerRatios(parts, ratios[: len(parts)], history=history)
+    path = tmp_path_factory.getbasetemp() / name
+    saved.save(path)
+    loaded = LayerRatios.load(path)
+    assert loaded == saved
+    assert dict(loaded.parts) == dict(saved.parts)
+    assert [ratio.hex() for ratio in loaded.ratios] == [ratio.hex() for ratio in saved.ratios]
+    assert loaded.history == saved.history
+
+
+def test_both_forms_are_to_be_read(tmp_path):
+    ratios = LayerRatios({"layers 0-1": ["a.weight", "b.weight"], "layer 2": ["c"]}, [0.2, 1e-7])
+    ratios.save(tmp_path / "new" / "r.yaml")
+    assert (tmp_path / "new" / "r.yaml").read_text() == (
+        "parts:\n"
+        "  layers 0-1:\n"
+        "    ratio: 0.2\n"
+        "    tensors:\n"
+        "    - a.weight\n"
+        "    - b.weight\n"
+        "  layer 2:\n"
+        "    ratio: 1.0e-07\n"
+        "    tensors:\n"
+        "    - c\n"
+    )
+    with_history = LayerRatios(ratios.parts, ratios.ratios, history=[{"ratios": (0.1, 0.2), "score": 1.5}])
+    with_history.save(tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text()) == {
+        "parts": {
+            "layers 0-1": {"ratio": 0.2, "tensors": ["a.weight", "b.weight"]},
+            "layer 2": {"ratio": 1e-7, "tensors": ["c"]},
+        },
+        "history": [{"ratios": [0.1, 0.2], "score": 1.5}],
+    }
+    with_history.save(tmp_path / "r.yaml")
+    assert LayerRatios.load(tmp_path / "r.yaml").history == ({"ratios": [0.1, 0.2], "score": 1.5},)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["new", "r.json", "r.yaml", "r.yaml"]
+
+
+def test_numbers_as_people_write_them(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "parts: {a: {ratio: 1e-3, tensors: [x]}, b: {ratio: -2, tensors: [y]}, c: {ratio: .5, tensors: [z]}}"
+    )
+    assert LayerRatios.load(path).ratios == (1e-3, -2.0, 0.5)
+
+
+PART = '{"ratio": 0.5, "tensors": ["x"]}'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("r.json", "{", "is not JSON .*; correct it"),
+        ("r.json", "parts:", "is not JSON .*; correct it"),
+        ("r.yaml", "parts: [", "is not YAML .*; correct it"),
+        ("r.yaml", b"\xff\xfe\x00", "is not YAML .*; correct it"),
+        ("r.yaml", "[" * 5000, "is not YAML .*; correct it"),
+        ("r.yaml", "", "is not a mapping of parts, and history if there is any; correct it"),
+        ("r.yaml", "- 1", "is not a mapping of parts"),
+        ("r.json", "{}", "is not a mapping of parts"),
+        ("r.json", f'{{"low": {PART}}}', "is not a mapping of parts"),
+        ("r.json", '{"parts": {}}', "has no mapping from parts to their ratio and tensors under 'parts'"),
+        ("r.json", '{"parts": [1]}', "has no mapping from parts"),
+        ("r.json", '{"parts": {"a": 0.5}}', "gives part 'a' not just a ratio and a list of tensors; correct it"),
+        ("r.json", '{"parts": {"a": {"ratio": 0.5}}}', "gives part 'a' not just a ratio and a list"),
+        ("r.json", '{"parts": {"a": {"ratio": 1, "tensors": "x"}}}', "gives part 'a' not just a ratio and a list"),
+        ("r.json", '{"parts": {"a": {"ratio": 1, "tensors": ["x"], "k": 1}}}', "gives part 'a' not just a ratio and a"),
+        ("r.json", '{"parts": {"a": {"ratio": 1, "tensors": []}}}', ": part 'a' holds no tensor"),
+        ("r.json", '{"parts": {"a": {"ratio": 1, "tensors": [1]}}}', ": a tensor must be given by its name, got a int"),
+        ("r.json", '{"parts": {"a": {"ratio": "x", "tensors": ["x"]}}}', ": a ratio of 'a' must be a number, got 'x'"),
+        ("r.json", '{"parts": {"a": {"ratio": "0.5", "tensors": ["x"]}}}', ": a ratio of 'a' must be a number, got '0"),
+        ("r.json", '{"parts": {"a": {"ratio": NaN, "tensors": ["x"]}}}', "is not JSON"),
+        ("r.yaml", "parts: {a: {ratio: .inf, tensors: [x]}}", ": a ratio of 'a' must be finite, got inf"),
+        ("r.yaml", "parts: {a: {ratio: yes, tensors: [x]}}", ": a ratio of 'a' must be a number, got True"),
+        (
+            "r.json",
+            f'{{"parts": {{"a": {{"ratio": 1{"0" * 400}, "tensors": ["x"]}}}}}}',
+            ": int too large to convert to float",
+        ),
+        ("r.yaml", "parts: {a: !!map [1, 2]}", "is not YAML .*expected a mapping node"),
+        ("r.yaml", "parts: {1: {ratio: 1, tensors: [x]}}", ": a part must be called by a string, got 1"),
+        ("r.yaml", "parts: {a: {ratio: 1, tensors: [x, x]}}", ": 'x' is named twice"),
+        (
+            "r.json",
+            f'{{"parts": {{"a": {PART}, "b": {PART}}}}}',
+            ": 'x' of part 'b' stands in part 'a' too; choose one",
+        ),
+        ("r.json", f'{{"parts": {{"a": {PART}, "a": {PART}}}}}', r"is not JSON \('a' stands in it twice\)"),
+        ("r.yaml", f"parts:\n  a: {PART}\n  a: {PART}", r"is not YAML \('a' stands in it twice\)"),
+        ("r.json", f'{{"parts": {{"a": {PART}}}, "history": {{}}}}', "has a history that is no list of mappings"),
+        ("r.json", f'{{"parts": {{"a": {PART}}}, "history": [1]}}', "has a history that is no list of mappings"),
+    ],
+)
+def test_files_that_say_something_else(name, text, sentence, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=sentence) as raised:
+        LayerRatios.load(path)
+    assert str(raised.value).startswith(str(path))
+    assert "\n" not in str(raised.value)
+
+
+def test_files_that_cannot_be_read_or_written(tmp_path, monkeypatch):
+    ratios = LayerRatios({"a": ["x"]}, [0.5])
+    with pytest.raises(FileNotFoundError, match=r"gone\.yaml does not exist; give a file that LayerRatios\.save wrote"):
+        LayerRatios.load(tmp_path / "gone.yaml")
+    with pytest.raises(OSError, match=r"cannot write .*: Is a directory; nothing of it is left"):
+        ratios.save(tmp_path)
+    with pytest.raises(TypeError, match=r"the history cannot be written to .*r\.json: .*; record plain data"):
+        LayerRatios(ratios.parts, [0.5], history=[{"model": object()}]).save(tmp_path / "r.json")
+    assert list(tmp_path.iterdir()) == []
+
+    ratios.save(tmp_path / "r.yaml")
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    for attempt in (lambda: ratios.save(tmp_path / "s.yaml"), lambda: LayerRatios.load(tmp_path / "r.yaml")):
+        with pytest.raises(
+            ImportError, match=r"\.yaml needs PyYAML: pip install 'fused_merge\[cli\]', or take a \.json"
+        ):
+            attempt()
+    ratios.save(tmp_path / "r.json")
+    assert LayerRatios.load(tmp_path / "r.json") == ratios
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, request):
+    path = tmp_path / "r.json"
+    LayerRatios({"a": ["x"]}, [0.5]).save(path)
+    request.getfixturevalue("_small_files")
+    with pytest.raises(OSError, match=r"cannot write .*r\.json: File too large; nothing of it is left"):
+        LayerRatios({"a": layers(2000)}, [0.5]).save(path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert dict(LayerRatios.load(path)) == {"x": 0.5}
+
+
+# --- wherever a ratio is taken
+
+
+def test_a_setting_is_looked_up_by_name():
+    ratios = LayerRatios({".*": ["a"], "rest": ["b", "c.*"]}, [0.1, 0.2])
+    assert per_tensor(ratios, ["c.*", "a"], what="ratio") == {"c.*": 0.2, "a": 0.1}
+    assert per_tensor(ratios, [], what="ratio") == {}
+    with pytest.raises(
+        ValueError, match=r"the LayerRatios given as weight lack 'c\.x', 'd'; make them from what is merged"
+    ):
+        per_tensor(ratios, ["a", "c.x", "d"], what="weight")
+
+
+@pytest.fixture
+def ends(tmp_path) -> tuple[Path, Path]:
+    base, tuned = (save(llama(seed, dtype=torch.bfloat16), tmp_path / f"model{seed}") for seed in range(2))
+    return base, tuned
+
+
+def test_checkpoints_have_each_tensor_at_its_own_ratio(ends, tmp_path):
+    thirds = LayerRatios.by_parts(ends[0], [0.2, 0.9])
+    more = LayerRatios({**thirds.parts, "not stored": ["lm_head.weight"]}, [0.2, 0.9, 0.5])
+    made = interpolate_checkpoints(*ends, [0.5, thirds], tmp_path / "out")
+    mean = math.fsum(thirds.values()) / len(thirds)
+    assert made[0].name == "r0.50"
+    assert re.fullmatch(rf"r{mean:.2f}-[0-9a-f]{{6}}", made[1].name)
+    base, tuned = (load_file(folder / "model.safetensors") for folder in ends)
+    written = load_file(made[1] / "model.safetensors")
+    assert written.keys() == base.keys()
+    for name, tensor in written.items():
+        expected = torch.empty_like(tensor)
+        functional.interpolate([base[name]], [tuned[name]], [thirds[name]], [[expected]])
+        assert equal_bits(tensor, expected), name
+    assert {thirds[name] for name in written} == {0.2, 0.9}
+    recipe = json.loads((made[1] / "fused_merge.json").read_text())["recipe"]
+    assert recipe["ratio"] == dict(thirds)
+
+    (again,) = interpolate_checkpoints(*ends, {"thirds": more}, tmp_path / "out")
+    assert again.name == "thirds"
+    assert (again / "model.safetensors").read_bytes() == (made[1] / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"the LayerRatios given as ratio lack 'model\.norm\.weight'; make them from"):
+        interpolate_checkpoints(*ends, [LayerRatios.per_tensor(set(base) - {"model.norm.weight"}, 1)], tmp_path / "x")
+
+
+def test_weights_of_a_merge(ends, tmp_path):
+    weights = LayerRatios.by_kind(ends[0], {"attention": 0.25, "other": 0.75})
+    merged, patterns = tmp_path / "merged", tmp_path / "patterns"
+    for out, setting in ((merged, weights), (patterns, {".*attn.*": 0.25, ".*": 0.75})):
+        merge_checkpoints(None, {ends[0]: 1.0, ends[1]: setting}, "linear", out)
+    assert (merged / "model.safetensors").read_bytes() == (patterns / "model.safetensors").read_bytes()

@@ -1,0 +1,372 @@
+"""Tensors, state dicts and models on the line between two: bits at the ends, rounding between, and back."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import equal_bits, llama, save
+from torch import nn
+
+from fused_merge import functional
+from fused_merge.interpolation.ratio_sweep import RatioSweep, interpolate
+
+RATIOS = [-0.3, 0.0, 0.1, 0.4999, 0.5, 0.9, 1.0, 1.4]
+PATTERN = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+def pair(n, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    base = 0.02 * torch.randn(n, generator=generator)
+    return base.to(dtype), (base + 1e-3 * torch.randn(n, generator=generator)).to(dtype)
+
+
+def ordered(tensor):
+    """Bit patterns as integers in the order of the values: neighbours are one ulp apart."""
+    pattern = tensor.view(PATTERN[tensor.dtype]).long()
+    return torch.where(pattern >= 0, pattern, torch.iinfo(PATTERN[tensor.dtype]).min - pattern)
+
+
+def on_the_line(base, tuned, ratio):
+    return (base.double() + ratio * (tuned.double() - base.double())).to(base.dtype)
+
+
+# --- tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_against_float64_rounded_once(dtype):
+    # More than one chunk, and an odd rest.
+    base, tuned = pair(2**20 + 100_003, dtype)
+    points = interpolate(base, tuned, RATIOS)
+    assert points.shape == (len(RATIOS), base.numel())
+    for ratio, point in zip(RATIOS, points, strict=True):
+        exact = on_the_line(base, tuned, ratio)
+        distance = (ordered(point) - ordered(exact)).abs()
+        assert distance.count_nonzero() <= 1e-4 * base.numel()
+        # Where the line crosses zero, an ulp of the result is less than fp32 can tell apart at the ends.
+        error = (point.double() - exact.double()).abs()
+        assert ((distance <= 1) | (error <= 2**-23 * torch.maximum(base.abs(), tuned.abs()).double())).all()
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0), (127,), (5, 7, 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_shapes(shape, dtype):
+    base, tuned = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    points = interpolate(base, tuned, [0.0, 0.25, 1.0])
+    assert points.shape == (3, *shape)
+    assert points.dtype == dtype
+    assert equal_bits(points[0], base)
+    assert equal_bits(points[2], tuned)
+    torch.testing.assert_close(points[1], on_the_line(base, tuned, 0.25))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    patterns=st.lists(st.tuples(st.integers(0, 2**16 - 1), st.integers(0, 2**16 - 1)), min_size=1, max_size=50),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+)
+def test_the_ends_are_copies_of_any_bits(patterns, dtype):
+    """−0.0, infinities, denormals and the payloads of NaNs included."""
+    words = torch.tensor(patterns, dtype=torch.int32).to(torch.int16).T.contiguous()
+    base, tuned = words.view(dtype)
+    points = interpolate(base, tuned, [0.0, 1.0, -0.0])
+    assert equal_bits(points[0], base)
+    assert equal_bits(points[1], tuned)
+    assert equal_bits(points[2], base)
+
+
+def test_strides_and_inputs_stay_as_they_are():
+    base, tuned = torch.randn(6, 4).T, torch.randn(4, 6)
+    kept = base.clone(), tuned.clone()
+    points = interpolate(base, tuned, [0.3, 2])
+    assert torch.equal(base, kept[0])
+    assert torch.equal(tuned, kept[1])
+    torch.testing.assert_close(points[1], 2 * tuned - base)
+
+
+def test_no_gradient_flows():
+    base = torch.ones(2, requires_grad=True)
+    assert not interpolate(base, 2 * base, [0.5]).requires_grad
+
+
+# --- state dicts
+
+
+def test_state_dicts():
+    base, tuned = llama(0).state_dict(), llama(1).state_dict()
+    points = interpolate(base, tuned, [0.0, 0.3])
+    assert [list(point) for point in points] == [list(base)] * 2
+    for name, tensor in base.items():
+        assert equal_bits(points[0][name], tensor)
+        assert equal_bits(points[1][name], interpolate(tensor, tuned[name], [0.3])[0])
+    assert points[1]["lm_head.weight"] is points[1]["model.embed_tokens.weight"]
+
+
+def test_integers_are_copied_from_tuned_and_names_kept():
+    base = {"module.w": torch.zeros(2), "module.count": torch.tensor(3)}
+    tuned = {"w": torch.ones(2), "count": torch.tensor(5)}
+    at_base, between = interpolate(base, tuned, [0.0, 0.5])
+    assert list(between) == ["module.w", "module.count"]
+    assert between["module.w"].tolist() == [0.5, 0.5]
+    assert between["module.count"].item() == 5
+    assert at_base["module.count"].item() == 3
+    assert between["module.count"] is not tuned["count"]
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("ratios", "error", "message"),
+    [
+        ([], ValueError, "ratios is empty"),
+        ([0.1, float("nan")], ValueError, "a ratio must be finite, got nan"),
+        ([float("-inf")], ValueError, "a ratio must be finite, got -inf"),
+        (0.3, TypeError, r"ratios must be a sequence, got 0.3; put it into a list"),
+    ],
+)
+def test_ratios(ratios, error, message):
+    with pytest.raises(error, match=message):
+        interpolate(torch.ones(1), torch.ones(1), ratios)
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "error", "message"),
+    [
+        (torch.ones(2), torch.ones(3), ValueError, r"base is \[2\] torch.float32 on cpu but tuned \[3\]"),
+        (torch.ones(2), torch.ones(2).half(), ValueError, "but tuned .* torch.float16 on cpu; make shape, dtype"),
+        (torch.arange(2), torch.arange(2), ValueError, "only floating tensors lie on a line"),
+        (torch.ones(2), {}, TypeError, "two tensors or two state dicts, got a Tensor and a dict; use interpolate_c"),
+        ("base/", "tuned/", TypeError, "got a str and a str"),
+        ({"a": torch.ones(1)}, {"b": torch.ones(1)}, ValueError, r"tuned \(state dict\) lacks 'a' of base"),
+        ({"a": torch.ones(1)}, {"a": torch.ones(2)}, ValueError, r"'a' is \[1\] and \[2\]"),
+        ({"a": torch.ones(1)}, {"a": torch.ones(1).half()}, ValueError, "'a' is torch.float32 and torch.float16"),
+    ],
+)
+def test_ends_that_do_not_fit(base, tuned, error, message):
+    with pytest.raises(error, match=message):
+        interpolate(base, tuned, [0.5])
+
+
+def test_an_unknown_impl():
+    with pytest.raises(ValueError, match="impl"):
+        interpolate(torch.ones(1), torch.ones(1), [0.5], impl="fast")
+
+
+# --- RatioSweep
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_state(model, expected):
+    for name, tensor in model.state_dict().items():
+        assert equal_bits(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("kind", ["module", "state dict", "file", "folder", "shards"])
+def test_a_model_goes_there_and_back(kind, tmp_path):
+    base, tuned, model = llama(0), llama(1), llama(2)
+    ends = {
+        "module": lambda: (base, tuned),
+        "state dict": lambda: (base.state_dict(), tuned.state_dict()),
+        "file": lambda: tuple(save(m, tmp_path / str(i)) / "model.safetensors" for i, m in enumerate([base, tuned])),
+        "folder": lambda: (save(base, tmp_path / "base"), str(save(tuned, tmp_path / "tuned"))),
+        "shards": lambda: (save(base, tmp_path / "base", shard="4KB"), save(tuned, tmp_path / "tuned")),
+    }[kind]()
+    points = interpolate(base.state_dict(), tuned.state_dict(), RATIOS)
+    sweep = RatioSweep(model, *ends)
+    before, pointers = state(model), [parameter.data_ptr() for parameter in model.parameters()]
+    for ratio, point in zip(RATIOS, points, strict=True):
+        with sweep.at(ratio) as same:
+            assert same is model
+            assert_state(model, point)
+        assert_state(model, before)
+    assert pointers == [parameter.data_ptr() for parameter in model.parameters()]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("found", ["base", "tuned", "neither"])
+def test_weights_come_back_after_an_exception(found):
+    base, tuned = llama(0), llama(1)
+    model = {"base": lambda: copy.deepcopy(base), "tuned": lambda: copy.deepcopy(tuned), "neither": lambda: llama(2)}[
+        found
+    ]()
+    before = state(model)
+    with pytest.raises(KeyError), RatioSweep(model, base, tuned).at(0.5):
+        raise KeyError("in the middle of an evaluation")
+    assert_state(model, before)
+
+
+def test_weights_come_back_if_writing_fails_half_way(monkeypatch):
+    model = llama(2)
+    sweep, before, write = RatioSweep(model, llama(0), llama(1)), state(model), functional.interpolate
+    written = []
+
+    def fail_at_the_fifth(*arguments, **options):
+        written.append(write(*arguments, **options))
+        if len(written) == 5:
+            raise OSError("the disk went away")
+
+    monkeypatch.setattr(functional, "interpolate", fail_at_the_fifth)
+    with pytest.raises(OSError, match="the disk went away"), sweep.at(0.5):
+        pytest.fail("the block must not run")
+    assert_state(model, before)
+
+
+def test_special_bits_come_back():
+    model = nn.Linear(3, 1, bias=False)
+    with torch.no_grad():
+        model.weight.view(-1).view(torch.int32).copy_(torch.tensor([-(2**31), 0x7FC00123, 0x7F800001]))
+    before = state(model)
+    with RatioSweep(model, nn.Linear(3, 1, bias=False), nn.Linear(3, 1, bias=False)).at(0.5):
+        assert not model.weight.isnan().any()
+    assert_state(model, before)
+
+
+def test_a_zero_gets_its_sign_back():
+    model, base = nn.Linear(3, 1, bias=False), nn.Linear(3, 1, bias=False)
+    nn.init.constant_(model.weight, -0.0)
+    nn.init.constant_(base.weight, 0.0)
+    with RatioSweep(model, base, nn.Linear(3, 1, bias=False)).at(0.5):
+        pass
+    assert model.weight.signbit().all()
+
+
+def test_buffers_integers_and_strides():
+    def network(seed):
+        torch.manual_seed(seed)
+        network = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        network[0].weight = nn.Parameter(network[0].weight.detach().T)
+        network[1].running_mean.normal_()
+        network[1].num_batches_tracked.fill_(seed)
+        return network
+
+    base, tuned, model = network(1), network(2), network(3)
+    before, sweep = state(model), RatioSweep(model, base, tuned.state_dict())
+    with sweep.at(0.5):
+        assert model[1].num_batches_tracked.item() == 2
+        torch.testing.assert_close(model[1].running_mean, (base[1].running_mean + tuned[1].running_mean) / 2)
+        torch.testing.assert_close(model[0].weight, (base[0].weight + tuned[0].weight) / 2)
+        assert model[0].weight.stride() == (1, 4)
+    with sweep.at(0.0):
+        assert_state(model, base.state_dict())
+    assert_state(model, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_model_of_another_dtype_gets_points_rounded_once(dtype, transposed):
+    def linear(dtype):
+        layer = nn.Linear(200, 300).to(dtype)
+        layer.register_buffer("count", torch.tensor(3))
+        if transposed:
+            layer.weight = nn.Parameter(layer.weight.detach().T)
+        return layer
+
+    stored = torch.bfloat16 if dtype == torch.float64 else torch.float32
+    base, tuned, model = linear(stored), linear(stored), linear(dtype)
+    points = interpolate(*({n: t.float() for n, t in m.named_parameters()} for m in (base, tuned)), RATIOS)
+    before, sweep = state(model), RatioSweep(model, base, tuned)
+    with sweep.at(0.0):
+        for ratio, point in zip(RATIOS, points, strict=True):
+            sweep.move_to(ratio)
+            for name, parameter in model.named_parameters():
+                assert equal_bits(parameter.detach(), point[name].to(dtype))
+    assert_state(model, before)
+
+
+def test_integers_of_another_dtype_are_refused():
+    def counter(dtype):
+        module = nn.Linear(1, 1)
+        module.register_buffer("count", torch.tensor([300], dtype=dtype))
+        return module
+
+    with pytest.raises(ValueError, match=r"'count' is torch.int32 in the model and torch.int64 in base .*one dtype"):
+        RatioSweep(counter(torch.int32), counter(torch.int64), counter(torch.int64))
+
+
+def test_a_tied_model_and_a_checkpoint_that_writes_both_out(tmp_path):
+    base, tuned, model = llama(0), llama(1), llama(2)
+    written = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    before = state(model)
+    with RatioSweep(model, written, tuned).at(0.3):
+        assert_state(model, interpolate(base.state_dict(), tuned.state_dict(), [0.3])[0])
+    with RatioSweep(model, written, {name: t.clone() for name, t in tuned.state_dict().items()}).at(0.3):
+        assert_state(model, interpolate(base.state_dict(), tuned.state_dict(), [0.3])[0])
+    assert_state(model, before)
+    written["lm_head.weight"] += 1
+    with pytest.raises(
+        ValueError,
+        match=r"the model ties 'lm_head.weight' to 'model.embed_tokens.weight', but base .* other values for it; untie",
+    ):
+        RatioSweep(model, written, {name: t.clone() for name, t in tuned.state_dict().items()})
+
+
+def test_an_untied_model_and_tied_checkpoints():
+    base, tuned, model = llama(0), llama(1), llama(2, tied=False)
+    before = state(model)
+    model.lm_head.weight.data.copy_(model.model.embed_tokens.weight)
+    before = state(model)
+    with RatioSweep(model, base, tuned).at(1.0):
+        assert_state(model, tuned.state_dict())
+    assert_state(model, before)
+
+
+def test_gradients_are_left_alone_and_flow_inside():
+    model = llama(2)
+    sweep = RatioSweep(model, llama(0), llama(1))
+    with sweep.at(0.5):
+        model(torch.arange(4)[None], labels=torch.arange(4)[None]).loss.backward()
+    assert all(parameter.grad is not None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_one_point_at_a_time():
+    model = llama(2)
+    sweep, before = RatioSweep(model, llama(0), llama(1)), state(model)
+    with pytest.raises(RuntimeError, match=r"the model is nowhere on the line; enter sweep.at\(ratio\) first"):
+        sweep.move_to(0.3)
+    assert_state(model, before)
+    with sweep.at(0.3):
+        with pytest.raises(RuntimeError, match=r"the model is at ratio 0.3 already; leave that block, or use move_to"):
+            sweep.at(0.4).__enter__()
+        sweep.move_to(0.6)
+        with pytest.raises(RuntimeError, match=r"the model is at ratio 0.6 already"):
+            sweep.at(0.4).__enter__()
+        with pytest.raises(ValueError, match="a ratio must be finite, got inf"):
+            sweep.at(float("inf")).__enter__()
+    assert_state(model, before)
+    with sweep.at(0.4):
+        pass
+
+
+def test_storage_shared_with_an_end():
+    model = llama(0)
+    message = r"the model shares storage with base \(.*\), which writing to it would change; pass a deep copy"
+    with pytest.raises(ValueError, match=message):
+        RatioSweep(model, model, llama(1))
+    with pytest.raises(ValueError, match=message):
+        RatioSweep(model, model.state_dict(), llama(1))
+    base = llama(1).state_dict()
+    sweep = RatioSweep(model, base, llama(2))
+    model.load_state_dict(base, assign=True)
+    with pytest.raises(ValueError, match=message):
+        sweep.at(0.5).__enter__()
+
+
+def test_models_that_do_not_fit():
+    base, tuned = llama(0), llama(1)
+    with pytest.raises(ValueError, match=r"model \(module\) and base \(module\) do not match: .* \[50, 16\] and \[48,"):
+        RatioSweep(llama(2, vocabulary=50), base, tuned)
+    with pytest.raises(ValueError, match=r"is torch.bfloat16 and torch.float32.*; both must be of one arch.*one dtype"):
+        RatioSweep(llama(2), llama(0, dtype=torch.bfloat16), tuned)
+    without_head = [{n: t for n, t in m.state_dict().items() if n != "lm_head.weight"} for m in (base, tuned)]
+    with pytest.raises(ValueError, match=r"base \(state dict\) lacks 'lm_head.weight' of model \(module\)"):
+        RatioSweep(llama(2, tied=False), *without_head)
+    with pytest.raises(TypeError, match="tuned must be a module, a state dict or a path, got a NoneType"):
+        RatioSweep(llama(2), base, None)

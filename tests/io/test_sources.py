@@ -1,0 +1,342 @@
+"""Four kinds of sources with one face; what is tied; every broken file in one sentence that names it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from tiny import equal_bits, llama, save, write_raw
+from torch import nn
+
+from fused_merge.io.sources import Match, match, open_files, open_source, same_bits
+
+
+def weights(**tensors):
+    return {name: torch.as_tensor(value, dtype=torch.float32) for name, value in tensors.items()}
+
+
+def folder_with_index(folder: Path, index: object, **shards: dict[str, torch.Tensor]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, tensors in shards.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+    text = index if isinstance(index, str) else json.dumps(index)
+    (folder / "model.safetensors.index.json").write_text(text)
+    return folder
+
+
+# --- reading
+
+
+@pytest.mark.parametrize("kind", ["module", "state dict", "file", "folder", "shards"])
+def test_all_sources_give_the_same_tensors(kind, tmp_path):
+    model = llama(0)
+    opened = {
+        "module": lambda: open_source(model),
+        "state dict": lambda: open_source(model.state_dict()),
+        "file": lambda: open_source(str(save(model, tmp_path) / "model.safetensors")),
+        "folder": lambda: open_source(save(model, tmp_path)),
+        "shards": lambda: open_source(save(model, tmp_path, shard="4KB")),
+    }[kind]()
+    parameters = dict(model.named_parameters())
+    assert set(opened) - set(opened.aliases) == set(parameters)
+    for name, parameter in parameters.items():
+        assert opened.shape(name) == parameter.shape
+        assert opened.dtype(name) == parameter.dtype
+        assert equal_bits(opened[name], parameter.detach())
+    if kind == "shards":
+        assert len(opened.files()) == len(opened.shards) > 2
+        assert sorted(name for names in opened.shards.values() for name in names) == sorted(opened)
+    else:
+        assert len(opened.files()) == (kind in ("file", "folder"))
+
+
+def test_wrappers_do_not_change_names(tmp_path):
+    inner = nn.Linear(2, 3)
+    wrapped = nn.DataParallel(inner)
+    assert list(open_source(wrapped)) == ["weight", "bias"]
+    save_file({"module._orig_mod.weight": torch.ones(2)}, tmp_path / "x.safetensors")
+    source = open_source(tmp_path / "x.safetensors")
+    assert list(source) == ["weight"]
+    assert source["weight"].tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match="two tensors called 'weight' when prefixes of wrappers are dropped"):
+        open_source({"weight": torch.ones(1), "module.weight": torch.ones(1)})
+
+
+def test_a_module_gives_parameters_and_persistent_buffers():
+    module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2))
+    module[0].register_buffer("scratch", torch.zeros(2), persistent=False)
+    source = open_source(module)
+    assert set(source) == set(module.state_dict())
+    assert source.buffers == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert not source.is_merged("1.num_batches_tracked")
+    assert source.is_merged("1.running_mean")
+
+
+def test_tied_weights_are_one_tensor_under_their_first_name():
+    model = llama(0)
+    assert open_source(model).aliases == {"lm_head.weight": "model.embed_tokens.weight"}
+    tied = torch.randn(4)
+    source = open_source({"a": tied, "b": tied, "view": tied[:2], "empty": tied[:0], "void": torch.empty(0)})
+    assert source.aliases == {"b": "a"}
+    assert source["b"] is not None
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (3, 5), (1, 9), (4, 0), (2, 3, 4), (5, 1, 6)])
+@pytest.mark.parametrize("n", [1, 4, 6, 13, 1000])
+def test_head_is_the_first_row_major_elements(shape, n, tmp_path):
+    tensor = torch.arange(60.0)[: torch.Size(shape).numel()].reshape(shape)
+    save_file({"x": tensor}, tmp_path / "x.safetensors")
+    for source in (open_source({"x": tensor}), open_source(tmp_path / "x.safetensors")):
+        assert torch.equal(source.head("x", n), tensor.reshape(-1)[:n])
+    if tensor.ndim == 2:
+        assert torch.equal(open_source({"x": tensor.T}).head("x", n), tensor.T.reshape(-1)[:n])
+
+
+def test_a_path_like_object_and_a_symlinked_shard(tmp_path):
+    model = llama(0)
+    stored = save(model, tmp_path / "blobs", shard="4KB")
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for file in stored.iterdir():
+        os.symlink(file, snapshot / file.name)
+
+    class Folder:
+        def __fspath__(self) -> str:
+            return str(snapshot)
+
+    assert set(open_source(Folder())) == set(open_source(stored))
+
+
+def test_bits_tell_apart_what_values_do_not():
+    zero = torch.tensor([0.0, float("nan")])
+    assert same_bits(zero, zero.clone())
+    assert not same_bits(zero, -zero)
+    assert not same_bits(zero, zero.double())
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "message"),
+    [
+        (3, TypeError, "base must be a module, a state dict or a path, got a int"),
+        ({"a": 3}, TypeError, r"base \(state dict\) must map names to tensors, but 'a' is a int"),
+        ({3: torch.ones(1)}, TypeError, "but 3 is a Tensor"),
+        ({"a": torch.ones(2).to_sparse()}, ValueError, "'a' of base .* stored as torch.sparse_coo"),
+        ({"a": torch.ones(2, device="meta")}, ValueError, "'a' of base .* a meta tensor without data"),
+    ],
+)
+def test_sources_that_are_none(source, error, message):
+    with pytest.raises(error, match=message):
+        open_source(source, role="base")
+
+
+def test_dtypes_that_cannot_be_merged():
+    source = open_source(
+        {
+            "c": torch.ones(2, dtype=torch.complex64),
+            "f8": torch.ones(2).to(torch.float8_e4m3fn),
+            "i": torch.ones(2, dtype=torch.int64),
+        }
+    )
+    assert not source.is_merged("i")
+    for name, dtype in [("c", "complex64"), ("f8", "float8_e4m3fn")]:
+        with pytest.raises(ValueError, match=f"'{name}' of .* is torch.{dtype}, which cannot be merged; convert"):
+            source.is_merged(name)
+
+
+def test_a_missing_path():
+    with pytest.raises(FileNotFoundError, match=r"nowhere/model does not exist; give a local \.safetensors"):
+        open_source("nowhere/model")
+
+
+def test_only_paths_are_files():
+    with pytest.raises(TypeError, match="tuned must be the path of a safetensors file or a model folder, not a dict"):
+        open_files({}, role="tuned")
+
+
+def test_pickles_are_never_loaded(tmp_path):
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is not a safetensors file; pickle files are never"):
+        open_source(tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"it holds pytorch_model\.bin, and pickle files are never loaded"):
+        open_source(tmp_path)
+
+
+def test_an_empty_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds neither model\.safetensors nor .*index\.json; give the"):
+        open_source(tmp_path)
+
+
+SIXTEEN = b"\0" * 16
+
+
+@pytest.mark.parametrize(
+    ("header", "data"),
+    [
+        (b"", b""),
+        (b"no json", SIXTEEN),
+        ({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, SIXTEEN[:-1]),
+        ({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, SIXTEEN + b"\0"),
+        ({"a": {"dtype": "F32", "shape": [5], "data_offsets": [0, 16]}}, SIXTEEN),
+        ({"a": {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 16]}}, SIXTEEN),
+        (
+            {
+                "a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]},
+                "b": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]},
+            },
+            SIXTEEN,
+        ),
+    ],
+    ids=["empty", "no json", "truncated", "too long", "wrong size", "overflow", "overlap"],
+)
+def test_truncated_and_lying_headers(header, data, tmp_path):
+    path = write_raw(tmp_path / "broken.safetensors", header, data)
+    with pytest.raises(ValueError, match=r"broken\.safetensors cannot be read as a safetensors file \(.*copy or"):
+        open_source(path)
+
+
+def test_a_header_longer_than_its_file(tmp_path):
+    path = tmp_path / "broken.safetensors"
+    path.write_bytes(b"\xff" * 7 + b"\0")
+    with pytest.raises(ValueError, match="cannot be read as a safetensors file"):
+        open_source(path)
+
+
+@pytest.mark.parametrize("code", ["F6_E2M3", "F99"])
+def test_a_dtype_that_torch_cannot_hold(code, tmp_path):
+    header = {"a": {"dtype": code, "shape": [4], "data_offsets": [0, 3]}}
+    path = write_raw(tmp_path / "x.safetensors", header, b"\0" * 3)
+    with pytest.raises(ValueError, match=rf"x\.safetensors cannot be used: 'a' is {code}, which torch cannot hold"):
+        open_source(path)
+
+
+A, B = {"a": torch.ones(1)}, {"b": torch.ones(1)}
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", r"index\.json is not JSON \(.*\); download it again"),
+        ("[" * 200_000, "is not JSON"),
+        ("[]", "has no 'weight_map' from tensor names to files"),
+        ({"weight_map": {}}, "has no 'weight_map'"),
+        ({"weight_map": ["a"]}, "has no 'weight_map'"),
+        ({"weight_map": {"a": "../one.safetensors"}}, r"puts 'a' into '\.\./one\.safetensors', which does not name"),
+        ({"weight_map": {"a": "/etc/one.safetensors"}}, "does not name a .safetensors file in its folder"),
+        ({"weight_map": {"a": "sub/one.safetensors"}}, "does not name a .safetensors file in its folder"),
+        ({"weight_map": {"a": "..\\one.safetensors"}}, "does not name a .safetensors file in its folder"),
+        ({"weight_map": {"a": ".."}}, "does not name a .safetensors file in its folder"),
+        ({"weight_map": {"a": 7}}, "puts 'a' into 7, which"),
+        ({"weight_map": {"a": "config.json"}}, "puts 'a' into 'config.json', which"),
+        ({"weight_map": {"a": "one.safetensors", "x": "one.safetensors"}}, "lists 'x' in one.safetensors, which lacks"),
+        ({"weight_map": {"b": "two.safetensors", "a": "two.safetensors"}}, "lists 'a' in two.safetensors"),
+    ],
+)
+def test_a_broken_index(index, message, tmp_path):
+    folder = folder_with_index(tmp_path / "model", index, one=A, two=B)
+    with pytest.raises(ValueError, match=message):
+        open_source(folder)
+
+
+def test_an_index_that_leaves_out_a_tensor(tmp_path):
+    index = {"weight_map": {"a": "one.safetensors"}}
+    folder = folder_with_index(tmp_path / "model", index, one={**A, **B})
+    with pytest.raises(ValueError, match=r"index\.json does not list 'b', which one\.safetensors holds"):
+        open_source(folder)
+
+
+def test_an_index_that_names_a_missing_shard(tmp_path):
+    folder = folder_with_index(tmp_path / "model", {"weight_map": {"a": "gone.safetensors"}}, one=A)
+    with pytest.raises(FileNotFoundError, match=r"names gone\.safetensors, which is not there; download the missing"):
+        open_source(folder)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.text(min_size=1, max_size=30).map(lambda s: s + ".safetensors") | st.sampled_from(["..", ".", ""]))
+def test_no_index_reaches_outside_its_folder(name, tmp_path):
+    (tmp_path / "outside.safetensors").touch()
+    folder = folder_with_index(tmp_path / "model", {"weight_map": {"a": name}})
+    with pytest.raises((ValueError, OSError)) as error:
+        open_source(folder)
+    if re.search(r"[/\\]", name):
+        assert "does not name a .safetensors file in its folder" in str(error.value)
+
+
+# --- match
+
+
+def test_match_keeps_the_order_and_ignores_what_it_is_told():
+    base = open_source(weights(b=1, a=2, skip=3))
+    tuned = open_source(weights(a=5, b=4))
+    assert match(base, tuned, ignore={"skip"}) == Match(("b", "a"), {})
+
+
+def test_missing_and_extra_tensors_are_counted_and_named():
+    base = open_source(weights(a=1, b=2, c=3, d=4, e=5), role="base")
+    tuned = open_source(weights(a=1, z=9), role="tuned")
+    with pytest.raises(
+        ValueError,
+        match=r"tuned .* lacks 'b', 'c', 'd' and 1 more of base \(state dict\); base .* lacks 'z' of tuned",
+    ):
+        match(base, tuned)
+
+
+def test_another_vocabulary():
+    base, tuned = open_source(llama(0), role="base"), open_source(llama(1, vocabulary=50), role="tuned")
+    with pytest.raises(
+        ValueError, match=r"'model.embed_tokens.weight' is \[48, 16\] and \[50, 16\].*to the vocabulary of the other"
+    ):
+        match(base, tuned)
+
+
+def test_another_architecture_and_other_dtypes():
+    base = open_source(weights(a=[1, 2], b=[[1, 2]]))
+    with pytest.raises(ValueError, match=r"'a' is \[2\] and \[3\]; both must be of one architecture$"):
+        match(base, open_source(weights(a=[1, 2, 3], b=[[1, 2]])))
+    half = open_source({name: tensor.half() for name, tensor in base.items()})
+    assert match(base, half).names == ("a", "b")
+    with pytest.raises(ValueError, match=r"'a' is torch.float32 and torch.float16.*one architecture and one dtype"):
+        match(base, half, same_dtype=True)
+    with pytest.raises(ValueError, match=r"'a' is torch.float32 and torch.int64"):
+        match(base, open_source({name: tensor.long() for name, tensor in base.items()}))
+
+
+def untied_copy(tensors):
+    return {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+
+
+def test_a_tied_weight_written_out_in_one_of_two_checkpoints():
+    tied = open_source(weights(**{"model.embed_tokens.weight": [1, 2], "norm": [1, 1]}))
+    written = open_source(untied_copy(weights(**{"model.embed_tokens.weight": [3, 4], "norm": [1, 1]})))
+    expected = Match(("model.embed_tokens.weight", "norm"), {"lm_head.weight": "model.embed_tokens.weight"})
+    assert match(tied, written) == expected
+    assert match(written, tied) == expected
+    # In both: two tensors like any other.
+    assert len(match(written, written).names) == 3
+
+
+def test_tied_storage_meets_either_name():
+    tensor = torch.tensor([1.0, 2.0])
+    module = open_source({"embed": tensor, "head": tensor})
+    assert match(module, open_source(weights(embed=[3, 4]))) == Match(("embed",), {"head": "embed"})
+    assert match(module, open_source(weights(head=[3, 4]))) == Match(("head",), {"embed": "head"})
+    assert match(module, module) == Match(("embed",), {"head": "embed"})
+    assert match(module, open_source(weights(embed=[3, 4], head=[5, 6]))) == Match(("embed", "head"), {})
+
+
+def test_an_untied_or_constant_extra_tensor_is_no_alias():
+    small = open_source(weights(a=[1, 2], one=[1, 1]))
+    with pytest.raises(ValueError, match="lacks 'b'"):
+        match(small, open_source(weights(a=[1, 2], one=[1, 1], b=[1, 3])))
+    # A fresh norm equals another by accident: it may not stand for one that is missing.
+    with pytest.raises(ValueError, match="lacks 'another'"):
+        match(small, open_source(weights(a=[1, 2], one=[1, 1], another=[1, 1])))

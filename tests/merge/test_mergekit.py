@@ -1,0 +1,486 @@
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fused_merge.eager.merge import MERGE_METHODS, merge
+from fused_merge.merge.mergekit import read_mergekit
+
+DATA = Path(__file__).parent / "mergekit"
+CASES = sorted(path.stem for path in DATA.glob("*.yaml"))
+
+NAMES = [
+    "model.embed_tokens.weight",
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.0.mlp.up_proj.weight",
+    "model.layers.1.mlp.up_proj.weight",
+    "model.layers.2.mlp.up_proj.weight",
+    "model.norm.weight",
+    "lm_head.weight",
+]
+EMBED, Q0, UP0, UP1, UP2, NORM, HEAD = NAMES
+
+
+@pytest.fixture
+def read(tmp_path, monkeypatch):
+    """Write a file beside the empty folders base, a and b, and read it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "a", "b"):
+        Path(name).mkdir()
+
+    def read(text):
+        Path("merge.yaml").write_text(text)
+        return read_mergekit("merge.yaml")
+
+    return read
+
+
+def models(method, *entries, base="base", more=""):
+    """A file of the `models:` form; an entry is the text of its parameters after the name."""
+    lines = "".join(f"  - model: {name}\n    parameters: {{{parameters}}}\n" for name, parameters in entries)
+    return f"merge_method: {method}\n" + (f"base_model: {base}\n" if base else "") + f"models:\n{lines}{more}"
+
+
+def slices(method, *entries, more="base_model: base\n"):
+    """A file of the `slices:` form; an entry is a range, parameters of its source a, and its own."""
+    text = f"merge_method: {method}\n{more}slices:\n"
+    for (first, end), source, own in entries:
+        text += f"""  - parameters: {{{own}}}
+    sources:
+      - {{model: base, layer_range: [{first}, {end}]}}
+      - {{model: a, layer_range: [{first}, {end}], parameters: {{{source}}}}}
+"""
+    return text
+
+
+def weights(recipe, names=NAMES):
+    coefficients = recipe.coefficients(names)
+    assert [*coefficients] == names
+    return [pytest.approx(coefficients[name].weights) for name in names]
+
+
+# --- what mergekit made of the same files
+
+
+def read_recorded(case):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(DATA)
+        return read_mergekit(f"{case}.yaml")
+
+
+def ordered(tensor):
+    """Bit patterns as integers in the order of the values: neighbours are one ulp apart."""
+    pattern = tensor.view(torch.int16).long()
+    return torch.where(pattern >= 0, pattern, torch.iinfo(torch.int16).min - pattern)
+
+
+def test_there_are_files_of_every_method_that_is_not_random():
+    methods = {read_recorded(case).method for case in CASES}
+    assert methods == set(MERGE_METHODS) - {"dare_linear"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_files_mean_what_they_meant(case):
+    recipe = read_recorded(case)
+    expected = load_file(DATA / "expected" / f"{case}.safetensors")
+    folders = {
+        folder: load_file(DATA / folder / "model.safetensors") for folder in (recipe.base, *recipe.models) if folder
+    }
+    coefficients = recipe.coefficients([*expected])
+    for name, theirs in expected.items():
+        base = None if recipe.base is None else folders[recipe.base][name]
+        thetas = [folders[model][name] for model in recipe.models]
+        ours = merge(
+            base,
+            thetas,
+            coefficients[name].weights,
+            method=recipe.method,
+            name=name,
+            densities=coefficients[name].densities,
+            normalize=recipe.normalize,
+            rescale=recipe.rescale,
+            scale=recipe.scale,
+            dtype=recipe.dtype,
+        )
+        assert ours.dtype == theirs.dtype
+        if MERGE_METHODS[recipe.method].deltas:
+            assert torch.equal(ours, theirs), name
+        elif theirs.dtype == torch.bfloat16:
+            assert (ordered(ours) - ordered(theirs)).abs().max() <= 1, name
+        else:
+            # Where terms cancel, an ulp of the result is less than fp32 can tell apart in them.
+            largest = torch.stack([theta.abs() for theta in (*thetas, theirs)]).amax(0)
+            assert ((ours - theirs).abs() <= 1e-6 * largest).all(), name
+
+
+# --- what a file says, by hand
+
+
+def test_a_merge_of_deltas(read):
+    recipe = read(
+        models(
+            "dare_ties",
+            ("a", "weight: 0.5, density: 0.3"),
+            ("base", ""),
+            ("./b", "weight: 2"),
+            more="""parameters: {normalize: yes, rescale: false, lambda: 0.7, int8_mask: true, t: 3}
+tokenizer_source: b
+dtype: float32
+out_dtype: torch.float16
+""",
+        )
+    )
+    assert (recipe.path, recipe.method) == (Path("merge.yaml"), "dare_ties")
+    assert (recipe.base, recipe.models) == (Path("base"), (Path("a"), Path("b")))
+    assert (recipe.normalize, recipe.rescale, recipe.scale) == (True, False, 0.7)
+    assert (recipe.dtype, recipe.files_from) == (torch.float16, Path("b"))
+    for coefficients in recipe.coefficients(NAMES).values():
+        assert coefficients == ((0.5, 2.0), (0.3, 1.0))
+
+
+def test_what_a_file_leaves_out(read):
+    recipe = read(models("ties", ("a", "weight: 1")))
+    assert (recipe.normalize, recipe.rescale, recipe.scale, recipe.dtype) == (None, None, 1.0, None)
+    assert recipe.files_from == Path("base")
+    assert read(models("ties", ("a", "weight: 1"), more="dtype: bfloat16")).dtype == torch.bfloat16
+    recipe = read(models("linear", ("b", "weight: 1"), ("a", "weight: 1"), base=None))
+    assert (recipe.base, recipe.models, recipe.files_from) == (None, (Path("b"), Path("a")), Path("b"))
+    assert recipe.coefficients(NAMES)[EMBED].densities is None
+
+
+def test_what_a_method_does_not_have_is_passed_over(read):
+    recipe = read(models("slerp", ("a", "weight: 9, t: 9"), more="parameters: {t: 0.5, lambda: 2, normalize: true}"))
+    assert (recipe.normalize, recipe.rescale, recipe.scale) == (None, None, 1.0)
+    assert recipe.coefficients(NAMES)[HEAD] == ((0.5,), None)
+    recipe = read(models("linear", ("a", "weight: 1, density: 9"), base=None, more="parameters: {rescale: true}"))
+    assert recipe.rescale is None
+    # Options that all models share are not looked for at one of them.
+    assert read(models("ties", ("a", "weight: 1, lambda: 3, normalize: false"))).scale == 1.0
+
+
+def test_the_base_joins_a_mean_of_models(read):
+    recipe = read(models("linear", ("a", "weight: 3"), more="parameters: {weight: 1}"))
+    assert (recipe.base, recipe.models, recipe.files_from) == (None, (Path("a"), Path("base")), Path("base"))
+    assert weights(recipe) == [(3, 1)] * 7
+    recipe = read(models("linear", ("base", "weight: 2"), ("a", "weight: 3")))
+    assert (recipe.models, recipe.coefficients(NAMES)[NORM].weights) == ((Path("base"), Path("a")), (2, 3))
+
+
+def test_a_gradient_runs_over_the_layers(read):
+    recipe = read(models("ties", ("a", "weight: [1, 0, 4], density: [0.2, 0.6]")))
+    assert weights(recipe) == [(1,), (1,), (1,), (0,), (4,), (1,), (1,)]
+    assert [recipe.coefficients(NAMES)[name].densities for name in (Q0, UP1, UP2, HEAD)] == [
+        pytest.approx((density,)) for density in (0.2, 0.4, 0.6, 0.2)
+    ]
+    # Between two points of it.
+    assert weights(read(models("ties", ("a", "weight: [0, 8, 2, 1]"))), [UP1, UP2]) == [(5,), (1,)]
+    # A single layer is the last.
+    assert weights(recipe, [EMBED, UP0]) == [(1,), (4,)]
+
+
+def test_each_stack_has_its_own_layers(read):
+    recipe = read(models("ties", ("a", "weight: [0, 6]")))
+    names = ["vision.blocks.1.proj", "vision.blocks.3.proj", "model.layers.1.experts.5.w", "model.layers.2.experts.0.w"]
+    assert weights(recipe, names) == [(2,), (6,), (3,), (6,)]
+
+
+def test_filters_are_parts_of_names_and_the_first_one_decides(read):
+    text = """weight: [{filter: mlp, value: [2, 4]}, {filter: layers.0, value: 7}, {filter: "*", value: 1}]"""
+    assert weights(read(models("ties", ("a", text)))) == [(1,), (7,), (2,), (3,), (4,), (1,), (1,)]
+    assert weights(read(models("ties", ("a", "weight: {value: 2}")))) == [(2,)] * 7
+    # What no filter matches is looked for further out, and so is an empty list.
+    outer = "parameters: {weight: [{value: 5, filter: norm}, {value: 6}]}"
+    assert weights(read(models("ties", ("a", "weight: [{filter: mlp, value: 2}]"), more=outer)), [UP0, Q0, NORM]) == [
+        (2,),
+        (6,),
+        (5,),
+    ]
+    assert weights(read(models("ties", ("a", "weight: []"), more=outer)), [UP0, NORM]) == [(6,), (5,)]
+
+
+def test_numbers_may_be_written_as_strings(read):
+    recipe = read(models("ties", ("a", "weight: 2e-1"), ("b", "weight: ['1', 2e0]"), more="parameters: {lambda: 1e-2}"))
+    assert weights(recipe, [UP0, UP1]) == [(0.2, 1), (0.2, 2)]
+    assert recipe.scale == 0.01
+
+
+def test_slices_and_the_nearest_parameter(read):
+    recipe = read(
+        slices(
+            "task_arithmetic",
+            ((0, 2), "weight: [{filter: mlp, value: [1, 2]}]", "weight: 3"),
+            ((2, 3), "", "weight: [{filter: norm, value: 4}]"),
+            more="base_model: base\nparameters: {weight: [5, 6]}\n",
+        )
+    )
+    assert (recipe.base, recipe.models) == (Path("base"), (Path("a"),))
+    # Embeddings belong to the first slice, what follows the layers to the last.
+    assert weights(recipe) == [(3,), (3,), (1,), (2,), (6,), (4,), (5,)]
+    assert weights(recipe, [*NAMES, "gpt_neox.embed_out.weight"])[-1] == (5,)
+
+
+def test_a_gradient_runs_over_the_layers_of_its_slice(read):
+    recipe = read(slices("ties", ((0, 1), "weight: [1, 2]", ""), ((1, 3), "weight: [3, 4]", "")))
+    assert weights(recipe) == [(1,), (2,), (2,), (3,), (4,), (3,), (3,)]
+
+
+def test_weights_of_a_sum_may_cancel(read):
+    text = models("linear", ("a", "weight: 1"), ("b", "weight: -1"), base=None, more="parameters: {normalize: false}")
+    assert weights(read(text)) == [(1, -1)] * 7
+
+
+def test_slices_of_slerp(read):
+    recipe = read(slices("slerp", ((0, 3), "", "t: [0, 1]"), more="base_model: a\n"))
+    assert (recipe.base, recipe.models) == (Path("a"), (Path("base"),))
+    assert weights(recipe) == [(0,), (0,), (0,), (0.5,), (1,), (0,), (0,)]
+
+
+def test_a_base_of_slices(read):
+    text = slices("slerp", ((0, 3), "", "t: 0.5"), more="").replace(
+        "  - parameters", "  - base_model: a\n    parameters"
+    )
+    assert read(text).base == Path("a")
+
+
+def test_options_may_stand_at_every_slice(read):
+    own = "weight: 1, lambda: 0.5, normalize: true"
+    recipe = read(slices("ties", ((0, 2), "", own), ((2, 3), "", own)))
+    assert (recipe.scale, recipe.normalize) == (0.5, True)
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "merge.yaml is not one YAML document: while parsing"),
+        ("a: 1\n---\nb: 2", "merge.yaml is not one YAML document: expected a single document"),
+        ("- ties", r"merge.yaml must be a mapping, got \['ties'\]"),
+        ("", "merge.yaml must be a mapping, got None"),
+        (
+            "merge_methods: ties",
+            "merge.yaml has the key 'merge_methods'; supported are merge_method, base_model, models",
+        ),
+        ("merge_method: della", "merge.yaml has merge_method 'della'; supported are 'dare_linear', 'dare_ties', 'line"),
+        ("merge_method: [ties]", r"merge.yaml has merge_method \['ties'\]; supported are"),
+        ("models: []", "merge.yaml has merge_method None; supported are"),
+        (
+            "merge_method: ties\nmodules: {default: {}}",
+            "merge.yaml: modules are not supported; list whole models under m",
+        ),
+        (
+            "merge_method: ties\ntokenizer: {source: base}",
+            "merge.yaml: a tokenizer section is not supported; write tok",
+        ),
+        ("merge_method: ties\nchat_template: chatml", "merge.yaml: chat templates are not written; leave it out, and"),
+        ("merge_method: ties", "merge.yaml must have either models or slices"),
+        ("merge_method: ties\nmodels: []\nslices: []", "merge.yaml must have either models or slices"),
+        ("merge_method: ties\nmodels: []", r"merge.yaml, models must be a list with an entry, got \[\]"),
+        ("merge_method: ties\nmodels: [a]", r"merge.yaml, models\[0\] must be a mapping, got 'a'"),
+        ("merge_method: ties\nmodels: [{model: 3}]", r"merge.yaml, models\[0\] must name the folder of a model, got 3"),
+        (
+            models("ties", ("a@main", "")),
+            r"models\[0\] is 'a@main', but revisions \(@\) and adapters \(\+\) are not su",
+        ),
+        (
+            models("ties", ("a+lora", "")),
+            r"models\[0\] is 'a\+lora', but revisions \(@\) and adapters \(\+\) are not s",
+        ),
+        (models("ties", ("a", ""), ("./a", "")), "merge.yaml, models names 'a' twice"),
+        (
+            models("ties", ("a", ""), base=None),
+            "merge.yaml has no base_model, or slices without it, and 'ties' starts fr",
+        ),
+        (
+            slices("ties", ((0, 3), "", ""), more="base_model: b\n"),
+            "no base_model, or slices without it, and 'ties' st",
+        ),
+        (
+            models("ties", ("base", "")),
+            "merge.yaml names 0 models besides base_model, and 'ties' takes at least one mod",
+        ),
+        (models("slerp", ("a", ""), ("b", "")), "names 2 models besides base_model, and 'slerp' takes one model"),
+        (
+            models("ties", ("a", "gamma: 1")),
+            r"models\[0\], parameters has the key 'gamma'; supported are weight, densit",
+        ),
+        (
+            models("ties", ("a", "weight: x")),
+            r"models\[0\], parameters, weight is 'x'; write a number, or a list of num",
+        ),
+        (
+            models("ties", ("a", "weight:")),
+            r"models\[0\], parameters, weight is None; write a number, or a list of num",
+        ),
+        (
+            models("ties", ("a", "weight: [1, [2]]")),
+            r"parameters, weight is \[1, \[2\]\]; write a number, or a list of n",
+        ),
+        (models("ties", ("a", "weight: [{value: 1}, 2]")), "parameters, weight must be a mapping, got 2"),
+        (
+            models("ties", ("a", "weight: [{valu: 1}]")),
+            "parameters, weight has the key 'valu'; supported are filter, val",
+        ),
+        (
+            models("ties", ("a", "weight: [{filter: mlp}]")),
+            "parameters, weight is None; write a number, or a list of nu",
+        ),
+        (
+            models("ties", ("a", "weight: [{filter: 3, value: 1}]")),
+            "weight has the filter 3; write a part of tensors' n",
+        ),
+        (models("ties", ("a", ""), more="parameters: 3"), "merge.yaml, parameters must be a mapping, got 3"),
+        (
+            models("ties", ("a", ""), more="dtype: int64"),
+            "merge.yaml: dtype must be 'bfloat16'",
+        ),
+        (
+            models("ties", ("a", ""), more="out_dtype: 16"),
+            "merge.yaml: out_dtype must be 'bfloat16'",
+        ),
+        (
+            models("ties", ("a", ""), more="tokenizer_source: union"),
+            "merge.yaml: tokenizer_source 'union' is not suppo",
+        ),
+        (
+            models("ties", ("a", ""), more="tokenizer_source: b"),
+            "tokenizer_source 'b', which is neither the base nor a",
+        ),
+        (
+            models("linear", ("a", ""), base=None, more="tokenizer_source: base"),
+            "tokenizer_source 'base', but no base_m",
+        ),
+        (
+            models("ties", ("a", ""), more="parameters: {rescale: true}"),
+            "rescale is not supported for 'ties', whose pap",
+        ),
+        (models("ties", ("a", ""), more="parameters: {normalize: 2}"), "normalize must be true or false, got 2.0"),
+        (
+            models("ties", ("a", ""), more="parameters: {lambda: [1, 2]}"),
+            "lambda must be one value for all tensors; grad",
+        ),
+        (
+            models("ties", ("a", ""), more="parameters: {lambda: [{filter: mlp, value: 1}]}"),
+            "lambda must be one value fo",
+        ),
+        (
+            slices("ties", ((0, 2), "", "lambda: 1"), ((2, 3), "", "")),
+            "lambda must be one value for all tensors; gradie",
+        ),
+        (
+            slices("ties", ((1, 3), "", "")),
+            r"slices\[0\] does not take the layers that follow, .* but \[\(1, 3\)\]; sta",
+        ),
+        (
+            slices("ties", ((0, 2), "", ""), ((1, 3), "", "")),
+            r"slices\[1\] does not take the layers that follow, the sam",
+        ),
+        (
+            slices("ties", ((0, 2), "", ""), ((3, 4), "", "")),
+            r"slices\[1\] does not take the layers that follow, the sam",
+        ),
+        (
+            slices("ties", ((2, 2), "", "")),
+            r"slices\[0\], sources has layer_range \[2, 2\]; write \[first, last \+ 1\]",
+        ),
+        (slices("ties", ((0, "x"), "", "")), r"slices\[0\], sources has layer_range \[0, 'x'\]; write \[first, last"),
+        (
+            slices("ties", ((0, 3), "", "")).replace("[0, 3]", "[0, 2]", 1),
+            r"slices\[0\] .* \[\(0, 2\), \(0, 3\)\]; stack",
+        ),
+        (
+            slices("ties", ((0, 2), "", ""), ((2, 3), "", "")).replace("a, layer_range: [2", "b, layer_range: [2"),
+            r"slices\[1\] has other sources or another base than slices\[0\], or another order of them",
+        ),
+        (
+            slices("ties", ((0, 2), "", ""), ((2, 3), "", "")) + "    base_model: a\n",
+            r"slices\[1\] has other sources or another base than slices\[0\]",
+        ),
+        (
+            "merge_method: ties\nslices: [{residual_weight: 1}]",
+            r"slices\[0\] has the key 'residual_weight'; supported ar",
+        ),
+    ],
+)
+def test_files_that_ask_for_something_else(read, text, message):
+    with pytest.raises(ValueError, match=message):
+        read(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            models("ties", ("a", "")),
+            "merge.yaml gives no weight for 'model.embed_tokens.weight' in 'a'; write it under",
+        ),
+        (models("ties", ("a", "weight: {filter: x, value: 1}")), "merge.yaml gives no weight for 'model.embed_tokens"),
+        (
+            models("slerp", ("a", "t: 1")),
+            "merge.yaml gives no t for 'model.embed_tokens.weight'; write it under parame",
+        ),
+        (models("linear", ("a", "weight: 1")), "merge.yaml gives no weight for 'model.embed_tokens.weight' in 'base'"),
+        (
+            models("ties", ("a", "weight: 1, density: 0")),
+            r"tensor 'model.embed_tokens.weight': density must lie in \(0",
+        ),
+        (models("ties", ("a", "weight: .nan")), "tensor 'model.embed_tokens.weight': a weight must be finite, got nan"),
+        (
+            models("linear", ("a", "weight: 0"), base=None),
+            "a mean of models divides by the sum of .* use normalize=Fal",
+        ),
+        (
+            slices("ties", ((0, 2), "", "weight: 1")),
+            r"the slices of merge.yaml are 2 layers, but the models have 3 \(mo",
+        ),
+        (
+            slices("ties", ((0, 4), "", "weight: 1")),
+            r"are 4 layers, but the models have 3 \(model.layers\); slices must",
+        ),
+    ],
+)
+def test_tensors_that_a_file_does_not_fit(read, text, message):
+    recipe = read(text)
+    with pytest.raises(ValueError, match=message):
+        recipe.coefficients(NAMES)
+
+
+def test_slices_of_models_with_several_stacks_or_none(read):
+    recipe = read(slices("ties", ((0, 3), "", "weight: 1")))
+    with pytest.raises(ValueError, match=r"the models have 3 \(model.layers\) and 1 \(vision.blocks\)"):
+        recipe.coefficients([*NAMES, "vision.blocks.0.proj"])
+    with pytest.raises(ValueError, match="are 3 layers, but the models have 0; slices must be all"):
+        recipe.coefficients([EMBED])
+
+
+def test_files_and_folders_that_are_not_there(read):
+    with pytest.raises(
+        FileNotFoundError, match=r"models\[0\] is 'org/name', but there is no such folder; nothing is d"
+    ):
+        read(models("ties", ("org/name", "")))
+    with pytest.raises(FileNotFoundError, match=r"other\.yaml"):
+        read_mergekit("other.yaml")
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    (tmp_path / "merge.yaml").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(ValueError, match=r"merge.yaml is not one YAML document: .*can't decode"):
+        read_mergekit(tmp_path / "merge.yaml")
+
+
+def test_without_a_reader_of_yaml(monkeypatch):
+    find = builtins.__import__
+
+    def without_yaml(name, *args):
+        if name == "yaml":
+            raise ModuleNotFoundError("No module named 'yaml'", name="yaml")
+        return find(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", without_yaml)
+    with pytest.raises(ModuleNotFoundError, match=r"read with PyYAML: pip install 'fused_merge\[cli\]'"):
+        read_mergekit("merge.yaml")

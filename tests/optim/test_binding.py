@@ -1,0 +1,195 @@
+"""Which part of the delta belongs to which parameter: names, order, missing and reshaped tensors, stored deltas."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+
+import pytest
+import torch
+from device import DEVICE
+from models import Model, assert_same, fill_gradients, run, trained
+from torch import nn
+
+import fused_merge as fm
+
+CLASSES = [fm.OnDAREAdamW, fm.OnTIESAdamW]
+
+
+@pytest.fixture
+def delta() -> fm.ReferenceDelta:
+    return fm.ReferenceDelta.from_models(Model(0), trained())
+
+
+def test_wrapped_names_are_the_same_names(delta):
+    plain, wrapped = trained(), nn.ModuleDict({"module": trained()})
+    one = fm.OnDAREAdamW(plain.named_parameters(), reference_delta=delta, reserve_rate=0.5)
+    two = fm.OnDAREAdamW(wrapped.named_parameters(), reference_delta=delta, reserve_rate=0.5)
+    assert two.param_groups[0]["param_names"][0] == "module.embed.weight"
+    run(one, plain, 2)
+    run(two, wrapped, 2)
+    assert_same(one, two)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        two.load_state_dict(one.state_dict())
+
+
+def test_unnamed_parameters_are_bound_in_the_models_order(delta):
+    named, unnamed = trained(), trained()
+    one = fm.OnDAREAdamW(named.named_parameters(), reference_delta=delta, reserve_rate=0.5)
+    two = fm.OnDAREAdamW(unnamed.parameters(), reference_delta=delta, reserve_rate=0.5)
+    run(one, named, 2)
+    run(two, unnamed, 2)
+    assert_same(one, two)
+
+
+def test_unnamed_parameters_that_do_not_fit_are_refused(delta):
+    model = trained()
+    few = fm.OnDAREAdamW(list(model.parameters())[1:], reference_delta=delta)
+    with pytest.raises(ValueError, match=r"5 unnamed parameters do not match the 6 tensors .* model.named_parameters"):
+        few.bind()
+
+
+def test_unnamed_parameters_are_refused_by_a_delta_of_files(tmp_path):
+    from safetensors.torch import save_file
+
+    model = trained().cpu()
+    save_file(Model(0).cpu().state_dict(), tmp_path / "base.safetensors")
+    save_file(model.state_dict(), tmp_path / "sft.safetensors")
+    delta = fm.ReferenceDelta.from_checkpoints(tmp_path / "base.safetensors", tmp_path / "sft.safetensors")
+    optimizer = fm.OnDAREAdamW(model.parameters(), reference_delta=delta)
+    with pytest.raises(ValueError, match=r"does not know its model's order of parameters; pass model.named_parameters"):
+        optimizer.bind()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_saved_delta_by_path_gives_the_same_run(cls, delta, tmp_path):
+    method = {fm.OnDAREAdamW: "random", fm.OnTIESAdamW: "magnitude"}[cls]
+    delta.save(tmp_path / "dense.safetensors")
+    delta.save(tmp_path / "sparse.safetensors", reserve_rate=0.5, method=method, seed=3)
+    runs = []
+    for source in (delta, tmp_path / "dense.safetensors", str(tmp_path / "sparse.safetensors")):
+        model = trained()
+        optimizer = cls(model.named_parameters(), reference_delta=source, reserve_rate=0.5, seed=3, lr=1e-2)
+        run(optimizer, model, 2)
+        runs.append(optimizer)
+    assert_same(runs[0], runs[1])
+    assert_same(runs[0], runs[2])
+    # All three are one delta: a run may be resumed with any of them.
+    runs[2].load_state_dict(runs[0].state_dict())
+
+
+@pytest.mark.parametrize("asked", [{"reserve_rate": 0.25}, {"reserve_rate": 1.0}, {"reserve_rate": 0.5, "seed": 4}])
+def test_a_sparse_delta_must_match_what_is_asked_for(asked, delta, tmp_path):
+    path = delta.save(tmp_path / "sparse.safetensors", reserve_rate=0.5, method="random", seed=3)
+    optimizer = fm.OnDAREAdamW(trained().named_parameters(), reference_delta=path, **{"seed": 3} | asked)
+    with pytest.raises(ValueError, match=r"was saved with method='random', reserve_rate=0.5, seed=3"):
+        optimizer.bind()
+
+
+def test_a_later_reserve_rate_acts_on_the_update_only(delta):
+    model, resumed = trained(), trained()
+    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, reserve_rate=0.5, lr=1e-2)
+    run(optimizer, model, 1)
+
+    def kept_of(optimizer):
+        return {name: optimizer._binding.of(name, DEVICE).kept.unpack() for name in delta.names}
+
+    kept = kept_of(optimizer)
+    optimizer.param_groups[0]["reserve_rate"] = 0.1
+    run(optimizer, model, 1, first=1)
+    # The same after a resume, where tau is sparsified anew.
+    other = fm.OnDAREAdamW(resumed.named_parameters(), reference_delta=delta)
+    other.load_state_dict(optimizer.state_dict())
+    other.bind()
+    for name, tau in kept.items():
+        assert torch.equal(kept_of(optimizer)[name], tau)
+        assert torch.equal(kept_of(other)[name], tau)
+
+
+def test_a_missing_parameter_is_named(delta):
+    model = trained()
+    model.value_head = nn.Linear(16, 1).to(DEVICE)
+    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta)
+    fill_gradients(model, 0)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"lacks 'value_head.weight', 'value_head.bias'; .* missing='plain'"):
+        optimizer.step()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not optimizer.state
+
+
+def test_a_missing_parameter_may_step_plainly(delta, caplog):
+    model = trained()
+    model.value_head = nn.Linear(16, 1).to(DEVICE)
+    peer = copy.deepcopy(model.value_head)
+    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, missing="plain", lr=1e-2)
+    theirs = torch.optim.AdamW(peer.parameters(), lr=1e-2, weight_decay=0.0)
+    with caplog.at_level(logging.WARNING, "fused_merge"):
+        for step in range(3):
+            fill_gradients(model, step)
+            for p, q in zip(model.value_head.parameters(), peer.parameters(), strict=True):
+                q.grad = p.grad.clone()
+            optimizer.step()
+            theirs.step()
+    for p, q in zip(model.value_head.parameters(), peer.parameters(), strict=True):
+        assert (p - q).abs().max() <= 1e-6 * q.abs().max()
+    listed = [record.getMessage() for record in caplog.records]
+    assert listed == ["stepping as plain AdamW, without a reference delta: 'value_head.weight', 'value_head.bias'"]
+
+
+def test_missing_may_differ_by_group(delta):
+    model = trained()
+    model.value_head = nn.Linear(16, 1).to(DEVICE)
+    named = list(model.named_parameters())
+    groups = [{"params": named[:6]}, {"params": named[6:], "missing": "plain", "lr": 1.0}]
+    optimizer = fm.OnDAREAdamW(groups, reference_delta=delta)
+    run(optimizer, model, 1)
+    assert optimizer.param_groups[1]["lr"] == 1.0
+
+
+def test_a_reshaped_parameter_is_named(delta):
+    model = trained()
+    model.head = nn.Linear(16, 4, bias=False).to(DEVICE)
+    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta)
+    with pytest.raises(ValueError, match=r"'head.weight' has shape \(4, 16\) and its reference delta \(3, 16\)"):
+        optimizer.bind()
+
+
+def test_tied_weights_are_one_tensor_under_their_first_name():
+    def tied(seed):
+        model = Model(seed, head=False)
+        model.head = nn.Linear(8, 11, bias=False).to(DEVICE)
+        model.head.weight = model.embed.weight
+        return model
+
+    delta = fm.ReferenceDelta.from_models(tied(0), tied(1))
+    assert "embed.weight" in delta.names
+    assert "head.weight" not in delta.names
+    model = tied(1)
+    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta)
+    run(optimizer, model, 1)
+    assert optimizer.state[model.embed.weight]["step"] == 1
+
+
+def test_only_what_drops_anything_is_held_sparse(delta):
+    model = trained()
+    sparse = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, reserve_rate=0.01)
+    dense = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, reserve_rate=1.0)
+    sparse.bind()
+    dense.bind()
+    for name in delta.names:
+        assert isinstance(sparse._binding.of(name, DEVICE).kept, fm.sparse.SparseTensor)
+        assert isinstance(dense._binding.of(name, DEVICE).kept, torch.Tensor)
+
+
+def test_two_parameters_of_one_name_are_refused(delta):
+    """As of a policy and a critic; a wrapper does not tell them apart."""
+    one, two = trained(), trained()
+    pairs = [*one.named_parameters(), *((f"module.{name}", p) for name, p in two.named_parameters())]
+    optimizer = fm.OnDAREAdamW(pairs, reference_delta=delta)
+    fill_gradients(one, 0)
+    with pytest.raises(ValueError, match=r"two parameters are called 'embed.weight', .* tell them apart"):
+        optimizer.step()
+    assert not optimizer.state
