@@ -22,7 +22,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from fused_merge.interpolation.ratio_sweep import RatioSweep, interpolate
+from fused_merge.interpolation.interpolate import interpolate
+from fused_merge.interpolation.ratio_sweep import RatioSweep
 from fused_merge.sweep import plots
 from fused_merge.sweep.evaluate import Row, evaluate_ratios, read_results, sweep_checkpoints, write_report
 from fused_merge.sweep.plots import Mark
@@ -171,6 +172,7 @@ from pathlib import Path
 import numpy as np, torch
 from safetensors.torch import save_file
 from torch import nn
+from fused_merge.interpolation.interpolate import interpolate
 from fused_merge.interpolation.ratio_sweep import RatioSweep
 from fused_merge.sweep.evaluate import evaluate_ratios
 
