@@ -173,7 +173,7 @@ def sweep(
     task: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Of the lm-evaluation-harness; may be repeated.")
     ] = None,
-    minimise: Annotated[
+    minimize: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="A score of which less is better; may be repeated.")
     ] = None,
     compare: Annotated[
@@ -203,7 +203,7 @@ def sweep(
                 out,
                 scorers=scorer or [],
                 tasks=task or [],
-                minimise=minimise or [],
+                minimize=minimize or [],
                 compare=compare or [],
                 device=device,
                 dtype=dtype,

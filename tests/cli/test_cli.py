@@ -294,7 +294,7 @@ SWEEP = ["sweep", "a", "b", "--out", "out", "--ratios", "0:1:0.5"]
 SWEEP_DEFAULTS = {
     "scorers": [],
     "tasks": [],
-    "minimise": [],
+    "minimize": [],
     "compare": [],
     "device": "cpu",
     "dtype": None,
@@ -338,9 +338,9 @@ def test_sweep_passes_everything_on(run, swept):
         "x",
         "--task",
         "y",
-        "--minimise",
+        "--minimize",
         "g",
-        "--minimise",
+        "--minimize",
         "x/loss",
     ]
     asked += ["--compare", "o/results.json", "--compare", "p/results.json", "--device", "cuda", "--dtype", "bfloat16"]
@@ -349,7 +349,7 @@ def test_sweep_passes_everything_on(run, swept):
     assert swept.options == {
         "scorers": ["m:f", "n:g"],
         "tasks": ["x", "y"],
-        "minimise": ["g", "x/loss"],
+        "minimize": ["g", "x/loss"],
         "compare": [Path("o/results.json"), Path("p/results.json")],
         "device": "cuda",
         "dtype": "bfloat16",
