@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_merge as fm
+from fused_merge.eager.sparse import SparseTensor
 
 CLASSES = [fm.OnDAREAdamW, fm.OnTIESAdamW]
 
@@ -255,9 +256,9 @@ def test_a_tensor_lr_is_a_float_lr_that_the_host_never_reads(method, options, de
     ours.bind()
     # Decoding a sparse delta on the CPU reads its offsets.
     for name in delta.names:
-        kept = ours._binding.of(name, DEVICE).kept
+        kept = ours._binding.of(name, DEVICE).tau
         ours._binding._bound[name] = ours._binding._bound[name]._replace(
-            kept=kept.unpack() if isinstance(kept, fm.sparse.SparseTensor) else kept
+            tau=kept.unpack() if isinstance(kept, SparseTensor) else kept
         )
     for step in range(3):
         fill_gradients(model, step)

@@ -13,8 +13,9 @@ from models import IMPLS, Model, assert_same, fill_gradients, optimizer_of, run,
 from torch import nn
 
 import fused_merge as fm
-from fused_merge import functional
 from fused_merge.eager import rounding
+from fused_merge.eager.sparse import SparseTensor
+from fused_merge.optim import merging_adamw
 
 CLASSES = [fm.OnDAREAdamW, fm.OnTIESAdamW]
 
@@ -174,7 +175,7 @@ def test_the_delta_follows_a_moved_parameter(delta):
     optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta)
     optimizer.bind()
     elsewhere = torch.device("meta")
-    assert optimizer._binding.of("head.weight", elsewhere).kept.device == elsewhere
+    assert optimizer._binding.of("head.weight", elsewhere).tau.device == elsewhere
 
 
 # Every kind of state: moments, masters of both kinds, anchors.
@@ -474,15 +475,12 @@ def test_delta_and_states_follow_a_moved_parameter(options, delta, monkeypatch):
             other.grad = None
     seen = []
 
-    def merging_adamw_(*lists, full_taus, anchors, masters, dry_run=False, **others):
-        if dry_run:
-            return [None]
-        seen.extend(column[0] for column in lists)
-        seen.extend(extra[0] for extra in (full_taus, masters) if extra[0] is not None)
-        seen.extend(anchors[0] or ())
+    def take(prepared):
+        for o in prepared.operands:
+            seen.extend(value for value in (*o, *(o.anchor or ())) if isinstance(value, (torch.Tensor, SparseTensor)))
         return [None]
 
-    monkeypatch.setattr(functional, "merging_adamw_", merging_adamw_)
+    monkeypatch.setattr(merging_adamw, "take", take)
     optimizer.step()
     assert len(seen) == 6 + {"merge_every": 2}.get(next(iter(options), ""), len(options))
     assert {value.device for value in seen} == {elsewhere}
