@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fused_merge.eager.precision import compute_dtype
+
 # Bytes of temporaries for each thread of torch: with fewer, blocks cost more in calls than they gain by the caches.
 _SCRATCH = 5 << 19
 # The temporaries of a block, rows of scratch: both ends, their difference, its product with a weight, and a point.
@@ -35,7 +37,7 @@ def interpolate(base: Tensor, tuned: Tensor, ratio: float) -> Tensor:
         return base.clone()
     if ratio == 1.0:
         return tuned.to(base.dtype, copy=True)
-    wide = wide_dtype(base, tuned)
+    wide = compute_dtype(base.dtype, tuned.dtype)
     weight, from_base = nearer_end(ratio, wide)
     return between(base.to(wide), tuned.to(wide), weight, from_base=from_base).to(base.dtype)
 
@@ -61,7 +63,7 @@ def interpolate_(
         scratch: uint8, contiguous, of at least 64 bytes on the device of the ends: overwritten. The more bytes, the
             larger the blocks. None allocates.
     """
-    wide = wide_dtype(base, tuned)
+    wide = compute_dtype(base.dtype, tuned.dtype)
     # Of each weight the points that are so far from an end, and whether that end is base.
     points: dict[float, list[tuple[bool, Tensor]]] = {}
     for ratio, out in zip(ratios, outs, strict=True):
@@ -107,11 +109,6 @@ def interpolate_(
                     torch.sub(b, product, out=point)
                 if point is not place:
                     place.copy_(point)
-
-
-def wide_dtype(base: Tensor, tuned: Tensor) -> torch.dtype:
-    """Return the dtype of the computation."""
-    return torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
 
 
 def nearer_end(ratio: float, wide: torch.dtype) -> tuple[float, bool]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import StateDict
 
 from fused_merge.delta.reference_delta import ReferenceDelta
-from fused_merge.eager.adamw import compute_dtype
+from fused_merge.eager.precision import compute_dtype
 from fused_merge.eager.rounding import join
 from fused_merge.optim.options import FOREIGN
 
