@@ -21,7 +21,7 @@ _BASE, _TUNED, _DELTA, _PRODUCT, _POINT = range(5)
 
 
 def interpolate(base: Tensor, tuned: Tensor, ratio: float) -> Tensor:
-    """Return one point of the line through `base` (r = 0) and `tuned` (r = 1).
+    """Return one point of the path from `base` (r = 0) to `tuned` (r = 1).
 
     Computed in fp32 (fp64 if either end is) from the nearer end and rounded once; r = 0 and r = 1 copy bits.
 
@@ -50,7 +50,7 @@ def between(a: Tensor, b: Tensor, weight: float | Tensor, *, from_base: bool) ->
 def interpolate_(
     base: Tensor, tuned: Tensor, ratios: Sequence[float], outs: Sequence[Tensor], scratch: Tensor | None = None
 ) -> None:
-    """Write R points of the line: the bits of `interpolate`, from one read of the ends.
+    """Write R points of the path: the bits of `interpolate`, from one read of the ends.
 
     Goes by blocks that stay in a cache: b - a is taken once, its product with a weight once for the two points that
     lie as far from either end, and each point passes through the cache once.

@@ -1,4 +1,4 @@
-"""Eager code through `torch.compile`, the step and the line: the same bits, fused for the CPU.
+"""Eager code through `torch.compile`, the step and interpolation: the same bits, fused for the CPU.
 
 Inductor neither contracts nor reorders floating-point arithmetic on a CPU, so that what it makes of
 `fused_merge.eager` is equal to it bit for bit.
