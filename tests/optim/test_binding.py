@@ -18,11 +18,6 @@ from fused_merge.eager.sparse import SparseTensor
 CLASSES = [fm.OnDAREAdamW, fm.OnTIESAdamW]
 
 
-@pytest.fixture
-def delta() -> fm.ReferenceDelta:
-    return fm.ReferenceDelta.from_models(Model(0), trained())
-
-
 def test_wrapped_names_are_the_same_names(delta):
     plain, wrapped = trained(), nn.ModuleDict({"module": trained()})
     one = fm.OnDAREAdamW(plain.named_parameters(), reference_delta=delta, reserve_rate=0.5)

@@ -7,16 +7,11 @@ import weakref
 import pytest
 import torch
 from device import DEVICE
-from models import Model, assert_same, fill_gradients, run, trained
+from models import assert_same, fill_gradients, run, trained
 
 import fused_merge as fm
 from fused_merge.kernels import launch
 from fused_merge.optim import verification
-
-
-@pytest.fixture
-def delta() -> fm.ReferenceDelta:
-    return fm.ReferenceDelta.from_models(Model(0), trained())
 
 
 def triton_run(delta, dtype=torch.float32, **options):
