@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_merge.eager.interpolate import wide_dtype
+from fused_merge.eager.precision import compute_dtype
 from fused_merge.eager.sparse import SparseTensor
 from fused_merge.eager.sparsify import SPARSIFY
 from fused_merge.io.sources import PathLike, SourceLike, TensorSource, match, open_files, open_source
@@ -154,4 +154,4 @@ def _specs_of(base: TensorSource, tuned: TensorSource) -> dict[str, TensorSpec]:
 
 
 def _subtract(base: Tensor, tuned: Tensor, dtype: torch.dtype) -> Tensor:
-    return tuned.to("cpu", wide_dtype(base, tuned), copy=True).sub_(base.cpu()).to(dtype).contiguous()
+    return tuned.to("cpu", compute_dtype(base.dtype, tuned.dtype), copy=True).sub_(base.cpu()).to(dtype).contiguous()
