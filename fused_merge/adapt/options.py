@@ -28,7 +28,7 @@ def _check_betas(name: str, betas: tuple[float, float]) -> tuple[float, float]:
     return betas
 
 
-def _check_weight(name: str, weight: float) -> float:
+def _check_regularizer(name: str, weight: float) -> float:
     if not 0.0 <= weight < math.inf:
         raise ValueError(f"{name} must be at least 0 and finite, got {weight}")
     return weight
@@ -110,7 +110,7 @@ class AdaptOptions(RateOptions, total=False):
         ),
     ]
     regularizer: Annotated[
-        float, Option(0.0, "weight of sum over k of weight_k * (r_k - rho)^2, added to the loss.", _check_weight)
+        float, Option(0.0, "weight of sum over k of weight_k * (r_k - rho)^2, added to the loss.", _check_regularizer)
     ]
     regularizer_weights: Annotated[
         str,
@@ -183,9 +183,9 @@ class AnswerOptions(TargetOptions, RateOptions, SamplingOptions, ModelOptions, t
             '`"module:function"`, called with a list of (prompt, answer) texts, which returns a number for each; only '
             "the `best` share is kept. None keeps all.",
             cli={
-                "help": "A function of a list of (prompt, answer) that returns a number for each; only the best are "
-                "kept.",
+                "type": str,
                 "metavar": "MODULE:FUNCTION",
+                "help": "Takes a list of (prompt, answer), returns a number for each; only the best are kept.",
             },
         ),
     ]

@@ -17,7 +17,7 @@ class EvaluateOptions(ProgressOption, total=False):
         Option(
             (),
             "the scores for which less is better.",
-            cli={"help": "A score for which less is better; may be repeated.", "metavar": "NAME"},
+            cli={"type": list[str], "metavar": "NAME", "help": "Score for which less is better; may be repeated."},
         ),
     ]
 
@@ -31,8 +31,10 @@ class SweepOptions(EvaluateOptions, ModelOptions, total=False):
             (),
             '`"module:function"`; see `fused_merge.sweep.scorers.ImportedScorer`.',
             cli={
-                "help": "Takes (model) or (model, tokenizer), returns a number or {name: number}; may be repeated.",
+                "type": list[str],
+                "param_decls": ("--scorer",),
                 "metavar": "MODULE:FUNCTION",
+                "help": "Takes (model) or (model, tokenizer), returns a number or {name: number}; may be repeated.",
             },
         ),
     ]
@@ -42,17 +44,26 @@ class SweepOptions(EvaluateOptions, ModelOptions, total=False):
             (),
             "names of tasks of the lm-evaluation-harness. Their scores are called `task/metric`, or "
             "`task/metric,filter` where a filter has a name; the harness knows for which less is better.",
-            cli={"help": "A task of the lm-evaluation-harness; may be repeated.", "metavar": "NAME"},
+            cli={
+                "type": list[str],
+                "param_decls": ("--task",),
+                "metavar": "NAME",
+                "help": "Task of the lm-evaluation-harness; may be repeated.",
+            },
         ),
-    ]
-    batch_size: Annotated[
-        int, Option(1, "batch size of the tasks.", at_least(1), {"help": "Batch size of --task.", "min": 1})
     ]
     compare: Annotated[
         "Sequence[str | PathLike[str]]",
         Option(
             (),
             "the `results.json` of other sweeps.",
-            cli={"help": "Another sweep, for the same picture; may be repeated.", "metavar": "RESULTS.json"},
+            cli={
+                "type": list[str],
+                "metavar": "RESULTS.json",
+                "help": "Another sweep, for the same picture; may be repeated.",
+            },
         ),
+    ]
+    batch_size: Annotated[
+        int, Option(1, "batch size of the tasks.", at_least(1), {"help": "Batch size of --task.", "min": 1})
     ]
