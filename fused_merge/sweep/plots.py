@@ -52,7 +52,7 @@ def fronts(sweeps: Mapping[str, Sequence[Mark]], scores: tuple[str, str], *, max
     from matplotlib.patheffects import withStroke
 
     # Names are the user's: a $ in them is no formula.
-    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
+    style: Any = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(9, 6), dpi=130, layout="constrained")
         axes = figure.subplots()
