@@ -122,8 +122,7 @@ class AdaptOptions(RateOptions, total=False):
         ),
     ]
     patience: Annotated[
-        int,
-        Option(20, "stop early when no ratio has moved by more than `tolerance` in so many steps.", at_least(1)),
+        int, Option(20, "stop early when no ratio has moved by more than `tolerance` in so many steps.", at_least(1))
     ]
     tolerance: Annotated[float, Option(1e-4, "see `patience`.")]
     seed: Annotated[int, Option(0, "seed of the search without gradients.")]
@@ -160,15 +159,12 @@ class SamplingOptions(ProgressOption, total=False):
         ),
     ]
     batch_size: Annotated[
-        int,
-        Option(8, "how many prompts are answered at once.", at_least(1), {"help": "Answers at once.", "min": 1}),
+        int, Option(8, "how many prompts are answered at once.", at_least(1), {"help": "Answers at once.", "min": 1})
     ]
     seed: Annotated[
         int,
         Option(
-            0,
-            "seed of the samples; the caller's random numbers are not touched.",
-            cli={"help": "Seed of the answers."},
+            0, "seed of the samples; the caller's random numbers are not touched.", cli={"help": "Seed of the answers."}
         ),
     ]
 

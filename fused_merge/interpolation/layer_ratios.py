@@ -55,11 +55,7 @@ class LayerRatios(ByName):
     """
 
     def __init__(
-        self,
-        parts: Mapping[str, Iterable[str]],
-        ratios: Iterable[float],
-        *,
-        history: Iterable[Mapping[str, Any]] = (),
+        self, parts: Mapping[str, Iterable[str]], ratios: Iterable[float], *, history: Iterable[Mapping[str, Any]] = ()
     ) -> None:
         self._parts: dict[str, tuple[str, ...]] = {}
         self._by_name: dict[str, float] = {}

@@ -47,10 +47,7 @@ def results_of(out):
 def test_every_ratio_is_scored_at_its_own_weights(sweep, tmp_path):
     out = tmp_path / "new" / "out"
     # A number may come with a gradient.
-    scorers = {
-        "mean": lambda model: model.weight.mean(),
-        "parts": lambda model: {"twice": 2 * mean(model), "one": 1},
-    }
+    scorers = {"mean": lambda model: model.weight.mean(), "parts": lambda model: {"twice": 2 * mean(model), "one": 1}}
     rows = evaluate_ratios(sweep, [0, 0.25, 1.5], scorers, out)
     assert rows == [
         ScoredRatio("0", 0.0, {"mean": 0.0, "parts/twice": 0.0, "parts/one": 1.0}),
