@@ -37,7 +37,7 @@ from fused_merge.progress import progress_bar
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# The options that the steps of a run do not depend on, or not they alone.
+# Options that its journal does not list: the steps do not depend on them, or it has them in another form.
 _NOT_JOURNALED = ("parts", "patience", "tolerance", "journal", "impl", "progress")
 
 
@@ -142,7 +142,7 @@ def answer_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
     Args:
         model: a causal language model of Transformers.
-        batch: `input_ids`, `labels` (-100 where nothing is to be learnt) and what else the model takes, on its device.
+        batch: `input_ids`, `labels` (-100 where nothing is to be learned) and what else the model takes, on its device.
     """
     loss: Tensor = model(**batch).loss
     return loss
