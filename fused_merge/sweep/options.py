@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Annotated
 
 from fused_merge.io.options import ModelOptions
@@ -58,7 +59,7 @@ class SweepOptions(EvaluateOptions, ModelOptions, total=False):
             (),
             "the `results.json` of other sweeps.",
             cli={
-                "type": list[str],
+                "type": list[Path],
                 "metavar": "RESULTS.json",
                 "help": "Another sweep, for the same picture; may be repeated.",
             },
