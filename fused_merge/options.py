@@ -29,7 +29,8 @@ class Option:
         default: its value where none is given.
         doc: what it means, in plain sentences.
         check: called with name and value; returns the value as it is used, or raises an error that names both.
-        cli: what the command line says differently, as keyword arguments of `typer.Option`; None keeps it off there.
+        cli: keyword arguments of `typer.Option` for the command line, and `type`, which is otherwise the type of the
+            default; None keeps the option off the command line.
     """
 
     default: Any
@@ -59,6 +60,16 @@ def resolve(given: Mapping[str, Any], *definitions: type) -> dict[str, Any]:
     return {name: option.check(name, given.get(name, option.default)) for name, option in options.items()}
 
 
+def split(given: Mapping[str, Any], *definitions: type) -> list[dict[str, Any]]:
+    """Return, for each definition, those of the given options that belong to it.
+
+    Raises:
+        TypeError: for a name that is an option of none of them.
+    """
+    check_known(given, options_of(*definitions))
+    return [{name: given[name] for name in given if name in options_of(each)} for each in definitions]
+
+
 def check_known(given: Iterable[str], options: Mapping[str, Option]) -> None:
     """Raise TypeError for a name that is no option."""
     for name in given:
@@ -73,7 +84,7 @@ def documented(*definitions: type) -> Callable[[Documented], Documented]:
 
     def document(documented: Documented) -> Documented:
         options = options_of(*definitions)
-        function = documented.__init__ if isinstance(documented, type) else documented  # type: ignore[misc]
+        function: Any = documented.__init__ if isinstance(documented, type) else documented  # type: ignore[misc]
         signature = inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         types = {name: field.__origin__ for each in definitions for name, field in each.__annotations__.items()}
@@ -84,7 +95,7 @@ def documented(*definitions: type) -> Callable[[Documented], Documented]:
             for name, option in options.items()
             if name not in signature.parameters
         ]
-        function.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+        function.__signature__ = signature.replace(parameters=own)
         lines = []
         for line in (documented.__doc__ or "").split("\n"):
             if line.strip() == "{options}":
@@ -123,6 +134,15 @@ def check_choice(name: str, value: Any, choices: Iterable[str | None]) -> None:
     listed = list(choices)
     if value not in listed:
         raise ValueError(f"{name} must be {' or '.join(map(repr, listed))}, got {value!r}")
+
+
+def optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    """Return a check that lets None pass and is otherwise the given one."""
+
+    def check_unless_none(name: str, value: Any) -> Any:
+        return None if value is None else check(name, value)
+
+    return check_unless_none
 
 
 def at_least(least: float) -> Callable[[str, Any], Any]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fused_merge.adapt.adapt import adapt_ratios, answer_loss
-from fused_merge.checkpoints import plan_interpolation
+from fused_merge.checkpoints.interpolate import plan_interpolation
 from fused_merge.functional.backend import check_device
 from fused_merge.interpolation.layer_ratios import LayerRatios
 from fused_merge.io.sources import PathLike, open_files

@@ -30,7 +30,7 @@ from fused_merge.io.sources import PathLike, open_files
 from fused_merge.io.writer import write_text, writing
 from fused_merge.names import some
 from fused_merge.optim.options import dtype_name
-from fused_merge.per_tensor import Setting, finite, parse_dtype
+from fused_merge.per_tensor import PerTensor, finite, parse_dtype
 from fused_merge.progress import progress_bar
 from fused_merge.sweep.pareto import hypervolume, knee, pareto_front
 from fused_merge.sweep.plots import Mark, check_matplotlib, draw_fronts
@@ -49,7 +49,7 @@ TABLE = "results.md"
 PICTURE = "pareto.png"
 
 # Points of the line, or {label: point}.
-Ratios: TypeAlias = "Sequence[float] | Mapping[str, Setting]"
+Ratios: TypeAlias = "Sequence[float] | Mapping[str, PerTensor]"
 
 _ALONE = Processes((), torch.device("cpu"))
 
@@ -72,7 +72,7 @@ class Row:
     """One ratio and its scores by name."""
 
     label: str
-    ratio: Setting
+    ratio: PerTensor
     scores: dict[str, float]
 
 
@@ -348,7 +348,7 @@ def _evaluate(
     return list(results.rows)
 
 
-def _labelled(ratios: Ratios) -> dict[str, Setting]:
+def _labelled(ratios: Ratios) -> dict[str, PerTensor]:
     if isinstance(ratios, (int, float)):
         raise TypeError(f"ratios must be a sequence, got {ratios}; write [{ratios}]")
     if not len(ratios):
@@ -362,7 +362,7 @@ def _labelled(ratios: Ratios) -> dict[str, Setting]:
             else finite(ratio, what="ratio")
             for label, ratio in ratios.items()
         }
-    labelled: dict[str, Setting] = {}
+    labelled: dict[str, PerTensor] = {}
     for ratio in ratios:
         # -0.0 is 0.
         number = finite(ratio, what="ratio") + 0.0

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from tiny import equal_bits, llama, save
 
 from fused_merge import functional
-from fused_merge.checkpoints import interpolate_checkpoints
+from fused_merge.checkpoints.interpolate import interpolate_checkpoints
 from fused_merge.interpolation.layer_ratios import LayerRatios
-from fused_merge.merge import merge_checkpoints
+from fused_merge.merge.merge import merge_checkpoints
 from fused_merge.per_tensor import per_tensor
 
 SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 3}

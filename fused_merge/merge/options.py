@@ -1,0 +1,97 @@
+"""The options of merging finished models; like `fused_merge.checkpoints.options`, without torch."""
+
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fused_merge.checkpoints.options import PlanOptions, StreamOptions
+from fused_merge.options import Option, one_of
+from fused_merge.per_tensor import PerTensor, finite
+
+if TYPE_CHECKING:
+    from fused_merge.io.sources import PathLike
+
+
+def _check_scale(name: str, scale: float) -> float:
+    return finite(scale, what=name)
+
+
+def _check_seed(name: str, seed: Any) -> int:
+    if not hasattr(seed, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {seed!r}")
+    return operator.index(seed)
+
+
+class MergePlanOptions(PlanOptions, total=False):
+    """The options that decide what `merge_checkpoints` writes."""
+
+    density: Annotated[
+        "PerTensor | Sequence[PerTensor | None] | None",
+        Option(
+            None,
+            "share of each delta to keep, in (0, 1]: one for all models or a list with one for each; None keeps "
+            "everything. Magnitudes equal to the threshold of a trim all stay.",
+            cli={"type": float, "help": "Share of each delta to keep."},
+        ),
+    ]
+    normalize: Annotated[
+        "bool | None",
+        Option(
+            None,
+            'divide by the sum of the weights; None is True for `"linear"` and `"ties"`.',
+            cli={"type": bool, "help": "Divide by the sum of the weights."},
+        ),
+    ]
+    rescale: Annotated[
+        "bool | None",
+        Option(
+            None,
+            "divide what a random drop keeps by the density; None is True for DARE.",
+            cli={"type": bool, "help": "Divide what a random drop keeps by the density."},
+        ),
+    ]
+    scale: Annotated[
+        float,
+        Option(
+            1.0,
+            "factor of the merged delta.",
+            _check_scale,
+            {"help": "Factor of the merged delta.", "param_decls": ("--scale", "--lambda")},
+        ),
+    ]
+    trim: Annotated[
+        str,
+        Option(
+            "tensor",
+            'keep the largest magnitudes of each `"tensor"`, or of the whole `"model"`, as the paper of TIES has it; '
+            "the density is then one number for each model.",
+            one_of("tensor", "model"),
+            {"help": "Keep the largest magnitudes of each tensor or of the whole model."},
+        ),
+    ]
+    seed: Annotated[
+        int,
+        Option(
+            0,
+            "seed of the random masks; the mask of the first model is that of a saved `ReferenceDelta`.",
+            _check_seed,
+            {"help": "Seed of the random masks."},
+        ),
+    ]
+    files_from: Annotated[
+        "PathLike | None",
+        Option(
+            None,
+            "the base or the model whose configuration, tokenizer and integer tensors go along; None is the base, "
+            "without a base the first model.",
+            cli={
+                "type": str,
+                "help": "Model whose configuration and tokenizer go along: base, or a model as given.",
+                "show_default": "base",
+            },
+        ),
+    ]
+
+
+class MergeOptions(MergePlanOptions, StreamOptions, total=False):
+    """All options of `merge_checkpoints`."""
