@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import everything_in
 from safetensors.torch import load_file, save_file
 
 from fused_merge.checkpoints.options import FileOptions, InterpolatePlanOptions, RunOptions, StreamOptions
+from fused_merge.merge.mergekit import plan_mergekit
 from fused_merge.merge.options import MergePlanOptions
 from fused_merge.options import options_of
 
@@ -129,10 +131,7 @@ def test_ratios_from_a_file(suffix, run, job, tmp_path):
     code, printed, _ = run("interpolate", "a", "b", "--ratios-file", file, "--out", "line", "--json")
     assert code == 0
     assert job.planned[1][2] == ratios
-    assert json.loads(printed) == [
-        {"ratio": 0.1, "path": "line/r0.10"},
-        {"ratio": ratios["half"], "path": "line/half"},
-    ]
+    assert json.loads(printed) == [{"ratio": 0.1, "path": "line/r0.10"}, {"ratio": ratios["half"], "path": "line/half"}]
 
 
 def test_folders_of_a_ratios_file(run, files, tmp_path):
@@ -248,6 +247,13 @@ def test_merge_of_two_files(run, files, tmp_path):
     code, printed, errors = run("verify", out)
     assert (code, errors) == (0, "")
     assert printed.startswith(f"{out}: ")
+
+
+def test_merge_of_a_file_of_mergekit(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1] / "merge" / "mergekit")
+    (out,) = plan_mergekit("ties.yaml", tmp_path / "library" / "out").run(progress=False)
+    assert run("merge", "ties.yaml", tmp_path / "command" / "out") == (0, f"{tmp_path}/command/out\n", "")
+    assert everything_in(tmp_path / "command" / "out") == everything_in(out)
 
 
 @pytest.mark.parametrize(
