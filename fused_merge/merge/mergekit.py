@@ -164,6 +164,7 @@ def plan_mergekit(config: PathLike | MergeRecipe, out: PathLike, **options: Unpa
         ValueError: if the file asks for something that is not supported, or models do not fit.
         FileNotFoundError: if the file or a model is not there.
     """
+    files = resolve(options, FileOptions)
     recipe = config if isinstance(config, MergeRecipe) else read_mergekit(config)
     return merge_job(
         recipe.base,
@@ -171,7 +172,7 @@ def plan_mergekit(config: PathLike | MergeRecipe, out: PathLike, **options: Unpa
         recipe.method,
         recipe.coefficients,
         out,
-        resolve({**recipe.options, **resolve(options, FileOptions)}, MergePlanOptions),
+        resolve({**recipe.options, **files}, MergePlanOptions),
         {"mergekit": recipe.path.read_text(encoding="utf-8")},
     )
 

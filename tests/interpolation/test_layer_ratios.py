@@ -378,9 +378,9 @@ def test_names_are_made_canonical():
             layers(3),
             [0, 1],
             {"outside": {"embedding": 0}},
-            "outside takes 'head', 'embeddings', 'norm' and names, but 'embedding' of the parts matches no tensor",
+            "outside takes 'head', 'embeddings', 'norm' and names, but part key 'embedding' matches no tensor",
         ),
-        (layers(3), [0, 1], {"outside": {"(": 0}}, r"outside takes .*'\(' of the parts is no regular expression"),
+        (layers(3), [0, 1], {"outside": {"(": 0}}, r"outside takes .*part key '\(' is not a regular expression"),
     ],
 )
 def test_parts_that_cannot_be(names, ratios, options, sentence):
@@ -478,8 +478,8 @@ def test_a_part_for_each_tensor():
             {".*mlp.*": 0.1},
             f"no ratio is given for {EMBED!r}; add its name, or '.*' as the last",
         ),
-        (LayerRatios.by_patterns, {".*": 0.1, Q0[:-1]: 0.2}, r"'model\S*weigh' of the ratios matches no tensor"),
-        (LayerRatios.by_patterns, {"(": 0.1, ".*": 1}, r"'\(' of the ratios is no regular expression"),
+        (LayerRatios.by_patterns, {".*": 0.1, Q0[:-1]: 0.2}, r"ratio key 'model\S*weigh' matches no tensor"),
+        (LayerRatios.by_patterns, {"(": 0.1, ".*": 1}, r"ratio key '\(' is not a regular expression"),
         (LayerRatios.by_patterns, {".*": math.inf}, r"a ratio of '\.\*' must be finite, got inf"),
         (LayerRatios.by_kind, {"attention": 0.1}, f"{EMBED!r} is of the kind 'embeddings', which has no ratio; add it"),
         (LayerRatios.by_kind, {"head": 0.1, "other": 0.2}, "no tensor is of the kind 'head'; leave it out"),
