@@ -10,9 +10,10 @@ A module with definitions must not postpone its annotations.
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -29,20 +30,35 @@ class Option:
         default: its value where none is given.
         doc: what it means, in plain sentences.
         check: called with name and value; returns the value as it is used, or raises an error that names both.
-        cli: keyword arguments of `typer.Option` for the command line, and `type`, which is otherwise the type of the
-            default; None keeps the option off the command line.
+        cli: keyword arguments of `typer.Option` that `doc` and the annotation do not tell, and `type` where the command
+            line takes less than the annotation; None keeps the option off the command line.
     """
 
     default: Any
     doc: str
     check: Callable[[str, Any], Any] = lambda name, value: value
-    cli: Mapping[str, Any] | None = None
+    cli: Mapping[str, Any] | None = field(default_factory=dict)
+
+    @property
+    def summary(self) -> str:
+        """The first clause of `doc` as a sentence, for the help of the command line."""
+        clause = re.split(r"[;.](?:\s|$)", self.doc, maxsplit=1)[0].replace("`", "").replace('"', "")
+        return f"{clause[0].upper()}{clause[1:]}."
 
 
 def options_of(*definitions: type) -> dict[str, Option]:
     """Return the options of definitions by name, inherited ones first."""
     return {
         name: next(option for option in field.__metadata__ if isinstance(option, Option))
+        for definition in definitions
+        for name, field in definition.__annotations__.items()
+    }
+
+
+def types_of(*definitions: type) -> dict[str, str]:
+    """Return the annotations of options by name, as they were written."""
+    return {
+        name: str(getattr(field.__origin__, "__forward_arg__", getattr(field.__origin__, "__name__", field.__origin__)))
         for definition in definitions
         for name, field in definition.__annotations__.items()
     }
@@ -87,11 +103,9 @@ def documented(*definitions: type) -> Callable[[Documented], Documented]:
         function: Any = documented.__init__ if isinstance(documented, type) else documented  # type: ignore[misc]
         signature = inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        types = {name: field.__origin__ for each in definitions for name, field in each.__annotations__.items()}
+        types = types_of(*definitions)
         own += [
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=_text(types[name])
-            )
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=types[name])
             for name, option in options.items()
             if name not in signature.parameters
         ]
@@ -112,11 +126,6 @@ def documented(*definitions: type) -> Callable[[Documented], Documented]:
         return documented
 
     return document
-
-
-def _text(annotation: Any) -> str:
-    """Return an annotation as it was written, quoted or not."""
-    return str(getattr(annotation, "__forward_arg__", getattr(annotation, "__name__", annotation)))
 
 
 def one_of(*choices: str | None) -> Callable[[str, Any], Any]:

@@ -24,21 +24,16 @@ class NamedRatios(Mapping[str, float]):
 
 
 def per_tensor(value: PerTensor, names: Sequence[str], *, what: str) -> dict[str, float]:
-    """Decide the number of every tensor.
+    """Return the number of every tensor, in the order of the names.
 
     Args:
-        value: a number, or a mapping. A name that is a key gets its value; any other name gets the value of the first
-            key that matches all of it as a regular expression. The keys of `NamedRatios` are names only, and those
-            that are not asked for are passed over.
+        value: a number, or a mapping whose keys are as for `match_keys`. The keys of `NamedRatios` are names only, and
+            those that are not asked for are passed over.
         names: canonical names.
         what: what error messages call it, for example `"ratio"`.
 
-    Returns:
-        A number for each of `names`, in their order.
-
     Raises:
-        ValueError: if a number is not finite, a key is not a regular expression or belongs to no tensor, or a tensor
-            has no key.
+        ValueError: if a number is not finite, and as `match_keys`.
     """
     if not isinstance(value, Mapping):
         return dict.fromkeys(names, finite(value, what=what))
@@ -54,7 +49,7 @@ def per_tensor(value: PerTensor, names: Sequence[str], *, what: str) -> dict[str
 
 
 def match_keys(keys: Collection[str], names: Sequence[str], *, what: str, partial: bool = False) -> dict[str, str]:
-    """Find the key of every name.
+    """Return the key of every name, in the order of the names.
 
     Args:
         keys: names and regular expressions. A name that is a key is its own key; any other name has the first key that
@@ -62,9 +57,6 @@ def match_keys(keys: Collection[str], names: Sequence[str], *, what: str, partia
         names: canonical names.
         what: what error messages call the values of the keys.
         partial: leave out names without a key instead of refusing them.
-
-    Returns:
-        The key of each of `names`, in their order.
 
     Raises:
         ValueError: if a key is not a regular expression or belongs to no name, or a name has no key.

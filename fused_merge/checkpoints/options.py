@@ -1,4 +1,4 @@
-"""The options of checkpoint jobs: what each one means, how it is checked, and what the command line says of it.
+"""The options of checkpoint jobs.
 
 This module imports no torch, so that the command line can show its help at once.
 """
@@ -28,24 +28,12 @@ class FileOptions(TypedDict, total=False):
         "int | str | None",
         Option(
             None,
-            'write files of at most so many bytes, e.g. `"5GB"`; None has the files of the base.',
+            'largest size of a file, such as `"5GB"`; None writes the files of the base.',
             optional(_check_bytes),
-            {
-                "type": str,
-                "help": "Largest file to write, such as 5GB.",
-                "metavar": "SIZE",
-                "show_default": "sharded as the base",
-            },
+            {"metavar": "SIZE", "show_default": "the files of the base"},
         ),
     ]
-    overwrite: Annotated[
-        bool,
-        Option(
-            False,
-            "replace folders that exist, and drop what another job left unfinished.",
-            cli={"help": "Replace what exists."},
-        ),
-    ]
+    overwrite: Annotated[bool, Option(False, "replace what exists, and drop what another job left unfinished.")]
 
 
 class PlanOptions(FileOptions, total=False):
@@ -55,28 +43,27 @@ class PlanOptions(FileOptions, total=False):
         "torch.dtype | str | None",
         Option(
             None,
-            'dtype of the floating tensors written, e.g. `"bfloat16"`; None is that of the inputs, which must agree.',
+            'dtype of the floating tensors written: `"bfloat16"`, `"float16"`, `"float32"` or `"float64"`; None is that of '
+            "the inputs, which must agree.",
             _check_dtype,
-            {"type": str, "help": "bfloat16, float16, float32 or float64.", "show_default": "as stored"},
+            {"show_default": "as stored"},
         ),
     ]
     unmatched: Annotated[
         str,
         Option(
             "refuse",
-            'what happens to tensors that not all checkpoints hold: `"refuse"`, `"drop"`, or `"copy"` to every output, '
-            "from the model that `files_from` names, else from the first that holds them.",
+            'what happens to tensors that not all checkpoints hold: `"refuse"`, `"copy"` or `"drop"`; a copy goes to '
+            "every output, from the model that `files_from` names, else from the first that holds the tensor.",
             one_of("refuse", "copy", "drop"),
-            {"help": "Tensors that not all checkpoints hold: refuse, copy or drop."},
         ),
     ]
     align_vocabulary: Annotated[
         bool,
         Option(
             False,
-            "accept embeddings with other numbers of rows. The output has as many as the model that `files_from` "
-            "names; rows that only this one has are copied.",
-            cli={"help": "Copy rows of embeddings that not all checkpoints have."},
+            "accept embeddings with other numbers of rows; the output has as many as the model that `files_from` "
+            "names, and rows that only this one has are copied.",
         ),
     ]
 
@@ -90,45 +77,33 @@ class StreamOptions(TypedDict, total=False):
             None,
             "threads that read, compute and write; None is five for every two cores.",
             optional(at_least(1)),
-            {"type": int, "help": "Threads that read, compute and write.", "min": 1, "show_default": "5 for 2 cores"},
+            {"min": 1, "show_default": "5 for 2 cores"},
         ),
     ]
     max_memory: Annotated[
         "int | str | None",
         Option(
             None,
-            'memory limit for all buffers, in bytes or as in `"256MB"`; None is 80 MiB. It depends neither on the '
-            "number of outputs nor on the size of the model.",
+            'memory limit for all buffers, such as `"256MB"`; None is 80 MiB. It depends neither on the number of '
+            "outputs nor on the size of the model.",
             optional(_check_bytes),
-            {
-                "type": str,
-                "help": "Memory limit for all buffers, such as 256MB.",
-                "metavar": "SIZE",
-                "show_default": "80MiB",
-            },
+            {"metavar": "SIZE", "show_default": "80MiB"},
         ),
     ]
-    device: Annotated[
-        "str | torch.device",
-        Option("cpu", '`"cpu"`, or `"cuda"` to compute on a GPU.', cli={"help": "Where to compute, such as cuda:0."}),
-    ]
+    device: Annotated["str | torch.device", Option("cpu", 'where to compute, such as `"cuda:0"`.')]
     verify: Annotated[
         bool,
-        Option(
-            False,
-            "read everything from the disk again, and compare it with its checksums, before it gets its name.",
-            cli={"help": "Read back and compare all that was written."},
-        ),
+        Option(False, "read back all that was written and compare it with its checksums, before it gets its name."),
     ]
     progress: Annotated[
-        bool, Option(True, "show a progress bar where rich is installed and standard error is a terminal.")
+        bool, Option(True, "show a progress bar where rich is installed and standard error is a terminal.", cli=None)
     ]
 
 
 class RunOptions(StreamOptions, total=False):
     """All options of `Job.run`."""
 
-    impl: Annotated[str, Option("auto", '`"auto"`, `"triton"` or `"eager"`.', cli={"help": "auto, triton or eager."})]
+    impl: Annotated[str, Option("auto", 'what computes: `"auto"`, `"triton"` or `"eager"`.')]
 
 
 class InterpolatePlanOptions(PlanOptions, total=False):
@@ -138,9 +113,8 @@ class InterpolatePlanOptions(PlanOptions, total=False):
         str,
         Option(
             "tuned",
-            '`"tuned"` or `"base"`: the model whose configuration and tokenizer go along.',
+            'model whose configuration and tokenizer go along: `"tuned"` or `"base"`.',
             one_of("base", "tuned"),
-            {"help": "Model whose configuration and tokenizer go along: tuned or base."},
         ),
     ]
 

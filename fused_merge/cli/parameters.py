@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from fused_merge.cli.arguments import parse_ratios
-from fused_merge.options import Option, options_of
+from fused_merge.options import Option, options_of, types_of
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -39,8 +39,9 @@ def with_options(*definitions: type, only: Collection[str] | None = None) -> Cal
         signature = inspect.signature(command, eval_str=True)
         own = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
         first = next(i for i, each in enumerate(own) if each.kind is each.KEYWORD_ONLY)
+        types = types_of(*definitions)
         own[first:first] = [
-            _parameter(name, option)
+            _parameter(name, option, types[name])
             for name, option in options_of(*definitions).items()
             if option.cli is not None and (only is None or name in only)
         ]
@@ -50,17 +51,19 @@ def with_options(*definitions: type, only: Collection[str] | None = None) -> Cal
     return decorate
 
 
-def _parameter(name: str, option: Option) -> inspect.Parameter:
-    settings = dict(option.cli or {})
-    kind = settings.pop("type", type(option.default))
-    # A flag that is off has no --no-flag; one that may be left open has.
+def _parameter(name: str, option: Option, annotation: str) -> inspect.Parameter:
+    settings = {"help": option.summary, **(option.cli or {})}
+    kind = settings.pop("type", None) or next(
+        x for x in (str, bool, int, float) if x.__name__ in annotation.split(" | ")
+    )
+    # A flag that is off by default needs no --no-flag; one that is neither on nor off does.
     flag = (f"--{name.replace('_', '-')}",) if option.default is False else ()
     default = typer.Option(option.default, *settings.pop("param_decls", flag), **settings)
-    annotation = kind | None if option.default is None else kind
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    annotated = kind | None if option.default is None else kind
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotated)
 
 
-def check_ratios_given(ratios: list[float] | None, ratios_file: Path | None) -> None:
+def check_ratios_given(ratios: Any, ratios_file: Path | None) -> None:
     """Refuse a command without ratios, or with ratios in two places."""
     if ratios is None and ratios_file is None:
         raise typer.BadParameter("Missing option '--ratios' or '--ratios-file'.")

@@ -78,12 +78,8 @@ class _Slice(NamedTuple):
 class MergeRecipe:
     """The merge that a mergekit file asks for.
 
-    Attributes:
-        path: path of the file.
-        method: the method with its options decided.
-        base: the folder of the base; None for "linear", which has none.
-        models: the folders of the models, in the order of their sum.
-        options: what the file says of the other options of `plan_merge`.
+    The folder of the base is None for "linear"; the folders of the models are in the order of their sum; `options` is
+    what the file says of the options of `plan_merge`.
     """
 
     path: Path
@@ -152,11 +148,11 @@ class MergeRecipe:
 
 
 @documented(FileOptions)
-def plan_mergekit(config: PathLike | MergeRecipe, out: PathLike, **options: Unpack[FileOptions]) -> Job:
+def plan_mergekit(config: PathLike, out: PathLike, **options: Unpack[FileOptions]) -> Job:
     """Check a merge written for mergekit and return the job without writing.
 
     Args:
-        config: the YAML file, or what `read_mergekit` returned.
+        config: the YAML file; see this module for what is read and what it means.
         out: the folder to write.
         {options}
 
@@ -165,7 +161,7 @@ def plan_mergekit(config: PathLike | MergeRecipe, out: PathLike, **options: Unpa
         FileNotFoundError: if the file or a model is not there.
     """
     files = resolve(options, FileOptions)
-    recipe = config if isinstance(config, MergeRecipe) else read_mergekit(config)
+    recipe = read_mergekit(config)
     return merge_job(
         recipe.base,
         {model: {} for model in recipe.models},
@@ -182,9 +178,6 @@ def read_mergekit(path: PathLike) -> MergeRecipe:
 
     Folders are relative to the working directory, as in mergekit; names of a hub, revisions and adapters are refused.
     No tensor is read.
-
-    Args:
-        path: path of the file.
 
     Raises:
         ValueError: if the file is not YAML, or asks for something that is not supported; the sentence names the key.

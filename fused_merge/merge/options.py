@@ -1,4 +1,4 @@
-"""The options of merging finished models; like `fused_merge.checkpoints.options`, without torch."""
+"""The options of merging finished models; this module imports no torch either."""
 
 import operator
 from collections.abc import Sequence
@@ -29,66 +29,42 @@ class MergePlanOptions(PlanOptions, total=False):
         "PerTensor | Sequence[PerTensor | None] | None",
         Option(
             None,
-            "share of each delta to keep, in (0, 1]: one for all models or a list with one for each; None keeps "
+            "share of each delta to keep, in (0, 1]; one for all models or a list with one for each. None keeps "
             "everything. Magnitudes equal to the threshold of a trim all stay.",
-            cli={"type": float, "help": "Share of each delta to keep."},
+            cli={"type": float},
         ),
     ]
     normalize: Annotated[
-        "bool | None",
-        Option(
-            None,
-            'divide by the sum of the weights; None is True for `"linear"` and `"ties"`.',
-            cli={"type": bool, "help": "Divide by the sum of the weights."},
-        ),
+        "bool | None", Option(None, 'divide by the sum of the weights; None is True for `"linear"` and `"ties"`.')
     ]
     rescale: Annotated[
-        "bool | None",
-        Option(
-            None,
-            "divide what a random drop keeps by the density; None is True for DARE.",
-            cli={"type": bool, "help": "Divide what a random drop keeps by the density."},
-        ),
+        "bool | None", Option(None, "divide what a random drop keeps by the density; None is True for DARE.")
     ]
     scale: Annotated[
-        float,
-        Option(
-            1.0,
-            "factor of the merged delta.",
-            _check_scale,
-            {"help": "Factor of the merged delta.", "param_decls": ("--scale", "--lambda")},
-        ),
+        float, Option(1.0, "factor of the merged delta.", _check_scale, {"param_decls": ("--scale", "--lambda")})
     ]
     trim: Annotated[
         str,
         Option(
             "tensor",
-            'keep the largest magnitudes of each `"tensor"`, or of the whole `"model"`, as the paper of TIES has it; '
-            "the density is then one number for each model.",
+            'keep the largest magnitudes of each `"tensor"` or of the whole `"model"`; the paper of TIES takes the '
+            "model. The density is then one number for each model.",
             one_of("tensor", "model"),
-            {"help": "Keep the largest magnitudes of each tensor or of the whole model."},
         ),
     ]
     seed: Annotated[
         int,
         Option(
-            0,
-            "seed of the random masks; the mask of the first model is that of a saved `ReferenceDelta`.",
-            _check_seed,
-            {"help": "Seed of the random masks."},
+            0, "seed of the random masks; the mask of the first model is that of a saved `ReferenceDelta`.", _check_seed
         ),
     ]
     files_from: Annotated[
         "PathLike | None",
         Option(
             None,
-            "the base or the model whose configuration, tokenizer and integer tensors go along; None is the base, "
-            "without a base the first model.",
-            cli={
-                "type": str,
-                "help": "Model whose configuration and tokenizer go along: base, or a model as given.",
-                "show_default": "base",
-            },
+            'model whose configuration and tokenizer go along, `"base"` or a path as given; integer tensors come from '
+            "it, too. None is the base, without a base the first model.",
+            cli={"type": str, "show_default": "base"},
         ),
     ]
 

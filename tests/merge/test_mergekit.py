@@ -129,7 +129,7 @@ def test_the_recipe_of_a_file_is_its_text(tmp_path, monkeypatch):
     assert again.run() == [tmp_path / "out"]
     with pytest.raises(FileExistsError, match="out exists; pass overwrite=True"):
         plan_mergekit("ties.yaml", tmp_path / "out")
-    plan_mergekit(read_mergekit("ties.yaml"), tmp_path / "out", overwrite=True).run()
+    plan_mergekit("ties.yaml", tmp_path / "out", overwrite=True).run()
     assert not (out / "model.safetensors.index.json").exists()
 
 
