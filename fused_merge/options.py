@@ -58,7 +58,7 @@ def options_of(*definitions: type) -> dict[str, Option]:
 def types_of(*definitions: type) -> dict[str, str]:
     """Return the annotations of options by name, as they were written."""
     return {
-        name: str(getattr(field.__origin__, "__forward_arg__", getattr(field.__origin__, "__name__", field.__origin__)))
+        name: getattr(field.__origin__, "__forward_arg__", None) or inspect.formatannotation(field.__origin__)
         for definition in definitions
         for name, field in definition.__annotations__.items()
     }

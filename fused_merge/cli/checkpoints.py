@@ -12,17 +12,7 @@ from rich.filesize import decimal
 from fused_merge.checkpoints.options import FileOptions, InterpolatePlanOptions, RunOptions, StreamOptions
 from fused_merge.cli.arguments import parse_model, read_ratios
 from fused_merge.cli.output import one_sentence, say, say_plan, say_result
-from fused_merge.cli.parameters import (
-    AsJson,
-    Base,
-    Debug,
-    DryRun,
-    Quiet,
-    Ratios,
-    Tuned,
-    check_ratios_given,
-    with_options,
-)
+from fused_merge.cli.parameters import AsJson, Base, Debug, DryRun, Quiet, Ratios, Tuned, check_ratios, with_options
 from fused_merge.merge.options import MergePlanOptions
 from fused_merge.options import options_of, split
 
@@ -48,7 +38,7 @@ def interpolate(
     **options: Any,
 ) -> None:
     """Write base + r * (tuned - base) for many ratios r from one read of the two checkpoints."""
-    check_ratios_given(ratios, ratios_file)
+    check_ratios(ratios, ratios_file)
     with one_sentence(debug=debug, json_output=json_output, resumes=not dry_run):
         from fused_merge.checkpoints.interpolate import plan_interpolation
 

@@ -63,7 +63,7 @@ def _parameter(name: str, option: Option, annotation: str) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotated)
 
 
-def check_ratios_given(ratios: Any, ratios_file: Path | None) -> None:
+def check_ratios(ratios: Any, ratios_file: Path | None) -> None:
     """Refuse a command without ratios, or with ratios in two places."""
     if ratios is None and ratios_file is None:
         raise typer.BadParameter("Missing option '--ratios' or '--ratios-file'.")

@@ -13,7 +13,7 @@ import typer
 from fused_merge.checkpoints.options import PlanOptions, RunOptions
 from fused_merge.cli.arguments import read_ratios
 from fused_merge.cli.output import one_sentence, say, say_result
-from fused_merge.cli.parameters import AsJson, Base, Debug, Quiet, Ratios, check_ratios_given, with_options
+from fused_merge.cli.parameters import AsJson, Base, Debug, Quiet, Ratios, check_ratios, with_options
 
 
 @with_options(PlanOptions, RunOptions, only=("dtype", "device"))
@@ -53,7 +53,7 @@ def sweep(
     **options: Any,
 ) -> None:
     """Score a model at many ratios in one process, and show which ones no other one beats."""
-    check_ratios_given(ratios, ratios_file)
+    check_ratios(ratios, ratios_file)
     if not (scorer or task):
         raise typer.BadParameter("Missing option '--scorer' or '--task'.")
     with one_sentence(debug=debug, json_output=json_output, resumes=True):

@@ -13,13 +13,14 @@ Yadav et al. 2023 (arXiv 2306.01708); model soups, Wortsman et al. 2022 (arXiv 2
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 
 import torch
 from torch import Tensor
 
 from fused_merge.eager.philox import DOMAIN_TAU, MaskKey
+from fused_merge.eager.precision import compute_dtype
 from fused_merge.eager.sparsify import kth_largest, pattern, random
 from fused_merge.eager.sums import inner_product
 from fused_merge.methods import MergeMethod, check_coefficients, merge_method
@@ -27,11 +28,6 @@ from fused_merge.names import tensor_id
 
 # Two directions with a larger |cosine| than this have no useful arc between them.
 COLLINEAR = 0.9995
-
-
-def wide_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """Return the dtype that a merge of tensors of these dtypes computes in: fp64 if one of them is fp64, else fp32."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def trim_threshold(x: Tensor, density: float) -> int:
@@ -71,7 +67,7 @@ def drop(x: Tensor, density: float, key: MaskKey, *, rescale: bool) -> Tensor:
 
 
 def consensus(deltas: Sequence[Tensor], weights: Sequence[float], *, elect: bool, normalize: bool) -> Tensor:
-    """Return the weighted sum of the deltas, each addition in the order of the list.
+    """Return the weighted sum of deltas or of models, each addition in the order of the list.
 
     With a vote, the sign of the sum of all weighted deltas is elected, where 0 counts as +, and only weighted deltas of
     that sign stay; a zero has no sign and never agrees, NaN never disagrees and stays (TIES, section 3). A normalized
@@ -101,17 +97,6 @@ def consensus(deltas: Sequence[Tensor], weights: Sequence[float], *, elect: bool
         return total / torch.where(divisor == 0, 1.0, divisor)
     divisor = _sum(shares)
     return total / torch.where(divisor.abs() < 1e-8, 1.0, divisor)
-
-
-def linear(thetas: Sequence[Tensor], weights: Sequence[float], *, normalize: bool = True) -> Tensor:
-    """Return the weighted mean of models, or their weighted sum: a consensus without a vote.
-
-    Args:
-        thetas: all of one shape, all fp32 or all fp64.
-        weights: one per model.
-        normalize: divide by the sum of the weights.
-    """
-    return consensus(thetas, weights, elect=False, normalize=normalize)
 
 
 def slerp_coefficients(t: float, norm_a: float, norm_b: float, dot: float) -> tuple[float, float]:
@@ -144,10 +129,11 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
         t: 0 is a, 1 is b.
 
     Returns:
-        A tensor of the same shape and dtype: `linear([a, b], slerp_coefficients(...), normalize=False)`.
+        A tensor of the same shape and dtype: the sum of a and b with `slerp_coefficients` as weights.
     """
     norm_a, norm_b = (math.sqrt(inner_product(x, x)) for x in (a, b))
-    return linear([a, b], slerp_coefficients(t, norm_a, norm_b, float(inner_product(a, b))), normalize=False)
+    weights = slerp_coefficients(t, norm_a, norm_b, float(inner_product(a, b)))
+    return consensus([a, b], weights, elect=False, normalize=False)
 
 
 def merge(
@@ -192,7 +178,7 @@ def merge(
         if theta.shape != tensors[0].shape:
             raise ValueError(f"{name!r} is {list(tensors[0].shape)} and {list(theta.shape)}; all models need one shape")
     dtype = dtype or tensors[0].dtype
-    wide = wide_dtype(tensor.dtype for tensor in tensors)
+    wide = compute_dtype(*(tensor.dtype for tensor in tensors))
     if base is not None and decided.spherical:
         return slerp(base.to(wide), thetas[0].to(wide), weights[0]).to(dtype)
     thresholds = None
@@ -235,10 +221,11 @@ def merge_block(
         key: as `mask_key` returned it, with the block as its shard.
         dtype: dtype of the result.
     """
-    wide = wide_dtype(tensor.dtype for tensor in (*thetas, *([] if base is None else [base])))
+    tensors = thetas if base is None else (base, *thetas)
+    wide = compute_dtype(*(tensor.dtype for tensor in tensors))
     models = [theta.to(wide) for theta in thetas]
     if base is None:
-        return linear(models, weights, normalize=method.normalize).to(dtype)
+        return consensus(models, weights, elect=method.elect, normalize=method.normalize).to(dtype)
     start = base.to(wide)
     deltas = [model - start for model in models]
     if method.sparsify == "magnitude":

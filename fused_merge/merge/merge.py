@@ -22,7 +22,8 @@ from fused_merge.checkpoints.folders import describe_source
 from fused_merge.checkpoints.job import Job, Output, job_of
 from fused_merge.checkpoints.options import StreamOptions, described
 from fused_merge.checkpoints.plan import OutputFile, Pick, Rule, Run
-from fused_merge.eager.merge import mask_key, merge_block, slerp_coefficients, wide_dtype
+from fused_merge.eager.merge import mask_key, merge_block, slerp_coefficients
+from fused_merge.eager.precision import compute_dtype
 from fused_merge.eager.shard import ShardIndex
 from fused_merge.eager.sparsify import kept_count
 from fused_merge.io.sources import PathLike, open_files
@@ -217,7 +218,7 @@ def merge_job(
     merged = [tensor for tensor in tensors if tensor.merged]
     decided = coefficients([tensor.name for tensor in merged])
     if options["trim"] == "model":
-        precisions = {wide_dtype(each.dtype for each in tensor.segments[0].inputs) for tensor in merged}
+        precisions = {compute_dtype(*(each.dtype for each in tensor.segments[0].inputs)) for tensor in merged}
         if len({own.densities for own in decided.values()}) > 1 or len(precisions) > 1:
             raise ValueError(
                 "trim='model' chooses the largest magnitudes of a whole model: give one density for each model, and "
@@ -335,5 +336,5 @@ def _rule(run: Run) -> MergeTensorRule:
 def _pairs(run: Run) -> list[Pair]:
     """Return the base with each model."""
     base, *models = run.part.inputs
-    wide = wide_dtype(each.dtype for each in run.part.inputs)
+    wide = compute_dtype(*(each.dtype for each in run.part.inputs))
     return [Pair(base, model, run.part.numel, wide) for model in models]

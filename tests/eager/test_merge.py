@@ -14,7 +14,6 @@ from tiny import equal_bits
 from fused_merge.eager.merge import (
     consensus,
     drop,
-    linear,
     mask_key,
     merge,
     merge_block,
@@ -414,8 +413,8 @@ def test_any_consensus_is_that_of_its_elements(elements, weights, elect, normali
 
 def test_linear_is_a_mean_or_a_sum():
     thetas = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])]
-    assert linear(thetas, [1.0, 3.0]).tolist() == [2.5, 5.0]
-    assert linear(thetas, [1.0, 3.0], normalize=False).tolist() == [10.0, 20.0]
+    assert merge(None, thetas, [1.0, 3.0], method="linear", name="a").tolist() == [2.5, 5.0]
+    assert merge(None, thetas, [1.0, 3.0], method="linear", name="a", normalize=False).tolist() == [10.0, 20.0]
 
 
 # --- what is refused

@@ -134,10 +134,10 @@ class Tensors:
             stored_tau(delta, share < DENSITIES[i % 3], case)
             for i, (delta, share) in enumerate(zip(deltas, shares, strict=True))
         ]
-        self.full_taus = [
+        self.dense_taus = [
             None if case.full_tau == "none" else placed(delta.to(DTYPE[case.full_tau]), case) for delta in deltas
         ]
-        self.taus[-1] = self.full_taus[-1] = None
+        self.taus[-1] = self.dense_taus[-1] = None
         # Between merges of what?
         self.anchors = [
             anchor if tau is not None else None for anchor, tau in zip(self.anchors, self.taus, strict=True)
@@ -161,7 +161,7 @@ class Tensors:
         stats = functional.merging_adamw_(
             self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, self.taus,
             rule=rule_of(self.case), hyper=hyper_of(self.case, index), tensor_ids=IDS, seed=SEED,
-            shards=shards_of(self.case), full_taus=self.full_taus, anchors=self.anchors, masters=self.masters,
+            shards=shards_of(self.case), dense_taus=self.dense_taus, anchors=self.anchors, masters=self.masters,
             stats=self.case.statistics, workspace=self.workspace, impl=impl,
         )  # fmt: skip
         assert_same_bits(self.read(), read)
@@ -184,7 +184,7 @@ class Tensors:
         """Return by name what a step only reads."""
         return by_name(
             grad=self.grads,
-            full_tau=self.full_taus,
+            dense_tau=self.dense_taus,
             tau=[tau if isinstance(tau, torch.Tensor) else None for tau in self.taus],
             **{
                 part: [getattr(tau, part) if isinstance(tau, SparseTensor) else None for tau in self.taus]

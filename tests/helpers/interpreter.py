@@ -1,0 +1,39 @@
+"""Triton's interpreter at a lower price.
+
+For each call of a device function it replaces the builtins of the language by its own, and puts them back afterwards.
+Within a launch they are replaced already, so that all calls but the outermost one need not do it again.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+from triton import language as tl
+from triton.runtime import interpreter
+
+_patch_lang = interpreter._patch_lang
+# The modules whose builtins are replaced just now.
+_patched: set[object] = set()
+
+
+class _Outermost:
+    def __init__(self, scope, modules) -> None:
+        self._scope, self._modules = scope, modules
+
+    def restore(self) -> None:
+        self._scope.restore()
+        _patched.difference_update(self._modules)
+
+
+def _patch_once(fn):
+    modules = {value for value in fn.__globals__.values() if inspect.ismodule(value) and value in (tl, tl.core)}
+    if modules and modules <= _patched:
+        return interpreter._LangPatchScope()
+    new = modules - _patched
+    _patched.update(new)
+    return _Outermost(_patch_lang(fn), new)
+
+
+def patch_once() -> None:
+    """Let the interpreter replace the builtins of the language once per launch."""
+    interpreter._patch_lang = _patch_once
