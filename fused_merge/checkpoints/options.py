@@ -43,8 +43,8 @@ class PlanOptions(FileOptions, total=False):
         "torch.dtype | str | None",
         Option(
             None,
-            'dtype of the floating tensors written: `"bfloat16"`, `"float16"`, `"float32"` or `"float64"`; None is that '
-            "of the inputs, which must agree.",
+            'dtype of the floating tensors written: `"bfloat16"`, `"float16"`, `"float32"` or `"float64"`; None is '
+            "that of the inputs, which must agree.",
             _check_dtype,
             {"show_default": "as stored"},
         ),
