@@ -13,7 +13,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -30,14 +30,14 @@ class Option:
         default: its value where none is given.
         doc: what it means, in plain sentences.
         check: called with name and value; returns the value as it is used, or raises an error that names both.
-        cli: keyword arguments of `typer.Option` that `doc` and the annotation do not tell, and `type` where the command
-            line takes less than the annotation; None keeps the option off the command line.
+        cli: None keeps the option off the command line. Otherwise keyword arguments of `typer.Option` beyond what `doc`
+            and the annotation say, and `type` where the command line takes less than the annotation.
     """
 
     default: Any
     doc: str
     check: Callable[[str, Any], Any] = lambda name, value: value
-    cli: Mapping[str, Any] | None = field(default_factory=dict)
+    cli: Mapping[str, Any] | None = None
 
     @property
     def summary(self) -> str:

@@ -33,7 +33,7 @@ class FileOptions(TypedDict, total=False):
             {"metavar": "SIZE", "show_default": "the files of the base"},
         ),
     ]
-    overwrite: Annotated[bool, Option(False, "replace what exists, and drop what another job left unfinished.")]
+    overwrite: Annotated[bool, Option(False, "replace what exists, and drop what another job left unfinished.", cli={})]
 
 
 class PlanOptions(FileOptions, total=False):
@@ -56,6 +56,7 @@ class PlanOptions(FileOptions, total=False):
             'what happens to tensors that not all checkpoints hold: `"refuse"`, `"copy"` or `"drop"`; a copy goes to '
             "every output, from the model that `files_from` names, else from the first that holds the tensor.",
             one_of("refuse", "copy", "drop"),
+            {},
         ),
     ]
     align_vocabulary: Annotated[
@@ -64,6 +65,7 @@ class PlanOptions(FileOptions, total=False):
             False,
             "accept embeddings with other numbers of rows; the output has as many as the model that `files_from` "
             "names, and rows that only this one has are copied.",
+            cli={},
         ),
     ]
 
@@ -90,20 +92,22 @@ class StreamOptions(TypedDict, total=False):
             {"metavar": "SIZE", "show_default": "80MiB"},
         ),
     ]
-    device: Annotated["str | torch.device", Option("cpu", 'where to compute, such as `"cuda:0"`.')]
+    device: Annotated["str | torch.device", Option("cpu", 'where to compute, such as `"cuda:0"`.', cli={})]
     verify: Annotated[
         bool,
-        Option(False, "read back all that was written and compare it with its checksums, before it gets its name."),
+        Option(
+            False, "read back all that was written and compare it with its checksums, before it gets its name.", cli={}
+        ),
     ]
     progress: Annotated[
-        bool, Option(True, "show a progress bar where rich is installed and standard error is a terminal.", cli=None)
+        bool, Option(True, "show a progress bar where rich is installed and standard error is a terminal.")
     ]
 
 
 class RunOptions(StreamOptions, total=False):
     """All options of `Job.run`."""
 
-    impl: Annotated[str, Option("auto", 'what computes: `"auto"`, `"triton"` or `"eager"`.')]
+    impl: Annotated[str, Option("auto", 'what computes: `"auto"`, `"triton"` or `"eager"`.', cli={})]
 
 
 class InterpolatePlanOptions(PlanOptions, total=False):
@@ -115,6 +119,7 @@ class InterpolatePlanOptions(PlanOptions, total=False):
             "tuned",
             'model whose configuration and tokenizer go along: `"tuned"` or `"base"`.',
             one_of("base", "tuned"),
+            {},
         ),
     ]
 

@@ -35,10 +35,11 @@ class MergePlanOptions(PlanOptions, total=False):
         ),
     ]
     normalize: Annotated[
-        "bool | None", Option(None, 'divide by the sum of the weights; None is True for `"linear"` and `"ties"`.')
+        "bool | None",
+        Option(None, 'divide by the sum of the weights; None is True for `"linear"` and `"ties"`.', cli={}),
     ]
     rescale: Annotated[
-        "bool | None", Option(None, "divide what a random drop keeps by the density; None is True for DARE.")
+        "bool | None", Option(None, "divide what a random drop keeps by the density; None is True for DARE.", cli={})
     ]
     scale: Annotated[
         float, Option(1.0, "factor of the merged delta.", _check_scale, {"param_decls": ("--scale", "--lambda")})
@@ -50,12 +51,16 @@ class MergePlanOptions(PlanOptions, total=False):
             'keep the largest magnitudes of each `"tensor"` or of the whole `"model"`; the paper of TIES takes the '
             "model. The density is then one number for each model.",
             one_of("tensor", "model"),
+            {},
         ),
     ]
     seed: Annotated[
         int,
         Option(
-            0, "seed of the random masks; the mask of the first model is that of a saved `ReferenceDelta`.", _check_seed
+            0,
+            "seed of the random masks; the mask of the first model is that of a saved `ReferenceDelta`.",
+            _check_seed,
+            {},
         ),
     ]
     files_from: Annotated[
