@@ -15,8 +15,8 @@ T = TypeVar("T")
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether a tensor is a DTensor: of FSDP2 or another engine of torch's."""
-    # Who has a DTensor has imported its module; nobody else should wait for that.
+    """Return whether a tensor is a DTensor, as of FSDP2."""
+    # Whoever has a DTensor has imported its module; nobody else should wait for the import.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -41,7 +41,7 @@ def local_box(tensor: Tensor) -> tuple[slice, ...] | None:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     placements = tensor.placements  # type: ignore[attr-defined]
-    # Exactly these: a strided shard, of tensor parallelism under FSDP2, is no box.
+    # Exactly these: a strided shard, as of tensor parallelism under FSDP2, is no box.
     if any(type(placement) not in (Shard, Replicate) for placement in placements):
         raise ValueError(f"a tensor placed as {placements} is no box of the whole; use FSDP2 alone, or gather it first")
     mesh = tensor.device_mesh  # type: ignore[attr-defined]
@@ -58,7 +58,7 @@ def sharding_groups(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let FSDP2 drop the whole weights that it may keep after a forward pass: the next one is to gather new ones."""
+    """Make FSDP2 drop the whole weights that it may keep after a forward pass, so that the next one gathers anew."""
     module = sys.modules.get("torch.distributed.fsdp")
     for part in model.modules():
         if module is not None and isinstance(part, module.FSDPModule):
@@ -85,7 +85,7 @@ class Processes(NamedTuple):
 
     @classmethod
     def of(cls, model: nn.Module) -> Processes:
-        """Return the processes that share a model; one that FSDP2 has gathered is sharded again, so that they show."""
+        """Return the processes that share a model; weights that FSDP2 has gathered are sharded again, to show them."""
         reshard(model)
         wrappers = (part for part in model.modules() if isinstance(part, nn.parallel.DistributedDataParallel))
         meshes = (p.device_mesh for p in model.parameters() if is_sharded(p))  # type: ignore[attr-defined]
@@ -101,11 +101,11 @@ class Processes(NamedTuple):
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one that writes what all of them need once."""
+        """Whether this is the process that writes files for all."""
         return all(torch.distributed.get_rank(group) == 0 for group in self.groups)
 
     def from_first(self, value: T) -> T:
-        """Return what the first one passed, plain data, on every process."""
+        """Return, on every process, what the first one passed: plain data."""
         box = [value]
         for group in self.groups:
             torch.distributed.broadcast_object_list(box, group=group, group_src=0, device=self.device)
@@ -117,9 +117,9 @@ class Processes(NamedTuple):
 
     @contextmanager
     def raising_together(self) -> Iterator[None]:
-        """Let none wait for one that has failed: where the block raises an exception, all others raise one too.
+        """Raise on every process if the block raises on one, so that none waits for one that has failed.
 
-        Every process must come here, and the block must hold nothing that they do together.
+        Every process must come here, and the block must contain no collective operation.
 
         Raises:
             RuntimeError: where the block itself ended well.
@@ -130,4 +130,4 @@ class Processes(NamedTuple):
             sum_over(torch.ones((), device=self.device), self.groups)
             raise
         if sum_over(torch.zeros((), device=self.device), self.groups) > 0:
-            raise RuntimeError("stopped, because another process was; its message says why")
+            raise RuntimeError("stopped because another process failed; see its error")

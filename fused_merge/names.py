@@ -1,4 +1,4 @@
-"""What a tensor is called, whoever wrapped the model, and the number that stands for it in random masks."""
+"""Canonical names of tensors, and what follows from a name: the key of random masks, the layer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tensor_id(name: str) -> int:
     """Return the 32-bit number that keys the random masks of the tensor called `name`.
 
     It is the first four bytes, little endian, of the SHA-256 of the canonical name, so that a mask depends on
-    what a tensor is called and on nothing about the run.
+    the tensor's name and on nothing about the run.
     """
     return int.from_bytes(hashlib.sha256(canonical_name(name).encode()).digest()[:4], "little")
 

@@ -1,10 +1,18 @@
 """The progress bar of everything that takes its time."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from typing import Annotated, TypedDict
+
+from fused_merge.options import Option
+
+
+class ProgressOption(TypedDict, total=False):
+    """What functions with a progress bar take."""
+
+    progress: Annotated[
+        bool, Option(True, "show a progress bar where rich is installed and standard error is a terminal.")
+    ]
 
 
 @contextmanager
@@ -13,38 +21,36 @@ def progress_bar(
 ) -> Iterator[Callable[[int], None]]:
     """Show how many of `total` bytes are done, how fast, and the time left and spent, on standard error.
 
-    With a `unit`, such as `"ratios"`, it counts those instead of bytes. The line is cleared at the end. Silent if not
-    enabled, without rich, and where standard error is not a terminal. Yields the function to call with the number of
-    bytes, or of units, that were just done, from any thread.
+    With a `unit`, such as `"ratios"`, it counts those instead of bytes. The line is cleared at the end. Nothing is
+    shown if not enabled, without rich, and where standard error is not a terminal. Yields the function to call with the
+    number of bytes, or of units, that were just done, from any thread.
     """
     try:
+        from rich import progress
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            MofNCompleteColumn,
-            Progress,
-            ProgressColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
         from rich.table import Column
     except ImportError:
         yield lambda done: None
         return
     console = Console(stderr=True)
-    counted: tuple[Callable[..., ProgressColumn], ...] = (
-        (DownloadColumn, TransferSpeedColumn) if unit is None else (MofNCompleteColumn, partial(TextColumn, unit))
-    )
-    columns = (
-        TextColumn("{task.description}"),
+    whole = Column(no_wrap=True)
+    counted: tuple[progress.ProgressColumn, ...]
+    if unit is None:
+        counted = progress.DownloadColumn(table_column=whole), progress.TransferSpeedColumn(table_column=whole)
+    else:
+        counted = progress.MofNCompleteColumn(table_column=whole), progress.TextColumn(unit, table_column=whole)
+    bar = progress.Progress(
+        progress.TextColumn("{task.description}"),
         # As wide as the others leave it: a narrow terminal cuts the bar first.
-        BarColumn(bar_width=None),
-        *(column(table_column=Column(no_wrap=True)) for column in (*counted, TimeRemainingColumn, TimeElapsedColumn)),
+        progress.BarColumn(bar_width=None),
+        *counted,
+        progress.TimeRemainingColumn(table_column=whole),
+        progress.TimeElapsedColumn(table_column=whole),
+        console=console,
+        transient=True,
+        expand=True,
+        disable=not (enabled and console.is_terminal),
     )
-    silent = not (enabled and console.is_terminal)
-    with Progress(*columns, console=console, transient=True, expand=True, disable=silent) as bar:
+    with bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)

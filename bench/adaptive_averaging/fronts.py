@@ -63,7 +63,7 @@ def front_of(points: Sequence[Point], setting: Setting, seed: int, family: str) 
 
 def volume(points: Iterable[Point], tax: Tax) -> float:
     """How much of reward and tax the points dominate, from the reference on."""
-    return hypervolume([(p.reward, tax.of(p)) for p in points], REFERENCE[tax.field], maximise=[True, tax.sign > 0])
+    return hypervolume([(p.reward, tax.of(p)) for p in points], REFERENCE[tax.field], maximize=[True, tax.sign > 0])
 
 
 def volumes(points: Sequence[Point], setting: Setting, family: str, tax: Tax) -> list[float]:

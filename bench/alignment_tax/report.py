@@ -95,7 +95,7 @@ TAXES = (
 def front(points: Iterable[Point], tax: Tax) -> list[Point]:
     """The points that no other one beats in both reward and tax, by rising reward."""
     listed = list(points)
-    kept = pareto_front([(point.reward, tax.of(point)) for point in listed], maximise=[True, tax.sign > 0])
+    kept = pareto_front([(point.reward, tax.of(point)) for point in listed], maximize=[True, tax.sign > 0])
     return sorted((listed[i] for i in kept), key=lambda point: point.reward)
 
 

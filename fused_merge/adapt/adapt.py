@@ -1,6 +1,6 @@
-"""Adaptive model averaging: a ratio for each part of the network, found by optimisation.
+"""Adaptive model averaging: a ratio for each part of the network, found by optimization.
 
-The loss is minimised over r in {0 <= r_k <= 1, mean of r_k = rho}, the weights of part k being
+The loss is minimized over r in {0 <= r_k <= 1, mean of r_k = rho}, the weights of part k being
 theta0 + r_k * (theta1 - theta0). Its gradient is exact and needs no graph over the weights: after an ordinary backward
 pass of the model at theta(r), dL/dr_k is the sum over the part of <dL/dtheta, theta1 - theta0>.
 
@@ -14,13 +14,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fused_merge import functional
+from fused_merge.adapt.options import AdaptOptions, TargetOptions
 from fused_merge.adapt.search import CovarianceSearch, ProjectedAdam, Search, SigmoidAdam, Vector
 from fused_merge.distributed import Processes, is_sharded, local_part, sharding_groups, sum_over
 from fused_merge.interpolation.layer_ratios import LayerRatios
@@ -29,14 +30,29 @@ from fused_merge.io.headers import load_json
 from fused_merge.io.sources import PathLike, SourceLike, open_source
 from fused_merge.io.writer import write_text, writing
 from fused_merge.names import canonical_name, layer_of, some
-from fused_merge.options import check_choice
+from fused_merge.options import documented, resolve
 from fused_merge.per_tensor import per_tensor
 from fused_merge.progress import progress_bar
 
-PARAMETRIZATIONS = ("direct", "paper")
-REGULARISERS = ("uniform", "paper")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# The options that the steps of a run depend on, in the order in which its journal lists them.
+_JOURNALED = (
+    "mean_ratio",
+    "steps",
+    "lr",
+    "betas",
+    "accumulate",
+    "gradients",
+    "parametrization",
+    "regularizer",
+    "regularizer_weights",
+    "seed",
+)
 
 
+@documented(TargetOptions, AdaptOptions)
 def adapt_ratios(
     model: nn.Module,
     base: SourceLike,
@@ -46,66 +62,33 @@ def adapt_ratios(
     mean_ratio: float = 0.4,
     parts: int | LayerRatios = 3,
     steps: int = 100,
-    *,
-    lr: float = 0.05,
-    betas: tuple[float, float] = (0.9, 0.99),
-    accumulate: int = 1,
-    gradients: bool = True,
-    parametrization: str = "direct",
-    regulariser: float = 0.0,
-    regulariser_weights: str = "uniform",
-    patience: int = 20,
-    tolerance: float = 1e-4,
-    seed: int = 0,
-    journal: PathLike | None = None,
-    impl: str = "auto",
-    progress: bool = True,
+    **options: Unpack[AdaptOptions],
 ) -> LayerRatios:
-    """Find a ratio for each part of the network that minimises a loss, at a given mean ratio.
+    """Find a ratio for each part of the network that minimizes a loss, at a given mean ratio.
 
     Adam on r itself, with a learning rate that falls to 0 as a cosine, and after each step the projection onto
     {0 <= r_k <= 1, mean = rho} in the metric of the second moments. The model is written in place and gets back its
-    bits, its gradients and its `requires_grad` at the end, also by an exception. Put it into evaluation mode first if
-    dropout is not wanted.
+    bits, its gradients and its `requires_grad` at the end, also after an exception. Put it into evaluation mode first
+    if dropout is not wanted.
 
     With FSDP2 each process reads and writes its own elements, and with DDP or FSDP2 each has its own batches: the loss
-    is the mean over processes, as in training, and all return the same ratios. Of gradients DDP then reduces nothing:
-    it is K inner products that are. A bad batch, loss, file or journal stops all processes; a `loss_fn` that raises
-    stops its own, as in training. Processes whose models nothing ties together are alone. Weights in bf16 or fp16 work,
-    and so does autocast within `loss_fn`; inner products are taken in fp32.
+    is the mean over processes, as in training, and all return the same ratios. DDP then reduces no gradients: only K
+    inner products are reduced. A bad batch, loss, file or journal stops all processes; a `loss_fn` that raises
+    stops its own, as in training. Processes whose models nothing ties together do not wait for one another. Weights in
+    bf16 or fp16 work, and so does autocast within `loss_fn`; inner products are taken in fp32.
 
     Args:
         model: any module whose parameters carry the names of the checkpoints.
         base: theta0, r = 0: a module, a state dict, a safetensors file or a Hugging Face folder, read tensor by tensor.
         tuned: theta1, r = 1: the same.
-        loss_fn: called as `loss_fn(model, batch)`; returns a scalar to minimise. `answer_loss` on answers of the
+        loss_fn: called as `loss_fn(model, batch)`; returns a scalar to minimize. `answer_loss` on answers of the
             aligned model is the paper's; `reward_weighted_loss` weighs each by its reward.
-        batches: whatever `loss_fn` takes, cycled; an iterator, which cannot be, must not end.
-        mean_ratio: rho, in [0, 1]: the unweighted mean over the parts, kept to 1e-9.
-        parts: K equal slices by depth, or a `LayerRatios` whose parts are taken and whose ratios, projected, are the
-            start, except with `parametrization="paper"`, which starts at rho everywhere.
-        steps: at most so many updates; without gradients, so many evaluations.
-        lr: how far a ratio may move in the first step.
-        betas: of Adam, for momentum and second moment.
-        accumulate: batches that make one update.
-        gradients: False searches without them, by CMA-ES (Hansen 2016, arXiv 1604.00772) of the package `cma`, for
-            losses that cannot be differentiated; lr / 2 is its first standard deviation.
-        parametrization: `"direct"`, or `"paper"`: r_k = K * rho * (sigmoid(w_k) + e) / sum over j of the same, with
-            Adam on w; projected where it leaves [0, 1], though there it need not find the optimum.
-        regulariser: weight of sum over k of weight_k * (r_k - rho)^2, added to the loss.
-        regulariser_weights: `"uniform"`: all 1; `"paper"`: 25 / (|layer - L/2| + 1), the mean over the part, so that
-            parts in the middle stay near the mean.
-        patience: stop early when no ratio has moved by more than `tolerance` in so many steps, at least 1.
-        tolerance: see `patience`.
-        seed: of the search without gradients.
-        journal: a JSON file that keeps every step; a run that was killed goes on from it, given the same arguments and
-            batches, of which it takes those that it would have taken next. Of several processes the first keeps it.
-        impl: `"auto"`, `"triton"` or `"eager"`.
-        progress: show a progress bar where rich is installed and standard error is a terminal.
+        batches: whatever `loss_fn` takes, cycled; an iterator, which cannot be cycled, must not end.
+        {options}
 
     Returns:
-        The ratios; `.history` has step, loss, ratios and, with gradients, the gradient of every evaluation, the last
-        two with the regulariser.
+        The ratios; `.history` has step, loss, ratios and, with gradients, the gradient of every evaluation; loss and
+        gradient include the regularizer.
 
     Raises:
         ValueError: if an option is out of range, models do not match, a loss or gradient is not finite, no parameter of
@@ -114,57 +97,45 @@ def adapt_ratios(
         RuntimeError: if another process has raised one of these.
         ModuleNotFoundError: without gradients and without `cma`.
     """
-    _check_options(mean_ratio, steps, lr, betas, accumulate, regulariser, patience)
-    check_choice("parametrization", parametrization, PARAMETRIZATIONS)
-    check_choice("regulariser_weights", regulariser_weights, REGULARISERS)
+    o = resolve({"mean_ratio": mean_ratio, "parts": parts, "steps": steps, **options}, TargetOptions, AdaptOptions)
+    lr, betas, gradients = o["lr"], o["betas"], o["gradients"]
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got a {type(model).__name__}")
     processes = Processes.of(model)
     with processes.raising_together():
-        sweep = RatioSweep(model, base, tuned, impl=impl)
+        sweep = RatioSweep(model, base, tuned, impl=o["impl"])
         start = _start(parts, mean_ratio, sweep.names)
-        weights = _regulariser_weights(start, sweep.names, regulariser_weights) * regulariser
+        weights = _regularizer_weights(start, sweep.names, o["regularizer_weights"]) * o["regularizer"]
         search: Search
         if not gradients:
-            search = CovarianceSearch(np.array(start.ratios), mean_ratio, lr / 2, seed)
-        elif parametrization == "paper":
+            search = CovarianceSearch(np.array(start.ratios), mean_ratio, lr / 2, o["seed"])
+        elif o["parametrization"] == "paper":
             search = SigmoidAdam(len(start.ratios), mean_ratio, lr, betas, steps)
         else:
             search = ProjectedAdam(np.array(start.ratios), mean_ratio, lr, betas, steps)
-        recorder = _Journal(
-            journal if processes.is_first else None,
+        journal = _Journal(
+            o["journal"] if processes.is_first else None,
             {
                 "parts": {label: list(names) for label, names in start.parts.items()},
                 "start": list(start.ratios),
-                "options": [
-                    mean_ratio,
-                    steps,
-                    lr,
-                    list(betas),
-                    accumulate,
-                    gradients,
-                    parametrization,
-                    regulariser,
-                    regulariser_weights,
-                    seed,
-                ],
+                "options": [list(o[name]) if name == "betas" else o[name] for name in _JOURNALED],
             },
         )
-    history = recorder.entries = processes.from_first(recorder.entries)
+    history = journal.entries = processes.from_first(journal.entries)
     for entry in history:
         # The search is a function of what it was told, unless another version of it was.
         if not np.allclose(search.propose(), entry["ratios"], rtol=0.0, atol=1e-6):
-            raise ValueError(f"step {entry['step']} of {journal} was taken by another search; name another file")
+            raise ValueError(f"step {entry['step']} of {o['journal']} was taken by another search; name another file")
         search.learn(entry["loss"], np.array(entry["gradient"]) if gradients else None)
 
-    stream = _cycle(batches, skip=len(history) * accumulate)
-    evaluate = _Evaluation(sweep, start, loss_fn, processes, gradients=gradients, impl=impl)
-    shown = progress and processes.is_first
-    with evaluate.running(), progress_bar("adapting ratios", steps, unit="steps", enabled=shown) as advance:
+    stream = _cycle(batches, skip=len(history) * o["accumulate"])
+    evaluation = _Evaluation(sweep, start, loss_fn, processes, gradients=gradients, impl=o["impl"])
+    shown = o["progress"] and processes.is_first
+    with evaluation.running(), progress_bar("adapting ratios", steps, unit="steps", enabled=shown) as advance:
         advance(len(history))
-        while len(history) < steps and not _has_settled(history, patience, tolerance):
+        while len(history) < steps and not _has_settled(history, o["patience"], o["tolerance"]):
             ratios = search.propose()
-            loss, gradient = evaluate(start.replace(ratios.tolist()), stream, accumulate)
+            loss, gradient = evaluation(start.replace(ratios.tolist()), stream, o["accumulate"])
             loss += float(np.sum(weights * (ratios - mean_ratio) ** 2))
             entry = {"step": len(history), "loss": loss, "ratios": ratios.tolist()}
             if gradient is not None:
@@ -172,7 +143,7 @@ def adapt_ratios(
                 entry["gradient"] = gradient.tolist()
             search.learn(loss, gradient)
             with processes.raising_together():
-                recorder.add(entry)
+                journal.add(entry)
             advance(1)
     return LayerRatios(start.parts, search.best().tolist(), history=history)
 
@@ -365,22 +336,16 @@ def _has_settled(history: Sequence[Mapping[str, Any]], patience: int, tolerance:
     return len(recent) > patience and float(np.abs(recent - recent[-1]).max()) <= tolerance
 
 
-def _regulariser_weights(parts: LayerRatios, names: Sequence[str], weights: str) -> Vector:
+def _regularizer_weights(parts: LayerRatios, names: Sequence[str], weights: str) -> Vector:
     """Return the weight of each part: 1, or the mean over its tensors of 25 / (|layer - L/2| + 1)."""
     if weights == "uniform":
         return np.ones(len(parts.ratios))
     # In the order of the model, which that of the parts need not be.
-    layers = dict.fromkeys(layer for name in names if (layer := layer_of(name)) is not None)
-    depth = {layer: i for i, layer in enumerate(layers)}
-    middle = len(layers) / 2
-
-    def weight(name: str) -> float:
-        layer = layer_of(name)
-        # What lies outside the layers is as far from the middle as can be.
-        return 25.0 / (abs((0 if layer is None else depth[layer]) - middle) + 1.0)
-
-    known = set(names)
-    return np.array([np.mean([weight(name) for name in part if name in known]) for part in parts.parts.values()])
+    layers = list(dict.fromkeys(layer for name in names if (layer := layer_of(name)) is not None))
+    # A tensor outside the layers is as far from the middle as can be: at 0, like the first layer.
+    depths = {name: 0 if (layer := layer_of(name)) is None else layers.index(layer) for name in names}
+    weight = {name: 25.0 / (abs(depth - len(layers) / 2) + 1.0) for name, depth in depths.items()}
+    return np.array([np.mean([weight[name] for name in part if name in weight]) for part in parts.parts.values()])
 
 
 def _start(parts: int | LayerRatios, mean_ratio: float, names: Sequence[str]) -> LayerRatios:
@@ -394,22 +359,3 @@ def _start(parts: int | LayerRatios, mean_ratio: float, names: Sequence[str]) ->
     if parts < 1:
         raise ValueError(f"parts must be at least 1, got {parts}")
     return LayerRatios.by_parts(names, [mean_ratio] * parts)
-
-
-def _check_options(
-    mean_ratio: float,
-    steps: int,
-    lr: float,
-    betas: tuple[float, float],
-    accumulate: int,
-    regulariser: float,
-    patience: int,
-) -> None:
-    if not 0.0 <= mean_ratio <= 1.0:
-        raise ValueError(f"mean_ratio must lie in [0, 1], got {mean_ratio}")
-    if min(steps, accumulate, patience) < 1:
-        raise ValueError(f"steps, accumulate and patience must be at least 1, got {steps}, {accumulate} and {patience}")
-    if not 0.0 < lr < math.inf or not all(0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"lr must be positive and betas in [0, 1), got {lr} and {betas}")
-    if not 0.0 <= regulariser < math.inf:
-        raise ValueError(f"regulariser must be at least 0, got {regulariser}")

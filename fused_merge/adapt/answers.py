@@ -10,18 +10,21 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from fused_merge.adapt.adapt import adapt_ratios, answer_loss
+from fused_merge.adapt.options import AnswerOptions, SamplingOptions, check_share
 from fused_merge.checkpoints.interpolate import plan_interpolation
 from fused_merge.functional.backend import check_device
-from fused_merge.interpolation.layer_ratios import LayerRatios
 from fused_merge.io.sources import PathLike, open_files
-from fused_merge.per_tensor import parse_dtype
+from fused_merge.io.transformers import import_function, load_model, load_tokenizer, stored_dtype
+from fused_merge.options import documented, resolve
 from fused_merge.progress import progress_bar
-from fused_merge.sweep.scorers import import_function, load_model, load_tokenizer, stored_dtype
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 RATIOS = "ratios.json"
 JOURNAL = "journal.json"
@@ -36,32 +39,23 @@ class Answer(NamedTuple):
     text: str
 
 
+@documented(SamplingOptions)
 def sample_answers(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int = 128,
-    temperature: float = 1.0,
-    batch_size: int = 8,
-    seed: int = 0,
-    progress: bool = True,
+    model: Any, tokenizer: Any, prompts: Sequence[str], **options: Unpack[SamplingOptions]
 ) -> list[Answer]:
     """Let a causal language model answer prompts.
 
     Args:
-        model: of Transformers.
+        model: a model of Transformers.
         tokenizer: its tokenizer; with a chat template each prompt is one message of a user.
         prompts: texts.
-        max_new_tokens: of an answer.
-        temperature: of sampling; 0 takes the likeliest token.
-        batch_size: prompts answered at once.
-        seed: of the samples; the caller's random numbers are not touched.
-        progress: show a progress bar.
+        {options}
 
     Returns:
-        An answer for each prompt; ones that stay empty are left out.
+        An answer for each prompt, in their order, except where it is empty.
     """
+    o = resolve(options, SamplingOptions)
+    batch_size, temperature = o["batch_size"], o["temperature"]
     answers = []
     devices = [model.device] if model.device.type == "cuda" else []
     end = tokenizer.eos_token_id
@@ -73,9 +67,9 @@ def sample_answers(
     with (
         torch.no_grad(),
         torch.random.fork_rng(devices),
-        progress_bar("answering", len(prompts), unit="prompts", enabled=progress) as advance,
+        progress_bar("answering", len(prompts), unit="prompts", enabled=o["progress"]) as advance,
     ):
-        torch.manual_seed(seed)
+        torch.manual_seed(o["seed"])
         for first in range(0, len(prompts), batch_size):
             asked = [_tokens(tokenizer, prompt) for prompt in prompts[first : first + batch_size]]
             width = max(map(len, asked))
@@ -83,7 +77,11 @@ def sample_answers(
             ids = torch.tensor([[padding] * (width - len(tokens)) + tokens for tokens in asked], device=model.device)
             mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in asked]).to(ids.device)
             made = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=padding, **sampling
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=o["max_new_tokens"],
+                pad_token_id=padding,
+                **sampling,
             )
             for tokens, row in zip(asked, made[:, width:].tolist(), strict=True):
                 answer = row[: row.index(end) + 1] if end in row else row
@@ -134,32 +132,15 @@ def best_answers(answers: Sequence[Answer], rewards: Sequence[float], share: flo
     """
     if len(rewards) != len(answers) or not all(math.isfinite(reward) for reward in rewards):
         raise ValueError(f"a reward must return one finite number for each of {len(answers)} answers, got {rewards}")
-    if not 0.0 < share <= 1.0:
-        raise ValueError(f"the share of answers to keep must lie in (0, 1], got {share}")
+    check_share("the share of answers to keep", share)
     ranked = sorted(range(len(answers)), key=lambda i: -rewards[i])
     kept = sorted(ranked[: max(1, round(share * len(answers)))])
     return [answers[i] for i in kept]
 
 
+@documented(AnswerOptions)
 def adapt_checkpoints(
-    base: PathLike,
-    tuned: PathLike,
-    prompts: Sequence[str],
-    out: PathLike,
-    *,
-    mean_ratio: float = 0.4,
-    parts: int | LayerRatios = 3,
-    steps: int = 100,
-    lr: float = 0.05,
-    reward: str | None = None,
-    best: float = 0.4,
-    max_new_tokens: int = 128,
-    temperature: float = 1.0,
-    batch_size: int = 8,
-    seed: int = 0,
-    device: str = "cpu",
-    dtype: torch.dtype | str | None = None,
-    progress: bool = True,
+    base: PathLike, tuned: PathLike, prompts: Sequence[str], out: PathLike, **options: Unpack[AnswerOptions]
 ) -> Path:
     """Find a ratio for each part on the tuned model's own answers, and write the model that they make.
 
@@ -171,20 +152,7 @@ def adapt_checkpoints(
         tuned: theta1: the Hugging Face folder of a causal language model with its tokenizer. Its code is never run.
         prompts: texts that it answers.
         out: the folder to write to.
-        mean_ratio: as for `adapt_ratios`, like `parts`, `steps` and `lr`.
-        parts: a number, or the ratios to start from.
-        steps: updates.
-        lr: how far a ratio may move in the first step.
-        reward: `"module:function"`, called with a list of (prompt, answer) texts, which returns a number for each; only
-            the `best` share is kept. None keeps all.
-        best: share of the answers.
-        max_new_tokens: of an answer.
-        temperature: of sampling.
-        batch_size: of answering and of the steps.
-        seed: of the samples.
-        device: `"cpu"` or `"cuda"`.
-        dtype: of the model while it is adapted, e.g. `"bfloat16"`; None is that of the files of `tuned`.
-        progress: show progress bars.
+        {options}
 
     Returns:
         `out/model`.
@@ -195,46 +163,49 @@ def adapt_checkpoints(
         FileExistsError: if `out/model` exists.
         OSError: if a file cannot be read or written.
     """
+    o = resolve(options, AnswerOptions)
     out = Path(out)
     source = open_files(tuned, role="tuned")
     if not prompts:
         raise ValueError("there is no prompt; give at least one")
-    judge = None if reward is None else import_function(reward, what="reward")
+    reward = None if o["reward"] is None else import_function(o["reward"], what="reward")
     # Before any work: whether the model can be written.
-    plan_interpolation(base, tuned, {MODEL: mean_ratio}, out)
-    model = load_model(source.path, check_device(device), parse_dtype(dtype) or stored_dtype(source))
+    plan_interpolation(base, tuned, {MODEL: o["mean_ratio"]}, out)
+    model = load_model(source.path, check_device(o["device"]), o["dtype"] or stored_dtype(source))
     tokenizer = load_tokenizer(source.path)
     answers = sample_answers(
         model,
         tokenizer,
         prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        batch_size=batch_size,
-        seed=seed,
-        progress=progress,
+        max_new_tokens=o["max_new_tokens"],
+        temperature=o["temperature"],
+        batch_size=o["batch_size"],
+        seed=o["seed"],
+        progress=o["progress"],
     )
     if not answers:
         raise ValueError(f"{tuned} answers none of {len(prompts)} prompts; give others, or a higher temperature")
-    if judge is not None:
+    if reward is not None:
         texts = [(tokenizer.decode(answer.prompt, skip_special_tokens=True), answer.text) for answer in answers]
-        answers = best_answers(answers, [float(number) for number in judge(texts)], best)
+        answers = best_answers(answers, [float(number) for number in reward(texts)], o["best"])
     out.mkdir(parents=True, exist_ok=True)
+    padding = tokenizer.pad_token_id or 0
+    batches = answer_batches(answers, batch_size=o["batch_size"], padding=padding, device=model.device)
     found = adapt_ratios(
         model,
         base,
         tuned,
         answer_loss,
-        answer_batches(answers, batch_size=batch_size, padding=tokenizer.pad_token_id or 0, device=model.device),
-        mean_ratio,
-        parts,
-        steps,
-        lr=lr,
+        batches,
+        o["mean_ratio"],
+        o["parts"],
+        o["steps"],
+        lr=o["lr"],
         journal=out / JOURNAL,
-        progress=progress,
+        progress=o["progress"],
     )
     found.save(out / RATIOS)
-    (written,) = plan_interpolation(base, tuned, {MODEL: found}, out).run(device=device, progress=progress)
+    (written,) = plan_interpolation(base, tuned, {MODEL: found}, out).run(device=o["device"], progress=o["progress"])
     return written
 
 

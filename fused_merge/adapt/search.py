@@ -72,8 +72,7 @@ class ProjectedAdam(Search):
     def __init__(self, start: Vector, mean: float, lr: float, betas: tuple[float, float], steps: int) -> None:
         self._ratios = project_ratios(start, mean)
         self._mean = mean
-        self._momentum, self._second = np.zeros_like(start), np.zeros_like(start)
-        self._rate = _Rate(lr, betas, steps)
+        self._adam = _Adam(len(start), lr, betas, steps)
 
     def propose(self) -> Vector:
         """Return the next ratios to evaluate."""
@@ -83,15 +82,10 @@ class ProjectedAdam(Search):
         """Take the outcome of the last proposal."""
         assert gradient is not None
         # Along (1, ..., 1) nothing can move: the moments should not see it.
-        tangent = gradient - gradient.mean()
-        beta1, beta2 = self._rate.betas
-        self._momentum = beta1 * self._momentum + (1 - beta1) * tangent
-        self._second = beta2 * self._second + (1 - beta2) * tangent**2
-        lr, correction1, correction2 = self._rate.next()
-        root = np.sqrt(self._second / correction2)
+        step, root = self._adam.step(gradient - gradient.mean())
         if root.max() > 0.0:
             metric = np.maximum(root, _FLOOR * root.max())
-            self._ratios = project_ratios(self._ratios - lr * self._momentum / correction1 / metric, self._mean, metric)
+            self._ratios = project_ratios(self._ratios - step / metric, self._mean, metric)
 
     def best(self) -> Vector:
         """Return the ratios that it would choose now."""
@@ -104,8 +98,7 @@ class SigmoidAdam(Search):
     def __init__(self, parts: int, mean: float, lr: float, betas: tuple[float, float], steps: int) -> None:
         self._w = np.zeros(parts)
         self._mean = mean
-        self._momentum, self._second = np.zeros(parts), np.zeros(parts)
-        self._rate = _Rate(lr, betas, steps)
+        self._adam = _Adam(parts, lr, betas, steps)
 
     def propose(self) -> Vector:
         """Return the next ratios to evaluate."""
@@ -120,12 +113,8 @@ class SigmoidAdam(Search):
         weight = share / share.sum()
         # The chain rule through share / sum of shares.
         by_w = len(share) * self._mean / share.sum() * sigmoid * (1 - sigmoid) * (gradient - np.sum(weight * gradient))
-        beta1, beta2 = self._rate.betas
-        self._momentum = beta1 * self._momentum + (1 - beta1) * by_w
-        self._second = beta2 * self._second + (1 - beta2) * by_w**2
-        lr, correction1, correction2 = self._rate.next()
-        root = np.sqrt(self._second / correction2)
-        self._w = self._w - lr * self._momentum / correction1 / np.where(root > 0, root, 1.0)
+        step, root = self._adam.step(by_w)
+        self._w = self._w - step / np.where(root > 0, root, 1.0)
 
     def best(self) -> Vector:
         """Return the ratios that it would choose now."""
@@ -178,17 +167,22 @@ class CovarianceSearch(Search):
         return self._best[1]
 
 
-class _Rate:
-    """The learning rate, which falls to 0 as a cosine, and the bias corrections of Adam."""
+class _Adam:
+    """The moments of Adam, their bias corrections, and a learning rate that falls to 0 as a cosine."""
 
-    def __init__(self, lr: float, betas: tuple[float, float], steps: int) -> None:
-        self.betas = betas
+    def __init__(self, size: int, lr: float, betas: tuple[float, float], steps: int) -> None:
+        self.momentum, self._second = np.zeros(size), np.zeros(size)
         self._lr = lr
+        self._betas = betas
         self._steps = steps
         self._done = 0
 
-    def next(self) -> tuple[float, float, float]:
+    def step(self, gradient: Vector) -> tuple[Vector, Vector]:
+        """Return rate times momentum, and the root of the second moment, both corrected."""
         rate = self._lr * 0.5 * (1.0 + math.cos(math.pi * self._done / self._steps))
         self._done += 1
-        beta1, beta2 = self.betas
-        return rate, 1.0 - beta1**self._done, 1.0 - beta2**self._done
+        beta1, beta2 = self._betas
+        self.momentum = beta1 * self.momentum + (1 - beta1) * gradient
+        self._second = beta2 * self._second + (1 - beta2) * gradient**2
+        root = np.sqrt(self._second / (1.0 - beta2**self._done))
+        return rate * self.momentum / (1.0 - beta1**self._done), root

@@ -58,7 +58,8 @@ def _parameter(name: str, option: Option, annotation: str) -> inspect.Parameter:
     )
     # A flag that is off by default needs no --no-flag; one that is neither on nor off does.
     flag = (f"--{name.replace('_', '-')}",) if option.default is False else ()
-    default = typer.Option(option.default, *settings.pop("param_decls", flag), **settings)
+    start = list(option.default) if isinstance(option.default, tuple) else option.default
+    default = typer.Option(start, *settings.pop("param_decls", flag), **settings)
     annotated = kind | None if option.default is None else kind
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotated)
 

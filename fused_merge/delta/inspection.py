@@ -1,6 +1,6 @@
-"""What a reference delta holds, in numbers: norms, real density, what top-p keeps, overlap with another delta.
+"""Measurements of a reference delta: norms, real density, what top-p keeps, overlap with another delta.
 
-Everything is read tensor by tensor and added up in fp64, and the sums of a layer are those of its tensors.
+Everything is read tensor by tensor and added up in fp64; the sums of a layer are those of its tensors.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torch import Tensor
 from fused_merge.delta.reference_delta import ReferenceDelta
 from fused_merge.eager.sparsify import sparsify_tau
 from fused_merge.io.sources import SourceLike, TensorSource, open_source
-from fused_merge.names import layer_of as stack_and_number
-from fused_merge.names import some
+from fused_merge.names import layer_of, some
 from fused_merge.progress import progress_bar
 
 # Elements converted to fp64 at once.
@@ -30,15 +29,26 @@ class _Sums:
     squares: float = 0  # of tau
     nonzero: float = 0
     base: float = 0  # squares of the base
-    kept: float = 0  # by top-p
+    top: float = 0  # elements that top-p keeps
     other: float = 0  # squares of the other delta
     dot: float = 0
-    both: float = 0  # where neither delta is zero
-    agree: float = 0  # of those, where the signs are equal
+    both: float = 0  # elements at which neither delta is zero
+    agree: float = 0  # of these, those with equal signs
 
     def add(self, more: _Sums) -> None:
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(more, field.name))
+
+    def measurements(self) -> dict[str, float | None]:
+        return {
+            "numel": self.numel,
+            "norm": math.sqrt(self.squares),
+            "density": _quotient(self.nonzero, self.numel),
+            "relative_norm": _quotient(math.sqrt(self.squares), math.sqrt(self.base)),
+            "kept": _quotient(self.top, self.numel),
+            "cosine": _quotient(self.dot, math.sqrt(self.squares) * math.sqrt(self.other)),
+            "sign_agreement": _quotient(self.agree, self.both),
+        }
 
 
 def inspect_delta(
@@ -54,12 +64,12 @@ def inspect_delta(
         delta: tau.
         base: theta_base, to relate norms to: a module, a state dict or a path.
         other: another delta of the same tensors.
-        reserve_rate: p, in (0, 1], of which top-p by magnitude is tried.
+        reserve_rate: p, in (0, 1], at which top-p by magnitude is tried.
 
     Returns:
-        A row for each tensor in the order of `delta`, then one for each layer, then one for everything. A layer is
-        what comes before and with the first whole number in a name (`model.layers.7`), else the name of the module.
-        A row holds `scope` (`"tensor"`, `"layer"` or `"all"`), `name`, `numel`, `norm` (||tau||) and `density` (the
+        A dict for each tensor in the order of `delta`, then one for each layer, then one for everything. A layer is
+        named by what comes before and with the first whole number in a name (`model.layers.7`), else by the module.
+        A dict holds `scope` (`"tensor"`, `"layer"` or `"all"`), `name`, `numel`, `norm` (||tau||) and `density` (the
         share of elements that are not zero); with `base` also `relative_norm` (||tau|| / ||base||); with
         `reserve_rate` also `kept`, the share that top-p really keeps, tensor by tensor: more than p where magnitudes
         tie, less where tau has fewer elements than that; with `other` also `cosine` of the two and
@@ -74,8 +84,9 @@ def inspect_delta(
     _check_same(delta, weights, other)
     layers: dict[str, _Sums] = {}
     tensors: dict[str, _Sums] = {}
-    total = sum(prod(delta.shape(name)) * delta.dtype(name).itemsize for name in delta.names)
-    with progress_bar("inspecting the reference delta", total) as advance:
+    everything = _Sums()
+    nbytes = {name: prod(delta.shape(name)) * delta.dtype(name).itemsize for name in delta.names}
+    with progress_bar("inspecting the reference delta", sum(nbytes.values())) as advance:
         for name in delta.names:
             sums = _measure(
                 name,
@@ -85,24 +96,22 @@ def inspect_delta(
                 reserve_rate,
             )
             tensors[name] = sums
-            layers.setdefault(layer_of(name), _Sums()).add(sums)
-            advance(prod(delta.shape(name)) * delta.dtype(name).itemsize)
-    everything = _Sums()
-    for sums in tensors.values():
-        everything.add(sums)
-    rows = [("tensor", tensors), ("layer", layers), ("all", {"all": everything})]
+            layers.setdefault(layer_name(name), _Sums()).add(sums)
+            everything.add(sums)
+            advance(nbytes[name])
     asked = {"relative_norm": base is not None, "kept": reserve_rate is not None}
     asked |= dict.fromkeys(("cosine", "sign_agreement"), other is not None)
     return [
-        {"scope": scope, "name": name} | {key: value for key, value in _row(sums).items() if asked.get(key, True)}
-        for scope, group in rows
+        {"scope": scope, "name": name}
+        | {key: value for key, value in sums.measurements().items() if asked.get(key, True)}
+        for scope, group in (("tensor", tensors), ("layer", layers), ("all", {"all": everything}))
         for name, sums in group.items()
     ]
 
 
-def layer_of(name: str) -> str:
-    """Return the layer of a tensor: the name up to its first number, `model.layers.7`, or that of its module."""
-    place = stack_and_number(name)
+def layer_name(name: str) -> str:
+    """Return the name of a tensor's layer: its own up to the first number, `model.layers.7`, or that of its module."""
+    place = layer_of(name)
     if place is None:
         return name.rpartition(".")[0] or name
     stack, number = place
@@ -130,17 +139,17 @@ def _measure(name: str, tau: Tensor, base: Tensor | None, other: Tensor | None, 
     sums = _Sums(numel=tau.numel())
     if rate is not None:
         kept = sparsify_tau(tau, name=name, method="magnitude", reserve_rate=rate, seed=0)
-        sums.kept = int(kept.count_nonzero())
-    columns = [_chunks(tensor) for tensor in (tau, base, other)]
-    for i, tau_part in enumerate(columns[0]):
-        x = tau_part.double()
+        sums.top = int(kept.count_nonzero())
+    chunks = [_chunks(tensor) for tensor in (tau, base, other)]
+    for i, part in enumerate(chunks[0]):
+        x = part.double()
         sums.squares += float(x.dot(x))
         sums.nonzero += int(x.count_nonzero())
         if base is not None:
-            b = columns[1][i].to(x)
+            b = chunks[1][i].to(x)
             sums.base += float(b.dot(b))
         if other is not None:
-            y = columns[2][i].double()
+            y = chunks[2][i].double()
             both = (x != 0) & (y != 0)
             sums.other += float(y.dot(y))
             sums.dot += float(x.dot(y))
@@ -151,18 +160,6 @@ def _measure(name: str, tau: Tensor, base: Tensor | None, other: Tensor | None, 
 
 def _chunks(tensor: Tensor | None) -> tuple[Tensor, ...]:
     return () if tensor is None else torch.split(tensor.reshape(-1), _CHUNK)
-
-
-def _row(sums: _Sums) -> dict[str, float | None]:
-    return {
-        "numel": sums.numel,
-        "norm": math.sqrt(sums.squares),
-        "density": _quotient(sums.nonzero, sums.numel),
-        "relative_norm": _quotient(math.sqrt(sums.squares), math.sqrt(sums.base)),
-        "kept": _quotient(sums.kept, sums.numel),
-        "cosine": _quotient(sums.dot, math.sqrt(sums.squares) * math.sqrt(sums.other)),
-        "sign_agreement": _quotient(sums.agree, sums.both),
-    }
 
 
 def _quotient(a: float, b: float) -> float | None:

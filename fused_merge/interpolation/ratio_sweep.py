@@ -1,10 +1,9 @@
-"""The line between two models: tensors and state dicts for many ratios, and a model moved along it."""
+"""A model moved along the path between two others, in place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Generic, TypeVar
 
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class RatioSweep(Generic[Model]):
-    """Puts a model at any point of the line between two checkpoints, and back.
+    """Puts a model at any point of the path between two models, and back.
 
     ```python
     sweep = RatioSweep(model, "base/", "tuned/")
@@ -30,8 +29,9 @@ class RatioSweep(Generic[Model]):
     ```
 
     Only one tensor of each checkpoint is read at a time. Parameters and persistent buffers are written; integer ones
-    are copied from `tuned` (from `base` where every ratio is 0). A model of another floating dtype than its ends gets
-    each point rounded once to its own. Of a model sharded with FSDP2 each process reads and writes its own elements.
+    are copied from `tuned` (from `base` where every ratio is 0). If the model has another floating dtype than `base`
+    and `tuned`, each point is rounded once to the model's. If it is sharded with FSDP2, each process reads and writes
+    its own elements.
 
     Args:
         model: written in place inside `at`; its tensors keep their identity, device and strides. It may be wrapped in
@@ -58,8 +58,8 @@ class RatioSweep(Generic[Model]):
         weights = self._open_model()
         ends = match(self._base, self._tuned, same_dtype=True)
         with_model = match(weights, self._base)
-        # One entry for each tensor of the model: its first name, and its name in the checkpoints.
-        self._plan: dict[str, str] = {}
+        # For each tensor of the model, its first name -> its name in the checkpoints.
+        self._source_names: dict[str, str] = {}
         for name in weights:
             source_name = ends.resolve(with_model.resolve(name))
             owner = weights.aliases.get(name, name)
@@ -69,8 +69,8 @@ class RatioSweep(Generic[Model]):
                     f"{name!r} is {weights.dtype(name)} in the model and {stored} in {self._base.origin}; integers "
                     "are copied as they are, so both must have one dtype"
                 )
-            self._check_tie(owner, name, self._plan.setdefault(owner, source_name), source_name)
-        self.names = tuple(name for name in self._plan if weights.is_merged(name))
+            self._check_tie(owner, name, self._source_names.setdefault(owner, source_name), source_name)
+        self.names = tuple(name for name in self._source_names if weights.is_merged(name))
         """The tensors that have a ratio, tied ones once under the model's first name."""
 
     @contextmanager
@@ -93,23 +93,25 @@ class RatioSweep(Generic[Model]):
         if self._ratio is not None:
             raise RuntimeError(f"the model is at ratio {self._ratio} already; leave that block, or use move_to")
         weights = self._open_model()
-        found: dict[str, Callable[[], Tensor]] = {}
+        originals: dict[str, Tensor | TensorSource] = {}
         self._ratio = ratio
         try:
-            for name in self._plan:
+            for name in self._source_names:
                 ends = self.ends_of(name, weights[name])
-                found[name] = self._way_back(weights[name], name, ends)
+                originals[name] = self._original(weights[name], ends)
                 self._write(weights[name], name, ends, ratio, decided)
             yield self.model
         finally:
             self._ratio = None
             # Opened anew: the block may have moved the model to another device.
             weights = self._open_model()
-            for name, way_back in found.items():
-                local_part(weights[name]).copy_(way_back())
+            for name, original in originals.items():
+                if isinstance(original, TensorSource):
+                    original = original.box(self._source_names[name], local_box(weights[name]))
+                local_part(weights[name]).copy_(original)
 
     def move_to(self, ratio: PerTensor) -> None:
-        """Write another point of the line into the model, inside `at`: two reads and one write of each weight.
+        """Write another point of the path into the model, inside `at`: two reads and one write of each weight.
 
         Args:
             ratio: as for `at`.
@@ -119,10 +121,10 @@ class RatioSweep(Generic[Model]):
             RuntimeError: outside `at`.
         """
         if self._ratio is None:
-            raise RuntimeError("the model is nowhere on the line; enter sweep.at(ratio) first")
+            raise RuntimeError("call move_to() inside `with sweep.at(ratio):`")
         decided = per_tensor(ratio, self.names, what="ratio")
         weights = self._open_model()
-        for name in self._plan:
+        for name in self._source_names:
             self._write(weights[name], name, self.ends_of(name, weights[name]), ratio, decided)
         self._ratio = ratio
 
@@ -131,9 +133,9 @@ class RatioSweep(Generic[Model]):
 
         Args:
             name: one of `names`.
-            weight: the model's tensor of that name, which says which elements and where they are wanted.
+            weight: the model's tensor of that name, which says which elements and on which device.
         """
-        source_name, box, device = self._plan[name], local_box(weight), local_part(weight).device
+        source_name, box, device = self._source_names[name], local_box(weight), local_part(weight).device
         return self._base.box(source_name, box).to(device), self._tuned.box(source_name, box).to(device)
 
     def _write(
@@ -152,20 +154,21 @@ class RatioSweep(Generic[Model]):
         elif local.dtype == base.dtype:
             functional.interpolate([base], [tuned], [decided[name]], [[local]], impl=self._impl)
         else:
-            # Contiguous all of them: of other strides the point would be rounded to the dtype of the ends first.
-            place = local.contiguous()
-            ends = base.contiguous(), tuned.contiguous()
-            functional.interpolate(ends[:1], ends[1:], [decided[name]], [[place]], impl=self._impl)
-            if place is not local:
-                local.copy_(place)
+            # Contiguous all of them: with other strides the point would be rounded to the dtype of the ends first.
+            point = local.contiguous()
+            functional.interpolate(
+                [base.contiguous()], [tuned.contiguous()], [decided[name]], [[point]], impl=self._impl
+            )
+            if point is not local:
+                local.copy_(point)
 
-    def _way_back(self, weight: Tensor, name: str, ends: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
-        local, box = local_part(weight), local_box(weight)
+    def _original(self, weight: Tensor, ends: tuple[Tensor, Tensor]) -> Tensor | TensorSource:
+        """Return what brings back the bits of a weight: the source that holds them, or a copy."""
+        local = local_part(weight)
         for source, end in zip((self._base, self._tuned), ends, strict=True):
             if same_bits(local, end):
-                return partial(source.box, self._plan[name], box)
-        copy = local.to("cpu", copy=True)
-        return lambda: copy
+                return source
+        return local.to("cpu", copy=True)
 
     def _open_model(self) -> TensorSource:
         reshard(self.model)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_merge.delta.reference_delta import ReferenceDelta, Sparsity
+from fused_merge.delta.reference_delta import ReferenceDelta
+from fused_merge.delta.tensors import Sparsity
 from fused_merge.eager.merge_stats import lost_share
 from fused_merge.eager.operands import Tau
 from fused_merge.eager.sparse import SparseTensor

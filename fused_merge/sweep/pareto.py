@@ -14,7 +14,7 @@ Array: TypeAlias = "NDArray[np.float64]"
 Directions: TypeAlias = "bool | Sequence[bool]"
 
 
-def pareto_front(points: Sequence[Sequence[float]], *, maximise: Directions = True) -> list[int]:
+def pareto_front(points: Sequence[Sequence[float]], *, maximize: Directions = True) -> list[int]:
     """Return the points that no other point dominates.
 
     A point dominates another if it is at least as good in every score and better in one. Equal points do not
@@ -22,19 +22,19 @@ def pareto_front(points: Sequence[Sequence[float]], *, maximise: Directions = Tr
 
     Args:
         points: n points of d scores each, such as `[(reward, tax score), ...]`, or an array `[n, d]`.
-        maximise: whether more is better, for all scores or for each of the d.
+        maximize: whether more is better, for all scores or for each of the d.
 
     Returns:
         Indices of `points`, ascending; none of no points.
 
     Raises:
-        ValueError: if a score is not finite, the points differ in length, or `maximise` does not fit them.
+        ValueError: if a score is not finite, the points differ in length, or `maximize` does not fit them.
     """
-    scores = _oriented(points, maximise)
+    scores = _oriented(points, maximize)
     return [i for i, point in enumerate(scores) if not _is_dominated(point, scores)]
 
 
-def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float], *, maximise: Directions = True) -> float:
+def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float], *, maximize: Directions = True) -> float:
     """Return the volume of all that the points dominate and that dominates the reference.
 
     Exact but for the rounding of fp64, in the units of the scores multiplied. The volume is cut into slices along the
@@ -44,13 +44,13 @@ def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float], *
     Args:
         points: as for `pareto_front`; those that are not better than `reference` in every score add nothing.
         reference: d scores that count as worthless.
-        maximise: as for `pareto_front`.
+        maximize: as for `pareto_front`.
 
     Raises:
         ValueError: as `pareto_front`, and if the reference does not fit the points.
     """
-    worthless = _oriented([reference], maximise, what="the reference")[0]
-    scores = _oriented(points, maximise)
+    worthless = _oriented([reference], maximize, what="the reference")[0]
+    scores = _oriented(points, maximize)
     if not len(scores):
         return 0.0
     if scores.shape[1] != len(worthless):
@@ -59,7 +59,7 @@ def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float], *
     return _volume(above[(above > 0).all(axis=1)])
 
 
-def knee(points: Sequence[Sequence[float]], *, maximise: Directions = True) -> int:
+def knee(points: Sequence[Sequence[float]], *, maximize: Directions = True) -> int:
     """Return the point of the front at which gaining more of one score begins to cost most of the others.
 
     Each score is scaled to [0, 1] over the front (to 0 where all are equal). The knee is the point that lies farthest
@@ -71,7 +71,7 @@ def knee(points: Sequence[Sequence[float]], *, maximise: Directions = True) -> i
 
     Args:
         points: as for `pareto_front`, at least one; those that are not on the front do not matter.
-        maximise: as for `pareto_front`.
+        maximize: as for `pareto_front`.
 
     Returns:
         An index of `points`.
@@ -79,8 +79,8 @@ def knee(points: Sequence[Sequence[float]], *, maximise: Directions = True) -> i
     Raises:
         ValueError: as `pareto_front`, and if there is no point.
     """
-    scores = _oriented(points, maximise)
-    front = pareto_front(points, maximise=maximise)
+    scores = _oriented(points, maximize)
+    front = pareto_front(points, maximize=maximize)
     if not front:
         raise ValueError("there is no point that could be a knee; give at least one")
     best, worst = scores[front].max(axis=0), scores[front].min(axis=0)
@@ -90,7 +90,7 @@ def knee(points: Sequence[Sequence[float]], *, maximise: Directions = True) -> i
     return -first
 
 
-def _oriented(points: Any, maximise: Directions, what: str | None = None) -> Array:
+def _oriented(points: Any, maximize: Directions, what: str | None = None) -> Array:
     """Return the points as an array `[n, d]` in which more is better, or say which point is no point."""
     rows: list[Array] = []
     for i, point in enumerate(points):
@@ -109,9 +109,9 @@ def _oriented(points: Any, maximise: Directions, what: str | None = None) -> Arr
             raise ValueError(f"score {j} of {called} is {row[j]}; leave that point out, or score it again")
     if not rows:
         return np.empty((0, 0))
-    more = [maximise] * rows[0].size if isinstance(maximise, bool) else list(maximise)
+    more = [maximize] * rows[0].size if isinstance(maximize, bool) else list(maximize)
     if len(more) != rows[0].size:
-        raise ValueError(f"maximise has {len(more)} entries for {rows[0].size} scores; give True or False for each")
+        raise ValueError(f"maximize has {len(more)} entries for {rows[0].size} scores; give True or False for each")
     signs: Array = np.where(more, 1.0, -1.0)
     return np.stack(rows) * signs
 

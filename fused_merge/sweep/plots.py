@@ -26,7 +26,7 @@ class Mark(NamedTuple):
 
 
 def draw_fronts(
-    path: Path, sweeps: Mapping[str, Sequence[Mark]], scores: tuple[str, str], *, maximise: tuple[bool, bool]
+    path: Path, sweeps: Mapping[str, Sequence[Mark]], scores: tuple[str, str], *, maximize: tuple[bool, bool]
 ) -> None:
     """Write the picture of `fronts` to a PNG file; the same input makes the same bytes.
 
@@ -34,17 +34,17 @@ def draw_fronts(
         path: the file.
         sweeps: see `fronts`.
         scores: see `fronts`.
-        maximise: see `fronts`.
+        maximize: see `fronts`.
 
     Raises:
         ImportError: without matplotlib.
         OSError: if the file cannot be written.
     """
     # The name of the program has its version in it.
-    fronts(sweeps, scores, maximise=maximise).savefig(path, format="png", metadata={"Software": None})
+    fronts(sweeps, scores, maximize=maximize).savefig(path, format="png", metadata={"Software": None})
 
 
-def fronts(sweeps: Mapping[str, Sequence[Mark]], scores: tuple[str, str], *, maximise: tuple[bool, bool]) -> Figure:
+def fronts(sweeps: Mapping[str, Sequence[Mark]], scores: tuple[str, str], *, maximize: tuple[bool, bool]) -> Figure:
     """Return a picture of several sweeps over two scores: every point with its label, and a line along each front.
 
     An axis whose score is better when it is lower runs backwards, so that up and right is better.
@@ -52,7 +52,7 @@ def fronts(sweeps: Mapping[str, Sequence[Mark]], scores: tuple[str, str], *, max
     Args:
         sweeps: name -> points.
         scores: what the two axes are called.
-        maximise: whether more is better, for each axis.
+        maximize: whether more is better, for each axis.
 
     Raises:
         ImportError: without matplotlib.
@@ -69,14 +69,14 @@ def fronts(sweeps: Mapping[str, Sequence[Mark]], scores: tuple[str, str], *, max
         figure = Figure(figsize=(9, 6), dpi=130, layout="constrained")
         axes = figure.subplots()
         for i, (name, marks) in enumerate(sweeps.items()):
-            colour = f"C{i % 10}"
-            front = pareto_front([(mark.x, mark.y) for mark in marks], maximise=maximise)
+            color = f"C{i % 10}"
+            front = pareto_front([(mark.x, mark.y) for mark in marks], maximize=maximize)
             line = sorted((marks[k].x, marks[k].y) for k in front)
             axes.plot(
                 [x for x, _ in line],
                 [y for _, y in line],
                 marker=_MARKERS[i % len(_MARKERS)],
-                color=colour,
+                color=color,
                 label=name,
                 zorder=4,
             )
@@ -87,7 +87,7 @@ def fronts(sweeps: Mapping[str, Sequence[Mark]], scores: tuple[str, str], *, max
                 marker=_MARKERS[i % len(_MARKERS)],
                 markerfacecolor="white",
                 linestyle="none",
-                color=colour,
+                color=color,
                 alpha=0.6,
                 zorder=3,
             )
@@ -100,11 +100,11 @@ def fronts(sweeps: Mapping[str, Sequence[Mark]], scores: tuple[str, str], *, max
                     textcoords="offset points",
                     horizontalalignment=aligned,
                     fontsize=9,
-                    color=colour if k in front else _SOFT,
+                    color=color if k in front else _SOFT,
                     path_effects=[withStroke(linewidth=2.5, foreground="white")],
                     zorder=2.5,
                 )
-        for axis, name, more in zip((axes.xaxis, axes.yaxis), scores, maximise, strict=True):
+        for axis, name, more in zip((axes.xaxis, axes.yaxis), scores, maximize, strict=True):
             axis.set_label_text(name if more else f"{name} (axis reversed)")
             axis.set_inverted(not more)
         axes.set_title("Up and right is better; the lines are the fronts", loc="left", fontsize=12)

@@ -6,18 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from quadratic import optimum
 
 from fused_merge.adapt.search import CovarianceSearch, ProjectedAdam, SigmoidAdam, project_ratios
-
-
-def optimum(curvature, target, mean):
-    """Of sum curvature * (r - target)^2 in the set: where all free ratios have one derivative."""
-    low, high = -1e6, 1e6
-    for _ in range(300):
-        middle = (low + high) / 2
-        ratios = np.clip(target - middle / curvature, 0, 1)
-        low, high = (middle, high) if ratios.mean() > mean else (low, middle)
-    return ratios
 
 
 def run(search, curvature, target, steps):
@@ -120,7 +111,7 @@ def test_the_chain_rule_of_the_sigmoids():
     search._w = np.array([0.3, -0.2, 0.1])
     w, gradient = search._w.copy(), np.array([1.0, -2.0, 0.5])
     search.learn(0.0, gradient)
-    by_w = search._momentum / (1 - 0.9)
+    by_w = search._adam.momentum / (1 - 0.9)
     numeric = []
     for i in range(3):
         sides = []

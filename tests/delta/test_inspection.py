@@ -15,7 +15,7 @@ from tiny import count_reads, llama, save
 
 from fused_merge.cli import main
 from fused_merge.delta import inspection
-from fused_merge.delta.inspection import inspect_delta, layer_of
+from fused_merge.delta.inspection import inspect_delta, layer_name
 from fused_merge.delta.reference_delta import ReferenceDelta
 
 BASE = {
@@ -204,7 +204,7 @@ def test_every_tensor_is_read_once_and_rows_hold_what_was_asked_for(tmp_path, mo
     ],
 )
 def test_the_layer_of_a_name(name, layer):
-    assert layer_of(name) == layer
+    assert layer_name(name) == layer
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from tiny import count_reads, equal_bits, llama, save
 from torch import nn
 
-from fused_merge.delta.reference_delta import ReferenceDelta, Sparsity
+from fused_merge.delta.reference_delta import ReferenceDelta
+from fused_merge.delta.tensors import Sparsity
 from fused_merge.eager.sparsify import sparsify_tau
 
 RANDOM = Sparsity("random", 0.1, 7)

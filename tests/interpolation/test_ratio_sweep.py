@@ -12,7 +12,8 @@ from tiny import equal_bits, llama, save
 from torch import nn
 
 from fused_merge import functional
-from fused_merge.interpolation.ratio_sweep import RatioSweep, interpolate
+from fused_merge.interpolation.interpolate import interpolate
+from fused_merge.interpolation.ratio_sweep import RatioSweep
 
 RATIOS = [-0.3, 0.0, 0.1, 0.4999, 0.5, 0.9, 1.0, 1.4]
 PATTERN = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
@@ -329,7 +330,7 @@ def test_gradients_are_left_alone_and_flow_inside():
 def test_one_point_at_a_time():
     model = llama(2)
     sweep, before = RatioSweep(model, llama(0), llama(1)), state(model)
-    with pytest.raises(RuntimeError, match=r"the model is nowhere on the line; enter sweep.at\(ratio\) first"):
+    with pytest.raises(RuntimeError, match=r"call move_to\(\) inside `with sweep.at\(ratio\):`"):
         sweep.move_to(0.3)
     assert_state(model, before)
     with sweep.at(0.3):

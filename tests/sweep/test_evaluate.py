@@ -22,10 +22,13 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from fused_merge.interpolation.ratio_sweep import RatioSweep, interpolate
+from fused_merge.interpolation.interpolate import interpolate
+from fused_merge.interpolation.ratio_sweep import RatioSweep
 from fused_merge.sweep import plots
-from fused_merge.sweep.evaluate import Row, evaluate_ratios, read_results, sweep_checkpoints, write_report
+from fused_merge.sweep.evaluate import evaluate_ratios, sweep_checkpoints
 from fused_merge.sweep.plots import Mark
+from fused_merge.sweep.report import write_report
+from fused_merge.sweep.results import ScoredRatio, read_results
 from fused_merge.sweep.scorers import HarnessTask, ImportedScorer
 
 
@@ -49,13 +52,13 @@ def results_of(out):
     return json.loads((out / "results.json").read_text())
 
 
-def write_results(folder, scores, minimise=(), lower=()):
+def write_results(folder, scores, minimize=(), lower=()):
     """A finished sweep of some ratios: {label: {score: value}}."""
     folder.mkdir()
     names = list(next(iter(scores.values())))
     content = {
         "sweep": {"checkpoints": {}, "ratios": dict.fromkeys(scores, 0.0), "scorers": names},
-        "minimise": list(minimise),
+        "minimize": list(minimize),
         "lower_is_better": list(lower),
         "rows": [{"label": label, "ratio": 0.0, "scores": row} for label, row in scores.items()],
     }
@@ -77,12 +80,12 @@ def test_every_ratio_is_scored_at_its_own_weights(line, tmp_path):
         line, [0, 0.25, 1.5], {"mean": mean, "parts": lambda model: {"twice": 2 * mean(model), "one": 1}}, out
     )
     assert rows == [
-        Row("0", 0.0, {"mean": 0.0, "parts/twice": 0.0, "parts/one": 1.0}),
-        Row("0.25", 0.25, {"mean": 0.25, "parts/twice": 0.5, "parts/one": 1.0}),
-        Row("1.5", 1.5, {"mean": 1.5, "parts/twice": 3.0, "parts/one": 1.0}),
+        ScoredRatio("0", 0.0, {"mean": 0.0, "parts/twice": 0.0, "parts/one": 1.0}),
+        ScoredRatio("0.25", 0.25, {"mean": 0.25, "parts/twice": 0.5, "parts/one": 1.0}),
+        ScoredRatio("1.5", 1.5, {"mean": 1.5, "parts/twice": 3.0, "parts/one": 1.0}),
     ]
     assert line.model.weight.tolist() == [[7.0] * 3]
-    assert read_results(out / "results.json").rows == rows
+    assert read_results(out / "results.json").finished == rows
     document = results_of(out)
     assert document["sweep"] == {
         "checkpoints": {},
@@ -171,6 +174,7 @@ from pathlib import Path
 import numpy as np, torch
 from safetensors.torch import save_file
 from torch import nn
+from fused_merge.interpolation.interpolate import interpolate
 from fused_merge.interpolation.ratio_sweep import RatioSweep
 from fused_merge.sweep.evaluate import evaluate_ratios
 
@@ -187,7 +191,7 @@ def scorer(model):
 ends = {role: folder / f"{role}.safetensors" for role in ("base", "tuned")}
 sweep = RatioSweep(model, *ends.values())
 ratios = [0, 0.25, 0.5, 0.75, 1]
-evaluate_ratios(sweep, ratios, {"s": scorer}, out, checkpoints=ends, minimise=["s/other"])
+evaluate_ratios(sweep, ratios, {"s": scorer}, out, checkpoints=ends, minimize=["s/other"])
 """
 
 
@@ -276,11 +280,11 @@ def test_a_sweep_without_a_finished_ratio_is_in_nobodys_way(line, tmp_path):
         ("[]", "TypeError: .*"),
         ('{"rows": []}', "KeyError: 'sweep'"),
         (
-            '{"sweep": {}, "minimise": [], "lower_is_better": [], "rows": [{"label": "0", "ratio": 0}]}',
+            '{"sweep": {}, "minimize": [], "lower_is_better": [], "rows": [{"label": "0", "ratio": 0}]}',
             "KeyError: 'scores'",
         ),
         (
-            '{"sweep": {}, "minimise": [], "lower_is_better": [], '
+            '{"sweep": {}, "minimize": [], "lower_is_better": [], '
             '"rows": [{"label": "0", "ratio": 0, "scores": {"a": NaN}}]}',
             "ValueError: Out of range float values are not JSON compliant",
         ),
@@ -386,29 +390,29 @@ def test_no_scorer(line, tmp_path):
         evaluate_ratios(line, [0], {}, tmp_path)
 
 
-def test_a_score_to_minimise_that_there_is_not(line, tmp_path):
+def test_a_score_to_minimize_that_there_is_not(line, tmp_path):
     asked = []
 
     def scorer(model):
         asked.append(1)
         return {"a": 1.0}
 
-    with pytest.raises(ValueError, match="minimise names 'tax', which is no score of 's'; correct it"):
-        evaluate_ratios(line, [0, 1], {"s": scorer}, tmp_path, minimise=["tax"])
+    with pytest.raises(ValueError, match="minimize names 'tax', which is no score of 's'; correct it"):
+        evaluate_ratios(line, [0, 1], {"s": scorer}, tmp_path, minimize=["tax"])
     assert not asked
-    for minimise in (["s"], ["s/b"]):
-        with pytest.raises(ValueError, match=f"minimise names '{minimise[0]}', but the scores are 's/a'; correct it"):
-            evaluate_ratios(line, [0, 1], {"s": scorer}, tmp_path, minimise=minimise)
+    for minimize in (["s"], ["s/b"]):
+        with pytest.raises(ValueError, match=f"minimize names '{minimize[0]}', but the scores are 's/a'; correct it"):
+            evaluate_ratios(line, [0, 1], {"s": scorer}, tmp_path, minimize=minimize)
     # Known after the first ratio, which is kept.
     assert len(asked) == 1
-    evaluate_ratios(line, [0, 1], {"s": scorer}, tmp_path, minimise=["s/a"])
+    evaluate_ratios(line, [0, 1], {"s": scorer}, tmp_path, minimize=["s/a"])
     assert len(asked) == 2
 
 
 def test_a_direction_may_be_changed_without_scoring_again(line, tmp_path):
     evaluate_ratios(line, [0, 1], {"mean": mean}, tmp_path)
     assert results_of(tmp_path)["front"] == ["1"]
-    evaluate_ratios(line, [0, 1], {"mean": None}, tmp_path, minimise=["mean"])
+    evaluate_ratios(line, [0, 1], {"mean": None}, tmp_path, minimize=["mean"])
     assert results_of(tmp_path)["front"] == ["0"]
     evaluate_ratios(line, [0, 1], {"mean": None}, tmp_path)
     assert results_of(tmp_path)["front"] == ["1"]
@@ -433,7 +437,7 @@ def test_the_table_by_hand(tmp_path):
             "0.8": {"reward": 8.0, "tax|x": 6.0},
             "1": {"reward": 10.123456789, "tax|x": 11.0},
         },
-        minimise=["tax|x"],
+        minimize=["tax|x"],
     )
     files = write_report(tmp_path / "line")
     assert [file.name for file in files] == ["results.json", "results.md", "pareto.png"]
@@ -477,11 +481,11 @@ def test_several_sweeps_in_one_report(tmp_path):
 def test_sweeps_that_cannot_be_compared(tmp_path):
     main = write_results(tmp_path / "main", {"0": {"reward": 0.0, "tax": 9.0}})
     other = write_results(tmp_path / "other", {"0": {"reward": 0.0, "loss": 9.0}})
-    message = f"{other} has the scores 'reward', 'loss' and {main} has 'reward', 'tax'; compare sweeps that were scored"
+    message = f"{other} has the scores 'reward', 'loss' and {main} has 'reward', 'tax'; compare sweeps with"
     with pytest.raises(ValueError, match=message):
         write_report(tmp_path / "main", [other])
     empty = tmp_path / "empty.json"
-    empty.write_text('{"sweep": {}, "minimise": [], "lower_is_better": [], "rows": []}')
+    empty.write_text('{"sweep": {}, "minimize": [], "lower_is_better": [], "rows": []}')
     with pytest.raises(ValueError, match=r"empty\.json has no finished ratio yet; run that sweep first"):
         write_report(tmp_path / "main", [empty])
 
@@ -520,7 +524,7 @@ SWEEPS = {
 
 
 def test_a_picture_shows_every_point_its_label_and_each_front():
-    figure = plots.fronts(SWEEPS, ("reward", "tax"), maximise=(True, False))
+    figure = plots.fronts(SWEEPS, ("reward", "tax"), maximize=(True, False))
     (axes,) = figure.axes
     drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert drawn["one"] == [[3.0, 5.0]]
@@ -536,7 +540,7 @@ def test_a_picture_shows_every_point_its_label_and_each_front():
 
 def test_the_same_picture_is_the_same_file(tmp_path):
     for name in "ab":
-        plots.draw_fronts(tmp_path / name, SWEEPS, ("reward", "$tax"), maximise=(False, True))
+        plots.draw_fronts(tmp_path / name, SWEEPS, ("reward", "$tax"), maximize=(False, True))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -582,10 +586,10 @@ def test_checkpoints_are_scored_by_functions_of_a_module(ends, module, tmp_path)
         "    return model(ids, labels=ids).loss\n",
     )
     files = sweep_checkpoints(
-        *ends, [0, 0.3], tmp_path / "out", scorers=["my_scores:total", "my_scores:unknown"], minimise=["unknown"]
+        *ends, [0, 0.3], tmp_path / "out", scorers=["my_scores:total", "my_scores:unknown"], minimize=["unknown"]
     )
     assert [file.name for file in files] == ["results.json", "results.md", "pareto.png"]
-    rows = read_results(files[0]).rows
+    rows = read_results(files[0]).finished
     points = interpolate(llama(0).state_dict(), llama(1).state_dict(), [0.0, 0.3])
     model = llama(2)
     for row, point in zip(rows, points, strict=True):
@@ -618,14 +622,14 @@ def test_the_model_has_the_dtype_of_the_files_whatever_its_configuration_says(en
         save_file({name: w.bfloat16() for name, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
     assert json.loads((ends[1] / "config.json").read_text())["dtype"] == "float32"
     files = sweep_checkpoints(*ends, [0.5], tmp_path / "out", scorers=["dtypes:size"])
-    assert read_results(files[0]).rows[0].scores == {"size": 2.0}
+    assert read_results(files[0]).finished[0].scores == {"size": 2.0}
 
 
 def test_the_model_may_have_another_dtype_than_the_files(ends, module, tmp_path):
     module("first", "def weight(model):\n    assert model.dtype.itemsize == 2\n    return model.lm_head.weight[0, 0]\n")
     files = sweep_checkpoints(*ends, [0, 0.3, 1], tmp_path / "out", scorers=["first:weight"], dtype="bfloat16")
     points = interpolate(llama(0).state_dict(), llama(1).state_dict(), [0, 0.3, 1])
-    assert [row.scores["weight"] for row in read_results(files[0]).rows] == [
+    assert [row.scores["weight"] for row in read_results(files[0]).finished] == [
         point["lm_head.weight"][0, 0].bfloat16().item() for point in points
     ]
     # Another dtype is another sweep.
@@ -785,7 +789,7 @@ def harness(monkeypatch):
 
 def test_tasks_of_the_harness(ends, harness, tmp_path):
     files = sweep_checkpoints(*ends, [0, 1], tmp_path / "out", tasks=["first", "second"], batch_size=4)
-    rows = read_results(files[0]).rows
+    rows = read_results(files[0]).finished
     sums = [
         float(load_file(folder / "model.safetensors")["model.embed_tokens.weight"].double().sum()) for folder in ends
     ]
@@ -801,10 +805,10 @@ def test_tasks_of_the_harness(ends, harness, tmp_path):
     assert harness.calls[0][1] == {"bootstrap_iters": 0, "log_samples": False}
     # The harness knows of which less is better, and so does whoever goes on.
     assert results_of(tmp_path / "out")["lower_is_better"] == ["first/perplexity", "second/perplexity"]
-    assert read_results(files[0]).maximise == [True, False, True] * 2
+    assert read_results(files[0]).maximize == [True, False, True] * 2
     sweep_checkpoints(*ends, [0, 1], tmp_path / "out", tasks=["first", "second"])
     assert len(harness.calls) == 4
-    assert read_results(files[0]).maximise == [True, False, True] * 2
+    assert read_results(files[0]).maximize == [True, False, True] * 2
 
 
 def test_a_task_that_the_harness_does_not_know(ends, harness, tmp_path):
@@ -812,7 +816,7 @@ def test_a_task_that_the_harness_does_not_know(ends, harness, tmp_path):
         sweep_checkpoints(*ends, [0, 1], tmp_path / "out", tasks=["unknown"])
 
 
-def test_a_task_without_directions_is_to_be_maximised():
-    task = HarnessTask("t", lambda **options: {"results": {"t": {"alias": "t", "acc,none": 0.5}}})
+def test_a_task_without_directions_is_to_be_maximized():
+    task = HarnessTask("t", lambda **options: {"results": {"t": {"alias": "t", "acc,none": 0.5}}}, None, None)
     assert task(None) == {"acc": 0.5}
     assert task.lower_is_better == set()

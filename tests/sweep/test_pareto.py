@@ -36,7 +36,7 @@ def better(a, b, more):
 @given(clouds())
 def test_a_front_is_what_nothing_dominates(cloud):
     points, more = cloud
-    front = pareto_front(points, maximise=more)
+    front = pareto_front(points, maximize=more)
     assert front == [i for i, p in enumerate(points) if not any(better(q, p, more) for q in points)]
     # And it dominates all that it leaves out.
     assert all(any(better(points[j], p, more) for j in front) for i, p in enumerate(points) if i not in front)
@@ -47,12 +47,12 @@ def test_a_front_is_what_nothing_dominates(cloud):
 def test_the_order_of_points_and_of_scores_does_not_matter(cloud, random):
     points, more = cloud
     order = random.sample(range(len(points)), len(points))
-    assert sorted(order[i] for i in pareto_front([points[i] for i in order], maximise=more)) == pareto_front(
-        points, maximise=more
+    assert sorted(order[i] for i in pareto_front([points[i] for i in order], maximize=more)) == pareto_front(
+        points, maximize=more
     )
     columns = random.sample(range(len(more)), len(more))
     turned = [[point[j] for j in columns] for point in points]
-    assert pareto_front(turned, maximise=[more[j] for j in columns]) == pareto_front(points, maximise=more)
+    assert pareto_front(turned, maximize=[more[j] for j in columns]) == pareto_front(points, maximize=more)
 
 
 @few
@@ -60,12 +60,12 @@ def test_the_order_of_points_and_of_scores_does_not_matter(cloud, random):
 def test_units_change_neither_front_nor_knee_and_multiply_volumes(cloud, units):
     points, more = cloud
     changed = [[x * factor + shift for x, (factor, shift) in zip(point, units, strict=False)] for point in points]
-    assert pareto_front(changed, maximise=more) == pareto_front(points, maximise=more)
-    assert knee(changed, maximise=more) == knee(points, maximise=more)
+    assert pareto_front(changed, maximize=more) == pareto_front(points, maximize=more)
+    assert knee(changed, maximize=more) == knee(points, maximize=more)
     reference = [0 if up else 5 for up in more]
     moved = [x * factor + shift for x, (factor, shift) in zip(reference, units, strict=False)]
     factors = np.prod([factor for factor, _ in units[: len(more)]])
-    assert hypervolume(changed, moved, maximise=more) == factors * hypervolume(points, reference, maximise=more)
+    assert hypervolume(changed, moved, maximize=more) == factors * hypervolume(points, reference, maximize=more)
 
 
 @few
@@ -73,16 +73,16 @@ def test_units_change_neither_front_nor_knee_and_multiply_volumes(cloud, units):
 def test_turning_a_score_round_is_the_same_as_changing_its_sign(cloud):
     points, more = cloud
     turned = [[x if up else -x for x, up in zip(point, more, strict=True)] for point in points]
-    assert pareto_front(turned) == pareto_front(points, maximise=more)
-    assert knee(turned) == knee(points, maximise=more)
+    assert pareto_front(turned) == pareto_front(points, maximize=more)
+    assert knee(turned) == knee(points, maximize=more)
 
 
 def test_a_front_by_hand():
     points = [(1.0, 0.9), (2.0, 0.7), (1.5, 0.6), (3.0, 0.5), (2.0, 0.7), (3.0, 0.4)]
     # Both of the equal points stay; the last one has the reward of a better one.
     assert pareto_front(points) == [0, 1, 3, 4]
-    assert pareto_front(points, maximise=(True, False)) == [5]
-    assert pareto_front(points, maximise=False) == [0, 2, 5]
+    assert pareto_front(points, maximize=(True, False)) == [5]
+    assert pareto_front(points, maximize=False) == [0, 2, 5]
     assert pareto_front([]) == []
     assert pareto_front([(2,), (3,), (3,)]) == [1, 2]
 
@@ -112,7 +112,7 @@ def test_a_volume_is_the_number_of_cells(cloud, data):
         cells += above and any(
             all(p >= x if up else p <= x for p, x, up in zip(point, outer, more, strict=True)) for point in points
         )
-    assert hypervolume(points, reference, maximise=more) == cells
+    assert hypervolume(points, reference, maximize=more) == cells
 
 
 @few
@@ -120,19 +120,19 @@ def test_a_volume_is_the_number_of_cells(cloud, data):
 def test_only_the_front_makes_the_volume(cloud, random):
     points, more = cloud
     reference = [-1 if up else 6 for up in more]
-    whole = hypervolume(points, reference, maximise=more)
-    front = [points[i] for i in pareto_front(points, maximise=more)]
-    assert hypervolume(random.sample(front, len(front)), reference, maximise=more) == whole
+    whole = hypervolume(points, reference, maximize=more)
+    front = [points[i] for i in pareto_front(points, maximize=more)]
+    assert hypervolume(random.sample(front, len(front)), reference, maximize=more) == whole
     columns = random.sample(range(len(more)), len(more))
     turned = [[point[j] for j in columns] for point in points]
-    assert hypervolume(turned, [reference[j] for j in columns], maximise=[more[j] for j in columns]) == whole
+    assert hypervolume(turned, [reference[j] for j in columns], maximize=[more[j] for j in columns]) == whole
 
 
 def test_a_volume_by_hand():
     # Two boxes, 1 x 3 and 2 x 1, that share 1 x 1.
     assert hypervolume([(1, 3), (2, 1)], (0, 0)) == 4.0
     assert hypervolume([(1, 3), (2, 1)], (0, 1)) == 2.0
-    assert hypervolume([(1.5, 10.0)], (1.0, 12.0), maximise=(True, False)) == 1.0
+    assert hypervolume([(1.5, 10.0)], (1.0, 12.0), maximize=(True, False)) == 1.0
     # On the edge of the reference, or below it in one score: nothing.
     assert hypervolume([(0, 3), (2, -1)], (0, 0)) == 0.0
     assert hypervolume([], (0, 0)) == 0.0
@@ -146,21 +146,21 @@ def test_a_volume_by_hand():
 @given(clouds())
 def test_a_knee_lies_on_the_front_farthest_beyond_the_plane(cloud):
     points, more = cloud
-    front = pareto_front(points, maximise=more)
-    found = knee(points, maximise=more)
+    front = pareto_front(points, maximize=more)
+    found = knee(points, maximize=more)
     assert found in front
     signed = np.array([[x if up else -x for x, up in zip(points[i], more, strict=True)] for i in front], dtype=float)
     low, high = signed.min(axis=0), signed.max(axis=0)
     distances = ((signed - low) / np.maximum(high - low, 1) - 1 / len(more)).sum(axis=1) / np.sqrt(len(more))
     assert distances[front.index(found)] == pytest.approx(distances.max(), abs=1e-12)
-    assert knee([points[i] for i in front], maximise=more) == front.index(found)
+    assert knee([points[i] for i in front], maximize=more) == front.index(found)
 
 
 @few
 @given(clouds(scores=(2, 2)))
 def test_of_two_scores_it_is_farthest_from_the_line_between_the_ends(cloud):
     points, more = cloud
-    front = [np.array(points[i], dtype=float) for i in pareto_front(points, maximise=more)]
+    front = [np.array(points[i], dtype=float) for i in pareto_front(points, maximize=more)]
     ends = min(front, key=lambda p: p[0]), max(front, key=lambda p: p[0])
     along = ends[1] - ends[0]
     assume(along.all())
@@ -171,7 +171,7 @@ def test_of_two_scores_it_is_farthest_from_the_line_between_the_ends(cloud):
         (x, y), (a, b) = (point - ends[0]) / along, (corner - ends[0]) / along
         return (y - x) * np.sign(b - a)
 
-    found = np.array(points[knee(points, maximise=more)], dtype=float)
+    found = np.array(points[knee(points, maximize=more)], dtype=float)
     assert beyond(found) == pytest.approx(max(map(beyond, front)), abs=1e-12)
 
 
@@ -179,7 +179,7 @@ def test_knees_by_hand():
     assert knee([(0, 10), (6, 9), (8, 5), (10, 0)]) == 1
     # What is not on the front does not stretch the scale.
     assert knee([(0, 10), (6, 9), (8, 5), (10, 0), (-1000, -1000)]) == 1
-    assert knee([(0, 1), (6, 2), (8, 6), (10, 11)], maximise=(True, False)) == 1
+    assert knee([(0, 1), (6, 2), (8, 6), (10, 11)], maximize=(True, False)) == 1
     assert knee([(1, 1), (2, 2)]) == 1
     # Two ends, a straight front, and one that bends inwards: the end with the better first score.
     assert knee([(1, 2), (2, 1)]) == 1
@@ -193,7 +193,7 @@ def test_knees_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("points", "maximise", "message"),
+    ("points", "maximize", "message"),
     [
         ([(1, 2), (float("nan"), 1)], True, "score 0 of point 1 is nan; leave that point out, or score it again"),
         ([(1, float("inf"))], True, "score 1 of point 0 is inf; leave"),
@@ -201,13 +201,13 @@ def test_knees_by_hand():
         ([1, 2], True, r"point 0 must be a sequence of scores, such as \(reward, tax score\), got 1"),
         ([(1, 2), (1, "x")], True, r"point 1 is \(1, 'x'\), which are not all numbers; give one for each score"),
         ([()], True, r"point 0 must be a sequence of scores, .* got \(\)"),
-        ([(1, 2)], (True,), "maximise has 1 entries for 2 scores; give True or False for each"),
+        ([(1, 2)], (True,), "maximize has 1 entries for 2 scores; give True or False for each"),
     ],
 )
-def test_points_that_are_none(points, maximise, message):
-    for function in (pareto_front, knee, lambda p, maximise: hypervolume(p, (0, 0), maximise=maximise)):
+def test_points_that_are_none(points, maximize, message):
+    for function in (pareto_front, knee, lambda p, maximize: hypervolume(p, (0, 0), maximize=maximize)):
         with pytest.raises(ValueError, match=message):
-            function(points, maximise=maximise)
+            function(points, maximize=maximize)
 
 
 @pytest.mark.parametrize(

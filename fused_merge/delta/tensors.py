@@ -1,0 +1,157 @@
+"""Where the tensors of a reference delta come from: two models in memory, two checkpoints, or a saved file.
+
+The saved file is `fused_merge.delta.file.SavedDelta`.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fused_merge.eager.precision import compute_dtype
+from fused_merge.eager.sparse import SparseTensor
+from fused_merge.eager.sparsify import SPARSIFY
+from fused_merge.io.sources import PathLike, SourceLike, TensorSource, match, open_files, open_source
+
+
+class TensorSpec(NamedTuple):
+    """Dtype and shape of one tensor of tau."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+class Sparsity(NamedTuple):
+    """How tau was sparsified.
+
+    Attributes:
+        method: F: a key of `fused_merge.eager.sparsify.SPARSIFY`.
+        reserve_rate: p, the share of elements that F keeps.
+        seed: of the random mask; without meaning for magnitudes.
+    """
+
+    method: str
+    reserve_rate: float
+    seed: int
+
+    @classmethod
+    def checked(cls, method: str | None, reserve_rate: float, seed: int) -> Sparsity:
+        """Return a sparsity, or raise ValueError for an unknown method or a rate out of range."""
+        if method is None or method == "none" or method not in SPARSIFY:
+            choices = " or ".join(repr(name) for name in SPARSIFY if name != "none")
+            raise ValueError(f"method must be {choices}, got {method!r}")
+        if not 0.0 < reserve_rate <= 1.0:
+            raise ValueError(f"reserve_rate must lie in (0, 1], got {reserve_rate}")
+        return cls(method, float(reserve_rate), seed)
+
+    def agrees(self, other: Sparsity) -> bool:
+        """Return whether both keep the same elements of a tensor."""
+        return self[:2] == other[:2] and (self.method != "random" or self.seed == other.seed)
+
+    def describe(self) -> str:
+        """Return the options that say this, for error messages."""
+        seed = f", seed={self.seed}" if self.method == "random" else ""
+        return f"method={self.method!r}, reserve_rate={self.reserve_rate}{seed}"
+
+
+class TauSource(ABC):
+    """The tensors of tau by canonical name. It is pickled as its tensors if they are in memory, else as its paths.
+
+    Attributes:
+        specs: dtype and shape of each.
+        ordered: whether `specs` is known to follow the model's own order of parameters.
+        files: base and tuned -> the files that tau is computed from.
+        origin: the paths that it is read from, for error messages.
+        path: the saved file.
+        sparsity: how the saved file was sparsified; None for a dense one.
+        value_counts: name -> number of stored values, of a sparse file.
+        identity: as the saved file gives it.
+        sources: which files the saved file was made of, as JSON.
+    """
+
+    specs: Mapping[str, TensorSpec]
+    ordered: bool = False
+    files: Mapping[str, tuple[Path, ...]] = {}
+    origin: str = "memory"
+    path: str | None = None
+    sparsity: Sparsity | None = None
+    value_counts: Mapping[str, int] | None = None
+    identity: str | None = None
+    sources: str | None = None
+
+    @abstractmethod
+    def read(self, name: str, dtype: torch.dtype, first: int | None = None) -> Tensor | SparseTensor:
+        """Return a tensor in a dtype, or a vector of its first row-major elements; one stored sparse comes as it is."""
+
+
+class TauInMemory(TauSource):
+    """tau of two models, computed now; nothing of them is kept."""
+
+    def __init__(self, base: SourceLike, tuned: SourceLike) -> None:
+        first, second = open_source(base, role="base"), open_source(tuned, role="tuned")
+        self.ordered = isinstance(base, nn.Module)
+        self.specs = _specs_of(first, second)
+        self._tensors: dict[str, Tensor] = {}
+        for name, (dtype, _) in self.specs.items():
+            self._tensors[name] = _subtract(first[name], second[name], dtype)
+            check_finite(name, self._tensors[name])
+
+    def read(self, name: str, dtype: torch.dtype, first: int | None = None) -> Tensor:
+        """Return a tensor in a dtype, or a vector of its first elements."""
+        tau = self._tensors[name]
+        return (tau if first is None else tau.view(-1)[:first]).to(dtype)
+
+
+class TauOfCheckpoints(TauSource):
+    """tau of two checkpoints: headers are read now, and each tensor when it is asked for."""
+
+    def __init__(self, base: PathLike, tuned: PathLike) -> None:
+        self._ends = open_files(base, role="base"), open_files(tuned, role="tuned")
+        self.specs = _specs_of(*self._ends)
+        self.files = {role: end.files() for role, end in zip(("base", "tuned"), self._ends, strict=True)}
+        self._paths = os.path.abspath(base), os.path.abspath(tuned)
+        self.origin = " and ".join(self._paths)
+
+    def read(self, name: str, dtype: torch.dtype, first: int | None = None) -> Tensor:
+        """Return a tensor in a dtype, or a vector of its first elements, for which little else is read."""
+        base, tuned = (end[name] if first is None else end.head(name, first) for end in self._ends)
+        return _subtract(base, tuned, dtype)
+
+    def __reduce__(self) -> tuple[Callable[..., TauOfCheckpoints], tuple[Any, ...]]:
+        return TauOfCheckpoints, self._paths
+
+
+def check_finite(name: str, tau: Tensor, *, rounded: bool = False) -> None:
+    """Raise ValueError if an element of tau is NaN or infinite, perhaps since it was `rounded` to another dtype."""
+    # The extremes carry NaN along, and take no memory.
+    if tau.numel() and not torch.stack(tau.aminmax()).isfinite().all():
+        raise ValueError(
+            f"the reference delta of {name!r} has an element that is not finite in {tau.dtype}; check both checkpoints "
+            "or choose a wider dtype"
+            if rounded
+            else f"the reference delta of {name!r} has a NaN or infinite element; check both checkpoints"
+        )
+
+
+def _specs_of(base: TensorSource, tuned: TensorSource) -> dict[str, TensorSpec]:
+    """Return what tau will be, of every floating tensor that is no buffer of a module."""
+    buffers = base.buffers | tuned.buffers
+    ignored = {
+        name
+        for name in {*base, *tuned}
+        if name in buffers or not any(name in source and source.is_merged(name) for source in (base, tuned))
+    }
+    return {
+        name: TensorSpec(torch.promote_types(base.dtype(name), tuned.dtype(name)), base.shape(name))
+        for name in match(base, tuned, ignore=ignored).names
+    }
+
+
+def _subtract(base: Tensor, tuned: Tensor, dtype: torch.dtype) -> Tensor:
+    return tuned.to("cpu", compute_dtype(base.dtype, tuned.dtype), copy=True).sub_(base.cpu()).to(dtype).contiguous()

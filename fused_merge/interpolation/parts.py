@@ -1,0 +1,218 @@
+"""Guesses which part of a network a tensor belongs to, from its name alone.
+
+`model.layers.7.self_attn.q_proj.weight` is attention in layer 7. No weight is read.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
+
+from fused_merge.names import layer_of, some
+from fused_merge.per_tensor import match_keys
+
+# What a list of layers is called: `layers` in Llama and most others, `h` in GPT-2, `layer` in BERT, `block` in T5.
+_LISTS = re.compile(r"layers?|h|(res)?blocks?", re.IGNORECASE)
+
+# What the components of a name say about a tensor; the first pattern that matches any of them decides. Outside the
+# layers heads come first, which have norms and projections of their own (`cls.predictions.transform.LayerNorm`,
+# `embed_out`), and embeddings before norms, for `embeddings.LayerNorm` and `word_embeddings_layernorm`; what normalizes
+# them before the first layer counts as theirs (`ln_pre`, `pre_layrnorm`).
+_OUTSIDE = (
+    (
+        "head",
+        r"(\w+_)?heads?|cls|(pre_)?classifier|score|pooler|output|qa_outputs|vocab_(transform|layer_norm|projector)"
+        r"|embed_out|project_out",
+    ),
+    ("embeddings", r"\w*embed\w*|\w*emb|wte|wpe|shared|project_in|ln_pre|pre_la?ye?r_?norm"),
+    ("norm", r"\w*norm\w*|ln_\w+"),
+)
+# Within a layer norms come first, which are named after what they stand before or behind (`post_attention_layernorm`,
+# `attention.output.LayerNorm`, `self_attn.q_norm`), and attention before MLP, since BERT calls the last projection of
+# either `output` and OPT has its MLP, `fc1` and `fc2`, in no module of its own.
+_INSIDE = (
+    ("norm", r"\w*norm\w*|ln(_\w+|\d+)?"),
+    ("attention", r"\w*attn\w*|\w*attention\w*"),
+    (
+        "mlp",
+        r"\w*mlp\w*|(\w+_)?ffn?(_\w+)?|feed_?forward\w*|DenseReluDense|\w*moe|\w*experts?|fc\d|intermediate|output",
+    ),
+)
+
+# The order of several stacks, which the order of names in a file does not tell: towers feed encoders, and these
+# decoders. The first component that matches decides, as in `decoder.bert.encoder.layer`; a stack without one is third.
+_STACKS = ((0, r"\w*(vision|visual|image|audio)\w*"), (1, r"\w*encoder\w*"), (3, r"\w*decoder\w*"))
+
+
+def slices_by_depth(
+    names: Sequence[str], count: int, boundaries: Sequence[int] | None, outside: Mapping[str, int]
+) -> dict[str, list[str]]:
+    """Cut a network into parts of consecutive layers; see `LayerRatios.by_parts`.
+
+    Returns:
+        Label, such as "layers 0-8" -> names, the lowest part first.
+
+    Raises:
+        ValueError: if a tensor cannot be placed, or `count`, `boundaries` or `outside` do not fit the layers.
+    """
+    outside = {key: _part_of(part, count, key) for key, part in outside.items()}
+    chosen = _chosen(outside, names)
+    places = {name: place for name in names if name not in chosen and (place := _place(name)) is not None}
+    stacks = _stacks(places.values())
+    if not stacks:
+        raise ValueError(
+            f"no name is that of a numbered layer, such as 'layers.0.weight', but {some(map(repr, names))}; "
+            "use by_patterns or per_tensor"
+        )
+    depth = sum(map(len, stacks.values()))
+    firsts = _firsts(depth, count, boundaries)
+    parts: list[list[str]] = [[] for _ in range(count)]
+    unplaced = []
+    for name in names:
+        if name in chosen:
+            part = chosen[name]
+        elif name in places:
+            stack, number = places[name]
+            part = bisect_right(firsts, stacks[stack][number]) - 1
+        elif (kind := kind_of(name)) is None:
+            unplaced.append(name)
+            continue
+        elif kind in outside:
+            part = outside[kind]
+        elif kind == "norm":
+            part = bisect_right(firsts, stacks[_nearest(name, stacks)][-1]) - 1
+        else:
+            part = 0 if kind == "embeddings" else count - 1
+        parts[part].append(name)
+    if unplaced:
+        others = f", nor {some(map(repr, unplaced[1:]))}" if len(unplaced) > 1 else ""
+        raise ValueError(
+            f"cannot tell where {unplaced[0]!r} belongs{others}: it is in no list of layers, and not called like "
+            f"embeddings, a norm or a head; give its part with outside={{{unplaced[0]!r}: 0}}, or use by_patterns"
+        )
+    lasts = [first - 1 for first in [*firsts[1:], depth]]
+    labels = [
+        f"layers {first}-{last}" if first < last else f"layer {last}" for first, last in zip(firsts, lasts, strict=True)
+    ]
+    return dict(zip(labels, parts, strict=True))
+
+
+def kind_of(name: str) -> str | None:
+    """Return "embeddings", "attention", "mlp", "norm" or "head", or None if the name of a tensor does not tell."""
+    place = _place(name)
+    return _described(name, _OUTSIDE) if place is None else _described(name[len(place[0]) + 1 :], _INSIDE)
+
+
+def summarize(names: Iterable[str]) -> list[str]:
+    """Return what a part holds, in a few words: lists with the numbers of their layers, then modules."""
+    lists: dict[str, set[int]] = {}
+    modules: dict[str, None] = {}
+    for name in names:
+        if place := layer_of(name):
+            lists.setdefault(place[0], set()).add(place[1])
+        else:
+            components = name.split(".")
+            # `bert.embeddings` and not each of the modules in it.
+            telling = (i for i, component in enumerate(components, 1) if _described(component, _OUTSIDE))
+            modules[".".join(components[: next(telling, max(len(components) - 1, 1))])] = None
+    return [f"{stack} {_ranges(numbers)}".strip() for stack, numbers in lists.items()] + [*modules]
+
+
+def _place(name: str) -> tuple[str, int] | None:
+    """Return stack and number of the layer that a tensor is in, or None for one outside the layers.
+
+    `classifier.0.weight` is in no layer, and neither is `v_head.layers.0.weight`.
+    """
+    place = layer_of(name)
+    if place is None or not _LISTS.fullmatch(place[0].rpartition(".")[2]):
+        return None
+    return None if _described(place[0], _OUTSIDE[:1]) else place
+
+
+def _described(name: str, patterns: Iterable[tuple[str, str]]) -> str | None:
+    components = name.split(".")
+    for kind, pattern in patterns:
+        if any(re.fullmatch(pattern, component, re.IGNORECASE) for component in components):
+            return kind
+    return None
+
+
+def _stacks(places: Iterable[tuple[str, int]]) -> dict[str, range]:
+    """Return the layers of each stack, counted through all stacks in their order."""
+    depths: dict[str, int] = {}
+    for stack, number in places:
+        depths[stack] = max(depths.get(stack, 0), number + 1)
+    stacks, first = {}, 0
+    for stack in sorted(depths, key=lambda stack: (_rank(stack), stack)):
+        stacks[stack] = range(first, first + depths[stack])
+        first += depths[stack]
+    return stacks
+
+
+def _rank(stack: str) -> int:
+    for component in stack.split("."):
+        for rank, pattern in _STACKS:
+            if re.fullmatch(pattern, component, re.IGNORECASE):
+                return rank
+    return 2
+
+
+def _nearest(name: str, stacks: Iterable[str]) -> str:
+    """Return the stack that a norm outside the layers belongs to: that with which it shares most of its path.
+
+    Of several it is one in the same module, else the last.
+    """
+    path = name.split(".")[:-1]
+    best, found = (-1, False), ""
+    for stack in stacks:
+        other = stack.split(".")
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(path, other, strict=False)))
+        if (shared := (common, path[:-1] == other[:-1])) >= best:
+            best, found = shared, stack
+    return found
+
+
+def _firsts(depth: int, count: int, boundaries: Sequence[int] | None) -> list[int]:
+    """Return the first layer of each part."""
+    if count > depth:
+        raise ValueError(f"{count} parts need as many layers, and there are {depth}; give fewer ratios")
+    if boundaries is None:
+        return [-(-part * depth // count) for part in range(count)]
+    given = list(boundaries) if isinstance(boundaries, Iterable) else []
+    firsts = [0, *(int(layer) for layer in given if layer in range(1, depth))]
+    if len(firsts) != count or len(given) != count - 1 or firsts != sorted(set(firsts)):
+        raise ValueError(
+            f"boundaries must be the first layers of all parts but the first, {count - 1} rising numbers from 1 to "
+            f"{depth - 1}, got {boundaries!r}"
+        )
+    return firsts
+
+
+def _part_of(part: int, count: int, key: str) -> int:
+    if part not in range(-count, count):
+        raise ValueError(f"outside puts {key!r} into part {part!r}, but parts are 0 to {count - 1}, or -1 for the last")
+    return int(part) % count
+
+
+def _chosen(outside: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:
+    """Return the parts of tensors that are given one by name or regular expression."""
+    kinds = [kind for kind, _ in _OUTSIDE]
+    keys = {key: part for key, part in outside.items() if key not in kinds}
+    try:
+        found = match_keys(keys, names, what="part", partial=True)
+    except ValueError as error:
+        raise ValueError(f"outside takes {', '.join(map(repr, kinds))} and names, but {error}") from error
+    return {name: keys[key] for name, key in found.items()}
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Return "0-3+7" for 0, 1, 2, 3 and 7."""
+    ranges: list[list[int]] = []
+    for number in sorted(numbers):
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1][1:] = [number]
+        else:
+            ranges.append([number])
+    return "+".join("-".join(map(str, ends)) for ends in ranges)

@@ -1,0 +1,70 @@
+"""The options of sweeps: what each means and what the command line says of it. Nothing here waits for torch."""
+
+from collections.abc import Collection, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Annotated
+
+from fused_merge.io.options import ModelOptions
+from fused_merge.options import Option, at_least
+from fused_merge.progress import ProgressOption
+
+
+class EvaluateOptions(ProgressOption, total=False):
+    """The options of `evaluate_ratios`."""
+
+    minimize: Annotated[
+        "Collection[str]",
+        Option(
+            (),
+            "the scores for which less is better.",
+            cli={"help": "A score for which less is better; may be repeated.", "metavar": "NAME", "type": list[str]},
+        ),
+    ]
+
+
+class SweepOptions(EvaluateOptions, ModelOptions, total=False):
+    """The options of `sweep_checkpoints`."""
+
+    scorers: Annotated[
+        "Sequence[str]",
+        Option(
+            (),
+            '`"module:function"`; see `fused_merge.sweep.scorers.ImportedScorer`.',
+            cli={
+                "help": "Takes (model) or (model, tokenizer), returns a number or {name: number}; may be repeated.",
+                "metavar": "MODULE:FUNCTION",
+                "param_decls": ("--scorer",),
+                "type": list[str],
+            },
+        ),
+    ]
+    tasks: Annotated[
+        "Sequence[str]",
+        Option(
+            (),
+            "names of tasks of the lm-evaluation-harness. Their scores are called `task/metric`, or "
+            "`task/metric,filter` where a filter has a name; the harness knows for which less is better.",
+            cli={
+                "help": "A task of the lm-evaluation-harness; may be repeated.",
+                "metavar": "NAME",
+                "param_decls": ("--task",),
+                "type": list[str],
+            },
+        ),
+    ]
+    batch_size: Annotated[
+        int, Option(1, "batch size of the tasks.", at_least(1), {"help": "Batch size of --task.", "min": 1})
+    ]
+    compare: Annotated[
+        "Sequence[str | PathLike[str]]",
+        Option(
+            (),
+            "the `results.json` of other sweeps.",
+            cli={
+                "help": "Another sweep, for the same picture; may be repeated.",
+                "metavar": "RESULTS.json",
+                "type": list[Path],
+            },
+        ),
+    ]

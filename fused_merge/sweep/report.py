@@ -1,0 +1,122 @@
+"""The report of a sweep: a table, and a picture of two scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from fused_merge.io.sources import PathLike
+from fused_merge.io.writer import write_text, writing
+from fused_merge.names import some
+from fused_merge.sweep.plots import Mark, draw_fronts
+from fused_merge.sweep.results import MOST_SCORES_OF_A_VOLUME, PICTURE, RESULTS, TABLE, Results, read_results
+
+
+def write_report(out: PathLike, compare: Sequence[PathLike] = ()) -> list[Path]:
+    """Write `results.md` and, for two scores or more, `pareto.png` beside a finished `results.json`.
+
+    The table marks the front and the knee and gives the hypervolume, measured from the worst of each score over all
+    sweeps. The picture shows the first two scores; with further sweeps, the fronts of all.
+
+    Args:
+        out: the folder of `results.json`.
+        compare: the `results.json` of other sweeps with the same scores.
+
+    Returns:
+        All files of the report, `results.json` first.
+
+    Raises:
+        ValueError: if a file holds no results, or other scores.
+        ImportError: if there is a picture to draw and matplotlib is missing.
+        OSError: if a file cannot be read or written.
+    """
+    folder = Path(out)
+    sweeps = _compared([folder / RESULTS, *map(Path, compare)])
+    main = next(iter(sweeps.values()))
+    files = [folder / RESULTS, folder / TABLE]
+    write_text(files[1], _markdown(sweeps))
+    if len(main.scores) > 1:
+        first, second = main.scores[:2]
+        marks = {
+            name: [Mark(scored.label, scored.scores[first], scored.scores[second]) for scored in results.finished]
+            for name, results in sweeps.items()
+        }
+        files.append(folder / PICTURE)
+        with writing(files[2]):
+            draw_fronts(files[2], marks, (first, second), maximize=(main.maximize[0], main.maximize[1]))
+    return files
+
+
+def _compared(paths: Sequence[Path]) -> dict[str, Results]:
+    """Return the sweeps under names that tell them apart, with the scores and directions of the first."""
+    main = read_results(paths[0])
+    names = [path.absolute().parent.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    sweeps: dict[str, Results] = {}
+    for name, path in zip(names, paths, strict=True):
+        found = read_results(path)
+        if not found.finished:
+            raise ValueError(f"{path} has no finished ratio yet; run that sweep first")
+        if set(found.scores) != set(main.scores):
+            raise ValueError(
+                f"{path} has the scores {some(map(repr, found.scores))} and {paths[0]} has "
+                f"{some(map(repr, main.scores))}; compare sweeps with the same scores"
+            )
+        finished = [
+            replace(ratio, scores={score: ratio.scores[score] for score in main.scores}) for ratio in found.finished
+        ]
+        sweeps[name] = replace(main, sweep=found.sweep, finished=finished)
+    return sweeps
+
+
+def _markdown(sweeps: Mapping[str, Results]) -> str:
+    main_name, main = next(iter(sweeps.items()))
+    everything = replace(main, finished=[ratio for results in sweeps.values() for ratio in results.finished])
+    worst = everything.worst()
+    best_of_all = {id(ratio) for ratio in everything.front}
+    arrows = [f"{name} {'↑' if more else '↓'}" for name, more in zip(main.scores, main.maximize, strict=True)]
+    measured_from = ", ".join(f"{name} {value:.6g}" for name, value in zip(main.scores, worst, strict=True))
+    sections = [
+        f"# Ratios of {main_name}",
+        "↑ more is better, ↓ less is better. On the *front* are the ratios that no other one of the same sweep "
+        "dominates; at the *knee* it bends most, each score scaled to [0, 1] over the front. "
+        f"The *hypervolume* is measured from the worst of each score ({measured_from}).",
+    ]
+    if len(sweeps) > 1:
+        lines = [
+            [
+                name,
+                _volume(results, worst),
+                results.knee.label,
+                ", ".join(ratio.label for ratio in results.front),
+                ", ".join(ratio.label for ratio in results.finished if id(ratio) in best_of_all),
+            ]
+            for name, results in sweeps.items()
+        ]
+        head = ["sweep", "hypervolume", "knee", "front", "of these on the front of all sweeps"]
+        sections.append(_table(head, lines))
+    else:
+        sections.append(f"Hypervolume {_volume(main, worst)}, knee at {main.knee.label}.")
+    for name, results in sweeps.items():
+        if len(sweeps) > 1:
+            sections.append(f"## {name}")
+        places = dict.fromkeys((ratio.label for ratio in results.front), "front") | {results.knee.label: "knee"}
+        lines = [
+            [ratio.label, *(f"{value:.6g}" for value in ratio.scores.values()), places.get(ratio.label, "")]
+            for ratio in results.finished
+        ]
+        sections.append(_table(["ratio", *arrows, ""], lines))
+    return "\n\n".join(sections) + "\n"
+
+
+def _volume(results: Results, reference: Sequence[float]) -> str:
+    volume = results.volume(reference)
+    return f"not computed (more than {MOST_SCORES_OF_A_VOLUME} scores)" if volume is None else f"{volume:.6g}"
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in (head, *lines)]
+    cells.insert(1, ["---"] * len(head))
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)

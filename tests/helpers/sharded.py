@@ -1,0 +1,300 @@
+"""What two processes do with a model under FSDP2 or DDP, for `test_sharded`."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+
+import pytest
+import torch
+from processes import WORLD
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from fused_merge import LayerRatios, RatioSweep, adapt_ratios, evaluate_ratios, interpolate
+from fused_merge.distributed import local_box, local_part
+from fused_merge.io.sources import same_bits
+from fused_merge.names import canonical_name
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+        # Of one element the second process holds nothing.
+        self.gain = nn.Parameter(torch.rand(1) + 0.5)
+
+    def forward(self, x):
+        return x + self.gain * torch.tanh(self.linear(x))
+
+
+class Network(nn.Module):
+    """No first dimension is even; the head is tied, and buffers are whole on every process."""
+
+    def __init__(self, seed, dtype=torch.float64, frozen=False):
+        torch.manual_seed(seed)
+        super().__init__()
+        self.embed = nn.Embedding(7, 5)
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.norm = nn.LayerNorm(5)
+        nn.init.normal_(self.norm.weight, 1.0, 0.1)
+        nn.init.normal_(self.norm.bias, 0.0, 0.1)
+        self.register_buffer("scale", torch.rand(3))
+        self.register_buffer("count", torch.tensor(seed))
+        self.to(dtype)
+        self.layers[0].linear.weight.requires_grad_(not frozen)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x) @ self.embed.weight.T * self.scale.sum()
+
+
+PARTS = LayerRatios.by_patterns(Network(0), {r"embed.*|layers\.0.*": 0.3, ".*": 0.7})
+
+
+def batch_of(rank):
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randint(7, (4, 6), generator=generator)
+
+
+def loss_of(model, batch):
+    return nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+
+
+def wrapped(kind, seed=2, **options):
+    """A model under FSDP2 or DDP, or one of several that know nothing of one another."""
+    model = Network(seed, **options)
+    if kind == "ddp":
+        return DistributedDataParallel(model)
+    if kind == "replica":
+        return model
+    keep = kind != "fsdp"
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=not keep)
+    return fully_shard(model, mesh=mesh, reshard_after_forward=not keep)
+
+
+def held(model):
+    """Copies of what this process holds of a model, with the boxes of the whole tensors that these are."""
+    if not isinstance(model, DistributedDataParallel) and hasattr(model, "reshard"):
+        for part in model.modules():
+            if hasattr(part, "reshard"):
+                part.reshard()
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {canonical_name(name): (local_box(t), local_part(t.detach()).clone()) for name, t in tensors.items()}
+
+
+def assert_held(model, whole):
+    """Assert that a process holds its part of every tensor of a state dict, bit for bit."""
+    parts = held(model)
+    assert parts.keys() == whole.keys()
+    for name, (box, part) in parts.items():
+        assert same_bits(part, whole[name] if box is None else whole[name][box]), name
+
+
+def ends():
+    return Network(0), Network(1)
+
+
+def points_of(ratios, dtype=torch.float64):
+    return interpolate(Network(0, dtype).state_dict(), Network(1, dtype).state_dict(), ratios)
+
+
+# --- RatioSweep
+
+RATIOS = [0.0, 0.3, PARTS, 1.0, 1.2]
+
+
+def sweep(rank, kind, dtype, folder):
+    """Go along the path, from the files of a folder if there is one, and come back."""
+    base, tuned = Network(0, dtype), Network(1, dtype)
+    if folder is not None:
+        base, tuned = folder / "base.safetensors", folder / "tuned.safetensors"
+    model, before = wrapped(kind, dtype=dtype), Network(2, dtype).state_dict()
+    sweep = RatioSweep(model, base, tuned)
+    points = points_of(RATIOS, dtype)
+    for ratio, point in zip(RATIOS, points, strict=True):
+        with sweep.at(ratio):
+            assert_held(model, point)
+        assert_held(model, before)
+    with sweep.at(0.5):
+        for ratio, point in zip(RATIOS, points, strict=True):
+            sweep.move_to(ratio)
+            assert_held(model, point)
+    assert_held(model, before)
+    return [0 in part.shape for _, part in held(model).values()]
+
+
+def forward_after_moving(rank, kind):
+    """A forward pass uses the weights that were just written, and so does one after an exception within `at`."""
+    model, batch, whole = wrapped(kind), batch_of(0), Network(3)
+    sweep = RatioSweep(model, *ends())
+    expected = []
+    for point in [*points_of(RATIOS), Network(2).state_dict()]:
+        whole.load_state_dict(point)
+        expected.append(whole(batch).detach())
+    found = []
+    with torch.no_grad():
+        # So that there are gathered weights to be used by mistake.
+        model(batch)
+        with sweep.at(0.1):
+            for ratio in RATIOS:
+                sweep.move_to(ratio)
+                found.append(model(batch))
+        found.append(model(batch))
+    assert all(map(torch.equal, found, expected))
+    with suppress(KeyboardInterrupt), sweep.at(0.5):
+        # FSDP2 is left with gathered weights.
+        model(batch)
+        raise KeyboardInterrupt
+    assert_held(model, Network(2).state_dict())
+    assert torch.equal(model(batch), expected[-1])
+
+
+# --- adapt_ratios
+
+OPTIONS = {"parts": PARTS, "mean_ratio": 0.5, "steps": 6, "progress": False}
+
+
+def adapt(rank, kind, options):
+    """Adapt with a batch of its own on each process, and alone with both; return the ratios of either."""
+    model = wrapped(kind, frozen=True)
+    # A parameter that was frozen when FSDP2 gathered it has to get its gradient nevertheless.
+    loss_of(model, batch_of(0)).backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert [name for name, grad in grads.items() if grad is None] == frozen
+    assert len(frozen) == 1
+    found = adapt_ratios(model, *ends(), loss_of, [batch_of(rank)], **OPTIONS | options)
+    assert_held(model, Network(2).state_dict())
+    assert all(p.grad is grads[name] for name, p in model.named_parameters())
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == frozen
+    both_batches = options | {"accumulate": 2}
+    alone = adapt_ratios(Network(2), *ends(), loss_of, [batch_of(0), batch_of(1)], **OPTIONS | both_batches)
+    return found, found.history, alone, alone.history
+
+
+def adapt_alone(rank):
+    """Adapt one of two replicas that no wrapper ties together."""
+    if rank == 0:
+        return None
+    return adapt_ratios(wrapped("replica"), *ends(), loss_of, [batch_of(rank)], **OPTIONS).ratios
+
+
+def adapt_counting_reductions(rank):
+    model, buckets = wrapped("ddp"), []
+
+    def hook(state, bucket):
+        buckets.append(bucket.index())
+        return allreduce_hook(None, bucket)
+
+    model.register_comm_hook(None, hook)
+    adapt_ratios(model, *ends(), loss_of, [batch_of(rank)], **OPTIONS)
+    assert not buckets
+    loss_of(model, batch_of(rank)).backward()
+    return len(buckets)
+
+
+def fail_at(calls, count, function):
+    """Let a function run until its call of this number, which raises."""
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == count:
+            raise OSError("the disk went away")
+        return function(*arguments)
+
+    return failing
+
+
+def adapt_badly(rank, kind, fault, folder):
+    """One process gets something bad, or cannot read at the n-th time: entering, moving, in a gradient."""
+    model, (base, tuned) = wrapped(kind), ends()
+    journal, batches, calls = None, [batch_of(rank)], []
+
+    def loss_fn(model, batch):
+        calls.append(1)
+        if fault == "later journal" and len(calls) == 3 and rank == 0:
+            # A file takes the folder's place when two steps are in it.
+            journal.unlink()
+            journal.parent.rmdir()
+            journal.parent.touch()
+        return loss_of(model, batch) * (math.nan if fault == "nan" and rank == 1 and len(calls) == 3 else 1)
+
+    if fault == "batches" and rank == 0:
+        batches = iter([batch_of(rank)] * 2)
+    elif fault in ("journal", "later journal"):
+        journal = folder / ("file" if fault == "journal" else "there") / "journal.json"
+    elif fault == "base" and rank == 1:
+        tuned = Network(1, torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        if isinstance(fault, int) and rank == 1:
+            patch.setattr(RatioSweep, "ends_of", fail_at([], fault, RatioSweep.ends_of))
+        try:
+            adapt_ratios(model, base, tuned, loss_fn, batches, **OPTIONS, journal=journal)
+        finally:
+            assert_held(model, Network(2).state_dict())
+            assert all(p.grad is None for p in model.parameters())
+
+
+def adapt_twice(rank, kind, folder):
+    """A run that is killed in its fourth step, and goes on; only the first process knows of the journal's folder."""
+    journal, seen = folder / f"rank{rank}" / "journal.json", []
+
+    def loss_fn(model, batch):
+        seen.append(int(batch[0, 0]))
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        return loss_of(model, batch)
+
+    model, batches = wrapped(kind), [batch_of(rank).roll(i, 1) for i in range(3)]
+    try:
+        adapt_ratios(model, *ends(), loss_fn, batches, **OPTIONS, journal=journal)
+    except KeyboardInterrupt:
+        assert_held(model, Network(2).state_dict())
+    found = adapt_ratios(model, *ends(), loss_fn, batches, **OPTIONS, journal=journal)
+    order = [int(batch[0, 0]) for batch in batches] * 2
+    assert seen == order[:4] + order[3:]
+    whole = adapt_ratios(wrapped(kind), *ends(), loss_of, batches, **OPTIONS)
+    return found, found.history, whole, whole.history
+
+
+# --- evaluate_ratios
+
+
+def evaluate(rank, kind, folder, fault):
+    """Score on batches of each process's own: what counts is the first one's."""
+    model = wrapped(kind)
+
+    def loss(model):
+        with torch.no_grad():
+            return loss_of(model, batch_of(rank))
+
+    def own(model):
+        calls.append(1)
+        if fault == "nan" and rank == 1 and len(calls) == 2:
+            return math.nan
+        if fault == "stop" and len(calls) == 2:
+            raise KeyboardInterrupt
+        return {"rank": rank}
+
+    own.lower_is_better = {"rank"} if rank == 0 else set()
+    calls = []
+    out = folder / "out" if rank == 0 else folder / "nowhere"
+    try:
+        rows = evaluate_ratios(
+            RatioSweep(model, *ends()),
+            {"0.25": 0.25, "parts": dict(PARTS), "1": 1},
+            {"loss": loss, "own": own},
+            out,
+            progress=False,
+        )
+    finally:
+        assert_held(model, Network(2).state_dict())
+    return rows, len(calls)
