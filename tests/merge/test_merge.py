@@ -293,9 +293,18 @@ def test_bytes_are_read_once_and_as_often_as_a_trim_says(models, tmp_path, monke
         reads.clear()
         job = plan_merge(folders[0], chosen, method, tmp_path / "out", overwrite=True, **options)
         assert job.bytes_read == (1 + len(chosen)) * size
-        assert (job.whole_tensor_pass.bytes_read(job.files) if job.whole_tensor_pass else 0) == before
+        assert (job.whole_tensor_pass.bytes_read(job.files, job.files) if job.whole_tensor_pass else 0) == before
         job.run(progress=False)
         assert sum(nbytes for _, _, nbytes in reads) == before + job.bytes_read
+
+
+def test_what_is_left_takes_its_own_tensors_or_the_whole_model(models, tmp_path):
+    folders, _ = models(torch.float32, torch.float32)
+    for trim in ("tensor", "model"):
+        job = plan_merge(folders[1], {folders[0]: 1}, "ties", tmp_path / "out", density=0.5, trim=trim)
+        parts = [job.whole_tensor_pass.bytes_read(job.files, [file]) for file in job.files]
+        whole = job.whole_tensor_pass.bytes_read(job.files, job.files)
+        assert parts == [whole, whole] if trim == "model" else (sum(parts) == whole and all(parts))
 
 
 # --- on a GPU
