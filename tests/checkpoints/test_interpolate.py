@@ -202,13 +202,10 @@ def test_an_output_that_would_replace_an_input(folders, tmp_path):
         interpolate_checkpoints(folders[0], held, [0.5], tmp_path, overwrite=True)
 
 
-def test_an_output_that_cannot_be_written_to(folders, tmp_path, monkeypatch):
+def test_an_output_that_cannot_be_written_to(folders, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"cannot write to .*file/out: .*file is not a folder that you may write to"):
         interpolate_checkpoints(*folders, [0.5], tmp_path / "file" / "out")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(OSError, match=f"cannot write to .*out: {tmp_path} is not a folder that you may write to"):
-        interpolate_checkpoints(*folders, [0.5], tmp_path / "out")
 
 
 def test_a_disk_that_is_too_small(folders, tmp_path, monkeypatch):
@@ -217,8 +214,6 @@ def test_a_disk_that_is_too_small(folders, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"out needs .* GB of .* GB free; make room or write less at once"):
         interpolate_checkpoints(*folders, [0.1, 0.2, 0.3], tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 9 * size))
-    interpolate_checkpoints(*folders, [0.1, 0.2, 0.3], tmp_path / "out")
 
 
 def test_a_disk_that_fills_up_on_the_way(folders, tmp_path, request):
@@ -330,18 +325,6 @@ def test_ratios_of_patterns_and_of_exact_names(folders, tmp_path):
     assert recipes == [{**patterns, r"model\.layers\.\d+\.mlp\..*": 0.25}, by_name, 0.25]
 
 
-def test_patterns_that_do_not_fit(folders, tmp_path):
-    for ratio, message in [
-        ({"norm": 0.5, ".*": 0.1}, "ratio key 'norm' matches no tensor that an earlier key has not already taken"),
-        ({"model.norm.weight": 0.5}, "no ratio is given for 'model.embed_tokens.weight'; add its name, or"),
-        ({".*": float("nan")}, r"a ratio of '\.\*' must be finite, got nan"),
-        ({"(": 0.5}, r"ratio key '\(' is not a regular expression"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            interpolate_checkpoints(*folders, [ratio], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize("label", ["", "a/b", "..", ".hidden", 5])
 def test_labels_that_name_no_folder(label, folders, tmp_path):
     with pytest.raises(ValueError, match=rf"{label!r} cannot name the folder of a ratio; use a plain name such as"):
@@ -353,8 +336,6 @@ def test_labels_that_name_no_folder(label, folders, tmp_path):
     [
         (0.5, r"ratios must be a sequence, got 0.5; put it into a list"),
         ("0.5", "a ratio must be a number, got '0'"),
-        ([[0.5]], r"a ratio must be a number, got \[0.5\]"),
-        ([None], "a ratio must be a number, got None"),
         ({"half": "0.5"}, "a ratio must be a number, got '0.5'"),
         ([{".*": "0.5"}], r"a ratio of '\.\*' must be a number, got '0.5'"),
     ],

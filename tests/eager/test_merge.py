@@ -179,11 +179,6 @@ def test_the_mean_is_of_those_that_agree():
     assert consensus(deltas, [1.0, 1.0, 2.0], elect=False, normalize=True).tolist() == [4.75, 3.5]
 
 
-def test_weights_that_cancel_divide_nothing():
-    deltas = [torch.tensor([3.0]), torch.tensor([1.0])]
-    assert consensus(deltas, [0.5, -0.5], elect=False, normalize=True).tolist() == [1.0]
-
-
 def test_dare_by_hand():
     key = mask_key("a", 3)
     keep = reference.keep(6, 0.5, 3, 0, "a", 1)
@@ -409,12 +404,6 @@ def test_any_consensus_is_that_of_its_elements(elements, weights, elect, normali
     deltas = [torch.tensor(own, dtype=torch.float32) for own in zip(*elements, strict=True)]
     got = consensus(deltas, weights, elect=elect, normalize=normalize)
     assert np.array_equal(got.numpy(), summed([delta.numpy() for delta in deltas], weights, elect, normalize))
-
-
-def test_linear_is_a_mean_or_a_sum():
-    thetas = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])]
-    assert merge(None, thetas, [1.0, 3.0], method="linear", name="a").tolist() == [2.5, 5.0]
-    assert merge(None, thetas, [1.0, 3.0], method="linear", name="a", normalize=False).tolist() == [10.0, 20.0]
 
 
 # --- what is refused
