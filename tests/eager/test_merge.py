@@ -327,28 +327,6 @@ def test_blocks_have_the_bits_of_the_whole(method, dtype, cuts, normalize, scale
     assert equal_bits(torch.cat(blocks), whole)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_blocks_of_slerp_are_those_of_a_sum_with_its_coefficients(dtype):
-    base, (other,) = models(437, dtype, count=1, seed=8)
-    other = other + torch.linspace(-3, 3, 437).to(dtype)
-    whole = merge(base, [other], [0.3], method="slerp", name=NAME)
-    wide = dtype if dtype == torch.float64 else torch.float32
-    a, b = base.to(wide), other.to(wide)
-    # Sums over neighbours, as the whole tensor is summed: a tree.
-    tree = [list(x * y) for x, y in ((a, a), (b, b), (a, b))]
-    for level in tree:
-        while len(level) > 1:
-            level[:] = [sum(level[i + 1 : i + 2], level[i]) for i in range(0, len(level), 2)]
-    (aa,), (bb,), (ab,) = tree
-    coefficients = slerp_coefficients(0.3, math.sqrt(aa), math.sqrt(bb), float(ab))
-    assert coefficients != (0.7, 0.3)
-    blocks = [
-        merge(None, [base[i:j], other[i:j]], coefficients, method="linear", name=NAME, normalize=False)
-        for i, j in ((0, 100), (100, 101), (101, 437))
-    ]
-    assert equal_bits(torch.cat(blocks), whole)
-
-
 @pytest.mark.parametrize("method", MERGE_METHODS)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (5, 7, 3)])
 @ALL_DTYPES
