@@ -51,8 +51,8 @@ _SPARE_HANDLES = 16
 class GlobalPass(Protocol):
     """Completes the rules of files with what whole tensors decide."""
 
-    def bytes_read(self, files: Sequence[OutputFile]) -> int:
-        """Return the bytes that this reads before the files are written."""
+    def bytes_read(self, files: Sequence[OutputFile], mine: Sequence[OutputFile]) -> int:
+        """Return the bytes that this reads before `mine` of all files are written."""
 
     def complete(
         self, files: Sequence[OutputFile], file: OutputFile, resources: Resources, advance: Callable[[int], None]
@@ -190,7 +190,7 @@ class Job:
 
     def _bytes_of(self, mine: Sequence[OutputFile]) -> int:
         """Return the bytes that the progress of some of the files counts."""
-        reads = 0 if self.whole_tensor_pass is None else self.whole_tensor_pass.bytes_read(mine)
+        reads = 0 if self.whole_tensor_pass is None else self.whole_tensor_pass.bytes_read(self.files, mine)
         return reads + len(self.targets) * sum(map(_size, mine))
 
     def _write_once(self, file: OutputFile, resources: Resources, advance: Callable[[int], None]) -> None:

@@ -276,9 +276,9 @@ class WholeTensorPass:
         # Of a trim over whole models: found once.
         self._thresholds: tuple[int, ...] | None = None
 
-    def bytes_read(self, files: Sequence[OutputFile]) -> int:
-        """Return the bytes that this reads for the files of a job."""
-        return sum(_bytes_read(run) for file in files for run in _merged(file))
+    def bytes_read(self, files: Sequence[OutputFile], mine: Sequence[OutputFile]) -> int:
+        """Return the bytes that this reads for `mine` of the files of a job."""
+        return sum(_bytes_read(run) for file in (files if self._over_model else mine) for run in _merged(file))
 
     def complete(
         self, files: Sequence[OutputFile], file: OutputFile, resources: Resources, advance: Advance

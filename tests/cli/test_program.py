@@ -29,17 +29,6 @@ def process(script, *arguments, **options):
     )
 
 
-def test_one_sentence_or_with_debug_the_traceback(run, files, tmp_path, monkeypatch):
-    arguments = ["interpolate", files[0], "nowhere", "--ratios", "0.5", "--out", tmp_path / "out"]
-    code, _, errors = run(*arguments)
-    assert code == 1
-    assert errors.startswith("error: nowhere does not exist; give a local .safetensors file")
-    assert errors.count("\n") == 1
-    monkeypatch.setattr(sys, "argv", ["fused-merge", *map(str, arguments), "--debug"])
-    with pytest.raises(FileNotFoundError):
-        main()
-
-
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [

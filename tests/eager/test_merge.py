@@ -179,11 +179,6 @@ def test_the_mean_is_of_those_that_agree():
     assert consensus(deltas, [1.0, 1.0, 2.0], elect=False, normalize=True).tolist() == [4.75, 3.5]
 
 
-def test_weights_that_cancel_divide_nothing():
-    deltas = [torch.tensor([3.0]), torch.tensor([1.0])]
-    assert consensus(deltas, [0.5, -0.5], elect=False, normalize=True).tolist() == [1.0]
-
-
 def test_dare_by_hand():
     key = mask_key("a", 3)
     keep = reference.keep(6, 0.5, 3, 0, "a", 1)
@@ -332,28 +327,6 @@ def test_blocks_have_the_bits_of_the_whole(method, dtype, cuts, normalize, scale
     assert equal_bits(torch.cat(blocks), whole)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_blocks_of_slerp_are_those_of_a_sum_with_its_coefficients(dtype):
-    base, (other,) = models(437, dtype, count=1, seed=8)
-    other = other + torch.linspace(-3, 3, 437).to(dtype)
-    whole = merge(base, [other], [0.3], method="slerp", name=NAME)
-    wide = dtype if dtype == torch.float64 else torch.float32
-    a, b = base.to(wide), other.to(wide)
-    # Sums over neighbours, as the whole tensor is summed: a tree.
-    tree = [list(x * y) for x, y in ((a, a), (b, b), (a, b))]
-    for level in tree:
-        while len(level) > 1:
-            level[:] = [sum(level[i + 1 : i + 2], level[i]) for i in range(0, len(level), 2)]
-    (aa,), (bb,), (ab,) = tree
-    coefficients = slerp_coefficients(0.3, math.sqrt(aa), math.sqrt(bb), float(ab))
-    assert coefficients != (0.7, 0.3)
-    blocks = [
-        merge(None, [base[i:j], other[i:j]], coefficients, method="linear", name=NAME, normalize=False)
-        for i, j in ((0, 100), (100, 101), (101, 437))
-    ]
-    assert equal_bits(torch.cat(blocks), whole)
-
-
 @pytest.mark.parametrize("method", MERGE_METHODS)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (5, 7, 3)])
 @ALL_DTYPES
@@ -409,12 +382,6 @@ def test_any_consensus_is_that_of_its_elements(elements, weights, elect, normali
     deltas = [torch.tensor(own, dtype=torch.float32) for own in zip(*elements, strict=True)]
     got = consensus(deltas, weights, elect=elect, normalize=normalize)
     assert np.array_equal(got.numpy(), summed([delta.numpy() for delta in deltas], weights, elect, normalize))
-
-
-def test_linear_is_a_mean_or_a_sum():
-    thetas = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])]
-    assert merge(None, thetas, [1.0, 3.0], method="linear", name="a").tolist() == [2.5, 5.0]
-    assert merge(None, thetas, [1.0, 3.0], method="linear", name="a", normalize=False).tolist() == [10.0, 20.0]
 
 
 # --- what is refused

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import reference
 import torch
 from folders import everything_in, load
 from merge_models import CASES, FILLED, NAMES, NORM, SHAPES, UP0, UP1, split, tensors_of, write
-from safetensors.torch import load_file, save_file
 from tiny import equal_bits
 
 from fused_merge.checkpoints import engine
@@ -36,37 +34,33 @@ def test_there_is_a_case_of_every_method():
     assert {method for method, _, _ in CASES.values()} == set(MERGE_METHODS)
 
 
+def merged(folders, case, out, **more):
+    """What a case makes of models."""
+    method, weights, options = CASES[case]
+    base = [folders[0] if MERGE_METHODS[method].has_base else None]
+    models = dict(zip(folders[-len(weights) :], weights, strict=True))
+    asked = {"density" if key == "densities" else key: value for key, value in options.items()}
+    return merge_checkpoints(*base, models, method, out, **asked, **more)
+
+
+def needed(case):
+    """How many models a case takes, with its base."""
+    method, weights, _ = CASES[case]
+    return len(weights) + MERGE_METHODS[method].has_base
+
+
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("case", CASES)
 def test_streams_have_the_bits_of_whole_tensors(case, mix, models, tmp_path, small_blocks):
     method, weights, options = CASES[case]
     dtypes, dtype = MIXES[mix]
-    has_base = MERGE_METHODS[method].has_base
-    folders, tensors = models(*dtypes[: len(weights) + has_base])
-    base = folders[0] if has_base else None
-    asked = {key: value for key, value in options.items() if key != "densities"}
-    out = merge_checkpoints(
-        base,
-        dict(zip(folders[has_base:], weights, strict=True)),
-        method,
-        tmp_path / "out",
-        density=options.get("densities"),
-        dtype=dtype,
-        threads=3,
-        **asked,
-    )
-    made = load(out)
+    folders, tensors = models(*dtypes[: needed(case)])
+    made = load(merged(folders, case, tmp_path / "out", dtype=dtype, threads=3))
     assert made.keys() == {*SHAPES, "count"}
     for name in SHAPES:
-        want = eager_merge(
-            tensors[0][name] if has_base else None,
-            [own[name] for own in tensors[has_base:]],
-            weights,
-            method=method,
-            name=name,
-            dtype=dtype,
-            **options,
-        )
+        base = tensors[0][name] if MERGE_METHODS[method].has_base else None
+        thetas = [own[name] for own in tensors[-len(weights) :]]
+        want = eager_merge(base, thetas, weights, method=method, name=name, dtype=dtype, **options)
         assert equal_bits(made[name], want), name
     assert torch.equal(made["count"], tensors[0]["count"])
 
@@ -85,57 +79,7 @@ def trimmed_merge(base, thetas, weights, thresholds):
     )
 
 
-# --- the papers once more, in numpy
-
-
-def in_numpy(tensors):
-    return [{name: x.float().numpy() for name, x in own.items() if x.is_floating_point()} for own in tensors]
-
-
-def ties(base, thetas, weights, keeps):
-    """Yadav et al. 2023, section 3, an element at a time: trim, elect a sign, average what has it."""
-    deltas = np.stack(
-        [np.where(keep, theta - base, np.float32(0)) for theta, keep in zip(thetas, keeps, strict=True)], -1
-    )
-    merged = np.zeros_like(base)
-    for place in np.ndindex(base.shape):
-        terms = [np.float32(w) * d for w, d in zip(weights, deltas[place], strict=True)]
-        sign = 1 if sum(terms) >= 0 else -1
-        chosen = [(t, np.float32(w)) for t, w in zip(terms, weights, strict=True) if t * sign > 0]
-        if chosen:
-            mass = sum(w for _, w in chosen)
-            merged[place] = np.float32(sum(t for t, _ in chosen)) / np.float32(mass if mass != 0 else 1)
-    return base + merged
-
-
-@pytest.mark.parametrize("trim", ["tensor", "model"])
-def test_ties_by_numpy(trim, models, tmp_path, small_blocks):
-    folders, tensors = models(*[torch.float32] * 3)
-    base, *thetas = in_numpy(tensors)
-    # The deltas of one tensor are larger: its share of those of the whole model is, too.
-    thetas = [own | {UP1: base[UP1] + 4 * (own[UP1] - base[UP1])} for own in thetas]
-    for folder, own in zip(folders[1:], thetas, strict=True):
-        for file in folder.glob("*.safetensors"):
-            save_file({name: torch.tensor(own.get(name, x.numpy())) for name, x in load_file(file).items()}, file)
-    weights, density = [0.7, 0.4], 0.2
-    out = merge_checkpoints(
-        folders[0], dict(zip(folders[1:], weights, strict=True)), "ties", tmp_path / "out", density=density, trim=trim
-    )
-    made = load(out)
-    deltas = [{name: own[name] - base[name] for name in SHAPES} for own in thetas]
-    joined = [np.concatenate([delta.ravel() for delta in own.values()]) for own in deltas]
-    levels = [np.sort(np.abs(delta))[-int(density * delta.size)] for delta in joined]
-    shares = []
-    for name in SHAPES:
-        if trim == "tensor":
-            keeps = [reference.top(own[name], density) if own[name].size else own[name] for own in deltas]
-        else:
-            keeps = [np.abs(own[name]) >= level for own, level in zip(deltas, levels, strict=True)]
-        shares.append(float(np.mean(keeps)) if keeps[0].size else 0.0)
-        np.testing.assert_array_equal(
-            made[name].numpy(), ties(base[name], [own[name] for own in thetas], weights, keeps)
-        )
-    assert (shares[1] > 2 * shares[0]) == (trim == "model")
+# --- a trim over a whole model
 
 
 def test_a_trim_over_the_whole_model_of_fp64(models, tmp_path, small_blocks):
@@ -183,32 +127,6 @@ def test_a_trim_over_a_model_in_several_files(models, tmp_path, small_blocks):
         assert equal_bits(load(out)[name], want)
 
 
-@pytest.mark.parametrize("rescale", [None, False])
-def test_dare_by_numpy(rescale, models, tmp_path, small_blocks):
-    folders, tensors = models(*[torch.bfloat16] * 3)
-    base, *thetas = in_numpy(tensors)
-    weights, densities = [0.7, -0.4], [0.3, 0.6]
-    out = merge_checkpoints(
-        folders[0],
-        dict(zip(folders[1:], weights, strict=True)),
-        "dare_linear",
-        tmp_path / "out",
-        density=densities,
-        rescale=rescale,
-        seed=7,
-        threads=3,
-    )
-    made = load(out)
-    for name, shape in SHAPES.items():
-        delta = np.zeros(shape, np.float32)
-        for i, (theta, w, p) in enumerate(zip(thetas, weights, densities, strict=True)):
-            kept = reference.keep(int(np.prod(shape)), p, 7, i, name, 1).reshape(shape)
-            divisor = np.float32(1 if rescale is False else p)
-            term = np.float32(w) * (np.where(kept, theta[name] - base[name], np.float32(0)) / divisor)
-            delta = term if i == 0 else delta + term
-        assert equal_bits(made[name], torch.as_tensor(base[name] + delta).bfloat16())
-
-
 def test_the_first_mask_is_that_of_a_reference_delta(models, tmp_path):
     folders, tensors = models(torch.float32, torch.float32)
     out = merge_checkpoints(folders[0], {folders[1]: 1}, "dare_linear", tmp_path / "out", density=0.25, seed=3)
@@ -234,15 +152,12 @@ SPELLINGS = {
 
 @pytest.mark.parametrize("case", ["ties", "slerp", "dare ties"])
 def test_threads_memory_and_sharding_do_not_show(case, models, tmp_path, monkeypatch):
-    method, weights, options = CASES[case]
-    folders, _ = models(*[torch.bfloat16] * (len(weights) + 1), shapes=FILLED)
-    arguments = folders[0], dict(zip(folders[1:], weights, strict=True)), method
-    asked = {"density": options.get("densities"), "seed": options.get("seed", 0)}
-    plain = load(merge_checkpoints(*arguments, tmp_path / "plain", **asked))
+    folders, _ = models(*[torch.bfloat16] * needed(case), shapes=FILLED)
+    plain = load(merged(folders, case, tmp_path / "plain"))
     for module, name, size in ((engine, "_LARGEST_BLOCK", 4096), (merge, "_BLOCK", 77), (whole_tensors, "_BLOCK", 64)):
         monkeypatch.setattr(module, name, size)
     for spelling, more in SPELLINGS.items():
-        other = load(merge_checkpoints(*arguments, tmp_path / spelling, **asked, **more))
+        other = load(merged(folders, case, tmp_path / spelling, **more))
         assert other.keys() == plain.keys()
         assert all(equal_bits(other[name], plain[name]) for name in plain), spelling
 
@@ -293,9 +208,18 @@ def test_bytes_are_read_once_and_as_often_as_a_trim_says(models, tmp_path, monke
         reads.clear()
         job = plan_merge(folders[0], chosen, method, tmp_path / "out", overwrite=True, **options)
         assert job.bytes_read == (1 + len(chosen)) * size
-        assert (job.whole_tensor_pass.bytes_read(job.files) if job.whole_tensor_pass else 0) == before
+        assert (job.whole_tensor_pass.bytes_read(job.files, job.files) if job.whole_tensor_pass else 0) == before
         job.run(progress=False)
         assert sum(nbytes for _, _, nbytes in reads) == before + job.bytes_read
+
+
+def test_what_is_left_takes_its_own_tensors_or_the_whole_model(models, tmp_path):
+    folders, _ = models(torch.float32, torch.float32)
+    for trim in ("tensor", "model"):
+        job = plan_merge(folders[1], {folders[0]: 1}, "ties", tmp_path / "out", density=0.5, trim=trim)
+        parts = [job.whole_tensor_pass.bytes_read(job.files, [file]) for file in job.files]
+        whole = job.whole_tensor_pass.bytes_read(job.files, job.files)
+        assert parts == [whole, whole] if trim == "model" else (sum(parts) == whole and all(parts))
 
 
 # --- on a GPU
@@ -305,22 +229,7 @@ def test_bytes_are_read_once_and_as_often_as_a_trim_says(models, tmp_path, monke
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("case", CASES)
 def test_a_gpu_makes_the_same_bytes(case, mix, models, tmp_path, small_blocks):
-    method, weights, options = CASES[case]
     dtypes, dtype = MIXES[mix]
-    has_base = MERGE_METHODS[method].has_base
-    folders, _ = models(*dtypes[: len(weights) + has_base])
-    asked = {key: value for key, value in options.items() if key != "densities"}
-    made = [
-        merge_checkpoints(
-            folders[0] if has_base else None,
-            dict(zip(folders[has_base:], weights, strict=True)),
-            method,
-            tmp_path / device / "out",
-            density=options.get("densities"),
-            dtype=dtype,
-            device=device,
-            **asked,
-        )
-        for device in ("cpu", "cuda")
-    ]
+    folders, _ = models(*dtypes[: needed(case)])
+    made = [merged(folders, case, tmp_path / where / "out", dtype=dtype, device=where) for where in ("cpu", "cuda")]
     assert everything_in(made[0]) == everything_in(made[1])

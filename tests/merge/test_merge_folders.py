@@ -12,7 +12,7 @@ import torch
 from folders import everything_in, load, manifest_of, recipe_of
 from merge_models import CASES, FILLED, NAMES, NORM, SCALAR, SHAPES, UP0, UP1, tensors_of, write
 from safetensors.torch import load_file, save_file
-from tiny import equal_bits, fletcher, llama, save
+from tiny import equal_bits, llama, save
 from transformers import LlamaForCausalLM
 
 from fused_merge.checkpoints.folders import verify_checkpoint
@@ -51,18 +51,13 @@ def test_folders_that_transformers_loads(tmp_path):
             assert equal_bits(tensor, want), name
 
 
-def test_the_manifest_has_the_checksums_and_the_card_the_recipe(models, tmp_path):
+def test_the_card_has_the_recipe(models, tmp_path):
     folders, _ = models(*[torch.float16] * 3, shapes=FILLED)
-    out = merge_checkpoints(
-        folders[1], {folders[0]: 0.5, folders[2]: 0.25}, "dare_ties", tmp_path / "merged", density=0.5
-    )
-    manifest = manifest_of(out)
-    for file, found in manifest["checksums"].items():
-        tensors = load_file(out / file)
-        assert found == {name: fletcher(x.numpy().tobytes()) for name, x in tensors.items()}
+    weights = {folders[0]: 0.5, folders[2]: 0.25}
+    out = merge_checkpoints(folders[1], weights, "dare_ties", tmp_path / "merged", density=0.5)
     assert verify_checkpoint(out) == sum(tensor.nbytes for tensor in load(out).values())
     card = (out / "README.md").read_text()
-    assert json.loads(card.split("```json\n")[1].split("```")[0]) == manifest["recipe"]
+    assert json.loads(card.split("```json\n")[1].split("```")[0]) == recipe_of(out)
     assert "# merged" in card
     assert "Yu et al. 2024 (arXiv 2311.03099)" in card
 
@@ -185,23 +180,6 @@ def test_models_of_nothing_but_integers(tmp_path):
 def test_integers_do_not_count_in_a_trim_of_fp64_models(models, tmp_path):
     folders, _ = models(torch.float64, torch.float64)
     merge_checkpoints(folders[0], {folders[1]: 1}, "ties", tmp_path / "out", density=0.5, trim="model")
-
-
-def test_tied_heads_stay_as_the_base_has_them(tmp_path):
-    originals = [llama(i) for i in range(3)]
-    folders = [save(model, tmp_path / name) for name, model in zip(NAMES, originals, strict=False)]
-    tensors = load_file(folders[1] / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors, folders[1] / "model.safetensors", {"format": "pt"})
-    absent = merge_checkpoints(folders[0], {folders[1]: 0.5, folders[2]: 0.3}, "ties", tmp_path / "absent")
-    assert "lm_head.weight" not in load(absent)
-    present = load(merge_checkpoints(folders[1], {folders[0]: 0.5, folders[2]: 0.3}, "ties", tmp_path / "present"))
-    assert equal_bits(present["lm_head.weight"], present["model.embed_tokens.weight"])
-    # A head that two of the models leave out is trained apart from the embedding in the third.
-    tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
-    save_file(tensors, folders[1] / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"base lacks 'lm_head.weight' of .*a; both must hold the same tensors"):
-        merge_checkpoints(folders[0], {folders[1]: 0.5, folders[2]: 0.3}, "ties", tmp_path / "apart")
 
 
 def test_tensors_that_not_all_hold(models, tmp_path, small_blocks):
@@ -345,34 +323,15 @@ def test_a_line_is_a_task_arithmetic_of_one_model(models, tmp_path):
             r"'model.layers.1.mlp.up_proj.weight': a mean of models divides by the sum of \[1.0, -1.0\]",
         ),
         ({"method": "linear", "base": None, "scale": 2}, ValueError, "method 'linear' has no option 'scale'"),
-        ({"scale": float("inf")}, ValueError, "a scale must be finite, got inf"),
-        ({"scale": "1"}, TypeError, "a scale must be a number, got '1'"),
-        ({"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
         ({"density": [0.5]}, ValueError, "2 models need one density or as many, got 1"),
         ({"density": 0.0}, ValueError, r"density must lie in \(0, 1\], got 0.0"),
         ({"density": 1.5}, ValueError, r"density must lie in \(0, 1\], got 1.5"),
         ({"density": {UP0: 0.5}}, ValueError, "no density is given for 'model.layers.1.mlp.up_proj.weight'"),
         ({"method": "task_arithmetic", "density": 0.5}, ValueError, "'task_arithmetic' has no option 'density'"),
-        ({"trim": "layer"}, ValueError, "trim must be 'tensor' or 'model', got 'layer'"),
-        (
-            {"trim": "model", "method": "dare_ties"},
-            ValueError,
-            "method 'dare_ties' has no option trim='model'",
-        ),
-        (
-            {"trim": "model", "density": {UP0: 0.5, ".*": 0.25}},
-            ValueError,
-            "trim='model' chooses the largest magnitudes of a whole model: give one density for each model",
-        ),
+        ({"trim": "model", "method": "dare_ties"}, ValueError, "method 'dare_ties' has no option trim='model'"),
+        ({"trim": "model", "density": {UP0: 0.5, ".*": 0.2}}, ValueError, "give one density for each model, and tens"),
         ({"files_from": "tuned"}, ValueError, "files_from must be one of 'base', 'a', 'b', got 'tuned'"),
-        (
-            {"dtype": "int8"},
-            ValueError,
-            "dtype must be 'bfloat16', 'float16', 'float32', 'float64' or None, got 'int8'",
-        ),
         ({"densty": 0.5}, TypeError, "there is no option 'densty'; did you mean 'density'?"),
-        ({"unmatched": "keep"}, ValueError, "unmatched must be 'refuse' or 'copy' or 'drop', got 'keep'"),
-        ({"max_shard_size": "big"}, ValueError, "max_shard_size must be a number of bytes such as .* got 'big'"),
     ],
 )
 def test_what_cannot_be_merged_is_said_before_anything_is_written(change, kind, message, models, tmp_path, monkeypatch):
@@ -391,16 +350,3 @@ def test_a_trim_over_models_of_two_precisions(models, tmp_path):
         merge_checkpoints(
             folders[0], {tmp_path / "mixed": 1}, "ties", tmp_path / "out", density=0.5, trim="model", dtype="float32"
         )
-
-
-def test_an_output_that_exists(models, tmp_path):
-    folders, _ = models(torch.float32, torch.float32)
-    out = merge_checkpoints(folders[0], {folders[1]: 1}, "ties", tmp_path / "out")
-    (out / "old").touch()
-    with pytest.raises(
-        FileExistsError, match=r"out exists; pass overwrite=True to replace a folder, or choose another"
-    ):
-        merge_checkpoints(folders[0], {folders[1]: 0.5}, "ties", tmp_path / "out")
-    merge_checkpoints(folders[0], {folders[1]: 0.5}, "ties", tmp_path / "out", overwrite=True)
-    assert not (out / "old").exists()
-    assert sorted(os.listdir(tmp_path)) == ["a", "base", "out"]

@@ -151,9 +151,11 @@ def test_what_is_read_is_counted(wide, tmp_path):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     data=st.data(),
-    patterns=st.lists(st.sampled_from([0, 1, 2**15, 2**16, 2**31 - 1]) | st.integers(0, 2**31 - 1), min_size=1),
+    patterns=st.lists(
+        st.sampled_from([0, 1, 2**10, 2**17 - 1, 2**17, 2**24, 2**31 - 1]) | st.integers(0, 2**31 - 1), min_size=1
+    ),
 )
-def test_any_patterns(data, patterns, tmp_path):
+def test_any_patterns(data, patterns, tmp_path, small_digits):
     k = data.draw(st.integers(1, len(patterns)))
     model = torch.tensor(patterns, dtype=torch.int32).view(torch.float32)
     pair = pair_of(tmp_path, torch.full_like(model, -0.0), model)
