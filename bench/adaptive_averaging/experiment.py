@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from settings import RATIOS
@@ -64,15 +67,28 @@ QUICK = Setting(
     hidden=16,
     mlp=24,
     heads=2,
-    base_steps=60,
-    sft_steps=60,
-    dpo_steps=12,
-    prompts=32,
-    answers=64,
-    search_steps=4,
-    tasks=2,
-    examined_prompts=8,
+    base_steps=24,
+    sft_steps=24,
+    dpo_steps=3,
+    prompts=16,
+    answers=24,
+    search_steps=2,
+    tasks=1,
+    examined_prompts=4,
 )
+
+
+def parse_arguments(description: str | None, given: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; `setting` is what to run."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one seed of a model that learns nothing, to try the code")
+    parser.add_argument("--out", type=Path, default=Path("out/adaptive_averaging"), help="folder for everything")
+    parser.add_argument("--record", action="store_true", help="keep table and picture in bench/results as well")
+    arguments = parser.parse_args(given)
+    if arguments.quick and arguments.record:
+        parser.error("a quick run means nothing; leave out --quick or --record")
+    arguments.setting = QUICK if arguments.quick else FULL
+    return arguments
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, setting: Setting, seed: int) -> LlamaForCausalLM:

@@ -11,7 +11,6 @@ all, with one third of the layers averaged, and at the ratios that `fused_merge.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -44,21 +43,15 @@ import transformers
 from averaging import Point, measure_between
 from data import build_tokenizer
 from evaluate import Examination
-from experiment import FULL, QUICK, Setting
+from experiment import Setting, parse_arguments
 from fronts import write_report
 from pair import train_pair
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed of a model that learns nothing, to try the code")
-    parser.add_argument("--out", type=Path, default=Path("out/adaptive_averaging"), help="folder for everything")
-    parser.add_argument("--record", action="store_true", help="keep table and picture in bench/results as well")
-    arguments = parser.parse_args()
-    if arguments.quick and arguments.record:
-        parser.error("a quick run means nothing; leave out --quick or --record")
-    setting = QUICK if arguments.quick else FULL
+    arguments = parse_arguments(__doc__)
+    setting = arguments.setting
 
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)

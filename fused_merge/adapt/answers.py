@@ -77,11 +77,7 @@ def sample_answers(
             ids = torch.tensor([[padding] * (width - len(tokens)) + tokens for tokens in asked], device=model.device)
             mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in asked]).to(ids.device)
             made = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=o["max_new_tokens"],
-                pad_token_id=padding,
-                **sampling,
+                input_ids=ids, attention_mask=mask, max_new_tokens=o["max_new_tokens"], pad_token_id=padding, **sampling
             )
             for tokens, row in zip(asked, made[:, width:].tolist(), strict=True):
                 answer = row[: row.index(end) + 1] if end in row else row

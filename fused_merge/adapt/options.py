@@ -28,7 +28,7 @@ def _check_betas(name: str, betas: tuple[float, float]) -> tuple[float, float]:
     return betas
 
 
-def _check_weight(name: str, weight: float) -> float:
+def _check_regularizer(name: str, weight: float) -> float:
     if not 0.0 <= weight < math.inf:
         raise ValueError(f"{name} must be at least 0 and finite, got {weight}")
     return weight
@@ -110,7 +110,7 @@ class AdaptOptions(RateOptions, total=False):
         ),
     ]
     regularizer: Annotated[
-        float, Option(0.0, "weight of sum over k of weight_k * (r_k - rho)^2, added to the loss.", _check_weight)
+        float, Option(0.0, "weight of sum over k of weight_k * (r_k - rho)^2, added to the loss.", _check_regularizer)
     ]
     regularizer_weights: Annotated[
         str,
@@ -122,8 +122,7 @@ class AdaptOptions(RateOptions, total=False):
         ),
     ]
     patience: Annotated[
-        int,
-        Option(20, "stop early when no ratio has moved by more than `tolerance` in so many steps.", at_least(1)),
+        int, Option(20, "stop early when no ratio has moved by more than `tolerance` in so many steps.", at_least(1))
     ]
     tolerance: Annotated[float, Option(1e-4, "see `patience`.")]
     seed: Annotated[int, Option(0, "seed of the search without gradients.")]
@@ -160,15 +159,12 @@ class SamplingOptions(ProgressOption, total=False):
         ),
     ]
     batch_size: Annotated[
-        int,
-        Option(8, "how many prompts are answered at once.", at_least(1), {"help": "Answers at once.", "min": 1}),
+        int, Option(8, "how many prompts are answered at once.", at_least(1), {"help": "Answers at once.", "min": 1})
     ]
     seed: Annotated[
         int,
         Option(
-            0,
-            "seed of the samples; the caller's random numbers are not touched.",
-            cli={"help": "Seed of the answers."},
+            0, "seed of the samples; the caller's random numbers are not touched.", cli={"help": "Seed of the answers."}
         ),
     ]
 
@@ -183,9 +179,9 @@ class AnswerOptions(TargetOptions, RateOptions, SamplingOptions, ModelOptions, t
             '`"module:function"`, called with a list of (prompt, answer) texts, which returns a number for each; only '
             "the `best` share is kept. None keeps all.",
             cli={
-                "help": "A function of a list of (prompt, answer) that returns a number for each; only the best are "
-                "kept.",
+                "type": str,
                 "metavar": "MODULE:FUNCTION",
+                "help": "Takes a list of (prompt, answer), returns a number for each; only the best are kept.",
             },
         ),
     ]

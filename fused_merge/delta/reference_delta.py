@@ -13,14 +13,7 @@ import torch
 from torch import Tensor
 
 from fused_merge.delta.file import SavedDelta, delta_writer, describe_files, identity_of, write_tau
-from fused_merge.delta.tensors import (
-    Sparsity,
-    TauInMemory,
-    TauOfCheckpoints,
-    TauSource,
-    TensorSpec,
-    check_finite,
-)
+from fused_merge.delta.tensors import Sparsity, TauInMemory, TauOfCheckpoints, TauSource, TensorSpec, check_finite
 from fused_merge.eager.sparse import SparseTensor, packed_nbytes
 from fused_merge.eager.sparsify import sparsify_tau
 from fused_merge.io.sources import PathLike, SourceLike

@@ -38,13 +38,13 @@ class LayerRatios(NamedRatios):
 
     ```python
     low_to_high = fm.LayerRatios.by_parts("sft/", [0.2, 0.5, 0.9])
-    fm.interpolate_checkpoints("sft/", "rlhf/", [0.5, low_to_high], "line/")
+    fm.interpolate_checkpoints("sft/", "rlhf/", [0.5, low_to_high], "out/")
     ```
 
     Args:
         parts: label -> names of the tensors, each in one part alone. Names are made canonical.
         ratios: one finite number for each part; below 0 or above 1 they extrapolate.
-        history: what an optimiser records of its way here, one mapping of plain data for each step.
+        history: what an optimizer recorded, one mapping of plain data for each step.
 
     Attributes:
         history: as given, a tuple of dicts.
@@ -55,34 +55,27 @@ class LayerRatios(NamedRatios):
     """
 
     def __init__(
-        self,
-        parts: Mapping[str, Iterable[str]],
-        ratios: Iterable[float],
-        *,
-        history: Iterable[Mapping[str, Any]] = (),
+        self, parts: Mapping[str, Iterable[str]], ratios: Iterable[float], *, history: Iterable[Mapping[str, Any]] = ()
     ) -> None:
         self._parts: dict[str, tuple[str, ...]] = {}
         self._by_name: dict[str, float] = {}
         given = _listed(ratios)
         if len(given) != len(parts):
             raise ValueError(f"{len(parts)} parts need as many ratios, got {len(given)}")
-        self._ratios = tuple(
-            finite(ratio, what=f"ratio of {label!r}") for label, ratio in zip(parts, given, strict=True)
-        )
-        for (label, names), ratio in zip(parts.items(), self._ratios, strict=True):
-            self._add(label, _canonical(names), ratio)
+        numbers = zip(parts, given, strict=True)
+        self._ratios = tuple(finite(ratio, what=f"ratio of {label!r}") for label, ratio in numbers)
+        for (label, listed), ratio in zip(parts.items(), self._ratios, strict=True):
+            names = _canonical(listed)
+            if not isinstance(label, str):
+                raise TypeError(f"a part must be called by a string, got {label!r}")
+            if not names:
+                raise ValueError(f"part {label!r} holds no tensor; give it one or leave it out")
+            if twice := [name for name in names if name in self._by_name]:
+                other = next(other for other, others in self._parts.items() if twice[0] in others)
+                raise ValueError(f"{some(map(repr, twice))} of part {label!r} stands in part {other!r} too; choose one")
+            self._parts[label] = names
+            self._by_name.update(dict.fromkeys(names, ratio))
         self.history: tuple[dict[str, Any], ...] = tuple(map(dict, history))
-
-    def _add(self, label: str, names: tuple[str, ...], ratio: float) -> None:
-        if not isinstance(label, str):
-            raise TypeError(f"a part must be called by a string, got {label!r}")
-        if not names:
-            raise ValueError(f"part {label!r} holds no tensor; give it one or leave it out")
-        if twice := [name for name in names if name in self._by_name]:
-            other = next(other for other, others in self._parts.items() if twice[0] in others)
-            raise ValueError(f"{some(map(repr, twice))} of part {label!r} stands in part {other!r} too; choose one")
-        self._parts[label] = names
-        self._by_name.update(dict.fromkeys(names, ratio))
 
     @classmethod
     def by_parts(

@@ -139,12 +139,7 @@ class RatioSweep(Generic[Model]):
         return self._base.box(source_name, box).to(device), self._tuned.box(source_name, box).to(device)
 
     def _write(
-        self,
-        weight: Tensor,
-        name: str,
-        ends: tuple[Tensor, Tensor],
-        ratio: PerTensor,
-        decided: Mapping[str, float],
+        self, weight: Tensor, name: str, ends: tuple[Tensor, Tensor], ratio: PerTensor, decided: Mapping[str, float]
     ) -> None:
         (base, tuned), local = ends, local_part(weight)
         if name not in decided:

@@ -25,6 +25,6 @@ class ModelOptions(ProgressOption, total=False):
             None,
             'dtype of the loaded model, e.g. `"bfloat16"`; None is that of the files of `tuned`.',
             _check_dtype,
-            {"help": "bfloat16, float16, float32 or float64.", "show_default": "as stored"},
+            {"type": str, "help": "bfloat16, float16, float32 or float64.", "show_default": "as stored"},
         ),
     ]

@@ -149,17 +149,7 @@ def sweep_checkpoints(
 
 
 class _Run:
-    """One sweep: what it consists of, and its results, of which the first of several processes keeps the file.
-
-    Args:
-        ratios: as for `evaluate_ratios`, like `out`, `checkpoints` and `minimize`.
-        names: of the scorers.
-        out: see `ratios`.
-        checkpoints: see `ratios`.
-        minimize: see `ratios`.
-        also: what else the results belong to.
-        processes: None for one that is alone.
-    """
+    """One sweep and its results, whose file the first of several processes keeps; `also` belongs to what it is of."""
 
     def __init__(
         self,

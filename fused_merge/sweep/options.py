@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Annotated
 
 from fused_merge.io.options import ModelOptions
@@ -18,7 +17,7 @@ class EvaluateOptions(ProgressOption, total=False):
         Option(
             (),
             "the scores for which less is better.",
-            cli={"help": "A score for which less is better; may be repeated.", "metavar": "NAME", "type": list[str]},
+            cli={"type": list[str], "metavar": "NAME", "help": "Score for which less is better; may be repeated."},
         ),
     ]
 
@@ -32,10 +31,10 @@ class SweepOptions(EvaluateOptions, ModelOptions, total=False):
             (),
             '`"module:function"`; see `fused_merge.sweep.scorers.ImportedScorer`.',
             cli={
-                "help": "Takes (model) or (model, tokenizer), returns a number or {name: number}; may be repeated.",
-                "metavar": "MODULE:FUNCTION",
-                "param_decls": ("--scorer",),
                 "type": list[str],
+                "param_decls": ("--scorer",),
+                "metavar": "MODULE:FUNCTION",
+                "help": "Takes (model) or (model, tokenizer), returns a number or {name: number}; may be repeated.",
             },
         ),
     ]
@@ -46,15 +45,12 @@ class SweepOptions(EvaluateOptions, ModelOptions, total=False):
             "names of tasks of the lm-evaluation-harness. Their scores are called `task/metric`, or "
             "`task/metric,filter` where a filter has a name; the harness knows for which less is better.",
             cli={
-                "help": "A task of the lm-evaluation-harness; may be repeated.",
-                "metavar": "NAME",
-                "param_decls": ("--task",),
                 "type": list[str],
+                "param_decls": ("--task",),
+                "metavar": "NAME",
+                "help": "Task of the lm-evaluation-harness; may be repeated.",
             },
         ),
-    ]
-    batch_size: Annotated[
-        int, Option(1, "batch size of the tasks.", at_least(1), {"help": "Batch size of --task.", "min": 1})
     ]
     compare: Annotated[
         "Sequence[str | PathLike[str]]",
@@ -62,9 +58,12 @@ class SweepOptions(EvaluateOptions, ModelOptions, total=False):
             (),
             "the `results.json` of other sweeps.",
             cli={
-                "help": "Another sweep, for the same picture; may be repeated.",
+                "type": list[str],
                 "metavar": "RESULTS.json",
-                "type": list[Path],
+                "help": "Another sweep, for the same picture; may be repeated.",
             },
         ),
+    ]
+    batch_size: Annotated[
+        int, Option(1, "batch size of the tasks.", at_least(1), {"help": "Batch size of --task.", "min": 1})
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fused_merge.sweep.pareto import pareto_front
 
@@ -28,18 +28,7 @@ class Mark(NamedTuple):
 def draw_fronts(
     path: Path, sweeps: Mapping[str, Sequence[Mark]], scores: tuple[str, str], *, maximize: tuple[bool, bool]
 ) -> None:
-    """Write the picture of `fronts` to a PNG file; the same input makes the same bytes.
-
-    Args:
-        path: the file.
-        sweeps: see `fronts`.
-        scores: see `fronts`.
-        maximize: see `fronts`.
-
-    Raises:
-        ImportError: without matplotlib.
-        OSError: if the file cannot be written.
-    """
+    """Write the picture of `fronts` to a PNG file; the same input makes the same bytes."""
     # The name of the program has its version in it.
     fronts(sweeps, scores, maximize=maximize).savefig(path, format="png", metadata={"Software": None})
 
@@ -51,7 +40,7 @@ def fronts(sweeps: Mapping[str, Sequence[Mark]], scores: tuple[str, str], *, max
 
     Args:
         sweeps: name -> points.
-        scores: what the two axes are called.
+        scores: names of the two axes.
         maximize: whether more is better, for each axis.
 
     Raises:
@@ -63,34 +52,19 @@ def fronts(sweeps: Mapping[str, Sequence[Mark]], scores: tuple[str, str], *, max
     from matplotlib.patheffects import withStroke
 
     # Names are the user's: a $ in them is no formula.
-    with matplotlib.rc_context(
-        {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
-    ):
+    style: Any = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(9, 6), dpi=130, layout="constrained")
         axes = figure.subplots()
         for i, (name, marks) in enumerate(sweeps.items()):
-            color = f"C{i % 10}"
+            look: dict[str, Any] = {"color": f"C{i % 10}", "marker": _MARKERS[i % len(_MARKERS)]}
             front = pareto_front([(mark.x, mark.y) for mark in marks], maximize=maximize)
-            line = sorted((marks[k].x, marks[k].y) for k in front)
-            axes.plot(
-                [x for x, _ in line],
-                [y for _, y in line],
-                marker=_MARKERS[i % len(_MARKERS)],
-                color=color,
-                label=name,
-                zorder=4,
-            )
-            behind = [mark for k, mark in enumerate(marks) if k not in front]
-            axes.plot(
-                [mark.x for mark in behind],
-                [mark.y for mark in behind],
-                marker=_MARKERS[i % len(_MARKERS)],
-                markerfacecolor="white",
-                linestyle="none",
-                color=color,
-                alpha=0.6,
-                zorder=3,
-            )
+            path = sorted((marks[k].x, marks[k].y) for k in front)
+            axes.plot(*zip(*path, strict=True), label=name, zorder=4, **look)
+            behind = [(mark.x, mark.y) for k, mark in enumerate(marks) if k not in front]
+            if behind:
+                hollow: dict[str, Any] = {"markerfacecolor": "white", "linestyle": "none", "alpha": 0.6}
+                axes.plot(*zip(*behind, strict=True), zorder=3, **look, **hollow)
             right, up, aligned = _SIDES[i % len(_SIDES)]
             for k, mark in enumerate(marks):
                 axes.annotate(
@@ -100,7 +74,7 @@ def fronts(sweeps: Mapping[str, Sequence[Mark]], scores: tuple[str, str], *, max
                     textcoords="offset points",
                     horizontalalignment=aligned,
                     fontsize=9,
-                    color=color if k in front else _SOFT,
+                    color=look["color"] if k in front else _SOFT,
                     path_effects=[withStroke(linewidth=2.5, foreground="white")],
                     zorder=2.5,
                 )

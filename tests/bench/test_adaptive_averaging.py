@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench" / "adaptive_averaging
 
 import fronts
 from averaging import UNIFORM, Point, adaptive, one_part
-from experiment import QUICK
+from experiment import FULL, QUICK, parse_arguments
 from report import TAXES
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "adaptive_averaging" / "run.py"
@@ -31,16 +31,15 @@ FAMILIES = [
 ]
 
 
-def run(*options: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, SCRIPT, *options], capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """The folders of two quick runs, and what the first one printed."""
     pytest.importorskip("trl")
     outs = [tmp_path_factory.mktemp("run") for _ in range(2)]
-    runs = [run("--quick", "--out", str(out)) for out in outs]
+    runs = [
+        subprocess.run([sys.executable, SCRIPT, "--quick", "--out", out], capture_output=True, text=True)
+        for out in outs
+    ]
     assert [done.returncode for done in runs] == [0, 0], runs[0].stderr + runs[1].stderr
     return SimpleNamespace(out=outs[0], again=outs[1], printed=runs[0].stdout)
 
@@ -77,11 +76,11 @@ def test_two_runs_agree_to_the_last_bit(quick):
         assert (quick.out / name).read_bytes() == (quick.again / name).read_bytes()
 
 
-def test_a_quick_run_is_not_recorded():
-    pytest.importorskip("trl")
-    done = run("--quick", "--record")
-    assert done.returncode == 2
-    assert "a quick run means nothing; leave out --quick or --record" in done.stderr
+def test_a_quick_run_is_not_recorded(capsys):
+    assert (parse_arguments("", ["--record"]).setting, parse_arguments("", ["--quick"]).setting) == (FULL, QUICK)
+    with pytest.raises(SystemExit):
+        parse_arguments("", ["--quick", "--record"])
+    assert "a quick run means nothing; leave out --quick or --record" in capsys.readouterr().err
 
 
 def point(family: str, ratio: float, reward: float, exact_match: float, perplexity: float = 10.0) -> Point:

@@ -60,7 +60,7 @@ def test_sweep_passes_everything_on(run, swept):
         "scorers": ["m:f", "n:g"],
         "tasks": ["x", "y"],
         "minimize": ["g", "x/loss"],
-        "compare": [Path("o/results.json"), Path("p/results.json")],
+        "compare": ["o/results.json", "p/results.json"],
         "device": "cuda",
         "dtype": "bfloat16",
         "batch_size": 8,

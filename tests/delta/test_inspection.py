@@ -253,10 +253,7 @@ def test_the_command_prints_what_the_function_returns(command, files):
     code, printed, errors = command(base, tuned, "--other", other, "--reserve-rate", "0.5", "--json")
     assert (code, errors) == (0, "")
     assert json.loads(printed) == inspect_delta(
-        ReferenceDelta.from_checkpoints(base, tuned),
-        base=base,
-        other=ReferenceDelta.load(other),
-        reserve_rate=0.5,
+        ReferenceDelta.from_checkpoints(base, tuned), base=base, other=ReferenceDelta.load(other), reserve_rate=0.5
     )
     code, printed, errors = command(other, "--json")
     assert (code, errors) == (0, "")

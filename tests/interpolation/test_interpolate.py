@@ -1,0 +1,154 @@
+"""Points of the path between two tensors or state dicts: bits at the ends, rounding between."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import equal_bits, llama
+
+from fused_merge.interpolation.interpolate import interpolate
+
+RATIOS = [-0.3, 0.0, 0.1, 0.4999, 0.5, 0.9, 1.0, 1.4]
+PATTERN = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+def pair(n, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    base = 0.02 * torch.randn(n, generator=generator)
+    return base.to(dtype), (base + 1e-3 * torch.randn(n, generator=generator)).to(dtype)
+
+
+def ordered(tensor):
+    """Bit patterns as integers in the order of the values: neighbours are one ulp apart."""
+    pattern = tensor.view(PATTERN[tensor.dtype]).long()
+    return torch.where(pattern >= 0, pattern, torch.iinfo(PATTERN[tensor.dtype]).min - pattern)
+
+
+def on_the_path(base, tuned, ratio):
+    return (base.double() + ratio * (tuned.double() - base.double())).to(base.dtype)
+
+
+# --- tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_against_float64_rounded_once(dtype, monkeypatch):
+    # More than one chunk, and an odd rest.
+    monkeypatch.setattr("fused_merge.interpolation.interpolate._CHUNK", 2**16)
+    base, tuned = pair(2**18 + 10_003, dtype)
+    points = interpolate(base, tuned, RATIOS)
+    assert points.shape == (len(RATIOS), base.numel())
+    for ratio, point in zip(RATIOS, points, strict=True):
+        exact = on_the_path(base, tuned, ratio)
+        distance = (ordered(point) - ordered(exact)).abs()
+        assert distance.count_nonzero() <= 1e-4 * base.numel()
+        # Where the path crosses zero, an ulp of the result is less than fp32 can tell apart at the ends.
+        error = (point.double() - exact.double()).abs()
+        assert ((distance <= 1) | (error <= 2**-23 * torch.maximum(base.abs(), tuned.abs()).double())).all()
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0), (127,), (5, 7, 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_shapes(shape, dtype):
+    base, tuned = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    points = interpolate(base, tuned, [0.0, 0.25, 1.0])
+    assert points.shape == (3, *shape)
+    assert points.dtype == dtype
+    assert equal_bits(points[0], base)
+    assert equal_bits(points[2], tuned)
+    torch.testing.assert_close(points[1], on_the_path(base, tuned, 0.25))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    patterns=st.lists(st.tuples(st.integers(0, 2**16 - 1), st.integers(0, 2**16 - 1)), min_size=1, max_size=50),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+)
+def test_the_ends_are_copies_of_any_bits(patterns, dtype):
+    """−0.0, infinities, denormals and the payloads of NaNs included."""
+    words = torch.tensor(patterns, dtype=torch.int32).to(torch.int16).T.contiguous()
+    base, tuned = words.view(dtype)
+    points = interpolate(base, tuned, [0.0, 1.0, -0.0])
+    assert equal_bits(points[0], base)
+    assert equal_bits(points[1], tuned)
+    assert equal_bits(points[2], base)
+
+
+def test_strides_and_inputs_stay_as_they_are():
+    base, tuned = torch.randn(6, 4).T, torch.randn(4, 6)
+    kept = base.clone(), tuned.clone()
+    points = interpolate(base, tuned, [0.3, 2])
+    assert torch.equal(base, kept[0])
+    assert torch.equal(tuned, kept[1])
+    torch.testing.assert_close(points[1], 2 * tuned - base)
+
+
+def test_no_gradient_flows():
+    base = torch.ones(2, requires_grad=True)
+    assert not interpolate(base, 2 * base, [0.5]).requires_grad
+
+
+# --- state dicts
+
+
+def test_state_dicts():
+    base, tuned = llama(0).state_dict(), llama(1).state_dict()
+    points = interpolate(base, tuned, [0.0, 0.3])
+    assert [list(point) for point in points] == [list(base)] * 2
+    for name, tensor in base.items():
+        assert equal_bits(points[0][name], tensor)
+        assert equal_bits(points[1][name], interpolate(tensor, tuned[name], [0.3])[0])
+    assert points[1]["lm_head.weight"] is points[1]["model.embed_tokens.weight"]
+
+
+def test_integers_are_copied_from_tuned_and_names_kept():
+    base = {"module.w": torch.zeros(2), "module.count": torch.tensor(3)}
+    tuned = {"w": torch.ones(2), "count": torch.tensor(5)}
+    at_base, between = interpolate(base, tuned, [0.0, 0.5])
+    assert list(between) == ["module.w", "module.count"]
+    assert between["module.w"].tolist() == [0.5, 0.5]
+    assert between["module.count"].item() == 5
+    assert at_base["module.count"].item() == 3
+    assert between["module.count"] is not tuned["count"]
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("ratios", "error", "message"),
+    [
+        ([], ValueError, "ratios is empty"),
+        ([0.1, float("nan")], ValueError, "a ratio must be finite, got nan"),
+        ([float("-inf")], ValueError, "a ratio must be finite, got -inf"),
+        (0.3, TypeError, r"ratios must be a sequence, got 0.3; put it into a list"),
+    ],
+)
+def test_ratios(ratios, error, message):
+    with pytest.raises(error, match=message):
+        interpolate(torch.ones(1), torch.ones(1), ratios)
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "error", "message"),
+    [
+        (torch.ones(2), torch.ones(3), ValueError, r"base is \[2\] torch.float32 on cpu but tuned \[3\]"),
+        (torch.ones(2), torch.ones(2).half(), ValueError, "but tuned .* torch.float16 on cpu; make shape, dtype"),
+        (torch.arange(2), torch.arange(2), ValueError, "only floating tensors can be interpolated"),
+        (torch.ones(2), {}, TypeError, "two tensors or two state dicts, got a Tensor and a dict; use interpolate_c"),
+        ("base/", "tuned/", TypeError, "got a str and a str"),
+        ({"a": torch.ones(1)}, {"b": torch.ones(1)}, ValueError, r"tuned \(state dict\) lacks 'a' of base"),
+        ({"a": torch.ones(1)}, {"a": torch.ones(2)}, ValueError, r"'a' is \[1\] and \[2\]"),
+        ({"a": torch.ones(1)}, {"a": torch.ones(1).half()}, ValueError, "'a' is torch.float32 and torch.float16"),
+    ],
+)
+def test_ends_that_do_not_fit(base, tuned, error, message):
+    with pytest.raises(error, match=message):
+        interpolate(base, tuned, [0.5])
+
+
+def test_an_unknown_impl():
+    with pytest.raises(ValueError, match="impl"):
+        interpolate(torch.ones(1), torch.ones(1), [0.5], impl="fast")
