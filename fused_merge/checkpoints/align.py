@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from fused_merge.checkpoints.folders import read_config
-from fused_merge.checkpoints.plan import OutputFile, Part, PlannedTensor, Rule, lay_out, shard_by_size
-from fused_merge.io.sources import SINGLE_FILE, Extent, FileSource, Match, match
+from fused_merge.checkpoints.plan import OutputFile, PlannedTensor, Rule, Segment, lay_out, shard_by_size
+from fused_merge.io.sources import SINGLE_FILE, FileRange, FileSource, Match, match
 from fused_merge.names import some
 from fused_merge.options import check_choice
 
@@ -27,7 +27,7 @@ class Span(NamedTuple):
     """
 
     numel: int
-    inputs: tuple[Extent, ...]
+    inputs: tuple[FileRange, ...]
     merged: bool
 
 
@@ -103,7 +103,10 @@ def lay_out_files(
             tensor.name,
             tensor.dtype,
             tensor.shape,
-            tuple(Part(span.numel, span.inputs, rule_of(tensor, span)) for span in tensor.spans),
+            tuple(
+                Segment(tensor.name, tensor.dtype, span.numel, span.inputs, rule_of(tensor, span))
+                for span in tensor.spans
+            ),
         )
         for tensor in tensors
     ]
@@ -142,12 +145,12 @@ def _aligned(
     else:
         written = dtype
     shapes = [source.shape(own) for source, own in zip(sources, stored, strict=True)]
-    extents = [source.extent(own) for source, own in zip(sources, stored, strict=True)]
+    file_ranges = [source.file_range(own) for source, own in zip(sources, stored, strict=True)]
     shape = shapes[leader]
     common = min(prod(each) for each in shapes)
-    spans = [Span(common, tuple(extents), floating)]
+    spans = [Span(common, tuple(file_ranges), floating)]
     if prod(shape) > common:
-        own = extents[leader]
+        own = file_ranges[leader]
         beyond = own._replace(offset=own.offset + common * own.dtype.itemsize)
         spans.append(Span(prod(shape) - common, (beyond,), False))
     return AlignedTensor(name, written, tuple(shape), tuple(spans))
@@ -157,7 +160,7 @@ def _copied(name: str, source: FileSource, dtype: torch.dtype | None) -> Aligned
     stored = source.dtype(name)
     written = dtype if dtype is not None and source.is_merged(name) else stored
     shape = tuple(source.shape(name))
-    return AlignedTensor(name, written, shape, (Span(prod(shape), (source.extent(name),), False),))
+    return AlignedTensor(name, written, shape, (Span(prod(shape), (source.file_range(name),), False),))
 
 
 def _stored_names(name: str, matches: Sequence[Match]) -> list[str]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import os
 import threading
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from fused_merge.checkpoints.checksum import add_to, checksums, text
 from fused_merge.checkpoints.disk import DirectFile, aligned, bytes_of, read_into, reading, sync_folder
-from fused_merge.checkpoints.plan import ALIGNMENT, OutputFile, Run
+from fused_merge.checkpoints.plan import ALIGNMENT, OutputFile, Segment
 from fused_merge.functional import backend
 from fused_merge.io.writer import writing
 from fused_merge.per_tensor import parse_bytes
@@ -127,7 +126,7 @@ def write_file(
         OSError: if an input vanished or changed, or an output cannot be written; nothing of the file is left.
     """
     parts = [path.with_name(path.name + ".part") for path in paths]
-    input_bytes = max((_input_bytes(run) for run in file.runs), default=0.0)
+    input_bytes = max((_input_bytes(segment) for segment in file.segments), default=0.0)
     block = resources.block_size(len(paths), input_bytes)
     size = len(file.header) + file.nbytes
     totals: dict[str, Tensor] = {}
@@ -139,7 +138,7 @@ def write_file(
         with ExitStack() as stack:
             sources = {
                 path: stack.enter_context(reading(path))
-                for path in sorted({extent.file for run in file.runs for extent in run.part.inputs})
+                for path in sorted({file_range.file for segment in file.segments for file_range in segment.inputs})
             }
             outputs = [stack.enter_context(DirectFile(path, part)) for path, part in zip(paths, parts, strict=True)]
             made, desks = _buffers(file, len(outputs), block, input_bytes, resources)
@@ -162,60 +161,17 @@ def write_file(
     return {name: text(totals.get(name, nothing)) for name in file.entries}
 
 
-def probe(files: Sequence[OutputFile], outputs: int, place: Path, *, computing: bool) -> float | None:
-    """Estimate the seconds that a stream takes, from a moment of writing and a moment of computing.
-
-    Writes 64 MiB into a file without a name in the folder `place`, and computes with zeros.
-
-    Args:
-        files: of each output.
-        outputs: R.
-        place: a folder on the disk of the outputs.
-        computing: whether the rules can compute yet.
-
-    Returns:
-        Seconds, or None where there cannot be such files.
-    """
-    block = torch.randint(256, (_LARGEST_BLOCK,), dtype=torch.uint8)
-    total = sum(file.nbytes for file in files)
-    longest = max((run for file in files for run in file.runs), key=lambda run: run.part.numel, default=None)
-    try:
-        handle = os.open(place, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except (OSError, AttributeError):
-        return None
-    try:
-        begun = time.perf_counter()
-        for at in range(0, 64 * _LARGEST_BLOCK, _LARGEST_BLOCK):
-            os.pwrite(handle, bytes_of(block), at)
-        os.fsync(handle)
-        seconds = (time.perf_counter() - begun) / 64 * outputs * total / _LARGEST_BLOCK
-    except OSError:
-        return None
-    finally:
-        os.close(handle)
-    if computing and longest is not None:
-        block_size = min(_LARGEST_BLOCK, 64 * _LARGEST_BLOCK // outputs)
-        numel = min(longest.part.numel, block_size // longest.dtype.itemsize)
-        inputs = [torch.zeros(numel, dtype=extent.dtype) for extent in longest.part.inputs]
-        outs = [torch.empty(numel, dtype=longest.dtype) for _ in range(outputs)]
-        begun = time.perf_counter()
-        longest.part.rule(inputs, outs, 0, "auto", None)
-        taken = time.perf_counter() - begun
-        seconds = max(seconds, taken * total / (numel * longest.dtype.itemsize))
-    return seconds
-
-
 class _Clip(NamedTuple):
-    """What of a run lies in a block."""
+    """What of a segment lies in a block."""
 
-    run: Run
-    skipped: int  # elements of the run before the block
+    segment: Segment
+    skipped: int  # elements of the segment before the block
     numel: int
     start: int  # byte in the block
 
     def joins(self) -> tuple[object, ...]:
         """Return what adjacent clips must share to be computed together."""
-        return self.run.part.rule, self.run.dtype, tuple(extent.dtype for extent in self.run.part.inputs)
+        return self.segment.rule, self.segment.dtype, tuple(file_range.dtype for file_range in self.segment.inputs)
 
 
 class _Stream(NamedTuple):
@@ -270,50 +226,50 @@ class _Stream(NamedTuple):
         return pieces
 
     def _clips(self, start: int, end: int) -> Iterator[_Clip]:
-        """Yield what of the runs lies in [start, end) of the data."""
-        runs = self.file.runs
-        for run in runs[max(0, bisect_right(runs, start, key=lambda run: run.start) - 1) :]:
-            if run.start >= end:
+        """Yield what of the segments lies in [start, end) of the data."""
+        segments = self.file.segments
+        for segment in segments[max(0, bisect_right(segments, start, key=lambda segment: segment.start) - 1) :]:
+            if segment.start >= end:
                 return
-            size = run.dtype.itemsize
-            skipped = max(0, start - run.start) // size
-            count = min(run.part.numel, -(-(end - run.start) // size)) - skipped
+            size = segment.dtype.itemsize
+            skipped = max(0, start - segment.start) // size
+            count = min(segment.numel, -(-(end - segment.start) // size)) - skipped
             if count > 0:
-                yield _Clip(run, skipped, count, run.start + skipped * size - start)
+                yield _Clip(segment, skipped, count, segment.start + skipped * size - start)
 
     def _compute(self, clips: Sequence[_Clip], desk: _Desk, made: Tensor) -> None:
         """Read the inputs of clips of one kind and make their outputs."""
-        run, count = clips[0].run, sum(clip.numel for clip in clips)
-        inputs = desk.take([extent.dtype for extent in run.part.inputs], count)
+        segment, count = clips[0].segment, sum(clip.numel for clip in clips)
+        inputs = desk.take([file_range.dtype for file_range in segment.inputs], count)
         for i, tensor in enumerate(inputs):
             view = bytes_of(tensor)
             filled = 0
             for clip in clips:
-                extent = clip.run.part.inputs[i]
-                nbytes = clip.numel * extent.dtype.itemsize
-                offset = extent.offset + clip.skipped * extent.dtype.itemsize
-                read_into(self.sources[extent.file], extent.file, view[filled : filled + nbytes], offset)
+                file_range = clip.segment.inputs[i]
+                nbytes = clip.numel * file_range.dtype.itemsize
+                offset = file_range.offset + clip.skipped * file_range.dtype.itemsize
+                read_into(self.sources[file_range.file], file_range.file, view[filled : filled + nbytes], offset)
                 filled += nbytes
-        place = slice(clips[0].start, clips[0].start + count * run.dtype.itemsize)
-        outs = list(made[:, place].view(run.dtype))
-        first = run.first + clips[0].skipped
+        place = slice(clips[0].start, clips[0].start + count * segment.dtype.itemsize)
+        outs = list(made[:, place].view(segment.dtype))
+        first = segment.first + clips[0].skipped
         if desk.stream is None:
-            run.part.rule(inputs, outs, first, self.resources.impl, desk.scratch)
+            segment.rule(inputs, outs, first, self.resources.impl, desk.scratch)
             return
         # Other threads read, write and compute while this one waits for its copies.
         with torch.cuda.stream(desk.stream):
             there = [tensor.to(self.resources.device, non_blocking=True) for tensor in inputs]
             points = [torch.empty_like(out, device=self.resources.device) for out in outs]
-            run.part.rule(there, points, first, self.resources.impl, None)
+            segment.rule(there, points, first, self.resources.impl, None)
             for out, point in zip(outs, points, strict=True):
                 out.copy_(point, non_blocking=True)
             desk.stream.synchronize()
 
     def _piece(self, clip: _Clip, made: Tensor) -> tuple[str, Tensor]:
         """Return what a clip adds to the checksums of its tensor."""
-        size = clip.run.dtype.itemsize
+        size = clip.segment.dtype.itemsize
         piece = made[:, clip.start : clip.start + clip.numel * size]
-        return clip.run.name, checksums(piece, (clip.run.first + clip.skipped) * size)
+        return clip.segment.name, checksums(piece, (clip.segment.first + clip.skipped) * size)
 
 
 class _Desk:
@@ -381,7 +337,7 @@ def _buffers(
 ) -> tuple[Tensor, SimpleQueue[_Desk]]:
     """Return room for the outputs, uint8 `[threads, R, block]`, and the desks of those who compute."""
     written = resources.threads * outputs * block
-    most = max((len(run.part.inputs) for run in file.runs), default=0)
+    most = max((len(segment.inputs) for segment in file.segments), default=0)
     scratch = resources.scratch * block
     desk = -(-int(input_bytes * block) // ALIGNMENT) * ALIGNMENT + most * ALIGNMENT + scratch
     room = aligned(written + resources.computing * desk, pinned=resources.device.type == "cuda")
@@ -396,6 +352,6 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _input_bytes(run: Run) -> float:
+def _input_bytes(segment: Segment) -> float:
     """Return how many bytes of inputs a byte of an output takes."""
-    return sum(extent.dtype.itemsize for extent in run.part.inputs) / run.dtype.itemsize
+    return sum(file_range.dtype.itemsize for file_range in segment.inputs) / segment.dtype.itemsize

@@ -16,7 +16,7 @@ from fused_merge import functional
 from fused_merge.checkpoints.align import AlignedTensor, Span, align, lay_out_files
 from fused_merge.checkpoints.folders import describe_source
 from fused_merge.checkpoints.job import Job, Output, job_of
-from fused_merge.checkpoints.plan import Pick, Rule
+from fused_merge.checkpoints.plan import CopyRule, Rule
 from fused_merge.eager.interpolate import interpolate_
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.options import check_choice
@@ -63,7 +63,6 @@ def interpolate_checkpoints(
     files_from: str = "tuned",
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
-    worker: tuple[int, int] = (1, 1),
     threads: int | None = None,
     max_memory: int | str | None = None,
     device: str | torch.device = "cpu",
@@ -96,8 +95,6 @@ def interpolate_checkpoints(
         files_from: `"tuned"` or `"base"`: whose configuration and tokenizer go along.
         max_shard_size: write files of at most so many bytes, e.g. `"5GB"`; None has the files of `base`.
         overwrite: replace folders that exist, and drop what another job left unfinished.
-        worker: (i, n): this process writes the i-th of n shares of the files; the last to finish gives the folders
-            their names.
         threads: that read, compute and write; None is five for every two cores.
         max_memory: of all buffers, in bytes or as in `"256MB"`; None is 80 MiB. It does not depend on R or on the
             size of the model.
@@ -131,7 +128,6 @@ def interpolate_checkpoints(
         overwrite=overwrite,
     )
     return job.run(
-        worker=worker,
         threads=threads,
         max_memory=max_memory,
         device=device,
@@ -175,7 +171,7 @@ def plan_interpolation(
     def rule_of(tensor: AlignedTensor, span: Span) -> Rule:
         if span.merged:
             return Line(tuple(own[tensor.name] for _, own in points))
-        return Pick(picks if len(span.inputs) == 2 else (0,) * len(points))
+        return CopyRule(picks if len(span.inputs) == 2 else (0,) * len(points))
 
     described = {
         "operation": "interpolate",
@@ -202,9 +198,7 @@ def plan_interpolation(
         sources[leader],
         lambda most: lay_out_files(tensors, sources[0], rule_of, most),
         work=Path(out) / ".fused_merge.part",
-        dtype=written,
-        max_shard_size=shard_size,
-        overwrite=overwrite,
+        options={"dtype": written, "max_shard_size": shard_size, "overwrite": overwrite},
     )
 
 

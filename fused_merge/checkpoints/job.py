@@ -27,26 +27,25 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import Any, Protocol, Unpack
 
 from fused_merge._version import __version__
 from fused_merge.checkpoints import folders
 from fused_merge.checkpoints.disk import sync_folder
-from fused_merge.checkpoints.engine import Resources, probe, write_file
+from fused_merge.checkpoints.engine import Resources, write_file
+from fused_merge.checkpoints.options import RunOptions
 from fused_merge.checkpoints.plan import OutputFile
 from fused_merge.io.headers import load_json
 from fused_merge.io.sources import INDEX_FILE, SINGLE_FILE, FileSource
 from fused_merge.io.writer import writing
-from fused_merge.per_tensor import parse_bytes
+from fused_merge.options import resolve
 from fused_merge.progress import progress_bar
 
 # Files that are open beside inputs and outputs: locks, a journal, a folder.
 _SPARE_HANDLES = 16
 
 
-class Preparation(Protocol):
+class GlobalPass(Protocol):
     """Completes the rules of files with what whole tensors decide."""
 
     def bytes_read(self, files: Sequence[OutputFile], mine: Sequence[OutputFile]) -> int:
@@ -80,7 +79,7 @@ class Job:
         stamps: size and time of change of every file that is read.
         work: where everything is until it is finished.
         overwrite: replace folders that exist.
-        preparation: for methods that look at whole tensors first.
+        whole_tensor_pass: for methods that look at whole tensors first.
     """
 
     operation: str
@@ -90,7 +89,7 @@ class Job:
     stamps: Mapping[Path, tuple[int, int]]
     work: Path
     overwrite: bool
-    preparation: Preparation | None = None
+    whole_tensor_pass: GlobalPass | None = None
 
     def __post_init__(self) -> None:
         for output in self.targets:
@@ -127,10 +126,10 @@ class Job:
     def bytes_read(self) -> int:
         """Bytes of the inputs, each counted once."""
         return sum(
-            run.part.numel * extent.dtype.itemsize
+            segment.numel * file_range.dtype.itemsize
             for file in self.files
-            for run in file.runs
-            for extent in run.part.inputs
+            for segment in file.segments
+            for file_range in segment.inputs
         )
 
     @property
@@ -142,11 +141,7 @@ class Job:
         ) * len(self.targets)
 
     def describe(self) -> dict[str, Any]:
-        """Return the plan in plain numbers and strings.
-
-        `seconds` is an estimate from a moment's writing to the disk of the outputs, into a file without a name, and
-        a moment's computing; None where that cannot be tried.
-        """
+        """Return the plan in plain numbers and strings."""
         return {
             "operation": self.operation,
             "outputs": [str(folder) for folder in self.outputs],
@@ -158,20 +153,9 @@ class Job:
             "tensors": sum(len(file.entries) for file in self.files),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
-            "seconds": probe(self.files, len(self.targets), _existing(self.work), computing=self.preparation is None),
         }
 
-    def run(
-        self,
-        *,
-        worker: tuple[int, int] = (1, 1),
-        threads: int | None = None,
-        max_memory: int | str | None = None,
-        device: str | torch.device = "cpu",
-        impl: str = "auto",
-        verify: bool = False,
-        progress: bool = True,
-    ) -> list[Path]:
+    def run(self, **options: Unpack[RunOptions]) -> list[Path]:
         """Write everything, or this worker's share of it; go on where a killed run of the same job ended.
 
         Args:
@@ -196,17 +180,13 @@ class Job:
             RuntimeError: if another process writes the same file or another job to the same place, or `impl` cannot
                 run on `device`.
         """
-        number, count = worker
-        if not 1 <= number <= count:
-            raise ValueError(f"worker must be (i, n) with 1 <= i <= n, got {worker}")
-        resources = Resources.of(threads, max_memory, device, impl)
-        # Of several workers none can tell what the others have just finished from what was there before.
-        rewrites = self.overwrite and count == 1
-        mine = list(self.files)[number - 1 :: count]
+        given = resolve(options, RunOptions)
+        resources = Resources.of(given["threads"], given["max_memory"], given["device"], given["impl"])
+        verify, rewrites, mine = given["verify"], self.overwrite, list(self.files)
         with self._keeping():
             with (
                 self._presence(rewrites) as entered,
-                progress_bar(self.operation, self._bytes_of(mine), enabled=progress) as advance,
+                progress_bar(self.operation, self._bytes_of(mine), enabled=given["progress"]) as advance,
             ):
                 for file in mine if entered else ():
                     self._write_once(file, resources, advance)
@@ -214,7 +194,7 @@ class Job:
 
     def _bytes_of(self, mine: Sequence[OutputFile]) -> int:
         """Return the bytes that the progress of some of the files counts."""
-        reads = 0 if self.preparation is None else self.preparation.bytes_read(self.files, mine)
+        reads = 0 if self.whole_tensor_pass is None else self.whole_tensor_pass.bytes_read(self.files, mine)
         return reads + len(self.targets) * sum(map(_size, mine))
 
     def _write_once(self, file: OutputFile, resources: Resources, advance: Callable[[int], None]) -> None:
@@ -234,8 +214,8 @@ class Job:
         self._check_inputs(self.stamps)
         paths = [self._part(output) / file.name for output in self.targets]
         completed = file
-        if self.preparation is not None:
-            completed = self.preparation.complete(self.files, file, resources, advance)
+        if self.whole_tensor_pass is not None:
+            completed = self.whole_tensor_pass.complete(self.files, file, resources, advance)
         checksums = write_file(completed, paths, resources, advance)
         # Nothing that was read while it changed goes into the journal.
         self._check_inputs(self.stamps)
@@ -507,7 +487,9 @@ class Job:
     def _check_handles(self) -> None:
         """Verify that this process may open as many files as are written at once."""
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        inputs = max(len({extent.file for run in file.runs for extent in run.part.inputs}) for file in self.files)
+        inputs = max(
+            len({file_range.file for segment in file.segments for file_range in segment.inputs}) for file in self.files
+        )
         needed = sum(1 for _ in Path("/dev/fd").glob("*")) + len(self.targets) + inputs + _SPARE_HANDLES
         if needed > limit != resource.RLIM_INFINITY:
             raise OSError(
@@ -536,14 +518,12 @@ def job_of(
     operation: str,
     outputs: Sequence[Output],
     sources: Sequence[FileSource],
-    leader: FileSource,
+    config_source: FileSource,
     lay_out: Callable[[int | None], Sequence[OutputFile]],
     *,
     work: Path,
-    dtype: torch.dtype | None,
-    max_shard_size: int | str | None,
-    overwrite: bool,
-    preparation: Preparation | None = None,
+    options: Mapping[str, Any],
+    whole_tensor_pass: GlobalPass | None = None,
 ) -> Job:
     """Put a job together from outputs and checkpoints.
 
@@ -551,16 +531,14 @@ def job_of(
         operation: what the progress bar says.
         outputs: folders and recipes.
         sources: the inputs.
-        leader: whose configuration and tokenizer go along.
+        config_source: whose configuration and tokenizer go along.
         lay_out: distributes the tensors over files of at most so many bytes, None as in the inputs.
         work: folder for what is unfinished.
-        dtype: that floating tensors are converted to, or None.
-        max_shard_size: in bytes or as in `"5GB"`.
-        overwrite: replace what exists.
-        preparation: see `Job`.
+        options: `PlanOptions`, resolved.
+        whole_tensor_pass: see `Job`.
     """
-    files = lay_out(None if max_shard_size is None else parse_bytes(max_shard_size, what="max_shard_size"))
-    accompanying = folders.companions(leader, dtype)
+    files = lay_out(options["max_shard_size"])
+    accompanying = folders.companions(config_source, options["dtype"])
     index = next((source.index for source in sources if source.index is not None), None) or {}
     if len(files) > 1 or files[0].name != SINGLE_FILE:
         about = index.get("metadata")
@@ -576,7 +554,7 @@ def job_of(
     read = [path for source in sources for path in source.files()]
     read += [content for content in accompanying.values() if isinstance(content, Path)]
     stamps = {path: stamp_of(path) for path in read}
-    return Job(operation, outputs, files, accompanying, stamps, work, overwrite, preparation)
+    return Job(operation, outputs, files, accompanying, stamps, work, options["overwrite"], whole_tensor_pass)
 
 
 def stamp_of(path: Path) -> tuple[int, int]:

@@ -138,7 +138,6 @@ def interpolate(
             say_plan(job.describe(), json_output=json_output, quiet=quiet)
             return
         folders = job.run(
-            worker=worker or (1, 1),
             threads=threads,
             max_memory=max_memory,
             device=device,
@@ -370,7 +369,6 @@ def merge(
             say_plan(job.describe(), json_output=json_output, quiet=quiet)
             return
         folders = job.run(
-            worker=worker or (1, 1),
             threads=threads,
             max_memory=max_memory,
             device=device,

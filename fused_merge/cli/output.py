@@ -10,7 +10,6 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from io import StringIO
 from pathlib import Path
 from typing import Any, NoReturn
@@ -117,9 +116,7 @@ def say_plan(plan: Mapping[str, Any], *, json_output: bool, quiet: bool) -> None
         for folder in files:
             table.add_row(folder, str(files[folder]), decimal(sizes[folder]))
         say_table(table)
-        seconds = plan["seconds"]
-        time = "an unknown time" if seconds is None else f"about {timedelta(seconds=max(1, round(seconds)))}"
-        say(f"reads {decimal(plan['bytes_read'])}, writes {decimal(plan['bytes_written'])}, takes {time}")
+        say(f"reads {decimal(plan['bytes_read'])}, writes {decimal(plan['bytes_written'])}")
 
 
 def say_table(table: Table) -> None:

@@ -144,7 +144,7 @@ class _MemorySource(TensorSource):
         return ()
 
 
-class Extent(NamedTuple):
+class FileRange(NamedTuple):
     """Where row-major elements lie: they are little-endian, and follow one another from byte `offset` of `file` on."""
 
     file: Path
@@ -237,11 +237,11 @@ class FileSource(TensorSource):
         """Return the free-form metadata of one of the files in `shards`."""
         return dict(self._headers[file].metadata)
 
-    def extent(self, name: str) -> Extent:
+    def file_range(self, name: str) -> FileRange:
         """Return where in which file the elements of a tensor lie."""
         file, _ = self._where[name]
         entry = self._entry(name)
-        return Extent(self._folder / file, self._headers[file].data + entry.start, entry.dtype)
+        return FileRange(self._folder / file, self._headers[file].data + entry.start, entry.dtype)
 
 
 def open_source(source: SourceLike, *, role: str = "source") -> TensorSource:

@@ -21,11 +21,11 @@ from fused_merge.checkpoints.align import AlignedTensor, Span, align, lay_out_fi
 from fused_merge.checkpoints.engine import Resources, workers
 from fused_merge.checkpoints.folders import describe_source
 from fused_merge.checkpoints.job import Job, Output, job_of
-from fused_merge.checkpoints.plan import OutputFile, Pick, Rule, Run
+from fused_merge.checkpoints.plan import CopyRule, OutputFile, Rule, Segment
 from fused_merge.eager.merge import check_coefficients, merge, merge_method, slerp_coefficients
 from fused_merge.eager.shard import ShardIndex
 from fused_merge.eager.sparsify import kept_count
-from fused_merge.io.sources import Extent, FileSource, PathLike, open_files
+from fused_merge.io.sources import FileRange, FileSource, PathLike, open_files
 from fused_merge.merge.mergekit import Coefficients, MergeRecipe, read_mergekit
 from fused_merge.merge.whole_tensors import Advance, Map, Pair, inner_products, kth_magnitude, reads_of_kth
 from fused_merge.names import some
@@ -103,7 +103,6 @@ def merge_checkpoints(
     files_from: PathLike | None = None,
     max_shard_size: int | str | None = None,
     overwrite: bool = False,
-    worker: tuple[int, int] = (1, 1),
     threads: int | None = None,
     max_memory: int | str | None = None,
     device: str | torch.device = "cpu",
@@ -147,7 +146,6 @@ def merge_checkpoints(
             the first model.
         max_shard_size: as for `interpolate_checkpoints`, like all that follow.
         overwrite: replace `out`.
-        worker: (i, n), a share of the files.
         threads: that read, compute and write.
         max_memory: of all buffers.
         device: that computes.
@@ -180,7 +178,7 @@ def merge_checkpoints(
         files_from=files_from,
         max_shard_size=max_shard_size,
         overwrite=overwrite,
-    ).run(worker=worker, threads=threads, max_memory=max_memory, device=device, verify=verify, progress=progress)
+    ).run(threads=threads, max_memory=max_memory, device=device, verify=verify, progress=progress)
     return Path(out)
 
 
@@ -344,7 +342,7 @@ def _plan(
 
     def rule_of(tensor: AlignedTensor, span: Span) -> Rule:
         if not span.merged:
-            return Pick((leader if len(span.inputs) == len(sources) else 0,))
+            return CopyRule((leader if len(span.inputs) == len(sources) else 0,))
         weights, densities = decided[tensor.name]
         return Merge(
             tensor.name,
@@ -381,10 +379,8 @@ def _plan(
         sources[leader],
         lambda most: lay_out_files(tensors, sources[0], rule_of, most),
         work=folder.with_name(f".{folder.name}.part"),
-        dtype=dtype,
-        max_shard_size=shard_size,
-        overwrite=overwrite,
-        preparation=_Wholes(options.trim) if row.spherical or row.sparsify == "magnitude" else None,
+        options={"dtype": dtype, "max_shard_size": shard_size, "overwrite": overwrite},
+        whole_tensor_pass=_Wholes(options.trim) if row.spherical or row.sparsify == "magnitude" else None,
     )
 
 
@@ -423,67 +419,71 @@ class _Wholes:
 
     def bytes_read(self, files: Sequence[OutputFile], mine: Sequence[OutputFile]) -> int:
         """Return the bytes that all of this reads for `mine` of the files of a job."""
-        return sum(_bytes_read(run) for file in (files if self._over_models else mine) for run in _merged(file))
+        return sum(_bytes_read(segment) for file in (files if self._over_models else mine) for segment in _merged(file))
 
     def complete(
         self, files: Sequence[OutputFile], file: OutputFile, resources: Resources, advance: Advance
     ) -> OutputFile:
         """Return one of the files of a job with rules that know all they need."""
         with workers(resources.threads) as pool:
-            runs = _merged(file)
-            if self._over_models and self._thresholds is None and runs:
-                self._thresholds = _thresholds([run for each in files for run in _merged(each)], advance, pool.map)
-            rules = dict(zip(runs, pool.map(lambda run: self._completed(run, advance), runs), strict=True))
+            segments = _merged(file)
+            if self._over_models and self._thresholds is None and segments:
+                self._thresholds = _thresholds(
+                    [segment for each in files for segment in _merged(each)], advance, pool.map
+                )
+            rules = dict(
+                zip(segments, pool.map(lambda segment: self._completed(segment, advance), segments), strict=True)
+            )
         completed = (
-            run._replace(part=run.part._replace(rule=rules[run])) if run in rules else run for run in file.runs
+            segment._replace(rule=rules[segment]) if segment in rules else segment for segment in file.segments
         )
-        return file._replace(runs=tuple(completed))
+        return file._replace(segments=tuple(completed))
 
-    def _completed(self, run: Run, advance: Advance) -> Merge:
-        rule = _rule(run)
+    def _completed(self, segment: Segment, advance: Advance) -> Merge:
+        rule = _rule(segment)
         if rule.method == "slerp":
-            (pair,) = _pairs(run)
+            (pair,) = _pairs(segment)
             a, b, both = inner_products(pair, advance)
             weights = slerp_coefficients(rule.weights[0], math.sqrt(a), math.sqrt(b), both)
             return replace(rule, method="linear", weights=weights, normalize=False)
-        thresholds = _thresholds([run], advance) if self._thresholds is None else self._thresholds
+        thresholds = _thresholds([segment], advance) if self._thresholds is None else self._thresholds
         return replace(rule, thresholds=thresholds)
 
 
-def _thresholds(runs: Sequence[Run], advance: Advance, each: Map = map) -> tuple[int, ...]:
-    """Return what trims the deltas of each model, taken over all the runs together."""
+def _thresholds(segments: Sequence[Segment], advance: Advance, each: Map = map) -> tuple[int, ...]:
+    """Return what trims the deltas of each model, taken over all the segments together."""
     found = []
-    for model, density in enumerate(_rule(runs[0]).densities or ()):
-        pairs = [_pairs(run)[model] for run in runs]
+    for model, density in enumerate(_rule(segments[0]).densities or ()):
+        pairs = [_pairs(segment)[model] for segment in segments]
         numel = sum(pair.numel for pair in pairs)
         found.append(0 if density == 1.0 else kth_magnitude(pairs, kept_count(numel, density), advance, each))
-    return tuple(found) or (0,) * len(_rule(runs[0]).weights)
+    return tuple(found) or (0,) * len(_rule(segments[0]).weights)
 
 
-def _bytes_read(run: Run) -> int:
+def _bytes_read(segment: Segment) -> int:
     """Return the bytes that are read of a tensor before it is merged."""
-    rule, pairs = _rule(run), _pairs(run)
+    rule, pairs = _rule(segment), _pairs(segment)
     if rule.method == "slerp":
         return pairs[0].nbytes
     trimmed = compress(pairs, [density < 1.0 for density in rule.densities or ()])
     return sum(reads_of_kth(pair.wide) * pair.nbytes for pair in trimmed)
 
 
-def _merged(file: OutputFile) -> list[Run]:
-    return [run for run in file.runs if isinstance(run.part.rule, Merge)]
+def _merged(file: OutputFile) -> list[Segment]:
+    return [segment for segment in file.segments if isinstance(segment.rule, Merge)]
 
 
-def _rule(run: Run) -> Merge:
-    assert isinstance(run.part.rule, Merge)
-    return run.part.rule
+def _rule(segment: Segment) -> Merge:
+    assert isinstance(segment.rule, Merge)
+    return segment.rule
 
 
-def _pairs(run: Run) -> list[Pair]:
+def _pairs(segment: Segment) -> list[Pair]:
     """Return the base with each model."""
-    base, *models = run.part.inputs
-    return [Pair(base, model, run.part.numel, _wide(run.part.inputs)) for model in models]
+    base, *models = segment.inputs
+    return [Pair(base, model, segment.numel, _wide(segment.inputs)) for model in models]
 
 
-def _wide(inputs: Sequence[Extent]) -> torch.dtype:
+def _wide(inputs: Sequence[FileRange]) -> torch.dtype:
     """Return what `fused_merge.eager.merge.wide_dtype` says of tensors that are in files."""
-    return torch.float64 if any(extent.dtype == torch.float64 for extent in inputs) else torch.float32
+    return torch.float64 if any(file_range.dtype == torch.float64 for file_range in inputs) else torch.float32

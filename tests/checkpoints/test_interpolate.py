@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 
 from fused_merge.checkpoints import engine, interpolate_checkpoints, plan_interpolation, verify_checkpoint
 from fused_merge.eager.interpolate import interpolate as eager_interpolate
-from fused_merge.interpolation.ratio_sweep import interpolate
+from fused_merge.interpolation.interpolate import interpolate
 from fused_merge.io.headers import CODES, read_header
 
 RATIOS = [0.0, 0.1, 0.125, 1.0, -0.5]

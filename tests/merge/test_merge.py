@@ -390,7 +390,7 @@ def test_bytes_are_read_once_and_as_often_as_a_trim_says(models, tmp_path, monke
         reads.clear()
         job = plan_merge(folders[0], chosen, method, tmp_path / "out", overwrite=True, **options)
         assert job.bytes_read == (1 + len(chosen)) * size
-        assert (job.preparation.bytes_read(job.files, job.files) if job.preparation else 0) == before
+        assert (job.whole_tensor_pass.bytes_read(job.files, job.files) if job.whole_tensor_pass else 0) == before
         job.run(progress=False)
         assert sum(nbytes for _, _, nbytes in reads) == before + job.bytes_read
 
@@ -873,6 +873,6 @@ def test_a_share_of_the_files_takes_its_own_tensors_or_the_whole_model(models, t
     for trim in ("tensor", "model"):
         job = plan_merge(folders[1], {folders[0]: 1}, "ties", tmp_path / "out", density=0.5, trim=trim)
         first, second = ([file] for file in job.files)
-        shares = [job.preparation.bytes_read(job.files, mine) for mine in (first, second)]
-        whole = job.preparation.bytes_read(job.files, job.files)
+        shares = [job.whole_tensor_pass.bytes_read(job.files, mine) for mine in (first, second)]
+        whole = job.whole_tensor_pass.bytes_read(job.files, job.files)
         assert shares == [whole, whole] if trim == "model" else (sum(shares) == whole and all(shares))
