@@ -10,7 +10,8 @@ import torch
 
 from fused_merge.checkpoints.folders import read_config
 from fused_merge.checkpoints.plan import OutputFile, PlannedTensor, Rule, Segment, lay_out, shard_by_size
-from fused_merge.io.sources import SINGLE_FILE, FileRange, FileSource, Match, match
+from fused_merge.io.match import Match, match
+from fused_merge.io.sources import SINGLE_FILE, FileRange, FileSource
 from fused_merge.names import some
 from fused_merge.options import check_choice
 
@@ -64,7 +65,7 @@ def align(
     check_choice("unmatched", unmatched, UNMATCHED)
     base, *others = sources
     matches = [match(base, other, any_rows=align_vocabulary, partial=unmatched != "refuse") for other in others]
-    names = [name for name in base if not any(name in each.alone for each in matches)]
+    names = [name for name in base if not any(name in each.unmatched for each in matches)]
     aligned = [_aligned(name, sources, matches, leader, dtype) for name in names]
     _check_rows(aligned, sources, matches)
     if unmatched == "copy":

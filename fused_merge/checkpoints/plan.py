@@ -42,19 +42,20 @@ class Rule(Protocol):
 
 
 class CopyRule(NamedTuple):
-    """The rule of what is copied: output k is input `picks[k]`, converted if dtypes differ."""
+    """The rule of what is copied: output k is input `chosen[k]`, converted if dtypes differ."""
 
-    picks: tuple[int, ...]
+    chosen: tuple[int, ...]
 
     def __call__(
         self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None
     ) -> None:
         """Copy; bit for bit where the dtypes are one."""
-        for out, pick in zip(outs, self.picks, strict=True):
-            # Of booleans a copy would keep no byte but 0 and 1.
-            alike = out.dtype == inputs[pick].dtype
-            source, target = (x.view(torch.uint8) if alike else x for x in (inputs[pick], out))
-            target.copy_(source)
+        for out, chosen in zip(outs, self.chosen, strict=True):
+            source = inputs[chosen]
+            if source.dtype == out.dtype:
+                # Of booleans a copy would keep no byte but 0 and 1.
+                source, out = source.view(torch.uint8), out.view(torch.uint8)
+            out.copy_(source)
 
 
 class Segment(NamedTuple):
@@ -101,7 +102,7 @@ class OutputFile(NamedTuple):
         header: its first bytes, a multiple of `ALIGNMENT`.
         entries: what the header says.
         segments: in the order of the data, without gaps.
-        nbytes: of the data.
+        nbytes: bytes of the data.
     """
 
     name: str
@@ -109,6 +110,11 @@ class OutputFile(NamedTuple):
     entries: Mapping[str, Entry]
     segments: tuple[Segment, ...]
     nbytes: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + self.nbytes
 
 
 def lay_out(name: str, tensors: Iterable[PlannedTensor], metadata: Mapping[str, str]) -> OutputFile:

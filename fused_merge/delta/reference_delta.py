@@ -32,12 +32,12 @@ from torch import Tensor, nn
 from fused_merge.eager.sparse import WORDS, SparseTensor, block_count, packed_nbytes
 from fused_merge.eager.sparsify import SPARSIFY, sparsify_tau
 from fused_merge.io.headers import CODES, DTYPES
+from fused_merge.io.match import match
 from fused_merge.io.sources import (
     PathLike,
     SourceLike,
     TensorSource,
     bits,
-    match,
     open_files,
     open_source,
 )

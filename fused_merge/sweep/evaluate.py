@@ -21,13 +21,12 @@ import numpy as np
 import torch
 
 from fused_merge._version import __version__
-from fused_merge.checkpoints.job import stamp_of
 from fused_merge.distributed import Processes
 from fused_merge.functional.backend import check_device
 from fused_merge.interpolation.ratio_sweep import RatioSweep
 from fused_merge.io.headers import load_json
 from fused_merge.io.sources import PathLike, open_files
-from fused_merge.io.writer import write_text, writing
+from fused_merge.io.writer import stamp_of, write_text, writing
 from fused_merge.names import some
 from fused_merge.optim.options import dtype_name
 from fused_merge.per_tensor import Setting, finite, parse_dtype

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from tiny import equal_bits, llama, save, write_raw
 from torch import nn
 
-from fused_merge.io.sources import Match, match, open_files, open_source, same_bits
+from fused_merge.io.match import Match, match
+from fused_merge.io.sources import open_files, open_source, same_bits
 
 
 def weights(**tensors):

