@@ -17,7 +17,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import groupby
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -147,19 +146,6 @@ def write_file(
     return [list(own) for own in zip(*digests, strict=True)]
 
 
-class _BlockSlice(NamedTuple):
-    """What of a segment lies in a block."""
-
-    segment: Segment
-    skipped: int  # elements of the segment before the block
-    numel: int
-    start: int  # byte in the block
-
-    def kind(self) -> tuple[object, ...]:
-        """Return what adjacent slices must share to be computed together."""
-        return self.segment.rule, self.segment.dtype, tuple(place.dtype for place in self.segment.inputs)
-
-
 class _Stream:
     """One file on its way, written by many threads."""
 
@@ -219,44 +205,33 @@ class _Stream:
         if at < header:
             text = torch.frombuffer(bytearray(self._file.header[at:end]), dtype=torch.uint8)
             made[:, : len(text)] = text
-        for _, slices in groupby(self._slices(at - header, end - header), _BlockSlice.kind):
-            self._compute(list(slices), buffers, made)
-
-    def _slices(self, start: int, end: int) -> Iterator[_BlockSlice]:
-        """Yield what of the segments lies in [start, end) of the data."""
-        segments = self._file.segments
+        segments, start, end = self._file.segments, at - header, end - header
         for segment in segments[max(0, bisect_right(segments, start, key=lambda segment: segment.start) - 1) :]:
             if segment.start >= end:
-                return
+                break
             size = segment.dtype.itemsize
             skipped = max(0, start - segment.start) // size
-            count = min(segment.numel, -(-(end - segment.start) // size)) - skipped
-            if count > 0:
-                yield _BlockSlice(segment, skipped, count, segment.start + skipped * size - start)
+            numel = min(segment.numel, -(-(end - segment.start) // size)) - skipped
+            if numel > 0:
+                place = segment.start + skipped * size - start
+                outs = list(made[:, place : place + numel * size].view(segment.dtype))
+                self._compute(segment, skipped, buffers, outs)
 
-    def _compute(self, slices: Sequence[_BlockSlice], buffers: _InputBuffers, made: Tensor) -> None:
-        """Read the inputs of slices of one kind and make their outputs."""
-        segment, count = slices[0].segment, sum(each.numel for each in slices)
-        inputs = buffers.take([place.dtype for place in segment.inputs], count)
-        for i, tensor in enumerate(inputs):
-            view = bytes_of(tensor)
-            for each in slices:
-                place = each.segment.inputs[i]
-                nbytes = each.numel * place.dtype.itemsize
-                offset = place.offset + each.skipped * place.dtype.itemsize
-                read_into(self._sources[place.file], place.file, view[:nbytes], offset)
-                view = view[nbytes:]
-        begin = slices[0].start
-        outs = list(made[:, begin : begin + count * segment.dtype.itemsize].view(segment.dtype))
-        first = segment.first + slices[0].skipped
+    def _compute(self, segment: Segment, skipped: int, buffers: _InputBuffers, outs: Sequence[Tensor]) -> None:
+        """Make elements of a segment: as many as fit `outs`, after those that are skipped."""
+        inputs = buffers.take([place.dtype for place in segment.inputs], outs[0].numel())
+        for tensor, place in zip(inputs, segment.inputs, strict=True):
+            offset = place.offset + skipped * place.dtype.itemsize
+            read_into(self._sources[place.file], place.file, bytes_of(tensor), offset)
+        first, impl = segment.first + skipped, self._resources.impl
         if buffers.stream is None:
-            segment.rule(inputs, outs, first, self._resources.impl, buffers.scratch)
+            segment.rule(inputs, outs, first, impl, buffers.scratch)
             return
         # Other threads read, write and compute while this one waits for its copies.
         with torch.cuda.stream(buffers.stream):
             there = [tensor.to(self._resources.device, non_blocking=True) for tensor in inputs]
             points = [torch.empty_like(out, device=self._resources.device) for out in outs]
-            segment.rule(there, points, first, self._resources.impl, None)
+            segment.rule(there, points, first, impl, None)
             for out, point in zip(outs, points, strict=True):
                 out.copy_(point, non_blocking=True)
             buffers.stream.synchronize()

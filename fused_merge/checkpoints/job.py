@@ -82,7 +82,7 @@ class Job:
 
     def __post_init__(self) -> None:
         for output in self.targets:
-            self._check_name(output)
+            self._check_name(output.folder)
             for path in self.stamps:
                 if output.folder.resolve() in path.resolve().parents:
                     raise ValueError(
@@ -209,22 +209,20 @@ class Job:
 
     def _finish(self, *, verify: bool) -> None:
         """Complete every output that has not got its name yet, and rename it."""
-        work, digests = self._work_folder, self._work_folder.journal()
         self._check_inputs(content for content in self.sidecar_files.values() if isinstance(content, Path))
-        unnamed = work.unnamed
+        digests, unnamed = self._work_folder.journal(), self._work_folder.unnamed
         for i, output in enumerate(self.targets):
             if output.folder in unnamed:
                 self._complete(output, {file: found[i] for file, found in digests.items()}, verify=verify)
             elif verify:
                 folders.verify_checkpoint(output.folder)
         try:
-            for output in self.targets:
-                if output.folder in unnamed:
-                    self._check_name(output)
-                    work.rename(output.folder)
+            for folder in unnamed:
+                self._check_name(folder)
+                self._work_folder.rename(folder)
         finally:
-            work.restore()
-        work.remove()
+            self._work_folder.restore()
+        self._work_folder.remove()
 
     def _complete(self, output: Output, digests: Mapping[str, Sequence[str]], *, verify: bool) -> None:
         """Give an output all that belongs beside its weights."""
@@ -240,9 +238,8 @@ class Job:
         write_whole(folder / folders.CARD, folders.card(output.title, output.text, output.recipe))
         write_whole(folder / folders.MANIFEST, folders.manifest(output.recipe, self.identity, digests))
 
-    def _check_name(self, output: Output) -> None:
+    def _check_name(self, folder: Path) -> None:
         """Verify that a folder may be replaced, if there is one."""
-        folder = output.folder
         if folder.exists() and not self._is_finished(folder) and not (self.overwrite and folder.is_dir()):
             raise FileExistsError(f"{folder} exists; pass overwrite=True to replace a folder, or choose another")
 
@@ -295,36 +292,28 @@ def job_of(
     options: Mapping[str, Any],
     whole_tensor_pass: GlobalPass | None = None,
 ) -> Job:
-    """Put a job together from outputs and checkpoints.
+    """Put a job together from outputs and checkpoints; what is not said here is said of `Job`.
 
     Args:
-        operation: what the progress bar says.
-        outputs: folders and recipes.
         sources: the inputs.
         config_source: whose configuration and tokenizer go along.
         lay_out: distributes the tensors over files of at most so many bytes, None as in the inputs.
-        work: folder for what is unfinished.
         options: `PlanOptions`, resolved.
-        whole_tensor_pass: see `Job`.
     """
     files = lay_out(options["max_shard_size"])
-    accompanying = folders.sidecar_files(config_source, options["dtype"])
+    beside = folders.sidecar_files(config_source, options["dtype"])
     index = next((source.index for source in sources if source.index is not None), None) or {}
     if len(files) > 1 or files[0].name != SINGLE_FILE:
-        about = index.get("metadata")
         content = {
             **index,
-            "metadata": {
-                **(about if isinstance(about, dict) else {}),
-                "total_size": sum(file.nbytes for file in files),
-            },
+            "metadata": {**index.get("metadata", {}), "total_size": sum(file.nbytes for file in files)},
             "weight_map": {name: file.name for file in files for name in file.entries},
         }
-        accompanying[INDEX_FILE] = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+        beside[INDEX_FILE] = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
     read = [path for source in sources for path in source.files()]
-    read += [content for content in accompanying.values() if isinstance(content, Path)]
+    read += [content for content in beside.values() if isinstance(content, Path)]
     stamps = {path: stamp_of(path) for path in read}
-    return Job(operation, outputs, files, accompanying, stamps, work, options["overwrite"], whole_tensor_pass)
+    return Job(operation, outputs, files, beside, stamps, work, options["overwrite"], whole_tensor_pass)
 
 
 def _existing(path: Path) -> Path:

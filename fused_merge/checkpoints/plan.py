@@ -21,11 +21,7 @@ ALIGNMENT = 4096
 
 
 class Rule(Protocol):
-    """Makes elements of the outputs of the same elements of the inputs.
-
-    A rule that tells elements apart by their place is one object for each tensor; adjacent segments of equal rules are
-    handed over together.
-    """
+    """Makes elements of the outputs of the same elements of the inputs."""
 
     def __call__(
         self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None

@@ -59,7 +59,6 @@ class WorkFolder:
 
         Raises:
             RuntimeError: if another process holds it.
-            OSError: if it cannot be made.
         """
         handle = self._take_lock()
         try:
@@ -96,17 +95,18 @@ class WorkFolder:
                     continue
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(handle)
-                raise RuntimeError(
-                    f"another process is writing to {self.path}; wait for it, or choose another folder"
-                ) from None
             except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    os.close(handle)
-                    raise OSError(f"cannot lock {path}: {error.strerror}; choose another folder") from error
-                logger.warning("%s cannot be locked (%s): let no second process write to it", self.path, error.strerror)
-                return handle
+                if error.errno in _NO_LOCKS:
+                    logger.warning(
+                        "%s cannot be locked (%s): let no second process write to it", self.path, error.strerror
+                    )
+                    return handle
+                os.close(handle)
+                if isinstance(error, BlockingIOError):
+                    raise RuntimeError(
+                        f"another process is writing to {self.path}; wait for it, or choose another folder"
+                    ) from None
+                raise OSError(f"cannot lock {path}: {error.strerror}; choose another folder") from error
             # Whoever held this file before may have removed it, and another process locked a new one.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), path.stat()):
@@ -135,14 +135,11 @@ class WorkFolder:
             return None
 
     def enter(self, finished: Iterable[Path], *, overwrite: bool) -> None:
-        """Prepare the locked folder: go on with what this job left here, or begin.
+        """Go on with what this job left here, or begin; ValueError if it is of another job that may not be dropped.
 
         Args:
             finished: outputs that are already whole under their names.
             overwrite: drop what another job left here.
-
-        Raises:
-            ValueError: if another job left something here.
         """
         plan = self._plan()
         if plan not in (None, self._identity) and not overwrite:
@@ -204,7 +201,7 @@ class WorkFolder:
                 folder.replace(self.path.parent / folder.name)
 
     def tidy(self) -> None:
-        """Remove what a process left here that was killed at its very beginning or end."""
+        """Remove what a run left here that was killed at its very beginning or end."""
         if self.path.is_dir() and self._plan() is None:
             with self.held():
                 if self._plan() is None:
