@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from fused_merge.checkpoints.folders import read_config
-from fused_merge.checkpoints.plan import OutputFile, Part, PlannedTensor, Rule, lay_out, shard_by_size
-from fused_merge.io.sources import SINGLE_FILE, Extent, FileSource, Match, match
+from fused_merge.checkpoints.plan import OutputFile, PlannedTensor, Rule, Segment, lay_out, shard_by_size
+from fused_merge.io.match import Match, match
+from fused_merge.io.sources import SINGLE_FILE, FileRange, FileSource
 from fused_merge.names import some
 
 
@@ -24,7 +25,7 @@ class AlignedSegment(NamedTuple):
     """
 
     numel: int
-    inputs: tuple[Extent, ...]
+    inputs: tuple[FileRange, ...]
     merged: bool
 
 
@@ -59,7 +60,7 @@ def align(sources: Sequence[FileSource], config_source: int, options: Mapping[st
     matches = [
         match(base, other, any_rows=options["align_vocabulary"], partial=unmatched != "refuse") for other in others
     ]
-    names = [name for name in base if not any(name in each.alone for each in matches)]
+    names = [name for name in base if not any(name in each.unmatched for each in matches)]
     aligned = [_aligned(name, sources, matches, config_source, dtype) for name in names]
     _check_rows(aligned, sources, matches)
     if unmatched == "copy":
@@ -98,7 +99,10 @@ def lay_out_files(
             tensor.name,
             tensor.dtype,
             tensor.shape,
-            tuple(Part(each.numel, each.inputs, rule_of(tensor, each)) for each in tensor.segments),
+            tuple(
+                Segment(tensor.name, tensor.dtype, each.numel, each.inputs, rule_of(tensor, each))
+                for each in tensor.segments
+            ),
         )
         for tensor in tensors
     ]
@@ -137,12 +141,12 @@ def _aligned(
     else:
         written = dtype
     shapes = [source.shape(own) for source, own in zip(sources, stored, strict=True)]
-    extents = [source.extent(own) for source, own in zip(sources, stored, strict=True)]
+    file_ranges = [source.file_range(own) for source, own in zip(sources, stored, strict=True)]
     shape = shapes[config_source]
     common = min(prod(each) for each in shapes)
-    segments = [AlignedSegment(common, tuple(extents), floating)]
+    segments = [AlignedSegment(common, tuple(file_ranges), floating)]
     if prod(shape) > common:
-        own = extents[config_source]
+        own = file_ranges[config_source]
         beyond = own._replace(offset=own.offset + common * own.dtype.itemsize)
         segments.append(AlignedSegment(prod(shape) - common, (beyond,), False))
     return AlignedTensor(name, written, tuple(shape), tuple(segments))
@@ -152,7 +156,7 @@ def _copied(name: str, source: FileSource, dtype: torch.dtype | None) -> Aligned
     stored = source.dtype(name)
     written = dtype if dtype is not None and source.is_merged(name) else stored
     shape = tuple(source.shape(name))
-    return AlignedTensor(name, written, shape, (AlignedSegment(prod(shape), (source.extent(name),), False),))
+    return AlignedTensor(name, written, shape, (AlignedSegment(prod(shape), (source.file_range(name),), False),))
 
 
 def _stored_names(name: str, matches: Sequence[Match]) -> list[str]:

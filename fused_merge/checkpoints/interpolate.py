@@ -16,7 +16,7 @@ from fused_merge.checkpoints.align import AlignedSegment, AlignedTensor, align, 
 from fused_merge.checkpoints.folders import describe_source
 from fused_merge.checkpoints.job import Job, Output, job_of
 from fused_merge.checkpoints.options import InterpolateOptions, InterpolatePlanOptions, RunOptions, described
-from fused_merge.checkpoints.plan import Pick, Rule
+from fused_merge.checkpoints.plan import CopyRule, Rule
 from fused_merge.eager.interpolate import interpolate_
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.options import documented, resolve, split
@@ -107,7 +107,7 @@ def plan_interpolation(
     def rule_of(tensor: AlignedTensor, segment: AlignedSegment) -> Rule:
         if segment.merged:
             return InterpolateRule(tuple(own[tensor.name] for own in decided))
-        return Pick(copied_from if len(segment.inputs) == 2 else (0,) * len(given))
+        return CopyRule(copied_from if len(segment.inputs) == 2 else (0,) * len(given))
 
     recipe = {
         "operation": "interpolate",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fused_merge import functional
-from fused_merge.io.sources import match, open_source
+from fused_merge.io.match import match
+from fused_merge.io.sources import open_source
 from fused_merge.names import canonical_name
 from fused_merge.per_tensor import PerTensor, check_ratios, is_tuned, per_tensor
 

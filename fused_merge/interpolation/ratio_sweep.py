@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from fused_merge import functional
 from fused_merge.distributed import local_box, local_part, reshard
 from fused_merge.functional.backend import check_impl
-from fused_merge.io.sources import SourceLike, TensorSource, match, open_source, same_bits
+from fused_merge.io.match import match
+from fused_merge.io.sources import SourceLike, TensorSource, open_source, same_bits
 from fused_merge.per_tensor import PerTensor, is_tuned, per_tensor
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -21,7 +21,7 @@ from fused_merge.checkpoints.engine import Resources, workers
 from fused_merge.checkpoints.folders import describe_source
 from fused_merge.checkpoints.job import Job, Output, job_of
 from fused_merge.checkpoints.options import StreamOptions, described
-from fused_merge.checkpoints.plan import OutputFile, Pick, Rule, Run
+from fused_merge.checkpoints.plan import CopyRule, OutputFile, Rule, Segment
 from fused_merge.eager.merge import mask_key, merge_block, slerp_coefficients
 from fused_merge.eager.precision import compute_dtype
 from fused_merge.eager.shard import ShardIndex
@@ -228,7 +228,7 @@ def merge_job(
     def rule_of(tensor: AlignedTensor, segment: AlignedSegment) -> Rule:
         if segment.merged:
             return MergeTensorRule(tensor.name, method, *decided[tensor.name], options["seed"])
-        return Pick((config_source if len(segment.inputs) == len(sources) else 0,))
+        return CopyRule((config_source if len(segment.inputs) == len(sources) else 0,))
 
     inputs = [describe_source(source) for source in sources]
     own = inputs[1:] if method.has_base else inputs
@@ -278,63 +278,62 @@ class WholeTensorPass:
 
     def bytes_read(self, files: Sequence[OutputFile], mine: Sequence[OutputFile]) -> int:
         """Return the bytes that this reads for `mine` of the files of a job."""
-        return sum(_bytes_read(run) for file in (files if self._over_model else mine) for run in _merged(file))
+        return sum(_bytes_read(segment) for file in (files if self._over_model else mine) for segment in _merged(file))
 
     def complete(
         self, files: Sequence[OutputFile], file: OutputFile, resources: Resources, advance: Advance
     ) -> OutputFile:
         """Return one of the files of a job with rules that know all they need."""
         with workers(resources.threads) as pool:
-            runs = _merged(file)
-            if self._over_model and self._thresholds is None and runs:
-                self._thresholds = _thresholds([run for each in files for run in _merged(each)], advance, pool.map)
-            rules = dict(zip(runs, pool.map(lambda run: self._completed(run, advance), runs), strict=True))
-        completed = (
-            run._replace(part=run.part._replace(rule=rules[run])) if run in rules else run for run in file.runs
-        )
-        return file._replace(runs=tuple(completed))
+            own = _merged(file)
+            if self._over_model and self._thresholds is None and own:
+                everywhere = [segment for each in files for segment in _merged(each)]
+                self._thresholds = _thresholds(everywhere, advance, pool.map)
+            rules = dict(zip(own, pool.map(lambda segment: self._completed(segment, advance), own), strict=True))
+        completed = (segment._replace(rule=rules.get(segment, segment.rule)) for segment in file.segments)
+        return file._replace(segments=tuple(completed))
 
-    def _completed(self, run: Run, advance: Advance) -> MergeTensorRule:
-        rule = _rule(run)
+    def _completed(self, segment: Segment, advance: Advance) -> MergeTensorRule:
+        rule = _rule(segment)
         if rule.method.spherical:
-            (pair,) = _pairs(run)
+            (pair,) = _pairs(segment)
             a, b, both = inner_products(pair, advance)
             weights = slerp_coefficients(rule.weights[0], math.sqrt(a), math.sqrt(b), both)
             return replace(rule, method=merge_method("linear", normalize=False), weights=weights)
-        thresholds = _thresholds([run], advance) if self._thresholds is None else self._thresholds
+        thresholds = _thresholds([segment], advance) if self._thresholds is None else self._thresholds
         return replace(rule, thresholds=thresholds)
 
 
-def _thresholds(runs: Sequence[Run], advance: Advance, map_pairs: Map = map) -> tuple[int, ...]:
-    """Return what trims the deltas of each model, taken over all the runs together."""
+def _thresholds(segments: Sequence[Segment], advance: Advance, map_pairs: Map = map) -> tuple[int, ...]:
+    """Return what trims the deltas of each model, taken over all the segments together."""
     found = []
-    for model, density in enumerate(_rule(runs[0]).densities or ()):
-        pairs = [_pairs(run)[model] for run in runs]
+    for model, density in enumerate(_rule(segments[0]).densities or ()):
+        pairs = [_pairs(segment)[model] for segment in segments]
         numel = sum(pair.numel for pair in pairs)
         found.append(0 if density == 1.0 else kth_magnitude(pairs, kept_count(numel, density), advance, map_pairs))
-    return tuple(found) or (0,) * len(_rule(runs[0]).weights)
+    return tuple(found) or (0,) * len(_rule(segments[0]).weights)
 
 
-def _bytes_read(run: Run) -> int:
+def _bytes_read(segment: Segment) -> int:
     """Return the bytes that are read of a tensor before it is merged."""
-    rule, pairs = _rule(run), _pairs(run)
+    rule, pairs = _rule(segment), _pairs(segment)
     if rule.method.spherical:
         return pairs[0].nbytes
     trimmed = compress(pairs, [density < 1.0 for density in rule.densities or ()])
     return sum(reads_of_kth(pair.wide) * pair.nbytes for pair in trimmed)
 
 
-def _merged(file: OutputFile) -> list[Run]:
-    return [run for run in file.runs if isinstance(run.part.rule, MergeTensorRule)]
+def _merged(file: OutputFile) -> list[Segment]:
+    return [segment for segment in file.segments if isinstance(segment.rule, MergeTensorRule)]
 
 
-def _rule(run: Run) -> MergeTensorRule:
-    assert isinstance(run.part.rule, MergeTensorRule)
-    return run.part.rule
+def _rule(segment: Segment) -> MergeTensorRule:
+    assert isinstance(segment.rule, MergeTensorRule)
+    return segment.rule
 
 
-def _pairs(run: Run) -> list[Pair]:
+def _pairs(segment: Segment) -> list[Pair]:
     """Return the base with each model."""
-    base, *models = run.part.inputs
-    wide = compute_dtype(*(each.dtype for each in run.part.inputs))
-    return [Pair(base, model, run.part.numel, wide) for model in models]
+    base, *models = segment.inputs
+    wide = compute_dtype(*(each.dtype for each in segment.inputs))
+    return [Pair(base, model, segment.numel, wide) for model in models]

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 import torch
 
-from fused_merge.checkpoints.job import stamp_of
 from fused_merge.distributed import Processes
 from fused_merge.functional.backend import check_device
 from fused_merge.interpolation.ratio_sweep import RatioSweep
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.io.transformers import check_transformers, load_model, load_tokenizer, stored_dtype
+from fused_merge.io.writer import stamp_of
 from fused_merge.names import some
 from fused_merge.optim.options import dtype_name
 from fused_merge.options import documented, resolve

@@ -15,7 +15,7 @@ from tiny import equal_bits
 
 from fused_merge.checkpoints.align import AlignedTensor, align, lay_out_files
 from fused_merge.checkpoints.options import PlanOptions
-from fused_merge.checkpoints.plan import Pick
+from fused_merge.checkpoints.plan import CopyRule
 from fused_merge.io.headers import read_header
 from fused_merge.io.sources import open_files
 from fused_merge.options import resolve
@@ -53,17 +53,17 @@ def aligned(*sources, config_source=0, **options):
     return {tensor.name: tensor for tensor in align(sources, config_source, resolve(options, PlanOptions))}
 
 
-def read(extent, numel):
+def read(file_range, numel):
     if numel == 0:
-        return torch.empty(0, dtype=extent.dtype)
-    with open(extent.file, "rb") as file:
-        file.seek(extent.offset)
-        return torch.frombuffer(bytearray(file.read(numel * extent.dtype.itemsize)), dtype=extent.dtype)
+        return torch.empty(0, dtype=file_range.dtype)
+    with open(file_range.file, "rb") as file:
+        file.seek(file_range.offset)
+        return torch.frombuffer(bytearray(file.read(numel * file_range.dtype.itemsize)), dtype=file_range.dtype)
 
 
 def held(segment):
     """What a segment finds in each of its files."""
-    return [read(extent, segment.numel) for extent in segment.inputs]
+    return [read(file_range, segment.numel) for file_range in segment.inputs]
 
 
 # --- tensors that all hold
@@ -108,7 +108,7 @@ def test_dtypes_must_agree_unless_one_is_asked_for(source):
         aligned(base, base, a)
     found = aligned(base, a, dtype=torch.bfloat16)["w"]
     assert found.dtype == torch.bfloat16
-    assert [extent.dtype for extent in found.segments[0].inputs] == [torch.float32, torch.float16]
+    assert [file_range.dtype for file_range in found.segments[0].inputs] == [torch.float32, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -154,7 +154,7 @@ def test_what_not_all_hold_is_refused_dropped_or_copied(source):
         for name, home in zip("xzy", homes.split(), strict=True):
             (segment,) = found[name].segments
             assert (segment.merged, segment.numel) == (False, 2)
-            assert [extent.file.parent.name for extent in segment.inputs] == [home]
+            assert [file_range.file.parent.name for file_range in segment.inputs] == [home]
             assert equal_bits(held(segment)[0], {"base": base, "a": a, "b": b}[home][name])
 
 
@@ -328,7 +328,7 @@ def test_numbers_of_rows_that_are_not_of_one_vocabulary(source):
 
 
 def picked(tensor, segment):
-    return Pick((0,))
+    return CopyRule((0,))
 
 
 def files_of(*sources, most=None, **options):
@@ -381,12 +381,12 @@ def test_elements_follow_one_another_whatever_their_dtype(source):
     tensors = {"n": torch.arange(3).byte(), "w": vary(3, seed=0, dtype=torch.float16), "v": vary(2, seed=1).double()}
     base = source("base", tensors)
     (file,) = files_of(base, base)
-    assert [run.name for run in file.runs] == ["v", "w", "n"]
+    assert [segment.name for segment in file.segments] == ["v", "w", "n"]
     place = 0
-    for run in file.runs:
-        assert run.start == place
-        assert run.start % run.dtype.itemsize == 0
-        place += run.part.numel * run.dtype.itemsize
+    for segment in file.segments:
+        assert segment.start == place
+        assert segment.start % segment.dtype.itemsize == 0
+        place += segment.numel * segment.dtype.itemsize
     assert (place, len(file.header) % 4096) == (file.nbytes, 0)
 
 
@@ -417,10 +417,10 @@ def test_every_element_of_the_output_has_a_place(holders, chosen, rows, tmp_path
         assert tensor.shape == (rows[home], 2)
         for segment in tensor.segments:
             assert len(segment.inputs) == (len(holders) if segment.merged else 1)
-            for extent in segment.inputs:
-                header = read_header(extent.file)
-                assert header.data <= extent.offset
-                assert extent.offset + segment.numel * 4 <= extent.file.stat().st_size
+            for file_range in segment.inputs:
+                header = read_header(file_range.file)
+                assert header.data <= file_range.offset
+                assert file_range.offset + segment.numel * 4 <= file_range.file.stat().st_size
     dropped = (
         set() if not common else {*aligned(*sources, config_source=chosen, unmatched="drop", align_vocabulary=True)}
     )

@@ -55,11 +55,3 @@ def write_raw(path: Path, header: dict[str, object] | bytes, data: bytes = b"") 
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return path
-
-
-def fletcher(content: bytes) -> str:
-    """The checksum of a manifest, by its definition, in Python's integers."""
-    rows = [content[at : at + 4096].ljust(4096, b"\0") for at in range(0, len(content), 4096)]
-    sums = [sum(int.from_bytes(row[at : at + 8], "little") for at in range(0, 4096, 8)) for row in rows]
-    second = sum((k + 1) * s for k, s in enumerate(sums))
-    return f"{sum(sums) % 2**64:016x}{second % 2**64:016x}"

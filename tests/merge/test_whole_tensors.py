@@ -15,7 +15,7 @@ from fused_merge.eager.merge import trim_threshold
 from fused_merge.eager.sparsify import kept_count
 from fused_merge.eager.sums import inner_product
 from fused_merge.io.headers import CODES
-from fused_merge.io.sources import Extent, open_files
+from fused_merge.io.sources import FileRange, open_files
 from fused_merge.merge import whole_tensors
 from fused_merge.merge.whole_tensors import Pair, inner_products, kth_magnitude, reads_of_kth
 
@@ -38,16 +38,16 @@ def small_digits(monkeypatch):
 
 def pair_of(folder, base, model, wide=None, name="w"):
     """Two vectors in files, each after an odd byte: where they lie is a multiple of nothing."""
-    extents = []
+    file_ranges = []
     for i, tensor in enumerate((base, model)):
         odd = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
         entry = {"dtype": CODES[tensor.dtype], "shape": [len(tensor)], "data_offsets": [1, 1 + tensor.nbytes]}
         data = b"\0" + tensor.view(torch.uint8).numpy().tobytes()
         path = write_raw(folder / f"{name}.{i}.safetensors", {"odd": odd, name: entry}, data)
-        extents.append(open_files(path).extent(name))
+        file_ranges.append(open_files(path).file_range(name))
     if wide is None:
         wide = torch.float64 if torch.float64 in (base.dtype, model.dtype) else torch.float32
-    return Pair(*extents, base.numel(), wide)
+    return Pair(*file_ranges, base.numel(), wide)
 
 
 def unread(nbytes):
@@ -208,7 +208,7 @@ def test_inner_products_of_16_bits_are_taken_in_fp32(tmp_path):
 
 def test_a_file_that_ends_early_or_is_gone(tmp_path):
     pair = pair_of(tmp_path, torch.randn(100), torch.randn(100))
-    longer = Pair(pair.base, Extent(pair.model.file, pair.model.offset + 1, torch.float32), 100, torch.float32)
+    longer = Pair(pair.base, FileRange(pair.model.file, pair.model.offset + 1, torch.float32), 100, torch.float32)
     with pytest.raises(OSError, match=r"w\.1\.safetensors ends before byte \d+: it changed while it was read; run"):
         kth_magnitude([longer], 1, unread)
     pair.model.file.unlink()
