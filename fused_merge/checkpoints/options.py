@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from fused_merge.options import Option, at_least, one_of, optional, options_of
 from fused_merge.per_tensor import parse_bytes, parse_dtype
+from fused_merge.progress import ProgressOption
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,7 @@ class PlanOptions(FileOptions, total=False):
     ]
 
 
-class StreamOptions(TypedDict, total=False):
+class StreamOptions(ProgressOption, total=False):
     """The options that decide how any job runs; its outputs do not depend on them."""
 
     threads: Annotated[
@@ -98,9 +99,6 @@ class StreamOptions(TypedDict, total=False):
         Option(
             False, "read back all that was written and compare it with its checksums, before it gets its name.", cli={}
         ),
-    ]
-    progress: Annotated[
-        bool, Option(True, "show a progress bar where rich is installed and standard error is a terminal.")
     ]
 
 
