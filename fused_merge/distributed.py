@@ -1,4 +1,4 @@
-"""What this process holds of a sharded model, and the processes that share it."""
+"""The part of a sharded model that this process holds, and the processes that share the model."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Processes(NamedTuple):
     """The processes that share a model: those of DDP, and of the meshes that its weights are sharded over.
 
     Attributes:
-        groups: in one order on all of them; none where a process is alone.
+        groups: in the same order on all of them; none for a single process.
         device: where the model is, and what they exchange.
     """
 

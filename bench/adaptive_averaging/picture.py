@@ -15,8 +15,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator
 from report import INK, SOFT, TAXES, Tax, spread
 
-# Told apart by every kind of colour vision (Okabe and Ito), and by their marks.
-COLOURS = ("#0072B2", "#D55E00", "#009E73")
+# Told apart by every kind of color vision (Okabe and Ito), and by their marks.
+COLORS = ("#0072B2", "#D55E00", "#009E73")
 MARKS = ("o", "s", "^")
 Volumes = Mapping[str, Sequence[float]]  # family -> one for each seed
 HALO = [withStroke(linewidth=2.5, foreground="white")]
@@ -71,13 +71,13 @@ def _thirds(axis: Axes, points: Sequence[Point], families: Sequence[str], tax: T
     every = _curves(points, UNIFORM, tax)
     trained = every[1.0]
     shown = []
-    for family, colour, marker in zip((*families, UNIFORM), (*COLOURS, SOFT), (*MARKS, "D"), strict=True):
+    for family, color, marker in zip((*families, UNIFORM), (*COLORS, SOFT), (*MARKS, "D"), strict=True):
         curves = {ratio: found - trained for ratio, found in (_curves(points, family, tax) | {1.0: trained}).items()}
-        _line(axis, curves, colour, marker, family, volumes)
+        _line(axis, curves, color, marker, family, volumes)
         for ratio, found in curves.items():
             if family != UNIFORM and ratio < 1.0:
                 shown.append(found.mean(axis=0))
-                _note(axis, f"{ratio:g}", shown[-1], colour, (6, 6), "left")
+                _note(axis, f"{ratio:g}", shown[-1], color, (6, 6), "left")
     axis.plot(0, 0, "*", color=INK, ms=15, zorder=6)
     _note(axis, "preference-trained", np.zeros(2), INK, (0, -16), "center")
     # The surroundings of the thirds, and room for the legend: most of the line back to SFT lies outside.
@@ -95,11 +95,11 @@ def _searched(axis: Axes, points: Sequence[Point], families: Sequence[str], tax:
     """The fronts of the search, and of one ratio for all."""
     every = _curves(points, UNIFORM, tax)
     ends = {end: every[end] for end in (0.0, 1.0)}
-    for family, colour, marker in zip((UNIFORM, *families), (SOFT, *COLOURS), ("D", *MARKS), strict=True):
+    for family, color, marker in zip((UNIFORM, *families), (SOFT, *COLORS), ("D", *MARKS), strict=True):
         curves = dict(sorted((_curves(points, family, tax) | ends).items()))
         # Of one ratio for all the line is finer than that of the search.
         marked = set(_curves(points, families[0], tax))
-        _line(axis, curves, colour, marker, family, volumes, marked)
+        _line(axis, curves, color, marker, family, volumes, marked)
     for end, name, shift, align in ((0.0, "SFT", (10, 4), "left"), (1.0, "preference-trained", (-10, 0), "right")):
         at = ends[end].mean(axis=0)
         axis.plot(*at, "*", color=INK, ms=15, zorder=6)
@@ -127,7 +127,7 @@ def _curves(points: Sequence[Point], family: str, tax: Tax) -> dict[float, np.nd
 def _line(
     axis: Axes,
     curves: Mapping[float, np.ndarray],
-    colour: str,
+    color: str,
     marker: str,
     family: str,
     volumes: Volumes,
@@ -139,13 +139,13 @@ def _line(
     places = [i for i, ratio in enumerate(curves) if marked is None or ratio in marked]
     if found.shape[1] > 1:
         right, up = found.std(axis=1, ddof=1)[places].T
-        style = {"fmt": "none", "ecolor": colour, "elinewidth": 0.8, "alpha": 0.45, "zorder": 3}
+        style = {"fmt": "none", "ecolor": color, "elinewidth": 0.8, "alpha": 0.45, "zorder": 3}
         axis.errorbar(*mean[:, places], xerr=right, yerr=up, **style)
     called = "one ratio for all" if family == UNIFORM else family
     digits = 2 if max(volumes[family]) < 10 else 1
     axis.plot(
         *mean,
-        color=colour,
+        color=color,
         lw=2.2 if family == UNIFORM else 1.6,
         marker=marker,
         markevery=places,
@@ -155,14 +155,14 @@ def _line(
     )
 
 
-def _note(axis: Axes, text: str, at: np.ndarray, colour: str, shift: tuple[int, int], align: str) -> None:
+def _note(axis: Axes, text: str, at: np.ndarray, color: str, shift: tuple[int, int], align: str) -> None:
     axis.annotate(
         text,
         at,
         shift,
         textcoords="offset points",
         fontsize=9,
-        color=colour,
+        color=color,
         ha=align,
         va="center",
         path_effects=HALO,
@@ -172,9 +172,9 @@ def _note(axis: Axes, text: str, at: np.ndarray, colour: str, shift: tuple[int, 
 
 def _gains(axis: Axes, gains: Mapping[str, np.ndarray]) -> None:
     """A row for each family: every seed a point, the mean a bar."""
-    for row, (found, colour, marker) in enumerate(zip(gains.values(), COLOURS, MARKS, strict=True)):
-        axis.plot(found, [row] * len(found), marker, color=colour, ms=7, alpha=0.65, ls="none")
-        axis.plot([np.mean(found)] * 2, [row - 0.3, row + 0.3], color=colour, lw=2.5)
+    for row, (found, color, marker) in enumerate(zip(gains.values(), COLORS, MARKS, strict=True)):
+        axis.plot(found, [row] * len(found), marker, color=color, ms=7, alpha=0.65, ls="none")
+        axis.plot([np.mean(found)] * 2, [row - 0.3, row + 0.3], color=color, lw=2.5)
     axis.axvline(0, color=SOFT, lw=1.2, zorder=1)
     axis.set_yticks(range(len(gains)), [family.removeprefix("adaptive, ") for family in gains])
     axis.tick_params(axis="y", length=0)

@@ -290,20 +290,20 @@ def _panel(axis: Axes, points: Sequence[Point], tax: Tax) -> None:
         found = np.array([(p.reward, tax.of(p)) for p in same])
         return found.mean(axis=0), found.std(axis=0, ddof=1) if len(found) > 1 else np.zeros(2)
 
-    def mark(role: str, run: str, name: str | None, colour: str, marker: str, size: float, **style) -> None:
+    def mark(role: str, run: str, name: str | None, color: str, marker: str, size: float, **style) -> None:
         at, sd = place(role, run)
         bars = {"xerr": sd[0], "yerr": sd[1], "elinewidth": 0.7} if sd.any() else {}
-        axis.errorbar(*at, **bars, fmt="none", ecolor=colour, alpha=0.6, zorder=3)
-        axis.plot(*at, marker, color=colour, ms=size, label=name, zorder=5, **style)
+        axis.errorbar(*at, **bars, fmt="none", ecolor=color, alpha=0.6, zorder=3)
+        axis.plot(*at, marker, color=color, ms=size, label=name, zorder=5, **style)
 
-    def note(text: str, at: np.ndarray, colour: str, shift: tuple[int, int], align: str) -> None:
+    def note(text: str, at: np.ndarray, color: str, shift: tuple[int, int], align: str) -> None:
         axis.annotate(
             text,
             at,
             shift,
             textcoords="offset points",
             fontsize=9,
-            color=colour,
+            color=color,
             ha=align,
             va="center",
             path_effects=[withStroke(linewidth=2.5, foreground="white")],
@@ -340,8 +340,8 @@ def _panel(axis: Axes, points: Sequence[Point], tax: Tax) -> None:
                 note(f"{ratio}", at, BLUE, (7, 4), "left")
             for c, at in zip(ADDED_TAU, added, strict=True):
                 note(f"+{c}", at, PURPLE, *(((0, 9), "center") if tax.sign > 0 else ((-7, 0), "right")))
-    for run, (name, colour, marker) in MARKS.items():
-        mark("method", run, name, colour, marker, 10)
+    for run, (name, color, marker) in MARKS.items():
+        mark("method", run, name, color, marker, 10)
     for run in FROM_FULL:
         mark("control", run.name, "AdamW from the full SFT" if run.lr == MAIN.lr else None, BLUE, "o", 8, mfc="none")
     mark("checkpoint", "sft", "SFT (start)", INK, "*", 16)

@@ -23,7 +23,7 @@ Batch = dict[str, torch.Tensor]
 def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """A Llama of 0.44 M parameters.
 
-    The wide initialisation and the short rotary wavelengths are what lets so small a model learn to
+    The wide initialization and the short rotary wavelengths are what lets so small a model learn to
     copy within a few hundred steps.
     """
     torch.manual_seed(seed)

@@ -37,19 +37,8 @@ from fused_merge.progress import progress_bar
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# The options that the steps of a run depend on, in the order in which its journal lists them.
-_JOURNALED = (
-    "mean_ratio",
-    "steps",
-    "lr",
-    "betas",
-    "accumulate",
-    "gradients",
-    "parametrization",
-    "regularizer",
-    "regularizer_weights",
-    "seed",
-)
+# Options that its journal does not list: the steps do not depend on them, or it has them in another form.
+_NOT_JOURNALED = ("parts", "patience", "tolerance", "journal", "impl", "progress")
 
 
 @documented(TargetOptions, AdaptOptions)
@@ -118,7 +107,7 @@ def adapt_ratios(
             {
                 "parts": {label: list(names) for label, names in start.parts.items()},
                 "start": list(start.ratios),
-                "options": [list(o[name]) if name == "betas" else o[name] for name in _JOURNALED],
+                "options": {name: value for name, value in o.items() if name not in _NOT_JOURNALED},
             },
         )
     history = journal.entries = processes.from_first(journal.entries)
@@ -153,7 +142,7 @@ def answer_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
     Args:
         model: a causal language model of Transformers.
-        batch: `input_ids`, `labels` (-100 where nothing is to be learnt) and what else the model takes, on its device.
+        batch: `input_ids`, `labels` (-100 where nothing is to be learned) and what else the model takes, on its device.
     """
     loss: Tensor = model(**batch).loss
     return loss

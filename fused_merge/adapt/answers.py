@@ -79,8 +79,9 @@ def sample_answers(
             made = model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=o["max_new_tokens"], pad_token_id=padding, **sampling
             )
-            for tokens, row in zip(asked, made[:, width:].tolist(), strict=True):
-                answer = row[: row.index(end) + 1] if end in row else row
+            for tokens, answer in zip(asked, made[:, width:].tolist(), strict=True):
+                if end in answer:
+                    answer = answer[: answer.index(end) + 1]
                 if answer and answer != [end]:
                     answers.append(Answer(tokens, answer, tokenizer.decode(answer, skip_special_tokens=True)))
             advance(len(asked))
@@ -90,7 +91,7 @@ def sample_answers(
 def answer_batches(
     answers: Sequence[Answer], *, batch_size: int = 8, padding: int = 0, device: torch.device | str = "cpu"
 ) -> list[dict[str, torch.Tensor]]:
-    """Return batches for `answer_loss`: only the tokens of answers are learnt.
+    """Return batches for `answer_loss`: only the tokens of answers are learned.
 
     Args:
         answers: in the order in which they are to be seen.
@@ -105,13 +106,13 @@ def answer_batches(
     for first in range(0, len(answers), batch_size):
         chosen = answers[first : first + batch_size]
         width = max(len(answer.prompt) + len(answer.answer) for answer in chosen)
-        rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+        columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
         for prompt, answer, _ in chosen:
             empty = width - len(prompt) - len(answer)
-            rows["input_ids"].append(prompt + answer + [padding] * empty)
-            rows["attention_mask"].append([1] * (width - empty) + [0] * empty)
-            rows["labels"].append([-100] * len(prompt) + answer + [-100] * empty)
-        batches.append({key: torch.tensor(row, device=device) for key, row in rows.items()})
+            columns["input_ids"].append(prompt + answer + [padding] * empty)
+            columns["attention_mask"].append([1] * (width - empty) + [0] * empty)
+            columns["labels"].append([-100] * len(prompt) + answer + [-100] * empty)
+        batches.append({key: torch.tensor(column, device=device) for key, column in columns.items()})
     return batches
 
 
@@ -206,10 +207,10 @@ def adapt_checkpoints(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read prompts: of a `.jsonl` file the `prompt` of each line, of any other each line that is not empty.
+    """Read the `prompt` of each line of a `.jsonl` file, or every line of another file that is not empty.
 
     Raises:
-        ValueError: if a line is not what it should be; the sentence names it.
+        ValueError: if a line has no prompt; the sentence names it.
         OSError: if the file cannot be read.
     """
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

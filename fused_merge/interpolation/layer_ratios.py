@@ -42,7 +42,7 @@ class LayerRatios(NamedRatios):
     ```
 
     Args:
-        parts: label -> names of the tensors, each in one part alone. Names are made canonical.
+        parts: label -> names of the tensors, each in one part only. Names are made canonical.
         ratios: one finite number for each part; below 0 or above 1 they extrapolate.
         history: what an optimizer recorded, one mapping of plain data for each step.
 
@@ -88,13 +88,13 @@ class LayerRatios(NamedRatios):
     ) -> LayerRatios:
         """Cut the network by depth into K parts.
 
-        Layer i of L is in part ⌊i·K/L⌋. Of what is outside the layers, embeddings are in the first part, the head and
-        the pooler in the last, and a final norm is with the last layer of its own stack: `encoder.final_layer_norm`
-        with that of `encoder.block`. Layers of several stacks are counted through: towers, encoders, decoders.
+        Layer i of L is in part ⌊i·K/L⌋. Outside the layers, embeddings are in the first part, head and pooler in
+        the last, and a final norm is with the last layer of its own stack: `encoder.final_layer_norm` with that of
+        `encoder.block`. Layers of several stacks are counted through: towers, encoders, decoders.
 
         Args:
-            model_or_names: a module, a state dict, the path of a checkpoint, or names. Of tied weights the first name
-                counts, and integers have no ratio; of names alone all do.
+            model_or_names: a module, a state dict, the path of a checkpoint, or names. Tied weights count under their
+                first name, and integers have no ratio; of a list of names all have.
             ratios: K numbers, for the lowest layers first.
             boundaries: the first layers of parts 2 to K, instead of equal parts: `[8, 16]` for layers 0-7, 8-15 and
                 all above.
@@ -282,11 +282,11 @@ class LayerRatios(NamedRatios):
         return f"<LayerRatios of {len(self)} tensors: {shown}>"
 
     def __str__(self) -> str:
-        rows = [("part", "holds", "tensors", "ratio")]
+        table = [("part", "holds", "tensors", "ratio")]
         for (label, names), ratio in zip(self._parts.items(), self._ratios, strict=True):
-            rows.append((label, some(summarize(names)), str(len(names)), f"{ratio:.6g}"))
-        part, holds, tensors, number = (max(map(len, column)) for column in zip(*rows, strict=True))
-        return "\n".join(f"{a:<{part}}  {b:<{holds}}  {c:>{tensors}}  {d:>{number}}" for a, b, c, d in rows)
+            table.append((label, some(summarize(names)), str(len(names)), f"{ratio:.6g}"))
+        part, holds, tensors, number = (max(map(len, column)) for column in zip(*table, strict=True))
+        return "\n".join(f"{a:<{part}}  {b:<{holds}}  {c:>{tensors}}  {d:>{number}}" for a, b, c, d in table)
 
 
 def _names_of(model_or_names: Names) -> tuple[str, ...]:

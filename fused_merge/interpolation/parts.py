@@ -1,4 +1,4 @@
-"""Guesses which part of a network a tensor belongs to, from its name alone.
+"""The part of a network that a tensor belongs to, guessed from its name.
 
 `model.layers.7.self_attn.q_proj.weight` is attention in layer 7. No weight is read.
 """

@@ -1,4 +1,4 @@
-"""Which points no other point beats, how much they dominate, and where their front bends."""
+"""Pareto fronts: the points that no other point beats, how much they dominate, and where their front bends."""
 
 from __future__ import annotations
 
@@ -64,10 +64,9 @@ def knee(points: Sequence[Sequence[float]], *, maximize: Directions = True) -> i
 
     Each score is scaled to [0, 1] over the front (to 0 where all are equal). The knee is the point that lies farthest
     beyond the plane through the corners where one score is 1 and all others are 0, towards the ideal: for two scores,
-    farthest from the line between the ends of the front (Das 1999, Structural Optimization 18, 107-115, with the
-    corners in place of the best points). That is the largest sum of scaled scores. A tie goes to the better first
-    score, then to the first point: so does a front of two points of two scores, or one that is straight; a front
-    that only bends inwards has its knee at an end. A front of one point is its knee.
+    farthest from the straight line between the ends of the front (Das 1999, Structural Optimization 18, 107-115, with
+    the corners in place of the best points). That is the largest sum of scaled scores. A tie goes to the better first
+    score, then to the first point; a front that only bends inwards has its knee at an end.
 
     Args:
         points: as for `pareto_front`, at least one; those that are not on the front do not matter.
@@ -92,28 +91,30 @@ def knee(points: Sequence[Sequence[float]], *, maximize: Directions = True) -> i
 
 def _oriented(points: Any, maximize: Directions, what: str | None = None) -> Array:
     """Return the points as an array `[n, d]` in which more is better, or say which point is no point."""
-    rows: list[Array] = []
+    found: list[Array] = []
     for i, point in enumerate(points):
-        called = what or f"point {i}"
+        name = what or f"point {i}"
         try:
-            row = np.asarray(point, dtype=np.float64)
+            scores = np.asarray(point, dtype=np.float64)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{called} is {point!r}, which are not all numbers; give one for each score") from error
-        rows.append(row)
-        if row.ndim != 1 or not row.size:
-            raise ValueError(f"{called} must be a sequence of scores, such as (reward, tax score), got {point!r}")
-        if row.size != rows[0].size:
-            raise ValueError(f"{called} has {row.size} scores and point 0 has {rows[0].size}; give all the same scores")
-        if not np.isfinite(row).all():
-            j = int(np.flatnonzero(~np.isfinite(row))[0])
-            raise ValueError(f"score {j} of {called} is {row[j]}; leave that point out, or score it again")
-    if not rows:
+            raise ValueError(f"{name} is {point!r}, which are not all numbers; give one for each score") from error
+        found.append(scores)
+        if scores.ndim != 1 or not scores.size:
+            raise ValueError(f"{name} must be a sequence of scores, such as (reward, tax score), got {point!r}")
+        if scores.size != found[0].size:
+            raise ValueError(
+                f"{name} has {scores.size} scores and point 0 has {found[0].size}; give all the same scores"
+            )
+        if not np.isfinite(scores).all():
+            j = int(np.flatnonzero(~np.isfinite(scores))[0])
+            raise ValueError(f"score {j} of {name} is {scores[j]}; leave that point out, or score it again")
+    if not found:
         return np.empty((0, 0))
-    more = [maximize] * rows[0].size if isinstance(maximize, bool) else list(maximize)
-    if len(more) != rows[0].size:
-        raise ValueError(f"maximize has {len(more)} entries for {rows[0].size} scores; give True or False for each")
+    more = [maximize] * found[0].size if isinstance(maximize, bool) else list(maximize)
+    if len(more) != found[0].size:
+        raise ValueError(f"maximize has {len(more)} entries for {found[0].size} scores; give True or False for each")
     signs: Array = np.where(more, 1.0, -1.0)
-    return np.stack(rows) * signs
+    return np.stack(found) * signs
 
 
 def _is_dominated(point: Array, by: Array) -> bool:

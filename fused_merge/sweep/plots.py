@@ -18,7 +18,7 @@ _SIDES = ((7, 5, "left"), (-7, -12, "right"))
 
 
 class Mark(NamedTuple):
-    """A labelled point of a picture."""
+    """A labeled point of a picture."""
 
     label: str
     x: float
@@ -34,7 +34,7 @@ def draw_fronts(
 
 
 def fronts(sweeps: Mapping[str, Sequence[Mark]], scores: tuple[str, str], *, maximize: tuple[bool, bool]) -> Figure:
-    """Return a picture of several sweeps over two scores: every point with its label, and a line along each front.
+    """Return a picture of several sweeps over two scores: labeled points, and the front of each sweep.
 
     An axis whose score is better when it is lower runs backwards, so that up and right is better.
 

@@ -18,6 +18,7 @@ from fused_merge.delta import inspection
 from fused_merge.delta.inspection import inspect_delta, layer_name
 from fused_merge.delta.reference_delta import ReferenceDelta
 
+KEYS = ("numel", "norm", "density", "relative_norm", "kept", "cosine", "sign_agreement")
 BASE = {
     "model.layers.0.a": torch.tensor([[6.0, 0.0], [8.0, 0.0]]),
     "model.layers.0.b": torch.zeros(4),
@@ -51,6 +52,10 @@ def by_name(rows, scope):
     return {row["name"]: row for row in rows if row["scope"] == scope}
 
 
+def exactly(number):
+    return pytest.approx(number, rel=1e-15)
+
+
 def test_a_hand_worked_example():
     rows = inspect_delta(delta_of(TAU, BASE), base=BASE, other=delta_of(OTHER), reserve_rate=0.5)
     assert [(row["scope"], row["name"]) for row in rows] == [
@@ -61,53 +66,24 @@ def test_a_hand_worked_example():
         ("layer", "head"),
         ("all", "all"),
     ]
-    tensors, layers, (everything,) = by_name(rows, "tensor"), by_name(rows, "layer"), by_name(rows, "all").values()
-    assert tensors["model.layers.0.a"] == {
-        "scope": "tensor",
-        "name": "model.layers.0.a",
-        "numel": 4,
-        "norm": 5,
-        "density": 0.5,
-        "relative_norm": 0.5,
-        # The two largest of four are all that there is.
-        "kept": 0.5,
-        # 3*3 - 4*4 over 5 * sqrt(75); 3 agrees and 4 does not.
-        "cosine": pytest.approx(-7 / (5 * math.sqrt(75)), rel=1e-15),
-        "sign_agreement": 0.5,
-    }
+    tensors, layers = (
+        {name: [row[key] for key in KEYS] for name, row in by_name(rows, scope).items()}
+        for scope in ("tensor", "layer")
+    )
+    # The two largest of four are all that there is; 3*3 - 4*4 over 5 * sqrt(75); 3 agrees and 4 does not.
+    assert tensors["model.layers.0.a"] == [4, 5, 0.5, 0.5, 0.5, exactly(-7 / (5 * math.sqrt(75))), 0.5]
     # Half of four elements are two, of which only one is not zero.
-    assert tensors["model.layers.0.b"]["kept"] == 0.25
-    assert tensors["model.layers.0.b"]["relative_norm"] is None
+    assert tensors["model.layers.0.b"] == [4, 12, 0.25, None, 0.25, exactly(12 / math.sqrt(145)), 1]
     # Both tie: one is asked for and two stay.
-    assert tensors["model.layers.10.a"]["kept"] == 1
-    assert tensors["model.layers.10.a"]["cosine"] == pytest.approx(1, rel=1e-15)
-    assert tensors["model.layers.2.a"] | {"scope": 0, "name": 0} == {
-        "scope": 0,
-        "name": 0,
-        "numel": 1,
-        "norm": 0,
-        "density": 0,
-        "relative_norm": None,
-        "kept": 0,
-        "cosine": None,
-        "sign_agreement": None,
-    }
-    assert (layers["head"]["cosine"], layers["head"]["sign_agreement"]) == (-1, 0)
-    assert layers["model.layers.0"] | {"scope": 0, "name": 0} == {
-        "scope": 0,
-        "name": 0,
-        "numel": 8,
-        "norm": 13,
-        "density": 3 / 8,
-        "relative_norm": 1.3,
-        "kept": 3 / 8,
-        "cosine": pytest.approx((9 - 16 + 144) / (13 * math.sqrt(75 + 145)), rel=1e-15),
-        "sign_agreement": pytest.approx(2 / 3, rel=1e-15),
-    }
-    assert everything["numel"] == 12
-    assert everything["norm"] == pytest.approx(math.sqrt(169 + 2 + 1), rel=1e-15)
-    assert everything["relative_norm"] == pytest.approx(math.sqrt(172 / (100 + 5 + 4)), rel=1e-15)
-    assert everything["density"] == everything["kept"] == 0.5
+    assert tensors["model.layers.10.a"] == [2, exactly(math.sqrt(2)), 1, exactly(math.sqrt(2 / 5)), 1, exactly(1), 1]
+    assert tensors["model.layers.2.a"] == [1, 0, 0, None, 0, None, None]
+    assert layers["head"] == [1, 1, 1, 0.5, 1, -1, 0]
+    cosine = exactly((9 - 16 + 144) / (13 * math.sqrt(75 + 145)))
+    assert layers["model.layers.0"] == [8, 13, 3 / 8, 1.3, 3 / 8, cosine, exactly(2 / 3)]
+    assert list(rows[-1]) == ["scope", "name", *KEYS]
+    assert [rows[-1][key] for key in KEYS[:3]] == [12, exactly(math.sqrt(169 + 2 + 1)), 0.5]
+    assert rows[-1]["relative_norm"] == exactly(math.sqrt(172 / (100 + 5 + 4)))
+    assert rows[-1]["kept"] == 0.5
 
 
 @pytest.mark.parametrize("chunk", [7, 1 << 20])
@@ -142,8 +118,6 @@ def test_a_model_in_numpy(chunk, tmp_path, monkeypatch):
             both = (x != 0) & (y != 0)
             products = np.sqrt((y**2).sum()) * norm
             expected = {
-                "scope": scope,
-                "name": name,
                 "numel": x.size,
                 "norm": norm,
                 "density": (x != 0).mean(),
@@ -152,20 +126,8 @@ def test_a_model_in_numpy(chunk, tmp_path, monkeypatch):
                 "cosine": (x * y).sum() / products if products else None,
                 "sign_agreement": (np.sign(x) == np.sign(y))[both].mean() if both.any() else None,
             }
-            assert {key: row[key] for key in ("scope", "name", "numel")} == dict(list(expected.items())[:3])
-            for key in list(expected)[3:]:
-                assert row[key] == (
-                    None if expected[key] is None else pytest.approx(expected[key], rel=1e-12, abs=1e-15)
-                )
-
-
-def test_ties_of_quantized_weights_keep_far_more_than_asked_for():
-    """A bf16 delta of which all but a few elements moved by the same step: top-p at 0.1 keeps 0.75 of them."""
-    tau = {"w": torch.tensor([0.0, 0.0, *([2.0**-9] * 5), 2.0**-8], dtype=torch.bfloat16)}
-    (row, *_) = inspect_delta(delta_of(tau), reserve_rate=0.25)
-    assert (row["density"], row["kept"]) == (0.75, 0.75)
-    (row, *_) = inspect_delta(delta_of(tau), reserve_rate=0.125)
-    assert row["kept"] == 0.125
+            for key, value in expected.items():
+                assert row[key] == (None if value is None else pytest.approx(value, rel=1e-12, abs=1e-15))
 
 
 @pytest.mark.parametrize("method", ["random", "magnitude"])
