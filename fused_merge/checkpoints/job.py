@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, Unpack
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fused_merge._version import __version__
 from fused_merge.checkpoints import folders
@@ -29,6 +29,9 @@ from fused_merge.io.sources import INDEX_FILE, SINGLE_FILE, FileSource
 from fused_merge.io.writer import stamp_of, write_whole
 from fused_merge.options import documented, resolve
 from fused_merge.progress import progress_bar
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Files that are open beside inputs and outputs: the lock, a journal, a folder.
 _SPARE_HANDLES = 16

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -10,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from jobs import FILES, NAMES, RATIOS, WORK, contents, flip, leave_unfinished, patched, stop_before_the_name_of
 from safetensors.torch import load_file, save_file
 
@@ -161,32 +159,3 @@ def test_what_a_killed_run_holds_counts_as_room(models, tmp_path, monkeypatch):
     free.free -= 1
     with pytest.raises(OSError, match=r" GB of .* GB free; make room or write less at once"):
         plan_interpolation(*models, RATIOS, tmp_path)
-
-
-def test_files_that_others_rename_while_the_room_is_measured(models, expected, tmp_path):
-    leave_unfinished(models, RATIOS, tmp_path)
-
-    def vanish(stat, path, *arguments, **options):
-        if os.fspath(path).endswith("/a.safetensors") and WORK in os.fspath(path):
-            raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
-        return stat(path, *arguments, **options)
-
-    with patched(os, "stat", vanish):
-        plan = plan_interpolation(*models, RATIOS, tmp_path)
-    plan.run()
-    assert contents(tmp_path) == expected
-
-
-def test_models_without_a_tensor_in_common(tmp_path):
-    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
-    save_file({"b": torch.ones(2)}, tmp_path / "b.safetensors")
-    for size in (None, "1GB"):
-        with pytest.raises(ValueError, match=r"no tensor is in all of .*a\.safetensors and .*b\.safetensors, so that"):
-            plan_interpolation(
-                tmp_path / "a.safetensors",
-                tmp_path / "b.safetensors",
-                [0.5],
-                tmp_path / "out",
-                unmatched="drop",
-                max_shard_size=size,
-            )

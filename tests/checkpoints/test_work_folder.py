@@ -17,7 +17,6 @@ import pytest
 from jobs import FILES, NAMES, RATIOS, WORK, contents, flip, leave_unfinished, patched, stop_before_the_name_of
 
 from fused_merge.checkpoints import job
-from fused_merge.checkpoints.folders import verify_checkpoint
 from fused_merge.checkpoints.interpolate import interpolate_checkpoints
 
 BUSY = r"another process is writing to .*\.fused_merge\.part; wait for it, or choose another folder"
@@ -136,14 +135,10 @@ def journal_of(out, name=FILES[0]) -> Path:
 @pytest.mark.parametrize(
     "lie",
     [
-        lambda text: b"",
         lambda text: text[:-1],
-        lambda text: text + b"}",
         lambda text: b"null",
         lambda text: b"[]",
         lambda text: b"3",
-        lambda text: b"{}",
-        lambda text: b"\xff",
         lambda text: b"[" * 100_000,
         lambda text: re.sub(rb'"(\w+)"', rb'"\1", "\1"', text),
         lambda text: re.sub(rb'"\w+"', b"null", text),
@@ -229,13 +224,3 @@ def test_digests_that_lie_are_found_by_reading_again(models, expected, tmp_path)
     assert os.listdir(tmp_path) == [WORK]
     interpolate_checkpoints(*models, RATIOS, tmp_path, verify=True)
     assert contents(tmp_path) == expected
-
-
-def test_names_that_the_work_folder_uses_itself(models, tmp_path):
-    names = ["journal", "lock", "outputs", "plan.json", "replaced"]
-    for _ in range(2):
-        points = {name: i / 8 for i, name in enumerate(names)}
-        interpolate_checkpoints(*models, points, tmp_path, overwrite=True)
-        assert sorted(os.listdir(tmp_path)) == names
-        for name in names:
-            assert verify_checkpoint(tmp_path / name) > 0

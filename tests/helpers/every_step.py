@@ -27,29 +27,10 @@ CHILDREN.set_forkserver_preload(
 )
 
 
-# --- processes
-
-
-def run_child(connection, function, arguments) -> None:
-    try:
-        connection.send(("done", function(*arguments)))
-    except BaseException as error:
-        connection.send((type(error).__name__, str(error)))
-
-
-def in_children(function: Callable, calls: list[tuple]) -> list[object]:
-    """Call a function with each of several lists of arguments, each in a process of its own, at once."""
-    running = []
-    for arguments in calls:
-        connection, theirs = CHILDREN.Pipe()
-        process = CHILDREN.Process(target=run_child, args=(theirs, function, arguments))
-        process.start()
-        running.append((process, connection))
-    answers = [connection.recv() for _, connection in running]
-    for process, _ in running:
-        process.join()
-    assert [how for how, _ in answers] == ["done"] * len(calls), answers
-    return [answer for _, answer in answers]
+def in_children(function: Callable, calls: list[tuple]) -> list:
+    """Call a function with each of several tuples of arguments, each in a process of its own, at once."""
+    with CHILDREN.Pool(len(calls)) as pool:
+        return pool.starmap(function, calls, chunksize=1)
 
 
 def forked(function: Callable[[], object]) -> int:
@@ -66,37 +47,23 @@ def forked(function: Callable[[], object]) -> int:
     os._exit(1)
 
 
-# --- every single step
+def write_half(original, target, data, *place):
+    original(target, data[: len(data) // 2], *place)
 
 
-def torn_pwrite(original, handle, data, at):
-    original(handle, data[: len(data) // 2], at)
-
-
-def torn_write_bytes(original, path, data):
-    original(path, data[: len(data) // 2])
-
-
-def torn_copyfile(original, source, target):
+def copy_half(original, source, target):
     original(source, target)
     os.truncate(target, os.path.getsize(target) // 2)
 
 
 # What changes something on the disk, and how it is done by half.
 CHANGES = [
-    (os, "mkdir", None),
-    (os, "rmdir", None),
-    (os, "unlink", None),
-    (os, "replace", None),
-    (os, "rename", None),
-    (os, "ftruncate", None),
-    (os, "pwrite", torn_pwrite),
-    (Path, "write_bytes", torn_write_bytes),
-    (shutil, "copyfile", torn_copyfile),
-    (os, "open", None),
+    *((os, name, None) for name in ("mkdir", "rmdir", "unlink", "replace", "rename", "ftruncate", "open")),
+    (os, "pwrite", write_half),
+    (Path, "write_bytes", write_half),
+    (shutil, "copyfile", copy_half),
     (io, "open", None),
 ]
-CREATES = os.O_CREAT | os.O_TRUNC
 
 
 @contextmanager
@@ -105,29 +72,28 @@ def steps(changes, happens: Callable[[int, str], None]) -> Iterator[None]:
     numbers = iter(range(10**9))
     lock = threading.Lock()
 
-    def stepping(name, torn, original):
+    def stepping(original, name, half):
         def step(*args, **options):
-            reads = name == "open" and not (
-                args[1] & CREATES if isinstance(args[1], int) else set(str(args[1])) & set("wax+")
-            )
-            if not reads:
-                with lock:
-                    number = next(numbers)
-                try:
-                    happens(number, name)
-                except BaseException:
-                    if torn is not None:
-                        torn(original, *args, **options)
-                    raise
+            how = args[1] if name == "open" else None
+            if isinstance(how, int) and not how & (os.O_CREAT | os.O_TRUNC):
+                return original(*args, **options)
+            if isinstance(how, str) and not set(how) & set("wax+"):
+                return original(*args, **options)
+            with lock:
+                number = next(numbers)
+            try:
+                happens(number, name)
+            except BaseException:
+                if half is not None:
+                    half(original, *args, **options)
+                raise
             return original(*args, **options)
 
         return step
 
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name, torn in changes:
-            step = stepping(name, torn, getattr(owner, name))
-            # A plain function, so that it is bound where it is a method.
-            patch.setattr(owner, name, lambda *args, step=step, **options: step(*args, **options))
+        for owner, name, half in changes:
+            patch.setattr(owner, name, stepping(getattr(owner, name), name, half))
         yield
 
 
