@@ -121,8 +121,8 @@ def best_answers(answers: Sequence[Answer], rewards: Sequence[float], share: flo
 
     Args:
         answers: any.
-        rewards: one for each.
-        share: of them to keep, in (0, 1]; at least one is.
+        rewards: a finite number for each.
+        share: share of the answers to keep, in (0, 1]; at least one is kept.
 
     Raises:
         ValueError: if there are not as many finite rewards, or `share` is out of range.

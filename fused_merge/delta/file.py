@@ -102,13 +102,9 @@ class SavedDelta(TauSource):
 def delta_writer(
     path: PathLike, specs: Mapping[str, TensorSpec], sparsity: Sparsity | None, metadata: Mapping[str, str | None]
 ) -> SafetensorsWriter:
-    """Return the writer of a saved delta, for `write_tau`.
+    """Return the writer of a saved delta, for `write_tau`; a `sparsity` of None is dense.
 
-    Args:
-        path: the file.
-        specs: dtype and shape of each tensor, in the order to be listed.
-        sparsity: how the tensors are sparsified, or None to write them dense.
-        metadata: `identity`, `ordered` and `sources`; None leaves one out.
+    `metadata` has `identity`, `ordered` and `sources`; None leaves one out.
     """
     known = {
         "format": "pt",

@@ -15,11 +15,7 @@ from fused_merge.io.sources import FileSource
 
 
 def import_function(text: str, *, what: str) -> Callable[..., Any]:
-    """Return the function `"module:function"`; the module is looked for in the working directory first.
-
-    Args:
-        text: where it is.
-        what: what messages call it, e.g. `"scorer"`.
+    """Return the function `"module:function"`, which messages call `what`; the working directory is searched first.
 
     Raises:
         ValueError: if the text is something else, or there is no such function.
@@ -45,11 +41,7 @@ def import_function(text: str, *, what: str) -> Callable[..., Any]:
 
 
 def check_transformers() -> Any:
-    """Return the module `transformers`.
-
-    Raises:
-        ImportError: if it is not installed; the sentence names the extra.
-    """
+    """Return the module `transformers`, or raise ImportError with the extra that brings it."""
     try:
         return import_module("transformers")
     except ImportError as error:
@@ -68,13 +60,8 @@ def stored_dtype(source: FileSource) -> torch.dtype | None:
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Any:
     """Return the causal language model of a Hugging Face folder, in evaluation mode and without gradients.
 
-    Args:
-        folder: code that it holds is not run.
-        device: where to load it to.
-        dtype: of its floating tensors; None is what the configuration says.
-
-    Raises:
-        ValueError: if Transformers cannot load it.
+    Code in the folder is not run. A dtype of None is what the configuration says. Raises ValueError if Transformers
+    cannot load it.
     """
     transformers = check_transformers()
     transformers.utils.logging.disable_progress_bar()
@@ -83,11 +70,7 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None) ->
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer of a Hugging Face folder.
-
-    Raises:
-        ValueError: if Transformers cannot load it.
-    """
+    """Return the tokenizer of a Hugging Face folder, or raise ValueError if Transformers cannot load it."""
     return _pretrained(check_transformers().AutoTokenizer, folder)
 
 

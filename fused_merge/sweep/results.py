@@ -104,11 +104,7 @@ class Results:
         return content
 
     def save(self, path: Path) -> None:
-        """Write `results.json` beside its place, then rename it.
-
-        Raises:
-            OSError: if it cannot be written.
-        """
+        """Write `results.json` beside its place, then rename it."""
         write_text(path, json.dumps(self.document(), indent=1) + "\n")
 
 
@@ -136,11 +132,7 @@ def read_results(path: PathLike) -> Results:
 
 
 def resume(path: Path, sweep: Mapping[str, Any]) -> Results:
-    """Return what a killed sweep left in `results.json`, or that nothing is finished yet.
-
-    Raises:
-        ValueError: if the results are those of another sweep.
-    """
+    """Return what a killed sweep left in `results.json`, or raise ValueError if that is of another sweep."""
     found = read_results(path) if path.exists() else None
     if found is None or not found.finished:
         return Results(sweep)

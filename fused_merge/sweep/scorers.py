@@ -48,11 +48,7 @@ class ImportedScorer:
 
 
 class Harness:
-    """The lm-evaluation-harness.
-
-    Raises:
-        ImportError: if it is not installed; the sentence names the extra.
-    """
+    """The lm-evaluation-harness; raises ImportError, with the extra that brings it, where it is not installed."""
 
     def __init__(self) -> None:
         try:

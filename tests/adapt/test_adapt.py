@@ -159,7 +159,7 @@ def test_a_quadratic_is_solved_at_the_exact_mean(dtype):
     ]
     shift = (0.5 - 0.4) / np.mean(1 / np.array(lengths))
     optimum = np.array([0.1, 0.9]) - shift / np.array(lengths)
-    found = adapt_ratios(copy.deepcopy(base), base, tuned, loss_fn, [1.0, 2.0], 0.4, parts, steps=150)
+    found = adapt_ratios(copy.deepcopy(base), base, tuned, loss_fn, [1.0, 2.0], 0.4, parts, steps=100)
     assert found.mean == pytest.approx(0.4, abs=1e-9)
     assert np.abs(np.array(found.ratios) - optimum).max() < (1e-3 if dtype != torch.bfloat16 else 1e-2)
 
@@ -177,7 +177,7 @@ def test_a_quadratic_is_solved_where_bounds_hold_ratios(mean):
 
     expected = optimum(curvature, np.array(parts.ratios), mean)
     start = parts.replace([mean] * 5)
-    found = adapt_ratios(copy.deepcopy(base), base, tuned, loss_fn, [None], mean, start, steps=300)
+    found = adapt_ratios(copy.deepcopy(base), base, tuned, loss_fn, [None], mean, start, steps=150)
     assert {0.0, 1.0} & set(expected.tolist())
     assert found.mean == pytest.approx(mean, abs=1e-9)
     assert np.abs(np.array(found.ratios) - expected).max() < 1e-3

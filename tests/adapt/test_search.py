@@ -43,8 +43,8 @@ def test_no_other_point_of_the_set_is_nearer(x, mean, metric, seed):
         assert np.sum(metric * (found - x) ** 2) <= np.sum(metric * (other - x) ** 2) + 1e-9
 
 
-@pytest.mark.parametrize("parts", [2, 3, 6, 12, 24])
-@pytest.mark.parametrize("condition", [1, 10, 100])
+@pytest.mark.parametrize("parts", [2, 6, 24])
+@pytest.mark.parametrize("condition", [1, 100])
 @pytest.mark.parametrize("mean", [0.05, 0.4, 0.8])
 def test_adam_finds_the_optimum(parts, condition, mean):
     curvature, target = problem(parts, condition, seed=parts + condition)

@@ -27,8 +27,7 @@ def pair(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("where", ["memory", "files"])
+@pytest.mark.parametrize(("dtype", "where"), [(torch.float64, "memory"), (torch.bfloat16, "files")])
 def test_each_process_holds_the_bits_of_its_part(kind, dtype, where, pair, tmp_path):
     for name, seed in (("base", 0), ("tuned", 1)):
         save_file(Network(seed, dtype).state_dict(), tmp_path / f"{name}.safetensors")

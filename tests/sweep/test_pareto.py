@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fused_merge.sweep.pareto import hypervolume, knee, pareto_front
 
-few = settings(derandomize=True, deadline=None, max_examples=200)
+few = settings(derandomize=True, deadline=None, max_examples=100)
 
 
 @st.composite
