@@ -99,11 +99,7 @@ def reading(path: Path) -> Iterator[int]:
 
 
 def read_into(handle: int, path: Path, view: memoryview, at: int) -> None:
-    """Fill a view from a place of a file.
-
-    Raises:
-        OSError: if the file cannot be read or ends early.
-    """
+    """Fill a view from a place of a file; OSError if that cannot be read or ends early."""
     while view:
         try:
             got = os.preadv(handle, [view], at)
@@ -120,13 +116,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def read_blocks(path: Path, nbytes: int) -> Iterator[memoryview]:
-    """Yield a file in blocks of `nbytes`, the last one shorter, as the disk and not the page cache has them.
-
-    All blocks are in one buffer, overwritten by the next.
-
-    Raises:
-        OSError: if the file cannot be read.
-    """
+    """Yield a file in blocks, the last one shorter, as the disk and not the page cache has them, in one buffer."""
     buffer = bytes_of(aligned(nbytes, pinned=False))
     with reading(path) as handle:
         size = os.fstat(handle).st_size

@@ -59,12 +59,7 @@ class Resources(NamedTuple):
 
     @classmethod
     def of(cls, threads: int | None, max_memory: int | None, device: str | torch.device, impl: str) -> Resources:
-        """Return what `RunOptions` allow.
-
-        Raises:
-            ValueError: if there is no such `impl`.
-            RuntimeError: if `impl` cannot run on `device`.
-        """
+        """Return what `RunOptions` allow; ValueError or RuntimeError if `impl` cannot run on `device`."""
         where = backend.check_device(device)
         impl = backend.check_impl(impl)
         if backend.resolve(impl, where) != "triton":
@@ -81,22 +76,18 @@ class Resources(NamedTuple):
         return _SCRATCH if self.device.type == "cpu" else 0
 
     def block_size(self, outputs: int, input_bytes: float) -> int:
-        """Return the bytes of a block of one output.
+        """Return the bytes of a block of one of R outputs; ValueError if not even the smallest fits.
 
         Args:
             outputs: R.
             input_bytes: bytes of all inputs for each byte of an output, at most.
-
-        Raises:
-            ValueError: if not even the smallest block fits.
         """
         held = self.threads * outputs + self.computing * (input_bytes + self.scratch)
         most = self.memory / held
         if most < ALIGNMENT:
-            needed = held * ALIGNMENT
             raise ValueError(
                 f"max_memory of {self.memory} bytes is too little for {self.threads} threads and {outputs} outputs; "
-                f"allow {math.ceil(needed / 1e6)} MB or take fewer threads"
+                f"allow {math.ceil(held * ALIGNMENT / 1e6)} MB or take fewer threads"
             )
         return min(_LARGEST_BLOCK, int(most) // ALIGNMENT * ALIGNMENT)
 

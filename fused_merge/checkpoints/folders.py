@@ -47,9 +47,6 @@ def sidecar_files(source: FileSource, dtype: torch.dtype | None) -> dict[str, Pa
     Args:
         source: a folder, or a single file, which has none.
         dtype: what the weights are converted to, which the configuration then says; None if they are not.
-
-    Raises:
-        ValueError: if `config.json` is not JSON.
     """
     if not source.path.is_dir():
         return {}
@@ -65,11 +62,7 @@ def sidecar_files(source: FileSource, dtype: torch.dtype | None) -> dict[str, Pa
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return the parsed `config.json` of a folder, empty if there is none.
-
-    Raises:
-        ValueError: if it is not a JSON object.
-    """
+    """Return the parsed `config.json` of a folder, empty if there is none; ValueError if it is no JSON object."""
     path = folder / "config.json"
     if not path.is_file():
         return {}
@@ -80,13 +73,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def manifest(recipe: Mapping[str, Any], plan: str, digests: Mapping[str, Sequence[str]]) -> bytes:
-    """Return the text of a manifest.
-
-    Args:
-        recipe: how the folder was made.
-        plan: identity of the job that made it.
-        digests: file -> digest of each of its pieces.
-    """
+    """Return a manifest: recipe and identity of the job that made the folder, and file -> digests of its pieces."""
     content = {
         "fused_merge": __version__,
         "recipe": recipe,

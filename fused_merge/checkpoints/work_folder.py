@@ -89,7 +89,7 @@ class WorkFolder:
             with writing(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 try:
-                    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
                 except FileNotFoundError:
                     # Another process has just removed the folder.
                     continue

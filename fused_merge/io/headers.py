@@ -77,9 +77,8 @@ def open_safetensors(path: Path) -> tuple[Any, Header]:
     """Open a safetensors file with `safe_open` and return that and the header; reads no data.
 
     Raises:
-        OSError: if the file cannot be opened or read; the sentence names it.
-        ValueError: if it is no regular file, its header is not what the format says, or torch cannot hold its tensors;
-            the sentence names the file.
+        OSError: if the file cannot be opened or read.
+        ValueError: if it is no regular file, its header is not what the format says, or torch cannot hold its tensors.
     """
     try:
         with _opened(path) as (file, _):
@@ -126,9 +125,8 @@ def read_json(path: Path) -> Any:
     """Read a JSON file from outside, as `load_json` parses it.
 
     Raises:
-        OSError: if the file cannot be opened or read; the sentence names it.
-        ValueError: if it is no regular file, longer than 100 MB, nested more than 100 levels deep, or not JSON; the
-            sentence names the file.
+        OSError: if the file cannot be opened or read.
+        ValueError: if it is no regular file, longer than 100 MB, nested more than 100 levels deep, or not JSON.
     """
     try:
         with _opened(path) as (file, size):
@@ -143,14 +141,10 @@ def read_json(path: Path) -> Any:
 
 
 def load_json(text: bytes) -> Any:
-    """Parse JSON from outside, by the letter of the standard.
+    """Parse JSON from outside, by the letter of the standard; ValueError or, if it is too deep, RecursionError.
 
     A key that stands twice is refused, since readers differ in which one they take, and so is what other readers
     could not read when it is written again: NaN, infinities, and halves of surrogate pairs.
-
-    Raises:
-        ValueError: if it is not such JSON in UTF-8.
-        RecursionError: if it is nested too deeply.
     """
     value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     json.dumps(value, allow_nan=False, ensure_ascii=False).encode()

@@ -57,12 +57,9 @@ def match(
     common = [name for name in first if name in second and name not in ignore]
     changed = {name: text for name in common if (text := _difference(name, first, second, same_dtype, any_rows))}
     if changed:
-        vocabulary = all(_other_vocabulary(first.shape(name), second.shape(name)) for name in changed)
-        way_out = (
-            "resize one model to the vocabulary of the other"
-            if vocabulary
-            else "both must be of one architecture" + " and one dtype" * same_dtype
-        )
+        way_out = "both must be of one architecture" + " and one dtype" * same_dtype
+        if all(_other_vocabulary(first.shape(name), second.shape(name)) for name in changed):
+            way_out = "resize one model to the vocabulary of the other"
         raise ValueError(f"{first.origin} and {second.origin} do not match: {some(changed.values())}; {way_out}")
 
     names: dict[tuple[str, str], str] = {}

@@ -233,7 +233,7 @@ def open_source(source: SourceLike, *, role: str = "source") -> TensorSource:
     if isinstance(source, Mapping):
         return _MemorySource(source.items(), f"{role} (state dict)")
     if isinstance(source, (str, os.PathLike)):
-        return _open_path(Path(source))
+        return open_files(source)
     raise TypeError(f"{role} must be a module, a state dict or a path, got a {type(source).__name__}")
 
 
@@ -245,7 +245,14 @@ def open_files(path: PathLike, *, role: str = "source") -> FileSource:
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"{role} must be the path of a safetensors file or a model folder, not a {type(path).__name__}")
-    return _open_path(Path(path))
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist; give a local .safetensors file or a downloaded Hugging Face folder"
+        )
+    if path.is_file() and path.suffix in _PICKLES:
+        raise ValueError(f"{path} is not a safetensors file; {_NEVER_PICKLE}")
+    return FileSource(path)
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -283,16 +290,6 @@ def _leading(shape: torch.Size, n: int) -> tuple[slice, ...] | None:
         return None
     inner = (prod(shape[dim + 1 :]) for dim in range(len(shape)))
     return tuple(slice(0, min(size, -(-n // each))) for size, each in zip(shape, inner, strict=True))
-
-
-def _open_path(path: Path) -> FileSource:
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist; give a local .safetensors file or a downloaded Hugging Face folder"
-        )
-    if path.is_file() and path.suffix in _PICKLES:
-        raise ValueError(f"{path} is not a safetensors file; {_NEVER_PICKLE}")
-    return FileSource(path)
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, set[str]]]:

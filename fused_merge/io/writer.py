@@ -27,11 +27,10 @@ _LONGEST = 2**63 - 1
 class SafetensorsWriter:
     """Writes a safetensors file one tensor at a time; memory stays at the tensor in hand.
 
-    Used as a context manager. Everything goes to `PATH.part` beside the file, which takes its name when the
-    block ends well and is removed when it does not. The room for the header is reserved from the manifest;
-    the header itself is written last, so that the length of a vector may be left open until then. Tensors of
-    known size lie first, widest dtype first as in files of safetensors itself, so that each is aligned;
-    vectors of open length follow in the order in which they are written.
+    Used as a context manager. Everything goes to `PATH.part` beside the file, which takes its name when the block ends
+    well and is removed when it does not. Room for the header is reserved from the manifest; the header is written last,
+    so that the length of a vector may be left open until then. Tensors of known size lie first, widest dtype first, so
+    that each is aligned; vectors of open length follow in the order in which they are written.
 
     Args:
         path: the file to write; an existing one is replaced at the end.

@@ -353,10 +353,6 @@ def test_an_index_that_is_wrong_in_both_models(text, message, place):
     assert len(place.refusal) < 1000
 
 
-def no_such_thing(path: Path) -> None:
-    path.unlink()
-
-
 def loop(path: Path) -> None:
     path.unlink()
     path.symlink_to(path)
@@ -377,20 +373,16 @@ def device(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
 
-def terabyte(path: Path) -> None:
-    os.truncate(path, 2**40)
-
-
 @pytest.mark.parametrize("file", [SINGLE, FIRST, INDEX])
 @pytest.mark.parametrize(
     ("become", "message"),
     [
-        (no_such_thing, "holds neither|which is not there"),
+        (Path.unlink, "holds neither|which is not there"),
         (loop, "holds neither|which is not there"),
         (pipe, "it is not a regular file"),
         (folder, "it is not a regular file"),
         (device, "it is not a regular file"),
-        (terabyte, "it has 1099511627776 bytes|cannot be read as a safetensors file"),
+        (lambda path: os.truncate(path, 2**40), "it has 1099511627776 bytes|cannot be read as a safetensors file"),
     ],
 )
 def test_what_stands_where_a_file_should(file, become, message, place):
