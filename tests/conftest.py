@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import resource
 import signal
@@ -16,6 +17,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Triton reads this once, when it is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton") is not None:
+        from interpreter import patch_language_once
+
+        patch_language_once()
 
 
 @pytest.fixture
