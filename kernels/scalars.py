@@ -14,8 +14,6 @@ from torch import Tensor
 from fused_merge.eager import scalars as eager
 from fused_merge.kernels.layout import ENTRY, ENTRY_COLUMNS, SCALAR, SCALAR_COLUMNS, Columns
 
-STEP_BITS = tl.constexpr(eager.STEP_BITS)
-
 
 class HyperEntry(NamedTuple):
     """What the scalars of all tensors are derived from, fp64."""
@@ -75,9 +73,10 @@ def merges(scalars_ptr, SPEC: tl.constexpr):
 def power(base, exponent):
     """`eager.scalars.power`: base^exponent by squaring."""
     result = base * 0.0 + 1.0
-    for bit in range(STEP_BITS):
-        result = tl.where((exponent >> bit) & 1 == 1, result * base, result)
+    while exponent > 0:
+        result = tl.where((exponent & 1) == 1, result * base, result)
         base = base * base
+        exponent = exponent >> 1
     return result
 
 

@@ -18,9 +18,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     if importlib.util.find_spec("triton") is not None:
-        from interpreter import patch_language_once
+        from interpreter import speed_up
 
-        patch_language_once()
+        speed_up()
 
 
 @pytest.fixture

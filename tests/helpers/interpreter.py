@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from triton.runtime import interpreter
@@ -12,11 +14,11 @@ from fused_merge.eager.sparse import SparseTensor
 ACCESSES = {"create_masked_load": (0, 1), "create_masked_store": (0, 2), "create_atomic_rmw": (1, 3)}
 
 
-def patch_language_once():
-    """Let device functions run without patching Triton's language anew at each of their calls.
+def speed_up():
+    """Let the interpreter not do anew at each call, for more than half of its time, what it has done.
 
-    A launch has patched it already, except for modules that do not import `triton.language`: those of Triton itself,
-    whose patches outlast the launch. It is more than half of the interpreter's time.
+    Device functions need not patch Triton's language: a launch has, except for modules that do not import
+    `triton.language`, which are those of Triton itself, whose patches outlast the launch.
     """
     patched = set()
 
@@ -30,6 +32,10 @@ def patch_language_once():
             raise interpreter.InterpreterError(repr(error)) from error
 
     interpreter.InterpretedFunction.__call__ = call
+    numpy_dtype = cache(interpreter._get_np_dtype)
+    interpreter._get_np_dtype = lambda dtype: (
+        np.dtype(np.uint64) if dtype.scalar.is_ptr() else numpy_dtype(dtype.scalar)
+    )
 
 
 class Watch:
@@ -40,7 +46,7 @@ class Watch:
 
         self.seen = self.wrong = frozenset()
         self._tensors = []
-        self._arguments = []
+        self._starts = self._ends = np.zeros(0, np.int64)
         for name, places in ACCESSES.items():
             access = getattr(interpreter.InterpreterBuilder, name)
             monkeypatch.setattr(interpreter.InterpreterBuilder, name, self._checked(access, *places))
@@ -48,7 +54,10 @@ class Watch:
         run, entry = interpreter.GridExecutor.__call__, launch._entry
 
         def watched_run(executor, *args, **kwargs):
-            self._arguments = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+            arguments = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+            ranges = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in (*self._tensors, *arguments))
+            self._starts, ends = np.array(ranges).T
+            self._ends = np.maximum.accumulate(ends)
             return run(executor, *args, **kwargs)
 
         def watched_entry(operands, *args):
@@ -84,10 +93,8 @@ class Watch:
         return checked
 
     def _inside(self, addresses, size):
-        ranges = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in (*self._tensors, *self._arguments))
-        starts, ends = np.array(ranges).T
-        found = np.searchsorted(starts, addresses, side="right") - 1
-        return (found >= 0).all() and (addresses + size <= np.maximum.accumulate(ends)[found]).all()
+        found = np.searchsorted(self._starts, addresses, side="right") - 1
+        return (found >= 0).all() and (addresses + size <= self._ends[found]).all()
 
     def _check_promise(self, handle, key, values):
         data = np.asarray(handle.data).astype(np.int64)

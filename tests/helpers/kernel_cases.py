@@ -38,6 +38,7 @@ OPTIONS = {
     "shard": ("whole", "rows", "columns"),
     "alignment": ("aligned", "shifted"),
     "layout": ("contiguous", "permuted", "strided"),
+    "edge": ("empty", "scalar", "block"),  # of the shapes
     "special": ("none", "nonfinite", "ties", "zeros", "zero-delta", "signed-zeros", "tiny"),
 }
 

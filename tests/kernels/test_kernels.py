@@ -27,10 +27,11 @@ BLOCK, SEARCH_BLOCKS = 1024, 2
 
 # The second step is the one at lr = 0 or with an overflow, and then another comes after it.
 MIDDLE = 1
-# No dimensions, two blocks and an end that begins in the middle of a row, no elements, an end alone, just a block, and
-# a last one that has no delta. Those at odd places take the special values.
-SHAPES = [(), (2, 1030), (0,), (3, 5, 7), (2, 512), (70,)]
-IDS = [tensor_id(f"layers.{i}.weight") for i in range(len(SHAPES))]
+# An edge case, and then: two blocks and an end that begins in the middle of a row, an end alone, one that has no delta.
+# Those at odd places take the special values.
+EDGES = {"empty": (0,), "scalar": (), "block": (2, 512)}
+SHAPES = [(2, 1032), (3, 5, 7), (70,)]
+IDS = [tensor_id(f"layers.{i}.weight") for i in range(1 + len(SHAPES))]
 SEED = 2**63 + 5
 LR = 1e-2
 # What sparse deltas keep, in turn.
@@ -107,7 +108,8 @@ class Tensors:
         self.case = case
         self.workspace = functional.Workspace()
         generator = torch.Generator().manual_seed(0)
-        drawn = [Values.draw(shape, generator) for shape in SHAPES]
+        shapes = [EDGES[case.edge], *SHAPES]
+        drawn = [Values.draw(shape, generator) for shape in shapes]
         for values in drawn[1::2]:
             SPECIAL[case.special](values)
         weights, exp_avgs, exp_avg_sqs, deltas, grads = zip(*drawn, strict=True)
@@ -120,7 +122,7 @@ class Tensors:
         self.exp_avgs = place(exp_avgs, case.exp_avg)
         self.exp_avg_sqs = place(exp_avg_sqs, case.exp_avg_sq)
         # Not all of them merge at the same step.
-        self.steps = [placed(torch.tensor(4.0 + i % 2), case) for i in range(len(SHAPES))]
+        self.steps = [placed(torch.tensor(4.0 + i % 2), case) for i in range(len(shapes))]
         if case.special == "ties":
             for delta, u in list(zip(deltas, self.first_updates(), strict=True))[1::2]:
                 delta.view(-1)[::2] = -u.reshape(-1)[::2]
@@ -128,12 +130,12 @@ class Tensors:
         stored = [weight_and_master(weight, case) for weight in weights]
         self.params = [placed(param, case, case.layout) for param, _ in stored]
         self.masters = [None if master is None else placed(master, case, case.layout) for _, master in stored]
-        self.anchors = [None] * len(SHAPES)
+        self.anchors = [None] * len(shapes)
         if case.merge_every is not None:
             anchors = place([0.99 * weight for weight in weights], case.weights if case.master == "none" else "fp32")
             self.anchors = [Anchor(anchor, placed(torch.tensor(0.97), case)) for anchor in anchors]
 
-        shares = [torch.rand(shape, generator=generator) for shape in SHAPES]
+        shares = [torch.rand(shape, generator=generator) for shape in shapes]
         self.taus = [
             stored_tau(delta, share < DENSITIES[i % 3], case)
             for i, (delta, share) in enumerate(zip(deltas, shares, strict=True))
@@ -143,16 +145,14 @@ class Tensors:
         ]
         self.taus[-1] = self.dense_taus[-1] = None
         # Between merges of what?
-        self.anchors = [
-            None if tau is None else anchor for anchor, tau in zip(self.anchors, self.taus, strict=True)
-        ]
+        self.anchors = [None if tau is None else anchor for anchor, tau in zip(self.anchors, self.taus, strict=True)]
 
     def first_updates(self):
         """Return u of the first step: where plain AdamW gets from zero."""
         ends = [torch.zeros_like(grad, dtype=torch.float32) for grad in self.grads]
         states = [[x.clone() for x in state] for state in (self.exp_avgs, self.exp_avg_sqs, self.steps)]
         functional.merging_adamw_(
-            ends, self.grads, *states, [None] * len(SHAPES), rule=merge_rule("onproj"), hyper=hyper_of(self.case, 0),
+            ends, self.grads, *states, [None] * len(ends), rule=merge_rule("onproj"), hyper=hyper_of(self.case, 0),
             tensor_ids=IDS, impl="eager",
         )  # fmt: skip
         return [end.cpu() for end in ends]
@@ -198,11 +198,11 @@ class Tensors:
 
 
 def by_name(**columns):
-    """Return the tensors of some columns under names such as "param of (32, 32)"."""
+    """Return the tensors of some columns under names such as "param of tensor 1"."""
     return {
-        f"{column} of {shape}": tensor
+        f"{column} of tensor {i}": tensor
         for column, tensors in columns.items()
-        for shape, tensor in zip(SHAPES, tensors, strict=True)
+        for i, tensor in enumerate(tensors)
         if tensor is not None
     }
 
@@ -275,13 +275,13 @@ def number(value):
 
 
 def shards_of(case):
-    inner = [prod(shape[1:]) for shape in SHAPES]
+    shapes = [EDGES[case.edge], *SHAPES]
     return {
         "whole": None,
         # Odd, and beyond what 32 bits count.
-        "rows": [ShardIndex.whole(prod(shape))._replace(offset=2**34 + 7) for shape in SHAPES],
+        "rows": [ShardIndex.whole(prod(shape))._replace(offset=2**34 + 7) for shape in shapes],
         # The middle columns, at distances that are no multiple of 4.
-        "columns": [ShardIndex(run, run, 2 * run + 2) for run in inner],
+        "columns": [ShardIndex(length, length, 2 * length + 2) for length in (prod(shape[1:]) for shape in shapes)],
     }[case.shard]
 
 
