@@ -1,16 +1,16 @@
-"""Merge language models while they train, or along a line between two checkpoints.
+"""Merge language models while they train, or along the path between two checkpoints.
 
 - `OnDAREAdamW`, `OnTIESAdamW`, `OnProjAdamW`, `MergingAdamW`: AdamW whose every update is merged with the reference
   delta of supervised fine-tuning (Lu et al. 2024, arXiv 2405.17931).
 - `ReferenceDelta`: that delta, from models or checkpoints, dense or sparse.
-- `interpolate`, `RatioSweep`, `interpolate_checkpoints`: many points of the line between two models in one read
+- `interpolate`, `RatioSweep`, `interpolate_checkpoints`: many points of the path between two models in one read
   (Lin et al. 2024, arXiv 2309.06256).
 - `merge_checkpoints`: finished models merged offline: model soups, task arithmetic, TIES, DARE, slerp.
-- `LayerRatios`, `adapt_ratios`: a ratio for each part of the network, given or found by optimisation (same paper).
-- `evaluate_ratios`, `pareto_front`, `hypervolume`, `knee`: what the points of a line are worth.
+- `LayerRatios`, `adapt_ratios`: a ratio for each part of the network, given or found by optimization (same paper).
+- `evaluate_ratios`, `pareto_front`, `hypervolume`, `knee`: what the points of a path are worth.
 - `functional`: the same without classes.
 
-What a name stands for is imported when it is first used, so that the command line shows its help without waiting for
+A name is imported when it is first used, so that the command line shows its help without waiting for
 torch. It imports torch, numpy and safetensors; Triton is imported when a kernel first runs.
 """
 

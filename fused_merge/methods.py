@@ -36,37 +36,9 @@ def _check_rate(name: str, rate: float | None) -> float | None:
     return rate
 
 
-class RuleOptions(TypedDict, total=False):
-    """The options that decide how u and tau are merged."""
+class ProjectionOptions(TypedDict, total=False):
+    """The options that every method has."""
 
-    reserve_rate: Annotated[
-        float | None,
-        Option(
-            None,
-            "p, the share of elements that F keeps, in (0, 1]; None is 0.01, or everything for methods whose F drops "
-            "nothing and which have no such option. A dense delta is sparsified once, with the rate that its group had "
-            "when it was added; later changes act on u only.",
-            _check_rate,
-        ),
-    ]
-    rescale: Annotated[
-        bool | None,
-        Option(
-            None,
-            "divide what a random drop keeps by p (as the authors' experiments did) or do not (equation 4); None is "
-            "True where F is random. Methods without a random drop have no such option.",
-        ),
-    ]
-    vote: Annotated[
-        str | None,
-        Option(
-            None,
-            '`"reference"` elects the sign of u + tau (the authors\' code), `"paper"` that of (1 - alpha)*u and '
-            'alpha*tau (equations 5-7); None is `"reference"` where ⊕ is a sign vote. Methods without one have no such '
-            "option.",
-            one_of(None, "reference", "paper"),
-        ),
-    ]
     project: Annotated[
         str | None,
         Option(
@@ -106,6 +78,44 @@ class RuleOptions(TypedDict, total=False):
     ]
 
 
+class VariantOptions(ProjectionOptions, total=False):
+    """Those too that only some methods have."""
+
+    rescale: Annotated[
+        bool | None,
+        Option(
+            None,
+            "divide what a random drop keeps by p (as the authors' experiments did) or do not (equation 4); None is "
+            "True where F is random. Methods without a random drop have no such option.",
+        ),
+    ]
+    vote: Annotated[
+        str | None,
+        Option(
+            None,
+            '`"reference"` elects the sign of u + tau (the authors\' code), `"paper"` that of (1 - alpha)*u and '
+            'alpha*tau (equations 5-7); None is `"reference"` where ⊕ is a sign vote. Methods without one have no such '
+            "option.",
+            one_of(None, "reference", "paper"),
+        ),
+    ]
+
+
+class RuleOptions(VariantOptions, total=False):
+    """All options that decide how u and tau are merged."""
+
+    reserve_rate: Annotated[
+        float | None,
+        Option(
+            None,
+            "p, the share of elements that F keeps, in (0, 1]; None is 0.01, or everything for methods whose F drops "
+            "nothing and which have no such option. A dense delta is sparsified once, with the rate that its group had "
+            "when it was added; later changes act on u only.",
+            _check_rate,
+        ),
+    ]
+
+
 class MergeRule(NamedTuple):
     """A method with its options decided: all that a step needs to know besides tensors and scalars."""
 
@@ -132,7 +142,7 @@ def merge_rule(
     reserve_rate: float | None = None,
     *,
     tau_reserve_rate: float | None = None,
-    **options: "Unpack[RuleOptions]",
+    **options: "Unpack[VariantOptions]",
 ) -> MergeRule:
     """Look up a method in the table and decide its options.
 

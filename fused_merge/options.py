@@ -73,7 +73,7 @@ def documented(*definitions: type) -> Callable[[Documented], Documented]:
 
     def document(documented: Documented) -> Documented:
         options = options_of(*definitions)
-        function = documented.__init__ if isinstance(documented, type) else documented  # type: ignore[misc]
+        function: Any = documented.__init__ if isinstance(documented, type) else documented  # type: ignore[misc]
         signature = inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         types = {name: field.__origin__ for each in definitions for name, field in each.__annotations__.items()}
@@ -84,7 +84,7 @@ def documented(*definitions: type) -> Callable[[Documented], Documented]:
             for name, option in options.items()
             if name not in signature.parameters
         ]
-        function.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
+        function.__signature__ = signature.replace(parameters=own)
         lines = []
         for line in (documented.__doc__ or "").split("\n"):
             if line.strip() == "{options}":
@@ -105,7 +105,8 @@ def documented(*definitions: type) -> Callable[[Documented], Documented]:
 
 def _text(annotation: Any) -> str:
     """Return an annotation as it was written, quoted or not."""
-    return str(getattr(annotation, "__forward_arg__", getattr(annotation, "__name__", annotation)))
+    written: str = getattr(annotation, "__forward_arg__", None) or inspect.formatannotation(annotation)
+    return written
 
 
 def one_of(*choices: str | None) -> Callable[[str, Any], Any]:

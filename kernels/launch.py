@@ -52,6 +52,8 @@ def why_unsupported(o: Operands, rule: MergeRule) -> str | None:
     ):
         if tensor is not None and tensor.dtype not in layout.TL_DTYPE:
             return f"{tensor.dtype} {what} have no kernel"
+    if o.tau is not None and rule.update not in ("none", "random", *sparsify.RANKED):
+        return f"F {rule.update!r} of the update has no kernel"
     if isinstance(o.tau, SparseTensor) and o.tau.offsets.dtype != torch.int32:
         return "a sparse delta with 2^31 kept values has no kernel"
     if _projects_rows(o, rule) and o.param.shape[1:].numel() > layout.DEFAULT_BLOCK * ROW_BLOCKS.value:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import resource
 import signal
@@ -17,10 +16,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Triton reads this once, when it is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    if importlib.util.find_spec("triton") is not None:
-        from interpreter import speed_up
+    import interpreter
 
-        speed_up()
+    interpreter.patch_once()
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def test_every_row_names_its_paper():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"method": "dare"}, r"unknown method 'dare'; the rows are 'ondare', 'onties', 'onproj', 'onsoft'"),
+        ({"method": "dare"}, r"unknown method 'dare'; the methods are 'ondare', 'onties', 'onproj', 'onsoft'"),
         ({"method": "onties", "rescale": True}, r"'onties' has no option 'rescale'.*leave it out"),
         ({"method": "onties", "rescale": False}, r"'onties' has no option 'rescale'"),
         ({"method": "ondare", "vote": "paper"}, r"'ondare' has no option 'vote': its consensus is linear"),

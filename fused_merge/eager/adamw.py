@@ -5,15 +5,10 @@ Source: Loshchilov & Hutter 2019 (arXiv 1711.05101), algorithm 2, in the convent
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from fused_merge.eager.precision import sqrt_rn
 from fused_merge.eager.scalars import Scalars
-
-
-def compute_dtype(storage: torch.dtype) -> torch.dtype:
-    """Return the dtype a step is computed in: fp64 for fp64 parameters, fp32 for every other."""
-    return torch.float64 if storage == torch.float64 else torch.float32
 
 
 def moments(g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: Scalars) -> tuple[Tensor, Tensor]:
@@ -26,12 +21,3 @@ def moments(g: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, s: Scalars) -> tuple
 def update(m: Tensor, v: Tensor, s: Scalars) -> Tensor:
     """Return u = -lr * (m / bc1) / (sqrt(v / bc2) + eps) (algorithm 2)."""
     return -(s.step_size * m) / (sqrt_rn(v) * s.inv_sqrt_bias2 + s.eps)
-
-
-def sqrt_rn(x: Tensor) -> Tensor:
-    """Return the correctly rounded square root.
-
-    `torch.sqrt` of fp32 on a CPU may be one unit in the last place off; through fp64 it is exact after the
-    second rounding, since fp64 carries more than twice the digits of fp32.
-    """
-    return x.double().sqrt().to(x.dtype)

@@ -17,7 +17,7 @@ Arguments = ParamSpec("Arguments")
 _LIBRARY: Any = torch.library.Library("fused_merge", "DEF")  # type: ignore[no-untyped-call]
 
 
-def opaque(
+def custom_op(
     schema: str, shape: Callable[Arguments, Tensor]
 ) -> Callable[[Callable[Arguments, Tensor]], Callable[Arguments, Tensor]]:
     """Register a function as an operator of its own, and call it as such while compiling.

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fused_merge.eager.precision import compute_dtype
+
 # Bytes of temporaries for each thread of torch: with fewer, blocks cost more in calls than they gain by the caches.
 _SCRATCH = 5 << 19
 # The temporaries of a block, rows of scratch: both ends, their difference, its product with a weight, and a point.
@@ -19,7 +21,7 @@ _BASE, _TUNED, _DELTA, _PRODUCT, _POINT = range(5)
 
 
 def interpolate(base: Tensor, tuned: Tensor, ratio: float) -> Tensor:
-    """Return one point of the line through `base` (r = 0) and `tuned` (r = 1).
+    """Return one point of the path from `base` (r = 0) to `tuned` (r = 1).
 
     Computed in fp32 (fp64 if either end is) from the nearer end and rounded once; r = 0 and r = 1 copy bits.
 
@@ -35,7 +37,7 @@ def interpolate(base: Tensor, tuned: Tensor, ratio: float) -> Tensor:
         return base.clone()
     if ratio == 1.0:
         return tuned.to(base.dtype, copy=True)
-    wide = wide_dtype(base, tuned)
+    wide = compute_dtype(base.dtype, tuned.dtype)
     weight, from_base = nearer_end(ratio, wide)
     return between(base.to(wide), tuned.to(wide), weight, from_base=from_base).to(base.dtype)
 
@@ -48,7 +50,7 @@ def between(a: Tensor, b: Tensor, weight: float | Tensor, *, from_base: bool) ->
 def interpolate_(
     base: Tensor, tuned: Tensor, ratios: Sequence[float], outs: Sequence[Tensor], scratch: Tensor | None = None
 ) -> None:
-    """Write R points of the line: the bits of `interpolate`, from one read of the ends.
+    """Write R points of the path: the bits of `interpolate`, from one read of the ends.
 
     Goes by blocks that stay in a cache: b - a is taken once, its product with a weight once for the two points that
     lie as far from either end, and each point passes through the cache once.
@@ -61,7 +63,7 @@ def interpolate_(
         scratch: uint8, contiguous, of at least 64 bytes on the device of the ends: overwritten. The more bytes, the
             larger the blocks. None allocates.
     """
-    wide = wide_dtype(base, tuned)
+    wide = compute_dtype(base.dtype, tuned.dtype)
     # Of each weight the points that are so far from an end, and whether that end is base.
     points: dict[float, list[tuple[bool, Tensor]]] = {}
     for ratio, out in zip(ratios, outs, strict=True):
@@ -107,11 +109,6 @@ def interpolate_(
                     torch.sub(b, product, out=point)
                 if point is not place:
                     place.copy_(point)
-
-
-def wide_dtype(base: Tensor, tuned: Tensor) -> torch.dtype:
-    """Return the dtype of the computation."""
-    return torch.float64 if torch.float64 in (base.dtype, tuned.dtype) else torch.float32
 
 
 def nearer_end(ratio: float, wide: torch.dtype) -> tuple[float, bool]:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_merge.eager.adamw import sqrt_rn
 from fused_merge.eager.merging_adamw import CONSENSUS, Terms
+from fused_merge.eager.precision import sqrt_rn
 from fused_merge.eager.scalars import Scalars
 from fused_merge.eager.sums import inner_product
 from fused_merge.methods import MergeRule

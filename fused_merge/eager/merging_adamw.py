@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fused_merge.eager import adamw, consensus, rounding
 from fused_merge.eager.philox import MaskKey
+from fused_merge.eager.precision import compute_dtype
 from fused_merge.eager.projection import project
 from fused_merge.eager.scalars import Scalars
 from fused_merge.eager.sparsify import SPARSIFY
@@ -29,8 +30,8 @@ CONSENSUS: dict[str, Callable[[Tensor, Tensor, consensus.Weight, consensus.Weigh
 class Delta(NamedTuple):
     """The reference delta of one tensor as a step needs it."""
 
-    kept: Tensor  # F(tau)
-    full: Tensor | None = None  # tau itself, where something is projected onto it
+    tau: Tensor  # F(tau)
+    tau_dense: Tensor | None = None  # tau itself, where something is projected onto it
 
 
 class Anchor(NamedTuple):
@@ -82,23 +83,23 @@ def merging_adamw_(
     Returns:
         What was merged, if asked for and there is a delta.
     """
-    compute = adamw.compute_dtype(param.dtype)
+    compute = compute_dtype(param.dtype)
     anchor = anchor if delta is not None else None
     g = s.grad_factor * grad.to(compute)
-    full = None if delta is None or delta.full is None else delta.full.to(compute)
-    if full is not None and rule.project and rule.project_on == "gradient":
-        g = _projected(g, full, rule, ascent=True)
+    tau_dense = None if delta is None or delta.tau_dense is None else delta.tau_dense.to(compute)
+    if tau_dense is not None and rule.project and rule.project_on == "gradient":
+        g = _projected(g, tau_dense, rule, ascent=True)
     m, v = adamw.moments(g, exp_avg.to(compute), exp_avg_sq.to(compute), s)
     u = adamw.update(m, v, s)
-    if full is not None and rule.project and rule.project_on == "update":
-        u = _projected(u, full, rule, ascent=False)
+    if tau_dense is not None and rule.project and rule.project_on == "update":
+        u = _projected(u, tau_dense, rule, ascent=False)
 
     theta = _load(param, master, compute)
     start, merged, terms = theta * s.decay, u, None
     if delta is not None:
         if anchor is not None:
             start, u = _since_anchor(start, u, anchor, s)
-        tau = delta.kept.to(compute)
+        tau = delta.tau.to(compute)
         u_kept = SPARSIFY[rule.update](u, rule.reserve_rate, key)
         merged = CONSENSUS[rule.consensus](u_kept, tau, s.update_weight, s.tau_weight)
         if anchor is not None:

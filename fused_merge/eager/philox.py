@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_merge.eager.custom_op import opaque
+from fused_merge.eager.custom_op import custom_op
 from fused_merge.eager.shard import ShardIndex
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -82,7 +82,7 @@ def _dtype_of_draw(threshold: int) -> torch.dtype:
     return torch.int64 if threshold < 0 else torch.bool
 
 
-@opaque(
+@custom_op(
     "(SymInt numel, int threshold, Tensor step, SymInt seed, SymInt tensor_id, int domain, SymInt[] shard) -> Tensor",
     lambda numel, threshold, step, *_: step.new_empty((numel,), dtype=_dtype_of_draw(threshold)),
 )

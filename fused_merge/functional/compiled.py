@@ -1,4 +1,4 @@
-"""Eager code through `torch.compile`, the step and the line: the same bits, fused for the CPU.
+"""Eager code through `torch.compile`, the step and interpolation: the same bits, fused for the CPU.
 
 Inductor neither contracts nor reorders floating-point arithmetic on a CPU, so that what it makes of
 `fused_merge.eager` is equal to it bit for bit.
@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_merge.eager.interpolate import between, nearer_end, wide_dtype
+from fused_merge.eager.interpolate import between, nearer_end
 from fused_merge.eager.interpolate import interpolate_ as eager_interpolate_
 from fused_merge.eager.merging_adamw import Anchor, Delta, Terms
 from fused_merge.eager.merging_adamw import merging_adamw_ as eager_merging_adamw_
 from fused_merge.eager.philox import MaskKey
+from fused_merge.eager.precision import compute_dtype
 from fused_merge.eager.scalars import Scalars
 from fused_merge.eager.shard import ShardIndex
 from fused_merge.methods import MergeRule
@@ -53,7 +54,7 @@ def merging_adamw_(
     if not (rule.project and rule.project_over == "rows") and all(t.is_contiguous() for t in every):
         # One compiled form then serves tensors of all shapes.
         tensors = [t.view(-1) for t in tensors]
-        delta = delta and Delta(delta.kept.view(-1), None if delta.full is None else delta.full.view(-1))
+        delta = delta and Delta(delta.tau.view(-1), None if delta.tau_dense is None else delta.tau_dense.view(-1))
         anchor = anchor and Anchor(anchor.weights.view(-1), anchor.decay)
         master = None if master is None else master.view(-1)
     terms: Terms | None = _compiled_step()(
@@ -67,7 +68,7 @@ def interpolate_(base: Tensor, tuned: Tensor, ratios: Sequence[float], outs: Seq
 
     Each point reads both ends and writes itself, 3·b bytes per element of b bytes.
     """
-    wide = wide_dtype(base, tuned)
+    wide = compute_dtype(base.dtype, tuned.dtype)
     for ratio, out in zip(ratios, outs, strict=True):
         if ratio in (0.0, 1.0) or base.numel() < 2 or out.data_ptr() in (base.data_ptr(), tuned.data_ptr()):
             # Sizes 0 and 1, and an output that is an input, would be compiled for themselves.

@@ -8,6 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from fused_merge.eager.precision import compute_dtype
 from fused_merge.eager.sums import inner_product
 from fused_merge.functional import backend
 from fused_merge.functional.workspace import Workspace
@@ -93,8 +94,7 @@ def _on_device(scale: float | Tensor, device: torch.device) -> Tensor:
 
 
 def _eager_product(x: Tensor, y: Tensor | None, z: Tensor | None, scale: float | Tensor) -> Tensor:
-    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in (x, y, z))
-    compute = torch.float64 if wide else torch.float32
+    compute = compute_dtype(*(tensor.dtype for tensor in (x, y, z) if tensor is not None))
     x = (scale.to(x.device, compute) if isinstance(scale, Tensor) else scale) * x.to(compute)
     right = x if y is None else y.to(compute)
     return inner_product(x, right if z is None else right - z.to(compute))

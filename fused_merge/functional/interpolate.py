@@ -23,7 +23,7 @@ def interpolate(
     *,
     impl: str = "auto",
 ) -> list[list[Tensor]]:
-    """Return R points of the line through each pair of tensors, reading each pair once.
+    """Return R points of the path between each pair of tensors, reading each pair once.
 
     theta(r) = theta0 + r * (theta1 - theta0), in fp32 (fp64 if an end is) from the nearer end and rounded
     once; r = 0 and r = 1 copy bits. Source: Lin et al. 2024 (arXiv 2309.06256).
@@ -56,7 +56,7 @@ def interpolate(
     for index, ((base, tuned), points, row) in enumerate(zip(pairs, outs, per_tensor, strict=True)):
         for tensor in (base, tuned, *points):
             if not tensor.is_floating_point():
-                raise ValueError(f"tensor {index}: only floating tensors lie on a line, got {tensor.dtype}")
+                raise ValueError(f"tensor {index}: only floating tensors can be interpolated, got {tensor.dtype}")
         if len(points) != len(row):
             raise ValueError(f"tensor {index}: {len(row)} ratios need as many outputs, got {len(points)}")
         for other in (tuned, *points):

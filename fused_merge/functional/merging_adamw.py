@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_merge.eager.adamw import compute_dtype
 from fused_merge.eager.merge_stats import MergeStats, MergeSums, merge_stats, merge_sums
 from fused_merge.eager.merging_adamw import Anchor, Delta
 from fused_merge.eager.merging_adamw import merging_adamw_ as eager_merging_adamw_
 from fused_merge.eager.operands import Operands, Tau
 from fused_merge.eager.philox import DOMAIN_UPDATE, MaskKey
+from fused_merge.eager.precision import compute_dtype
 from fused_merge.eager.scalars import Hyper, Scalars, derive_scalars, scalar_table
 from fused_merge.eager.shard import ShardIndex
 from fused_merge.eager.sparse import SparseTensor

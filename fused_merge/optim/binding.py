@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fused_merge.delta.reference_delta import ReferenceDelta, Sparsity
 from fused_merge.eager.merge_stats import lost_share
+from fused_merge.eager.operands import Tau
 from fused_merge.eager.sparse import SparseTensor
-from fused_merge.functional import Tau
+from fused_merge.methods import MergeRule
 from fused_merge.names import canonical_name, some
-from fused_merge.optim.options import rule_of
 
 logger = logging.getLogger("fused_merge")
 
@@ -25,14 +25,24 @@ _LOST = 0.2
 class Bound(NamedTuple):
     """The delta of one parameter."""
 
-    kept: Tau  # F(tau), sparse where F drops anything; None for a parameter that steps as plain AdamW
-    full: Tensor | None = None  # tau itself, where something is projected onto it and F drops anything
+    tau: Tau  # F(tau), sparse where F drops anything; None for a parameter that steps as plain AdamW
+    tau_dense: Tensor | None = None  # tau itself, where something is projected onto it and F drops anything
 
     def to(self, device: torch.device) -> Bound:
         """Return this on `device`; itself if it is there."""
-        if self.kept is None or self.kept.device == device:
+        if self.tau is None or self.tau.device == device:
             return self
-        return Bound(self.kept.to(device), None if self.full is None else self.full.to(device))
+        return Bound(self.tau.to(device), None if self.tau_dense is None else self.tau_dense.to(device))
+
+
+class NamedGroup(NamedTuple):
+    """Parameters of one group, by canonical name."""
+
+    number: int  # of the group
+    options: dict[str, Any]
+    rule: MergeRule
+    names: list[str]
+    params: list[Tensor]
 
 
 class Binding:
@@ -56,26 +66,28 @@ class Binding:
             return [[canonical_name(name) for name in group["param_names"]] for group in groups]
         return _names_in_order([group["params"] for group in groups], self.delta)
 
-    def bind(self, parameters: Iterable[tuple[str, Tensor, Mapping[str, Any]]]) -> None:
-        """Find the delta of every (name, parameter, group) that has none yet.
+    def bind(self, groups: Iterable[NamedGroup]) -> None:
+        """Find the delta of every parameter that has none yet.
 
         Raises:
             ValueError: naming the parameters that share a name or that the delta lacks or holds in another shape, or
                 saying how a sparse delta was made if that is not what the group asks for. Nothing is bound then.
         """
-        parameters = list(parameters)
         owners: dict[str, Tensor] = {}
-        for name, param, _ in parameters:
-            if owners.setdefault(name, param) is not param:
-                raise ValueError(
-                    f"two parameters are called {name!r}, and the reference delta goes by names; "
-                    "tell them apart, as by a prefix, or give each model an optimizer of its own"
-                )
-        wanted = [entry for entry in parameters if entry[0] not in self._bound]
+        wanted: list[Wanted] = []
+        for group in groups:
+            for name, param in zip(group.names, group.params, strict=True):
+                if owners.setdefault(name, param) is not param:
+                    raise ValueError(
+                        f"two parameters are called {name!r}; deltas are matched by name: give the parameters distinct "
+                        "names, for example a prefix, or give each model an optimizer of its own"
+                    )
+                if name not in self._bound:
+                    wanted.append(Wanted(name, param, group))
         if not wanted:
             return
         held = set(self.delta.names)
-        absent = [name for name, _, group in wanted if name not in held and group["missing"] == "error"]
+        absent = [each.name for each in wanted if each.name not in held and each.group.options["missing"] == "error"]
         if absent:
             raise ValueError(
                 f"the reference delta lacks {some(map(repr, absent))}; build it from checkpoints that hold them, or "
@@ -103,9 +115,9 @@ class Binding:
         """Forget everything; it is found again when it is needed."""
         self._bound.clear()
 
-    def _sparsified(self, name: str, group: Mapping[str, Any]) -> Bound:
+    def _sparsified(self, name: str, group: NamedGroup) -> Bound:
         """Return the delta of one tensor as its group asks for it."""
-        rule, stored = rule_of(group), self.delta.sparsity
+        rule, stored = group.rule, self.delta.sparsity
         if stored is None and (rule.tau_reserve_rate == 1.0 or rule.tau == "none"):
             return Bound(self.delta.tensor(name))
         if stored is not None and rule.project:
@@ -115,11 +127,11 @@ class Binding:
             )
         if stored is not None and rule.tau == "none":
             raise ValueError(
-                f"method {group['method']!r} needs the whole reference delta and {self.delta.path} holds a sparse one; "
-                "use the dense delta"
+                f"method {group.options['method']!r} needs the whole reference delta and {self.delta.path} holds a "
+                "sparse one; use the dense delta"
             )
-        kept = self.delta.sparse(name, Sparsity(rule.tau, rule.tau_reserve_rate, group["seed"]))
-        return Bound(kept, self.delta.tensor(name) if rule.project else None)
+        tau = self.delta.sparse(name, Sparsity(rule.tau, rule.tau_reserve_rate, group.options["seed"]))
+        return Bound(tau, self.delta.tensor(name) if rule.project else None)
 
 
 def _names_in_order(groups: list[list[Tensor]], delta: ReferenceDelta) -> list[list[str]]:
@@ -137,23 +149,30 @@ def _names_in_order(groups: list[list[Tensor]], delta: ReferenceDelta) -> list[l
     return [[next(names) for _ in group] for group in groups]
 
 
-def _log(bound: Mapping[str, Bound], wanted: Iterable[tuple[str, Tensor, Mapping[str, Any]]]) -> None:
+class Wanted(NamedTuple):
+    """A parameter whose delta is to be found."""
+
+    name: str
+    param: Tensor
+    group: NamedGroup
+
+
+def _log(bound: Mapping[str, Bound], wanted: Iterable[Wanted]) -> None:
     """Say what steps plainly, what dense deltas cost, and what rounding will lose."""
-    plain = [name for name, delta in bound.items() if delta.kept is None]
+    plain = [name for name, delta in bound.items() if delta.tau is None]
     if plain:
         logger.warning("stepping as plain AdamW, without a reference delta: %s", some(map(repr, plain), shown=20))
-    full = sum(delta.full.nbytes for delta in bound.values() if delta.full is not None)
-    if full:
-        logger.info("projection keeps the dense reference delta in memory: %.3g MB", full / 1e6)
+    dense = sum(delta.tau_dense.nbytes for delta in bound.values() if delta.tau_dense is not None)
+    if dense:
+        logger.info("projection keeps the dense reference delta in memory: %.3g MB", dense / 1e6)
     lost: dict[str, float] = {}
-    for name, param, group in wanted:
-        kept = bound[name].kept
-        if kept is None or group["rounding"] == "stochastic" or group["alpha"] == 0.0:
+    for name, param, (_, options, rule, *_) in wanted:
+        tau = bound[name].tau
+        if tau is None or options["rounding"] == "stochastic" or options["alpha"] == 0.0:
             continue
-        tau = kept.unpack() if isinstance(kept, SparseTensor) else kept
-        rule = rule_of(group)
-        stored = param.dtype if group["master"] == "none" else torch.float32
-        share = lost_share(param.detach(), tau, group["alpha"] * rule.scale(rule.tau_reserve_rate), stored)
+        tau = tau.unpack() if isinstance(tau, SparseTensor) else tau
+        stored = param.dtype if options["master"] == "none" else torch.float32
+        share = lost_share(param.detach(), tau, options["alpha"] * rule.scale(rule.tau_reserve_rate), stored)
         if share > _LOST:
             lost[name] = float(share)
     if lost:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_merge import functional
+from fused_merge.functional.inner_products import inner_products
+from fused_merge.functional.workspace import Workspace
 
 
 def inverse_of(grad_scale: Tensor | None) -> float | Tensor:
@@ -16,9 +17,7 @@ def inverse_of(grad_scale: Tensor | None) -> float | Tensor:
     return 1.0 if grad_scale is None else grad_scale.double().reciprocal().view(())
 
 
-def grad_norm(
-    grads: Sequence[Tensor], inverse_scale: float | Tensor, *, workspace: functional.Workspace, impl: str
-) -> Tensor:
+def grad_norm(grads: Sequence[Tensor], inverse_scale: float | Tensor, *, workspace: Workspace, impl: str) -> Tensor:
     """Return the norm of all unscaled gradients, 0-d fp64 on the device of the first; nothing waits for it.
 
     Args:
@@ -28,7 +27,7 @@ def grad_norm(
         workspace: what calls with the same gradients share.
         impl: what computes it.
     """
-    squares = functional.inner_products(grads, scale=inverse_scale, workspace=workspace, impl=impl)
+    squares = inner_products(grads, scale=inverse_scale, workspace=workspace, impl=impl)
     return torch.stack([square.to(squares[0].device, torch.float64) for square in squares]).sum().sqrt()
 
 

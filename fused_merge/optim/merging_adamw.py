@@ -1,13 +1,13 @@
 """AdamW that merges every update with the reference delta of supervised fine-tuning, as `torch.optim.Optimizer`s.
 
-The classes keep names, states and hyper-parameters; the arithmetic is `fused_merge.functional.merging_adamw_`.
+The classes keep names, states and options; the arithmetic is `fused_merge.functional.merging_adamw`.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -15,37 +15,41 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
-from fused_merge import functional
 from fused_merge.delta.reference_delta import ReferenceDelta
 from fused_merge.eager.merging_adamw import Anchor
+from fused_merge.eager.operands import Operands
 from fused_merge.eager.scalars import Hyper
-from fused_merge.functional.backend import check_impl
+from fused_merge.eager.shard import ShardIndex
+from fused_merge.functional.merging_adamw import PreparedStep, prepare, take
+from fused_merge.functional.workspace import Workspace
 from fused_merge.names import canonical_name, tensor_id
-from fused_merge.optim.binding import Binding
+from fused_merge.optim.binding import Binding, NamedGroup
 from fused_merge.optim.gradients import grad_factor, grad_norm, inverse_of
 from fused_merge.optim.options import (
     FIXED,
-    FOREIGN,
-    AdamWOptions,
+    GROUP_OPTIONS,
+    RUN_OPTIONS,
+    CommonOptions,
+    MergingOptions,
+    RunOptions,
     check_dtype,
     check_options,
     dtype_name,
     dtype_of,
-    rule_of,
 )
-from fused_merge.optim.state import complete_state, state_dtypes
-from fused_merge.optim.verification import verified_merging_adamw_, verify_as_the_environment_says
+from fused_merge.optim.state import check_loadable, complete_state, restore_states
+from fused_merge.optim.verification import take_verified, verify_as_the_environment_says
+from fused_merge.options import check_known, documented, resolve
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Batch = list[tuple[str, Tensor]]
 
-
+@documented(MergingOptions)
 class MergingAdamW(Optimizer):
     """AdamW whose every update u is merged with the reference delta: theta += F(u) ⊕ F(tau).
 
-    tau = theta_SFT - theta_base. Between them F and ⊕ are a row of `fused_merge.methods.METHODS`:
+    tau = theta_SFT - theta_base. A method of `fused_merge.methods.METHODS` fixes F and ⊕:
 
     - `"ondare"`: F keeps a random share p; theta += (1 - alpha)*F(u) + alpha*F(tau).
     - `"onties"`: F keeps the share p of largest magnitude; of both only what has the elected sign is added.
@@ -70,42 +74,12 @@ class MergingAdamW(Optimizer):
         params: `model.named_parameters()`, or parameter groups of such pairs. Unnamed parameters are matched in
             order with a delta that knows its model's order (`ReferenceDelta.from_models` of two modules).
         reference_delta: a `ReferenceDelta`, or the path of a saved one.
-        lr: learning rate, a float or a 0-d tensor. At 0 the moments and steps advance and no weight moves.
-        betas: decay rates of the two moments.
-        eps: added to the square root of the second moment.
-        weight_decay: decoupled; theta is multiplied by 1 - lr*weight_decay before the merge.
-        alpha: weight of the delta, in [0, 1]. Not scaled by `lr`: alpha*tau is added at every merge.
-        reserve_rate: p, the share that F keeps, in (0, 1]; None is 0.01, or everything for rows whose F drops nothing.
-            A dense delta is sparsified once, with the rate that its group had when it was added; later changes act on
-            u only.
-        merge_every: K; between merges the steps are plain AdamW, and a merge takes all that came since the last one as
-            its u (the paper's step-K variant).
-        project: `"conflict"` removes from x its component along tau, c*tau with c = <x, tau> / <tau, tau>, where the
-            step goes against tau; `"onto"` takes (1 - s)*x + s*c*tau; None projects nothing, or what the row implies.
-            Needs the dense delta.
-        project_strength: s of `"onto"`, in [0, 1].
-        project_over: `"tensor"`, or `"rows"`, one coefficient for each index along dim 0.
-        project_on: `"gradient"`, before the moments, or `"update"`, after them: Adam rescales each element, so that
-            only the latter keeps the step itself out of conflict.
-        max_grad_norm: scale all gradients down to this norm, as `clip_grad_norm_` does, without writing them.
-        maximize: step uphill.
-        missing: `"error"`, or `"plain"` to step parameters that the delta does not hold as AdamW does.
-        state_dtype: of the moments: fp32, bf16 or fp16.
-        rounding: of the weights: `"nearest"`, or `"stochastic"`, up or down with the probability of the distance; fp32
-            weights too, through the error of the sum.
-        master: `"fp32"` keeps an fp32 copy of 16-bit weights, `"split"` the 16 bits that bf16 weights lack.
-        stats_every: collect `merge_stats` at every n-th step; 0 never does.
-        seed: 64-bit key of the random masks and of stochastic rounding.
-        method: a row of the table.
-        rescale: divide what a random drop keeps by p (as the authors' experiments did) or do not (equation 4);
-            None is True where F is random. Rows without a random drop have no such option.
-        vote: `"reference"` elects the sign of u + tau (the authors' code), `"paper"` that of
-            (1 - alpha)*u + alpha*tau (equations 5-7); None is `"reference"` where ⊕ is a sign vote.
-        impl: `"auto"` (Triton on a GPU; on a CPU eager, above 50 M parameters compiled), `"triton"`, `"compiled"` or
-            `"eager"`; all give the same bits. `FUSED_MERGE_IMPL` overrides it.
+        method: a key of the table.
+        {options}
 
     Raises:
-        ValueError: for an option out of range or that the row lacks.
+        ValueError: for an option out of range or that the method lacks.
+        TypeError: for an option that there is not.
     """
 
     # What torch.amp.GradScaler asks for: it then hands over `grad_scale` and `found_inf` instead of unscaling.
@@ -116,68 +90,24 @@ class MergingAdamW(Optimizer):
         params: ParamsT,
         *,
         reference_delta: ReferenceDelta | str | os.PathLike[str],
-        lr: float | Tensor = 1e-6,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        alpha: float = 1e-6,
-        reserve_rate: float | None = None,
-        merge_every: int = 1,
-        project: str | None = None,
-        project_strength: float = 1.0,
-        project_over: str = "tensor",
-        project_on: str = "gradient",
-        max_grad_norm: float | None = None,
-        maximize: bool = False,
-        missing: str = "error",
-        state_dtype: torch.dtype = torch.float32,
-        rounding: str = "nearest",
-        master: str = "none",
-        stats_every: int = 0,
-        seed: int = 0,
         method: str = "ondare",
-        rescale: bool | None = None,
-        vote: str | None = None,
-        impl: str = "auto",
+        **options: Unpack[MergingOptions],
     ) -> None:
-        check_impl(impl)
-        if stats_every < 0:
-            raise ValueError(f"stats_every must be at least 0, got {stats_every}")
+        check_known(options, GROUP_OPTIONS | RUN_OPTIONS)
+        own = resolve({name: value for name, value in options.items() if name in RUN_OPTIONS}, RunOptions)
         if not isinstance(reference_delta, ReferenceDelta):
             reference_delta = ReferenceDelta.load(reference_delta)
-        self.impl = impl
-        self.stats_every = stats_every
+        self.impl: str = own["impl"]
+        self.stats_every: int = own["stats_every"]
         self.verify_steps = 0
         self.grad_norm: Tensor | None = None
         self._binding = Binding(reference_delta)
         self._calls = 0
-        self._workspace = functional.Workspace()
+        self._workspace = Workspace()
         self._stats: dict[str, dict[str, float]] = {}
         self._fixed: dict[int, dict[str, Any]] = {}
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "alpha": alpha,
-            "reserve_rate": reserve_rate,
-            "merge_every": merge_every,
-            "project": project,
-            "project_strength": project_strength,
-            "project_over": project_over,
-            "project_on": project_on,
-            "max_grad_norm": max_grad_norm,
-            "maximize": maximize,
-            "missing": missing,
-            "state_dtype": state_dtype,
-            "rounding": rounding,
-            "master": master,
-            "seed": seed,
-            "method": method,
-            "rescale": rescale,
-            "vote": vote,
-        }
-        super().__init__(params, defaults)
+        defaults = {name: options.get(name, option.default) for name, option in GROUP_OPTIONS.items()}
+        super().__init__(params, {**defaults, "method": method})
 
     @property
     def reference_delta(self) -> ReferenceDelta:
@@ -188,15 +118,15 @@ class MergingAdamW(Optimizer):
         """Add a group; its options default to the optimizer's and are checked as the constructor's are.
 
         Raises:
-            ValueError: for an option out of range or that the row lacks.
+            ValueError: for an option out of range or that the method lacks.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            for option in ("impl", "stats_every"):
+            for option in RUN_OPTIONS:
                 if option in group:
                     raise ValueError(f"{option} is an option of the optimizer, not of a parameter group")
-            check_options(group)
+            rule = check_options(group)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -204,7 +134,7 @@ class MergingAdamW(Optimizer):
             "identity": self.reference_delta.identity,
             "path": self.reference_delta.path,
             # What tau is sparsified with; `reserve_rate` of the group may change later.
-            "reserve_rate": rule_of(group).reserve_rate,
+            "reserve_rate": rule.reserve_rate,
         }
 
     def bind(self) -> None:
@@ -216,11 +146,7 @@ class MergingAdamW(Optimizer):
             ValueError: naming the parameters that the delta lacks or holds in another shape, or saying how a
                 sparse delta was made if that is not what the group asks for. Nothing is bound then.
         """
-        self._binding.bind(
-            (name, param, group)
-            for group, names in zip(self.param_groups, self._binding.names(self.param_groups), strict=True)
-            for name, param in zip(names, group["params"], strict=True)
-        )
+        self._binding.bind(self._named_groups())
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -245,81 +171,117 @@ class MergingAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batches = list(self._batches())
-        self.bind()
+        groups = self._named_groups()
+        batches = [batch for group in groups if (batch := self._with_gradients(group)).params]
+        self._binding.bind(groups)
         inverse_scale = inverse_of(getattr(self, "grad_scale", None))
-        clips = any(group["max_grad_norm"] is not None for _, group, _ in batches)
-        grads = [param.grad for *_, batch in batches for _, param in batch if param.grad is not None]
-        norm = None
-        if clips and grads:
-            norm = grad_norm(grads, inverse_scale, workspace=self._workspace.part("norm"), impl=self.impl)
-        stats = self.stats_every > 0 and (self._calls + 1) % self.stats_every == 0
-        prepared = [
-            self._prepared(group, batch, grad_factor(group, norm, inverse_scale), stats) for _, group, batch in batches
-        ]
+        norm = self._norm(batches, inverse_scale)
         # All groups or none: what a later one cannot do is raised before the first one has stepped.
-        for _, lists, options in prepared[1:]:
-            functional.merging_adamw_(*lists, **options, dry_run=True)
-
+        prepared = [self._prepare(batch, grad_factor(batch.options, norm, inverse_scale)) for batch in batches]
         if self._calls == 0 and not self.verify_steps:
             # Not before: the parameters may have moved to another device since the optimizer was made.
             verify_as_the_environment_says(self)
         self.grad_norm = norm
         self._calls += 1
-        run = verified_merging_adamw_ if self.verify_steps else functional.merging_adamw_
-        for (index, _, batch), (states, lists, options) in zip(batches, prepared, strict=True):
-            for (_, param), state in zip(batch, states, strict=True):
-                self.state[param].update(state)
-            workspace = self._workspace.part(f"group {index}")
-            for (name, _), entry in zip(batch, run(*lists, **options, workspace=workspace), strict=True):
+        for batch, step in zip(batches, prepared, strict=True):
+            self._keep_states(step.operands)
+            workspace = self._workspace.part(f"group {batch.number}")
+            gathered = take_verified(step, workspace, self.impl) if self.verify_steps else take(step)
+            for o, entry in zip(step.operands, gathered, strict=True):
                 if entry is not None:
-                    self._stats[name] = {field: float(value) for field, value in entry._asdict().items()}
+                    self._stats[o.name] = {field: float(value) for field, value in entry._asdict().items()}
         self._fix_options()
         self.verify_steps = max(0, self.verify_steps - 1)
         return loss
 
-    def _prepared(
-        self, group: dict[str, Any], batch: Batch, factor: float | Tensor, stats: bool
-    ) -> tuple[list[dict[str, Tensor]], tuple[list[Any], ...], dict[str, Any]]:
-        """Return the states of a group's parameters, completed in copies, and what the functional form takes."""
-        params = [param for _, param in batch]
-        bound = [self._binding.of(name, param.device) for name, param in batch]
-        states: list[dict[str, Tensor]] = [dict(self.state.get(param, {})) for param in params]
-        for param, state, delta in zip(params, states, bound, strict=True):
-            complete_state(state, param, group, merged=delta.kept is not None)
+    def _named_groups(self) -> list[NamedGroup]:
+        """Return the parameters of every group by name, with options that are checked."""
+        named = []
+        for index, (group, names) in enumerate(
+            zip(self.param_groups, self._binding.names(self.param_groups), strict=True)
+        ):
+            rule = check_options(group)
+            for option, value in self._fixed.get(index, {}).items():
+                if group[option] != value:
+                    raise ValueError(
+                        f"{option} of a group is fixed once it has taken a step: it was {value} and is "
+                        f"{group[option]}; set it back, or make a new optimizer"
+                    )
+            named.append(NamedGroup(index, group, rule, names, group["params"]))
+        return named
+
+    def _with_gradients(self, group: NamedGroup) -> NamedGroup:
+        """Return the parameters of a group that have a gradient, all of them checked."""
+        with_gradient = [(n, p) for n, p in zip(group.names, group.params, strict=True) if p.grad is not None]
+        for name, param in with_gradient:
+            check_dtype(name, param, group.options)
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise ValueError(
+                    f"the gradient of {name!r} is sparse ({param.grad.layout}); use a dense one, as from "
+                    "nn.Embedding(sparse=False)"
+                )
+        return group._replace(names=[n for n, _ in with_gradient], params=[p for _, p in with_gradient])
+
+    def _norm(self, batches: Sequence[NamedGroup], inverse_scale: float | Tensor) -> Tensor | None:
+        """Return the norm of all gradients where any group clips them."""
+        grads = [param.grad for batch in batches for param in batch.params if param.grad is not None]
+        if not grads or all(batch.options["max_grad_norm"] is None for batch in batches):
+            return None
+        return grad_norm(grads, inverse_scale, workspace=self._workspace.part("norm"), impl=self.impl)
+
+    def _prepare(self, batch: NamedGroup, factor: float | Tensor) -> PreparedStep:
+        """Check a step of one group and give it to a backend; nothing is changed."""
+        options = batch.options
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        lists: tuple[list[Any], ...] = (
-            params,
-            [param.grad for param in params],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["step"] for state in states],
-            [delta.kept for delta in bound],
+        hyper = Hyper(
+            options["lr"],
+            options["betas"],
+            options["eps"],
+            options["weight_decay"],
+            options["alpha"],
+            grad_factor=factor,
+            found_inf=0.0 if found_inf is None else found_inf.double().view(()),
+            merge_every=options["merge_every"],
         )
-        options = {
-            "rule": rule_of(group),
-            "hyper": Hyper(
-                group["lr"],
-                group["betas"],
-                group["eps"],
-                group["weight_decay"],
-                group["alpha"],
-                grad_factor=factor,
-                found_inf=0.0 if found_inf is None else found_inf.double().view(()),
-                merge_every=group["merge_every"],
-            ),
-            "tensor_ids": [tensor_id(name) for name, _ in batch],
-            "names": [name for name, _ in batch],
-            "seed": group["seed"],
-            "full_taus": [delta.full for delta in bound],
-            "anchors": [
-                Anchor(state["anchor"], state["anchor_decay"]) if "anchor" in state else None for state in states
-            ],
-            "masters": [state.get("master", state.get("master_low")) for state in states],
-            "stats": stats,
-            "impl": self.impl,
-        }
-        return states, lists, options
+        return prepare(
+            [self._operands(name, param, options) for name, param in zip(batch.names, batch.params, strict=True)],
+            rule=batch.rule,
+            hyper=hyper,
+            seed=options["seed"],
+            stats=self.stats_every > 0 and (self._calls + 1) % self.stats_every == 0,
+            workspace=self._workspace.part(f"group {batch.number}"),
+            impl=self.impl,
+        )
+
+    def _operands(self, name: str, param: Tensor, options: dict[str, Any]) -> Operands:
+        """Return what a step of one parameter reads and writes; states that it lacks are made, and not kept yet."""
+        delta = self._binding.of(name, param.device)
+        state = complete_state(self.state.get(param, {}), param, options, merged=delta.tau is not None)
+        assert param.grad is not None
+        return Operands(
+            name,
+            param,
+            param.grad,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            state["step"],
+            delta.tau,
+            delta.tau_dense,
+            Anchor(state["anchor"], state["anchor_decay"]) if "anchor" in state else None,
+            state.get("master", state.get("master_low")),
+            tensor_id(name),
+            ShardIndex.whole(param.numel()),
+        )
+
+    def _keep_states(self, operands: Sequence[Operands]) -> None:
+        """Take the states that a step was prepared with."""
+        for o in operands:
+            state = self.state[o.param]
+            state |= {"step": o.step, "exp_avg": o.exp_avg, "exp_avg_sq": o.exp_avg_sq}
+            if o.master is not None:
+                state["master_low" if o.master.dtype == torch.int16 else "master"] = o.master
+            if o.anchor is not None:
+                state |= {"anchor": o.anchor.weights, "anchor_decay": o.anchor.decay}
 
     def merge_stats(self) -> dict[str, dict[str, float]]:
         """Return what the last merge that was looked at did to each tensor; see `stats_every`.
@@ -354,22 +316,7 @@ class MergingAdamW(Optimizer):
                 that this one does not have, or by an Adam whose weight decay is part of the gradient. Nothing has
                 changed then.
         """
-        for group in state_dict["param_groups"]:
-            reference = group.get("reference")
-            if reference and reference["identity"] != self.reference_delta.identity:
-                raise ValueError(
-                    f"the state dict was saved with the reference delta {reference['identity'][:12]} (from "
-                    f"{reference['path'] or 'memory'}) and this optimizer has {self.reference_delta.identity[:12]}; "
-                    "resume with the delta that the run began with"
-                )
-            for option in FOREIGN:
-                if group.get(option):
-                    raise ValueError(f"the state dict was saved with {option}=True, which this optimizer lacks")
-            if group.get("decoupled_weight_decay") is False and group["weight_decay"]:
-                raise ValueError(
-                    "the state dict was saved by torch.optim.Adam, which adds weight_decay to the gradient; set "
-                    "it to 0 in the param_groups of the state dict and give this optimizer one of its own"
-                )
+        check_loadable(state_dict, self.reference_delta)
         before = [dict(group) for group in self.param_groups]
         # Whoever registered hooks may have replaced the state dict: what the last of them left is what is loaded.
         loaded_dicts = [state_dict]
@@ -392,20 +339,10 @@ class MergingAdamW(Optimizer):
             group["state_dtype"] = dtype_of(group["state_dtype"])
             # A full state dict of torch.distributed.checkpoint has it as a list.
             group["betas"] = tuple(group["betas"])
-        self._restore_states(loaded_dicts[-1])
+        restore_states(self.state, self.param_groups, loaded_dicts[-1])
         self._binding.clear()
         self._fixed.clear()
         self._fix_options()
-
-    def _restore_states(self, state_dict: StateDict) -> None:
-        """Undo what torch does to states on loading: cast them to the parameter's dtype, or share them."""
-        saved = (index for group in state_dict["param_groups"] for index in group["params"])
-        params = ((param, group) for group in self.param_groups for param in group["params"])
-        for index, (param, group) in zip(saved, params, strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
-                dtype = state_dtypes(param, group).get(key)
-                if dtype is not None:
-                    self.state[param][key] = torch.as_tensor(value).to(param.device, dtype, copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep; the delta is found again by the copy's first step."""
@@ -416,32 +353,9 @@ class MergingAdamW(Optimizer):
             | own
             | {
                 "_binding": Binding(self.reference_delta),
-                "_workspace": functional.Workspace(),
+                "_workspace": Workspace(),
             }
         )
-
-    def _batches(self) -> Iterator[tuple[int, dict[str, Any], Batch]]:
-        """Yield each group's number, the group, and its named parameters that have a gradient, all of them checked."""
-        for index, (group, names) in enumerate(
-            zip(self.param_groups, self._binding.names(self.param_groups), strict=True)
-        ):
-            check_options(group)
-            for option, value in self._fixed.get(index, {}).items():
-                if group[option] != value:
-                    raise ValueError(
-                        f"{option} of a group is fixed once it has taken a step: it was {value} and is "
-                        f"{group[option]}; set it back, or make a new optimizer"
-                    )
-            batch = [(n, p) for n, p in zip(names, group["params"], strict=True) if p.grad is not None]
-            for name, param in batch:
-                check_dtype(name, param, group)
-                if param.grad.layout != torch.strided:
-                    raise ValueError(
-                        f"the gradient of {name!r} is sparse ({param.grad.layout}); use a dense one, as from "
-                        "nn.Embedding(sparse=False)"
-                    )
-            if batch:
-                yield index, group, batch
 
     def _fix_options(self) -> None:
         """Remember what the states of each group that has any were made with."""
@@ -450,6 +364,7 @@ class MergingAdamW(Optimizer):
                 self._fixed[index] = {option: group[option] for option in FIXED}
 
 
+@documented(CommonOptions)
 class OnDAREAdamW(MergingAdamW):
     """AdamW with random drop and linear consensus: theta += (1 - alpha)*F(u) + alpha*F(tau).
 
@@ -472,7 +387,7 @@ class OnDAREAdamW(MergingAdamW):
         reference_delta: ReferenceDelta | str | os.PathLike[str],
         reserve_rate: float = 0.01,
         rescale: bool = True,
-        **options: Unpack[AdamWOptions],
+        **options: Unpack[CommonOptions],
     ) -> None:
         super().__init__(
             params,
@@ -484,6 +399,7 @@ class OnDAREAdamW(MergingAdamW):
         )
 
 
+@documented(CommonOptions)
 class OnTIESAdamW(MergingAdamW):
     """AdamW with top-p by magnitude and sign consensus.
 
@@ -508,7 +424,7 @@ class OnTIESAdamW(MergingAdamW):
         reference_delta: ReferenceDelta | str | os.PathLike[str],
         reserve_rate: float = 0.01,
         vote: str = "reference",
-        **options: Unpack[AdamWOptions],
+        **options: Unpack[CommonOptions],
     ) -> None:
         super().__init__(
             params,
@@ -520,6 +436,7 @@ class OnTIESAdamW(MergingAdamW):
         )
 
 
+@documented(CommonOptions)
 class OnProjAdamW(MergingAdamW):
     """AdamW whose step is kept out of conflict with the reference delta, or drawn onto it.
 
@@ -539,6 +456,6 @@ class OnProjAdamW(MergingAdamW):
         params: ParamsT,
         *,
         reference_delta: ReferenceDelta | str | os.PathLike[str],
-        **options: Unpack[AdamWOptions],
+        **options: Unpack[CommonOptions],
     ) -> None:
         super().__init__(params, reference_delta=reference_delta, method="onproj", **options)

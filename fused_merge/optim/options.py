@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fused_merge.functional.backend import check_impl
-from fused_merge.methods import MergeRule, RuleOptions, merge_rule
+from fused_merge.methods import MergeRule, ProjectionOptions, RuleOptions, merge_rule
 from fused_merge.options import Option, at_least, one_of, options_of, within
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ def _check_impl(name: str, impl: str) -> str:
     return impl
 
 
-class AdamWOptions(RuleOptions, total=False):
-    """The options that may differ between parameter groups."""
+class AdamWOptions(ProjectionOptions, total=False):
+    """The options that every method has and that may differ between parameter groups."""
 
     lr: Annotated[
         float | Tensor,
@@ -142,11 +142,15 @@ class RunOptions(TypedDict, total=False):
     ]
 
 
-class MergingOptions(AdamWOptions, RunOptions, total=False):
+class CommonOptions(AdamWOptions, RunOptions, total=False):
     """Every option that all merging optimizers have."""
 
 
-GROUP_OPTIONS = options_of(AdamWOptions)
+class MergingOptions(CommonOptions, RuleOptions, total=False):
+    """Every option of `MergingAdamW`."""
+
+
+GROUP_OPTIONS = options_of(AdamWOptions, RuleOptions)
 RUN_OPTIONS = options_of(RunOptions)
 
 
@@ -159,13 +163,17 @@ def rule_of(group: Mapping[str, Any]) -> MergeRule:
     return merge_rule(
         group["method"],
         tau_reserve_rate=group["reference"]["reserve_rate"] if "reference" in group else None,
-        **{option: group[option] for option in options_of(RuleOptions)},  # type: ignore[arg-type]
+        **{option: group[option] for option in options_of(RuleOptions)},
     )
 
 
-def check_options(group: Mapping[str, Any]) -> None:
-    """Raise ValueError for the first option of a group that is out of range or that its method lacks."""
-    rule_of(group)
+def check_options(group: Mapping[str, Any]) -> MergeRule:
+    """Return the rule of a group.
+
+    Raises:
+        ValueError: for the first option of the group that is out of range or that its method lacks.
+    """
+    rule = rule_of(group)
     for name, option in GROUP_OPTIONS.items():
         option.check(name, group[name])
     if group["rounding"] == "stochastic" and group["master"] != "none":
@@ -173,6 +181,7 @@ def check_options(group: Mapping[str, Any]) -> None:
             f"rounding='stochastic' and master={group['master']!r} exclude each other: a master loses nothing that "
             "random rounding could save; choose one"
         )
+    return rule
 
 
 def check_dtype(name: str, param: Tensor, group: Mapping[str, Any]) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fused_merge import functional
 from fused_merge.eager.merge_stats import MergeStats
 from fused_merge.eager.merging_adamw import Anchor
+from fused_merge.eager.operands import Operands
 from fused_merge.functional import backend
+from fused_merge.functional.merging_adamw import PreparedStep, step_
+from fused_merge.functional.workspace import Workspace
 from fused_merge.io.sources import bits
 
 logger = logging.getLogger("fused_merge")
@@ -64,53 +65,58 @@ def verify_as_the_environment_says(optimizer: Verifiable) -> None:
         logger.warning("FUSED_MERGE_VERIFY=%s: %s", steps, reason)
 
 
-def verified_merging_adamw_(
-    *lists: Sequence[Any], names: Sequence[str], impl: str, workspace: functional.Workspace, **options: Any
-) -> list[MergeStats | None]:
-    """Do what `functional.merging_adamw_` does, and compare every tensor with the eager code.
+def take_verified(prepared: PreparedStep, workspace: Workspace, impl: str) -> list[MergeStats | None]:
+    """Take a prepared step tensor by tensor, and compare each one with the eager code.
+
+    Args:
+        prepared: the step.
+        workspace: what the steps of these tensors share.
+        impl: what runs the step, as for `fused_merge.functional.merging_adamw_`.
 
     Raises:
         RuntimeError: naming the first tensor and state that differ.
     """
-    every: dict[str, Any] = options | {"names": names}
+    _, rule, hyper, seed, stats, _ = prepared
     gathered = []
-    for i, name in enumerate(names):
-        own = {key: [value[i]] if key in _PER_TENSOR else value for key, value in every.items()}
+    for o in prepared.operands:
         # In a call of its own: the copies of one tensor are gone before the next one is copied.
-        own |= {"impl": impl, "workspace": workspace.part(name)}
-        gathered += _verified_step(name, [column[i] for column in lists], own)
+        copy = _copy(o)
+        own = workspace.part(o.name)
+        gathered += step_([o], rule=rule, hyper=hyper, seed=seed, stats=stats, workspace=own, impl=impl)
+        step_([copy], rule=rule, hyper=hyper, seed=seed, impl="eager")
+        _compare(o, copy)
     return gathered
 
 
-def _verified_step(name: str, columns: list[Any], options: dict[str, Any]) -> list[MergeStats | None]:
-    (anchor,), (master,) = options["anchors"], options["masters"]
-    anchor_copy = None if anchor is None else Anchor(*(tensor.clone() for tensor in anchor))
-    master_copy = None if master is None else master.clone()
-    copies = [tensor.clone() for tensor in columns[: len(_STATES)]]
-    gathered = functional.merging_adamw_(*([value] for value in columns), **options)
-    functional.merging_adamw_(
-        *([value] for value in (*copies, *columns[len(_STATES) :])),
-        **options | {"anchors": [anchor_copy], "masters": [master_copy], "impl": "eager", "stats": False},
+def _copy(o: Operands) -> Operands:
+    """Return operands whose tensors a step may mutate without touching those of `o`."""
+    return o._replace(
+        **{field: getattr(o, field).clone() for field in ("param", "grad", "exp_avg", "exp_avg_sq", "step")},
+        anchor=o.anchor and Anchor(*(tensor.clone() for tensor in o.anchor)),
+        master=None if o.master is None else o.master.clone(),
     )
-    pairs = [*zip(_STATES, columns, copies, strict=False)]
-    if anchor is not None and anchor_copy is not None:
-        pairs += zip(("anchor", "anchor_decay"), anchor, anchor_copy, strict=True)
-    if master is not None and master_copy is not None:
-        pairs.append(("master_low" if master.dtype == torch.int16 else "master", master, master_copy))
-    for state, kernel, eager in pairs:
-        if not _same(kernel, eager):
+
+
+def _states(o: Operands) -> dict[str, Tensor]:
+    """Return by name what a step reads and writes of a parameter."""
+    states = {field: getattr(o, field) for field in ("param", "grad", "exp_avg", "exp_avg_sq", "step")}
+    if o.anchor is not None:
+        states |= {"anchor": o.anchor.weights, "anchor_decay": o.anchor.decay}
+    if o.master is not None:
+        states["master_low" if o.master.dtype == torch.int16 else "master"] = o.master
+    return states
+
+
+def _compare(kernel: Operands, eager: Operands) -> None:
+    """Raise RuntimeError if a kernel and the eager code differ."""
+    others = _states(eager)
+    for state, ours in _states(kernel).items():
+        if not _same(ours, others[state]):
             raise RuntimeError(
-                f"the kernel and the eager code differ in {state!r} of {name!r}, by at most "
-                f"{float((kernel.double() - eager.double()).abs().nan_to_num().max()):.3g}; "
+                f"the kernel and the eager code differ in {state!r} of {kernel.name!r}, by at most "
+                f"{float((ours.double() - others[state].double()).abs().nan_to_num().max()):.3g}; "
                 "train with impl='eager' and report it with the output of `fused-merge env`"
             )
-    return gathered
-
-
-# The options of the functional form that hold one entry a tensor.
-_PER_TENSOR = ("tensor_ids", "names", "full_taus", "anchors", "masters")
-# Its first lists.
-_STATES = ("param", "grad", "exp_avg", "exp_avg_sq", "step")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

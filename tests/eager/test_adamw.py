@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fused_merge.eager import adamw
+from fused_merge.eager.precision import sqrt_rn
 from fused_merge.eager.scalars import Hyper, derive_scalars, scalar_table
 
 HYPER = Hyper(lr=0.1, betas=(0.9, 0.99), eps=0.5, weight_decay=0.2, alpha=0.25)
@@ -48,7 +49,7 @@ def test_tensors_and_floats_give_one_table(lr):
 
 def test_the_square_root_is_correctly_rounded():
     x = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
-    root = adamw.sqrt_rn(x)
+    root = sqrt_rn(x)
     # Half a unit in the last place to either side: the exact root lies between their squares.
     up = torch.nextafter(root, torch.tensor(torch.inf)).double()
     down = torch.nextafter(root, torch.tensor(-torch.inf)).double()

@@ -225,12 +225,12 @@ def test_ends_and_outputs_of_several_dtypes():
             [0.5],
             r"tensor 0: base is \(3,\) torch.float32 on cpu and another.*\(4,\)",
         ),
-        (torch.ones(3), torch.ones(3).int(), [0.5], "only floating tensors lie on a line, got torch.int32"),
+        (torch.ones(3), torch.ones(3).int(), [0.5], "only floating tensors can be interpolated, got torch.int32"),
         (
             torch.ones(3).int(),
             torch.ones(3).int(),
             [0.5],
-            "only floating tensors lie on a line, got torch.int32",
+            "only floating tensors can be interpolated, got torch.int32",
         ),
     ],
 )

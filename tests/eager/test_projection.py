@@ -169,7 +169,7 @@ def test_every_combination_equals_an_independent_calculation(options, dtype):
     options = options | ({} if options["method"] == "onproj" else {"reserve_rate": 0.3})
     options |= {"project_strength": 0.75} if options["project"] == "onto" else {}
     expected = reference.Run(theta, m, v, 4, tau, NAME, **HYPER, **options)
-    params, exp_avgs, exp_avg_sqs, taus, full_taus = (
+    params, exp_avgs, exp_avg_sqs, taus, dense_taus = (
         [torch.tensor(x, dtype=dtype)] for x in (theta, m, v, expected.tau, tau)
     )
     steps, changed, of_numpy = [torch.tensor(4.0)], [], expected.projected
@@ -186,7 +186,7 @@ def test_every_combination_equals_an_independent_calculation(options, dtype):
         expected.step(g)
         functional.merging_adamw_(
             params, [torch.tensor(g, dtype=dtype)], exp_avgs, exp_avg_sqs, steps, taus,
-            rule=merge_rule(**options), hyper=Hyper(**HYPER), tensor_ids=[tensor_id(NAME)], full_taus=full_taus,
+            rule=merge_rule(**options), hyper=Hyper(**HYPER), tensor_ids=[tensor_id(NAME)], dense_taus=dense_taus,
             impl="eager",
         )  # fmt: skip
     assert any(changed)

@@ -90,12 +90,15 @@ def test_without_triton_the_reason_is_its_absence(monkeypatch):
 
 def test_importing_the_library_imports_neither_triton_nor_extras():
     code = """
-import sys, torch
-before = set(sys.modules)
+import sys
 import fused_merge
+print("torch" in sys.modules)
+import torch
+before = set(sys.modules)
+fused_merge.OnDAREAdamW
 print(sorted({name.split(".")[0] for name in set(sys.modules) - before} & {"triton", "rich", "typer", "transformers"}))
 """
-    assert python(code) == "[]"
+    assert python(code) == "False\n[]"
 
 
 def test_it_works_without_triton():
@@ -114,17 +117,3 @@ optimizer.step()
 print(fm.interpolate(torch.zeros(2), torch.ones(2), [0.5]).tolist())
 """
     assert python(code) == "[[0.5, 0.5]]"
-
-
-def test_the_import_costs_at_most_a_fifth_of_torch():
-    def seconds(statement: str) -> float:
-        # Of the processor and not of the clock: what else the machine does is not the import's.
-        before = os.times()
-        python(statement)
-        after = os.times()
-        return after.children_user + after.children_system - before.children_user - before.children_system
-
-    # Turn by turn, so that a busy machine slows both; the best of each is what the import costs.
-    pairs = [(seconds("import torch"), seconds("import fused_merge")) for _ in range(5)]
-    torch_alone, ours = (min(times) for times in zip(*pairs, strict=True))
-    assert ours <= 1.2 * torch_alone

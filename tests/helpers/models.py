@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from device import DEVICE
 from torch import nn
@@ -9,6 +10,20 @@ from torch import nn
 import fused_merge as fm
 
 IMPLS = ["eager", "triton"]
+
+STATEFUL = [
+    (torch.float32, {}),
+    (torch.float32, {"merge_every": 3, "weight_decay": 0.1}),
+    (torch.float32, {"state_dtype": torch.bfloat16}),
+    (torch.bfloat16, {"master": "fp32", "merge_every": 3}),
+    (torch.bfloat16, {"master": "split", "merge_every": 3}),
+    (torch.bfloat16, {"rounding": "stochastic", "merge_every": 3}),
+    (torch.float16, {"master": "fp32", "state_dtype": torch.float16}),
+    (torch.float64, {"merge_every": 3, "state_dtype": torch.bfloat16}),
+]
+every_state = pytest.mark.parametrize(
+    ("dtype", "options"), STATEFUL, ids=lambda value: str(value).removeprefix("torch.") if value else "plain"
+)
 
 
 class Model(nn.Module):

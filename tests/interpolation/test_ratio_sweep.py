@@ -139,7 +139,7 @@ def test_ratios(ratios, error, message):
     [
         (torch.ones(2), torch.ones(3), ValueError, r"base is \[2\] torch.float32 on cpu but tuned \[3\]"),
         (torch.ones(2), torch.ones(2).half(), ValueError, "but tuned .* torch.float16 on cpu; make shape, dtype"),
-        (torch.arange(2), torch.arange(2), ValueError, "only floating tensors lie on a line"),
+        (torch.arange(2), torch.arange(2), ValueError, "only floating tensors can be interpolated"),
         (torch.ones(2), {}, TypeError, "two tensors or two state dicts, got a Tensor and a dict; use interpolate_c"),
         ("base/", "tuned/", TypeError, "got a str and a str"),
         ({"a": torch.ones(1)}, {"b": torch.ones(1)}, ValueError, r"tuned \(state dict\) lacks 'a' of base"),

@@ -322,7 +322,7 @@ def watch(monkeypatch):
     if not INTERPRETED:
         return None
     import triton.language as tl
-    from interpreter import Watch
+    from watch import Watch
 
     from fused_merge.kernels import kth_largest, launch
 

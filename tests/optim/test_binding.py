@@ -13,13 +13,9 @@ from models import Model, assert_same, fill_gradients, run, trained
 from torch import nn
 
 import fused_merge as fm
+from fused_merge.eager.sparse import SparseTensor
 
 CLASSES = [fm.OnDAREAdamW, fm.OnTIESAdamW]
-
-
-@pytest.fixture
-def delta() -> fm.ReferenceDelta:
-    return fm.ReferenceDelta.from_models(Model(0), trained())
 
 
 def test_wrapped_names_are_the_same_names(delta):
@@ -94,7 +90,7 @@ def test_a_later_reserve_rate_acts_on_the_update_only(delta):
     run(optimizer, model, 1)
 
     def kept_of(optimizer):
-        return {name: optimizer._binding.of(name, DEVICE).kept.unpack() for name in delta.names}
+        return {name: optimizer._binding.of(name, DEVICE).tau.unpack() for name in delta.names}
 
     kept = kept_of(optimizer)
     optimizer.param_groups[0]["reserve_rate"] = 0.1
@@ -180,8 +176,8 @@ def test_only_what_drops_anything_is_held_sparse(delta):
     sparse.bind()
     dense.bind()
     for name in delta.names:
-        assert isinstance(sparse._binding.of(name, DEVICE).kept, fm.sparse.SparseTensor)
-        assert isinstance(dense._binding.of(name, DEVICE).kept, torch.Tensor)
+        assert isinstance(sparse._binding.of(name, DEVICE).tau, SparseTensor)
+        assert isinstance(dense._binding.of(name, DEVICE).tau, torch.Tensor)
 
 
 def test_two_parameters_of_one_name_are_refused(delta):
@@ -190,6 +186,6 @@ def test_two_parameters_of_one_name_are_refused(delta):
     pairs = [*one.named_parameters(), *((f"module.{name}", p) for name, p in two.named_parameters())]
     optimizer = fm.OnDAREAdamW(pairs, reference_delta=delta)
     fill_gradients(one, 0)
-    with pytest.raises(ValueError, match=r"two parameters are called 'embed.weight', .* tell them apart"):
+    with pytest.raises(ValueError, match=r"two parameters are called 'embed.weight'; deltas are matched by name"):
         optimizer.step()
     assert not optimizer.state

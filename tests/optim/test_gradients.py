@@ -5,15 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from device import DEVICE
-from models import IMPLS, Model, assert_same, fill_gradients, optimizer_of, run, trained
+from models import IMPLS, assert_same, fill_gradients, optimizer_of, run, trained
 from torch import nn
 
 import fused_merge as fm
-
-
-@pytest.fixture
-def delta() -> fm.ReferenceDelta:
-    return fm.ReferenceDelta.from_models(Model(0), trained())
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -9,18 +9,14 @@ import pytest
 import reference
 import torch
 from device import DEVICE
-from models import Model, assert_same, fill_gradients, run, trained
+from models import assert_same, fill_gradients, run, trained
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_merge as fm
+from fused_merge.eager.sparse import SparseTensor
 
 CLASSES = [fm.OnDAREAdamW, fm.OnTIESAdamW]
-
-
-@pytest.fixture
-def delta() -> fm.ReferenceDelta:
-    return fm.ReferenceDelta.from_models(Model(0), trained())
 
 
 @pytest.mark.parametrize(
@@ -191,46 +187,6 @@ def test_complex_parameters_are_refused(delta):
         optimizer.step()
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"lr": -1.0}, "lr must be at least 0, got -1.0"),
-        ({"lr": torch.ones(2)}, r"a tensor lr must hold one number, got shape \(2,\)"),
-        ({"betas": (1.0, 0.9)}, r"betas\[0\] must lie in \[0, 1\), got 1.0"),
-        ({"betas": (0.9, -0.1)}, r"betas\[1\] must lie in \[0, 1\), got -0.1"),
-        ({"eps": -1e-8}, "eps must be at least 0"),
-        ({"weight_decay": float("nan")}, "weight_decay must be at least 0, got nan"),
-        ({"alpha": 1.5}, r"alpha must lie in \[0, 1\], got 1.5"),
-        ({"alpha": float("nan")}, r"alpha must lie in \[0, 1\], got nan"),
-        ({"reserve_rate": 0.0}, r"reserve_rate must lie in \(0, 1\], got 0.0"),
-        ({"missing": "skip"}, "missing must be 'error' or 'plain', got 'skip'"),
-        ({"impl": "cuda"}, "impl must be one of"),
-        ({"method": "dare"}, "unknown method 'dare'"),
-        ({"vote": "paper"}, "method 'ondare' has no option 'vote'"),
-    ],
-)
-def test_options_out_of_range_are_refused(options, sentence, delta):
-    with pytest.raises(ValueError, match=sentence):
-        fm.MergingAdamW(trained().named_parameters(), reference_delta=delta, **options)
-
-
-def test_an_option_that_a_class_lacks_is_refused(delta):
-    with pytest.raises(ValueError, match="method 'onties' has no option 'rescale'"):
-        fm.MergingAdamW(trained().named_parameters(), reference_delta=delta, method="onties", rescale=False)
-    with pytest.raises(TypeError, match="gamma"):
-        fm.OnDAREAdamW(trained().named_parameters(), reference_delta=delta, gamma=1)
-
-
-def test_the_general_form_is_its_subclasses(delta):
-    for cls, method in ((fm.OnDAREAdamW, "ondare"), (fm.OnTIESAdamW, "onties")):
-        one_model, two_model = trained(), trained()
-        one = cls(one_model.named_parameters(), reference_delta=delta, reserve_rate=0.5)
-        two = fm.MergingAdamW(two_model.named_parameters(), reference_delta=delta, reserve_rate=0.5, method=method)
-        run(one, one_model, 2)
-        run(two, two_model, 2)
-        assert_same(one, two)
-
-
 class HostReads(TorchDispatchMode):
     """Fails where a number is taken out of a tensor, which on a GPU waits for it."""
 
@@ -255,9 +211,9 @@ def test_a_tensor_lr_is_a_float_lr_that_the_host_never_reads(method, options, de
     ours.bind()
     # Decoding a sparse delta on the CPU reads its offsets.
     for name in delta.names:
-        kept = ours._binding.of(name, DEVICE).kept
+        kept = ours._binding.of(name, DEVICE).tau
         ours._binding._bound[name] = ours._binding._bound[name]._replace(
-            kept=kept.unpack() if isinstance(kept, fm.sparse.SparseTensor) else kept
+            tau=kept.unpack() if isinstance(kept, SparseTensor) else kept
         )
     for step in range(3):
         fill_gradients(model, step)
@@ -283,123 +239,6 @@ def test_a_scheduler_moves_a_tensor_lr(delta):
     assert ours.param_groups[0]["lr"] is lr
     assert lr == 2.0**-9
     assert_same(ours, theirs)
-
-
-@pytest.mark.parametrize("impl", ["eager", "triton"])
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}], ids=str)
-def test_to_maximize_is_to_minimize_the_negated_gradient(options, impl, delta):
-    model, peer = trained(), trained()
-    options |= {"reference_delta": delta, "lr": 1e-2, "reserve_rate": 0.5, "impl": impl}
-    ours = fm.OnDAREAdamW(model.named_parameters(), maximize=True, **options)
-    theirs = fm.OnDAREAdamW(peer.named_parameters(), **options)
-    for step in range(3):
-        fill_gradients(model, step)
-        fill_gradients(peer, step)
-        for p in peer.parameters():
-            p.grad.neg_()
-        ours.step()
-        theirs.step()
-    assert_same(ours, theirs)
-    assert all((p.grad == -q.grad).all() for p, q in zip(model.parameters(), peer.parameters(), strict=True))
-
-
-@pytest.mark.parametrize(
-    ("method", "option", "value"),
-    [
-        ("ondare", "lr", 3e-2),
-        ("ondare", "lr", torch.tensor(3e-2)),
-        ("ondare", "betas", (0.5, 0.6)),
-        ("ondare", "eps", 1e-2),
-        ("ondare", "weight_decay", 0.3),
-        ("ondare", "alpha", 0.4),
-        ("ondare", "reserve_rate", 0.2),
-        ("ondare", "merge_every", 2),
-        ("ondare", "project", "conflict"),
-        ("ondare", "project", "onto"),
-        ("onproj", "project", "onto"),
-        ("onproj", "project_over", "rows"),
-        ("onproj", "project_on", "update"),
-        ("ondare", "maximize", True),
-        ("ondare", "missing", "plain"),
-        ("ondare", "state_dtype", torch.bfloat16),
-        ("ondare", "rounding", "stochastic"),
-        ("ondare", "master", "fp32"),
-        ("ondare", "master", "split"),
-        ("ondare", "seed", 5),
-        ("ondare", "method", "onties"),
-        ("ondare", "method", "onsoft"),
-        ("ondare", "rescale", False),
-        ("onties", "vote", "paper"),
-    ],
-    ids=str,
-)
-def test_an_option_of_one_group_is_that_of_an_optimizer_of_its_own(method, option, value, delta):
-    def halves():
-        model = trained()
-        if option in ("master", "rounding"):
-            model.bfloat16()
-        if option == "missing":
-            model.extra = nn.Parameter(torch.ones(3, device=DEVICE))
-        named = list(model.named_parameters())
-        return model, named[::2], named[1::2]
-
-    options = {"reference_delta": delta, "method": method, "lr": 1e-2, "alpha": 0.1, "weight_decay": 0.1}
-    if option != "reserve_rate" and method in ("ondare", "onties"):
-        options["reserve_rate"] = 0.5 if option != "method" else None
-    model, first, second = halves()
-    if option == "missing":
-        first, second = second, first
-    together = fm.MergingAdamW([{"params": first}, {"params": second, option: value}], **options)
-    peer, first, second = halves()
-    if option == "missing":
-        first, second = second, first
-    apart = [fm.MergingAdamW(first, **options), fm.MergingAdamW(second, **options | {option: value})]
-    plain_model, _, third = halves()
-    for step in range(3):
-        run(together, model, 1, first=step)
-        fill_gradients(peer, step)
-        for optimizer in apart:
-            optimizer.step()
-    for group, optimizer in zip(together.param_groups, apart, strict=True):
-        for p, q in zip(group["params"], optimizer.param_groups[0]["params"], strict=True):
-            assert torch.equal(p, q)
-            assert together.state[p].keys() == optimizer.state[q].keys()
-            assert all(torch.equal(together.state[p][key], optimizer.state[q][key]) for key in together.state[p])
-    if option == "missing":
-        return
-    # And the option shows.
-    plain = fm.MergingAdamW(third, **options)
-    run(plain, plain_model, 3)
-    shown = [
-        set(together.state[p]) != set(plain.state[q])
-        or not torch.equal(p, q)
-        or together.state[p]["exp_avg"].dtype != plain.state[q]["exp_avg"].dtype
-        for p, q in zip(together.param_groups[1]["params"], plain.param_groups[0]["params"], strict=True)
-    ]
-    assert any(shown)
-
-
-def test_the_strength_of_a_projection_may_differ_by_group(delta):
-    def optimizer_of(model, strengths):
-        named = list(model.named_parameters())
-        groups = [{"params": [pair], "project_strength": s} for pair, s in zip(named, strengths, strict=True)]
-        return fm.OnProjAdamW(groups, reference_delta=delta, project="onto", lr=1e-2)
-
-    runs = []
-    for strengths in ([0.25] * 6, [0.75] * 6, [0.25, 0.75] * 3):
-        model = trained()
-        run(optimizer_of(model, strengths), model, 2)
-        runs.append(list(model.parameters()))
-    for i, (quarter, half, mixed) in enumerate(zip(*runs, strict=True)):
-        assert torch.equal(mixed, (quarter, half)[i % 2])
-        assert not torch.equal(quarter, half)
-
-
-@pytest.mark.parametrize("option", ["impl", "stats_every"])
-def test_options_of_the_optimizer_are_refused_in_a_group(option, delta):
-    groups = [{"params": trained().named_parameters(), option: 1}]
-    with pytest.raises(ValueError, match=f"{option} is an option of the optimizer, not of a parameter group"):
-        fm.OnDAREAdamW(groups, reference_delta=delta)
 
 
 @pytest.mark.parametrize("impl", ["eager", "triton"])

@@ -5,23 +5,17 @@ from __future__ import annotations
 import copy
 import pickle
 
-import numpy as np
 import pytest
 import torch
 from device import DEVICE
-from models import IMPLS, Model, assert_same, fill_gradients, optimizer_of, run, trained
+from models import IMPLS, STATEFUL, Model, assert_same, every_state, fill_gradients, optimizer_of, run, trained
 from torch import nn
 
 import fused_merge as fm
-from fused_merge import functional
-from fused_merge.eager import rounding
+from fused_merge.eager.sparse import SparseTensor
+from fused_merge.optim import merging_adamw
 
 CLASSES = [fm.OnDAREAdamW, fm.OnTIESAdamW]
-
-
-@pytest.fixture
-def delta() -> fm.ReferenceDelta:
-    return fm.ReferenceDelta.from_models(Model(0), trained())
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -44,100 +38,6 @@ def test_low_precision_weights_have_fp32_moments(dtype, delta):
     run(optimizer, model, 2)
     assert all(p.dtype == dtype for p in model.parameters())
     assert all(optimizer.state[p]["exp_avg"].dtype == torch.float32 for p in model.parameters())
-
-
-@pytest.mark.parametrize("cls", CLASSES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_state_dict_there_and_back_is_the_same_run(cls, dtype, delta, tmp_path):
-    straight, resumed = trained().to(dtype), trained().to(dtype)
-    options = {"reference_delta": delta, "lr": 1e-2, "reserve_rate": 0.5, "alpha": 1e-3}
-    one, two = (cls(model.named_parameters(), **options) for model in (straight, resumed))
-    run(one, straight, 5)
-    run(two, resumed, 3)
-    torch.save({"model": resumed.state_dict(), "optimizer": two.state_dict()}, tmp_path / "checkpoint.pt")
-    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    fresh = Model(7).to(dtype)
-    fresh.load_state_dict(saved["model"])
-    # What the constructor was told is overruled by what the run was doing.
-    three = cls(fresh.named_parameters(), reference_delta=delta, lr=1.0, reserve_rate=0.9)
-    three.load_state_dict(saved["optimizer"])
-    assert_same(two, three)
-    run(three, fresh, 2, first=3)
-    assert_same(one, three)
-
-
-def test_a_loaded_state_is_not_shared(delta):
-    model, other = trained(), trained()
-    one = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta)
-    run(one, model, 1)
-    two = fm.OnDAREAdamW(other.named_parameters(), reference_delta=delta)
-    two.load_state_dict(one.state_dict())
-    before = [one.state[p]["exp_avg"].clone() for p in model.parameters()]
-    run(two, other, 1)
-    for p, m in zip(model.parameters(), before, strict=True):
-        assert torch.equal(one.state[p]["exp_avg"], m)
-
-
-def test_a_run_goes_on_in_the_other_backend(delta):
-    one_model, two_model = trained(), trained()
-    options = {"reference_delta": delta, "lr": 1e-2, "reserve_rate": 0.5}
-    one = fm.OnDAREAdamW(one_model.named_parameters(), impl="eager", **options)
-    two = fm.OnDAREAdamW(two_model.named_parameters(), impl="triton", **options)
-    run(one, one_model, 2)
-    run(two, two_model, 2)
-    assert_same(one, two)
-    two.load_state_dict(one.state_dict())
-    run(one, one_model, 2, first=2)
-    run(two, two_model, 2, first=2)
-    assert_same(one, two)
-
-
-def test_a_state_dict_of_torch_adamw_loads_as_it_is(delta):
-    model, peer = trained(), trained()
-    theirs = torch.optim.AdamW(peer.parameters(), lr=3e-3, betas=(0.7, 0.8), weight_decay=0.2)
-    run(theirs, peer, 3)
-    ours = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, alpha=0.0, reserve_rate=1.0)
-    ours.load_state_dict(theirs.state_dict())
-    model.load_state_dict(peer.state_dict())
-    group = ours.param_groups[0]
-    assert (group["lr"], group["betas"], group["weight_decay"]) == (3e-3, (0.7, 0.8), 0.2)
-    assert (group["alpha"], group["reserve_rate"], group["method"]) == (0.0, 1.0, "ondare")
-    run(ours, model, 3, first=3)
-    run(theirs, peer, 3, first=3)
-    for p, q in zip(model.parameters(), peer.parameters(), strict=True):
-        assert ours.state[p]["step"] == 6
-        assert (p - q).abs().max() <= 1e-6 * q.abs().max()
-
-
-@pytest.mark.parametrize("option", ["amsgrad"])
-def test_an_adamw_that_computes_something_else_is_refused(option, delta):
-    model, peer = trained(), trained()
-    theirs = torch.optim.AdamW(peer.parameters(), **{option: True})
-    ours = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta)
-    with pytest.raises(ValueError, match=f"saved with {option}=True, which this optimizer lacks"):
-        ours.load_state_dict(theirs.state_dict())
-
-
-def test_another_delta_is_refused_on_resume(delta):
-    model = trained()
-    saved = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta).state_dict()
-    other = fm.ReferenceDelta.from_models(Model(0), trained(seed=2))
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=other, lr=0.5)
-    sentence = f"saved with the reference delta {delta.identity[:12]} .from memory. and this optimizer has"
-    with pytest.raises(ValueError, match=sentence):
-        optimizer.load_state_dict(saved)
-    assert optimizer.param_groups[0]["lr"] == 0.5
-
-
-def test_other_names_are_loaded_by_position_with_a_warning(delta):
-    model = trained()
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta)
-    saved = optimizer.state_dict()
-    saved["param_groups"][0]["param_names"] = [f"other.{n}" for n in saved["param_groups"][0]["param_names"]]
-    with pytest.warns(UserWarning, match=r"loaded by position: 'other.embed.weight'... .* become 'embed.weight'"):
-        optimizer.load_state_dict(saved)
-    assert optimizer.param_groups[0]["param_names"][0] == "embed.weight"
-    run(optimizer, model, 1)
 
 
 @pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["float", "tensor"])
@@ -174,25 +74,10 @@ def test_the_delta_follows_a_moved_parameter(delta):
     optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta)
     optimizer.bind()
     elsewhere = torch.device("meta")
-    assert optimizer._binding.of("head.weight", elsewhere).kept.device == elsewhere
+    assert optimizer._binding.of("head.weight", elsewhere).tau.device == elsewhere
 
 
 # Every kind of state: moments, masters of both kinds, anchors.
-STATEFUL = [
-    (torch.float32, {}),
-    (torch.float32, {"merge_every": 3, "weight_decay": 0.1}),
-    (torch.float32, {"state_dtype": torch.bfloat16}),
-    (torch.bfloat16, {"master": "fp32", "merge_every": 3}),
-    (torch.bfloat16, {"master": "split", "merge_every": 3}),
-    (torch.bfloat16, {"rounding": "stochastic", "merge_every": 3}),
-    (torch.float16, {"master": "fp32", "state_dtype": torch.float16}),
-    (torch.float64, {"merge_every": 3, "state_dtype": torch.bfloat16}),
-]
-every_state = pytest.mark.parametrize(
-    ("dtype", "options"), STATEFUL, ids=lambda value: str(value).removeprefix("torch.") if value else "plain"
-)
-
-
 def unpickled(pair):
     return pickle.loads(pickle.dumps(pair))
 
@@ -213,23 +98,6 @@ def assert_unmoved(optimizer, before):
         assert torch.equal(p, old_p)
         assert state.keys() == old_state.keys()
         assert all(torch.equal(state[key], old_state[key]) for key in state)
-
-
-@every_state
-def test_every_kind_of_state_survives_a_file_and_goes_on(dtype, options, delta, tmp_path):
-    straight, resumed = trained().to(dtype), trained().to(dtype)
-    one, two = (optimizer_of(model, delta, **options) for model in (straight, resumed))
-    run(one, straight, 7)
-    run(two, resumed, 4)
-    torch.save((resumed.state_dict(), two.state_dict()), tmp_path / "checkpoint.pt")
-    weights, state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    fresh = Model(7).to(dtype)
-    fresh.load_state_dict(weights)
-    three = optimizer_of(fresh, delta)
-    three.load_state_dict(state)
-    assert_same(two, three)
-    run(three, fresh, 3, first=4)
-    assert_same(one, three)
 
 
 @every_state
@@ -374,90 +242,6 @@ def test_what_a_state_was_made_with_is_fixed_from_then_on(option, other, delta):
     empty.step()
 
 
-@pytest.mark.parametrize("saved_dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_resumed_run_keeps_the_dtype_of_its_states(saved_dtype, dtype, delta):
-    """Whatever the weights are then: torch would cast every state to their dtype."""
-    model, other = trained(), trained().to(dtype)
-    optimizer = optimizer_of(model, delta, state_dtype=saved_dtype)
-    run(optimizer, model, 2)
-    resumed = optimizer_of(other, delta)
-    resumed.load_state_dict(optimizer.state_dict())
-    assert resumed.param_groups[0]["state_dtype"] == saved_dtype
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        for key in ("exp_avg", "exp_avg_sq"):
-            assert resumed.state[q][key].dtype == saved_dtype
-            assert torch.equal(resumed.state[q][key], optimizer.state[p][key])
-    run(resumed, other, 1, first=2)
-    assert resumed.state[other.head.weight]["step"] == 3
-
-
-@pytest.mark.parametrize("asked", ["bfloat16", torch.bfloat16])
-def test_a_state_dict_may_ask_for_other_state_dtypes(asked, delta):
-    model, other = trained(), trained()
-    optimizer = optimizer_of(model, delta)
-    run(optimizer, model, 2)
-    saved = optimizer.state_dict()
-    assert saved["param_groups"][0]["state_dtype"] == "float32"
-    assert optimizer.param_groups[0]["state_dtype"] == torch.float32
-    saved["param_groups"][0]["state_dtype"] = asked
-    resumed = optimizer_of(other, delta)
-    resumed.load_state_dict(saved)
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(resumed.state[q]["exp_avg"], optimizer.state[p]["exp_avg"].bfloat16())
-    run(resumed, other, 1, first=2)
-
-
-def test_a_bf16_state_dict_of_torch_adamw_loads_as_it_is(delta):
-    model, peer = trained().bfloat16(), trained().bfloat16()
-    theirs = torch.optim.AdamW(peer.parameters(), lr=1e-2, weight_decay=0.0)
-    run(theirs, peer, 3)
-    model.load_state_dict(peer.state_dict())
-    ours = optimizer_of(model, delta, alpha=0.0, reserve_rate=1.0, master="split")
-    ours.load_state_dict(theirs.state_dict())
-    expected = []
-    for p, q in zip(model.parameters(), peer.parameters(), strict=True):
-        for key in ("exp_avg", "exp_avg_sq"):
-            assert theirs.state[q][key].dtype == torch.bfloat16
-            assert ours.state[p][key].dtype == torch.float32
-            assert torch.equal(ours.state[p][key], theirs.state[q][key].float())
-        expected.append([x.detach().double().cpu().numpy() for x in (p, *ours.state[p].values()) if x.ndim])
-    run(ours, model, 1, first=3)
-    for p, (theta, m, v) in zip(model.parameters(), expected, strict=True):
-        g = p.grad.double().cpu().numpy()
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
-        theta = theta - 1e-2 * m / (1 - 0.9**4) / (np.sqrt(v / (1 - 0.999**4)) + 1e-8)
-        master = rounding.join(p.detach(), ours.state[p]["master_low"]).double().cpu().numpy()
-        assert np.abs(master - theta).max() <= 1e-6 * np.abs(theta).max()
-
-
-def test_a_master_that_a_state_dict_lacks_is_made_of_the_weights(delta):
-    model = trained().bfloat16()
-    theirs = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    run(theirs, model, 1)
-    ours = optimizer_of(model, delta, lr=0.0, master="fp32", merge_every=2)
-    ours.load_state_dict(theirs.state_dict())
-    ours.param_groups[0]["lr"] = 0.0
-    run(ours, model, 1)
-    for p in model.parameters():
-        assert torch.equal(ours.state[p]["master"], p.float())
-        assert torch.equal(ours.state[p]["anchor"], p.float())
-
-
-@pytest.mark.parametrize("saved", [{"reserve_rate": 0.5}, {"merge_every": 2}, {"seed": 9}])
-def test_a_resumed_run_with_another_tau_is_refused_and_stays_as_it_was(saved, delta):
-    model = trained()
-    state = optimizer_of(model, delta, **saved).state_dict()
-    other = fm.ReferenceDelta.from_models(Model(0), trained(seed=2))
-    optimizer = optimizer_of(model, other)
-    run(optimizer, model, 1)
-    before = snapshot(optimizer)
-    with pytest.raises(ValueError, match="resume with the delta that the run began with"):
-        optimizer.load_state_dict(state)
-    assert_unmoved(optimizer, before)
-    assert optimizer.param_groups[0]["reference"]["identity"] == other.identity
-
-
 @pytest.mark.parametrize("options", [{}, {"merge_every": 3}, {"master": "split"}, {"project": "conflict"}])
 def test_delta_and_states_follow_a_moved_parameter(options, delta, monkeypatch):
     """The meta device stands for another one: it has no data and nothing may be read there."""
@@ -474,15 +258,12 @@ def test_delta_and_states_follow_a_moved_parameter(options, delta, monkeypatch):
             other.grad = None
     seen = []
 
-    def merging_adamw_(*lists, full_taus, anchors, masters, dry_run=False, **others):
-        if dry_run:
-            return [None]
-        seen.extend(column[0] for column in lists)
-        seen.extend(extra[0] for extra in (full_taus, masters) if extra[0] is not None)
-        seen.extend(anchors[0] or ())
+    def take(prepared):
+        for o in prepared.operands:
+            seen.extend(value for value in (*o, *(o.anchor or ())) if isinstance(value, (torch.Tensor, SparseTensor)))
         return [None]
 
-    monkeypatch.setattr(functional, "merging_adamw_", merging_adamw_)
+    monkeypatch.setattr(merging_adamw, "take", take)
     optimizer.step()
     assert len(seen) == 6 + {"merge_every": 2}.get(next(iter(options), ""), len(options))
     assert {value.device for value in seen} == {elsewhere}
@@ -532,41 +313,3 @@ def test_an_overflow_in_the_very_first_step_leaves_step_zero(impl, delta):
     run(optimizer, model, 2)
     run(other, straight, 2)
     assert_same(optimizer, other)
-
-
-def test_an_adam_whose_decay_is_in_the_gradient_is_refused(delta):
-    model, peer = trained(), trained()
-    theirs = torch.optim.Adam(peer.parameters(), lr=1e-2, weight_decay=0.1)
-    run(theirs, peer, 1)
-    ours = optimizer_of(model, delta)
-    with pytest.raises(ValueError, match=r"saved by torch\.optim\.Adam, which adds weight_decay to the gradient; set"):
-        ours.load_state_dict(theirs.state_dict())
-    assert not ours.state
-    # Without a decay the two are one.
-    theirs.param_groups[0]["weight_decay"] = 0.0
-    ours.load_state_dict(theirs.state_dict())
-    assert torch.equal(ours.state[model.head.weight]["exp_avg"], theirs.state[peer.head.weight]["exp_avg"])
-
-
-def test_hooks_on_loading_have_the_last_word(delta):
-    model, other = trained(), trained().bfloat16()
-    saved = optimizer_of(model, delta)
-    run(saved, model, 2)
-    optimizer = optimizer_of(other, delta)
-
-    def doubled(_, state_dict):
-        state = {
-            index: {key: value * 2 if key == "exp_avg" else value for key, value in entry.items()}
-            for index, entry in state_dict["state"].items()
-        }
-        return {**state_dict, "state": state}
-
-    calls = []
-    optimizer.register_load_state_dict_pre_hook(doubled)
-    optimizer.register_load_state_dict_post_hook(lambda _: calls.append("after"))
-    for times in (1, 2):
-        optimizer.load_state_dict(saved.state_dict())
-        assert calls == ["after"] * times
-        for p, q in zip(model.parameters(), other.parameters(), strict=True):
-            assert torch.equal(optimizer.state[q]["exp_avg"], 2 * saved.state[p]["exp_avg"])
-            assert torch.equal(optimizer.state[q]["exp_avg_sq"], saved.state[p]["exp_avg_sq"])

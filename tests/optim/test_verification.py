@@ -7,16 +7,11 @@ import weakref
 import pytest
 import torch
 from device import DEVICE
-from models import Model, assert_same, fill_gradients, run, trained
+from models import assert_same, fill_gradients, run, trained
 
 import fused_merge as fm
-from fused_merge import functional
 from fused_merge.kernels import launch
-
-
-@pytest.fixture
-def delta() -> fm.ReferenceDelta:
-    return fm.ReferenceDelta.from_models(Model(0), trained())
+from fused_merge.optim import verification
 
 
 def triton_run(delta, dtype=torch.float32, **options):
@@ -35,23 +30,18 @@ def part(operands, state):
 @pytest.fixture
 def corrupt(monkeypatch):
     """Make every launch change one element of this state of the tensor of 16 x 8."""
-    prepare = launch.prepare
+    run = launch.run
 
     def corrupt(state, change):
-        def corrupted(operands, *arguments, **options):
-            step = prepare(operands, *arguments, **options)
+        def corrupted(prepared):
+            sums = run(prepared)
+            for own in prepared.operands:
+                if own.param.shape == (16, 8):
+                    last = part(own, state).view(-1)[-1:]
+                    last.copy_(change(last))
+            return sums
 
-            def step_and_corrupt():
-                sums = step()
-                for own in operands:
-                    if own.param.shape == (16, 8):
-                        last = part(own, state).view(-1)[-1:]
-                        last.copy_(change(last))
-                return sums
-
-            return step_and_corrupt
-
-        monkeypatch.setattr(launch, "prepare", corrupted)
+        monkeypatch.setattr(launch, "run", corrupted)
 
     return corrupt
 
@@ -153,31 +143,31 @@ def test_the_way_that_thresholds_are_found_while_training_is_what_is_compared(de
     run(optimizer, model, 3)
     workspace = optimizer._workspace.part("group 0")
     parts = [workspace.part(name) for name, _ in model.named_parameters()]
-    thresholds = [kept.thresholds for part in parts for plan in part._plans.values() for kept in plan._launches]
+    thresholds = [kept.thresholds for part in parts for kept in part.keep(("step", DEVICE), None)._launches]
     assert len(thresholds) == len(parts)
     # Each has found one, which the next step starts from.
     assert all((threshold > 0) & (threshold < 0x7F800000) for threshold in thresholds)
 
 
 def test_one_tensor_is_copied_at_a_time_and_the_delta_never(delta, monkeypatch):
-    step = functional.merging_adamw_
+    step = verification.step_
     copies: list[weakref.ref] = []
     calls = []
 
-    def watched(*lists, impl, **options):
-        if impl == "eager":
+    def watched(operands, **options):
+        (o,) = operands
+        if options["impl"] == "eager":
             assert all(copy() is None for copy in copies)
-            copies.extend(weakref.ref(column[0]) for column in lists[:5])
-            assert lists[5][0] is optimizer._binding.of(names[len(calls)], DEVICE).kept
-            calls.append([len(column) for column in lists])
-        return step(*lists, impl=impl, **options)
+            copies.extend(map(weakref.ref, (o.param, o.grad, o.exp_avg, o.exp_avg_sq, o.step)))
+            assert o.tau is optimizer._binding.of(o.name, DEVICE).tau
+            calls.append(o.name)
+        return step(operands, **options)
 
-    monkeypatch.setattr(functional, "merging_adamw_", watched)
+    monkeypatch.setattr(verification, "step_", watched)
     model, optimizer = triton_run(delta)
-    names = [name for name, _ in model.named_parameters()]
     fm.verify(optimizer, steps=1)
     run(optimizer, model, 1)
-    assert calls == [[1] * 6] * len(names)
+    assert calls == [name for name, _ in model.named_parameters()]
 
 
 @pytest.mark.parametrize("impl", ["eager", *(["auto"] if DEVICE.type == "cpu" else [])])
