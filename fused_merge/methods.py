@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, NamedTuple, TypedDict
 
-from fused_merge.options import Option, documented, one_of, resolve, within
+from fused_merge.options import Option, definition, documented, one_of, resolve, within
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -39,84 +39,56 @@ def _check_rate(name: str, rate: float | None) -> float | None:
     return rate
 
 
+@definition
 class ProjectionOptions(TypedDict, total=False):
-    """The options that every method has."""
+    """The options that every method has.
 
-    project: Annotated[
-        str | None,
-        Option(
-            None,
-            '`"conflict"` removes from x its component along tau, c*tau with c = <x, tau> / <tau, tau>, where the step '
-            'goes against tau; `"onto"` takes (1 - s)*x + s*c*tau; None projects nothing, or what the method implies. '
-            "Needs the dense delta.",
-            one_of(None, "conflict", "onto"),
-        ),
-    ]
-    project_strength: Annotated[float, Option(1.0, 's of `"onto"`, in [0, 1].', within(0, 1))]
-    project_over: Annotated[
-        str,
-        Option(
-            "tensor",
-            '`"tensor"`, or `"rows"`, one coefficient for each index along dim 0.',
-            one_of("tensor", "rows"),
-        ),
-    ]
-    project_on: Annotated[
-        str,
-        Option(
-            "gradient",
-            '`"gradient"`, before the moments, or `"update"`, after them: Adam rescales each element, so that only the '
-            "latter keeps the step itself out of conflict.",
-            one_of("gradient", "update"),
-        ),
-    ]
-    rounding: Annotated[
-        str,
-        Option(
-            "nearest",
-            'of the weights: `"nearest"`, or `"stochastic"`, up or down with the probability of the distance; fp32 '
-            "weights too, through the error of the sum.",
-            one_of("nearest", "stochastic"),
-        ),
-    ]
+    Options:
+        project: `"conflict"` removes from x its component along tau, c*tau with c = <x, tau> / <tau, tau>, where the
+            step goes against tau; `"onto"` takes (1 - s)*x + s*c*tau; None projects nothing, or what the method
+            implies. Needs the dense delta.
+        project_strength: s of `"onto"`, in [0, 1].
+        project_over: `"tensor"`, or `"rows"`, one coefficient for each index along dim 0.
+        project_on: `"gradient"`, before the moments, or `"update"`, after them: Adam rescales each element, so that
+            only the latter keeps the step itself out of conflict.
+        rounding: of the weights: `"nearest"`, or `"stochastic"`, up or down with the probability of the distance; fp32
+            weights too, through the error of the sum.
+    """
+
+    project: Annotated[str | None, Option(None, one_of(None, "conflict", "onto"))]
+    project_strength: Annotated[float, Option(1.0, within(0, 1))]
+    project_over: Annotated[str, Option("tensor", one_of("tensor", "rows"))]
+    project_on: Annotated[str, Option("gradient", one_of("gradient", "update"))]
+    rounding: Annotated[str, Option("nearest", one_of("nearest", "stochastic"))]
 
 
+@definition
 class VariantOptions(ProjectionOptions, total=False):
-    """Those too that only some methods have."""
+    """Those too that only some methods have.
 
-    rescale: Annotated[
-        bool | None,
-        Option(
-            None,
-            "divide what a random drop keeps by p (as the authors' experiments did) or do not (equation 4); None is "
-            "True where F is random. Methods without a random drop have no such option.",
-        ),
-    ]
-    vote: Annotated[
-        str | None,
-        Option(
-            None,
-            '`"reference"` elects the sign of u + tau (the authors\' code), `"paper"` that of (1 - alpha)*u and '
-            'alpha*tau (equations 5-7); None is `"reference"` where ⊕ is a sign vote. Methods without one have no such '
-            "option.",
-            one_of(None, "reference", "paper"),
-        ),
-    ]
+    Options:
+        rescale: divide what a random drop keeps by p (as the authors' experiments did) or do not (equation 4); None is
+            True where F is random. Methods without a random drop have no such option.
+        vote: `"reference"` elects the sign of u + tau (the authors' code), `"paper"` that of (1 - alpha)*u and
+            alpha*tau (equations 5-7); None is `"reference"` where ⊕ is a sign vote. Methods without one have no such
+            option.
+    """
+
+    rescale: Annotated[bool | None, Option(None)]
+    vote: Annotated[str | None, Option(None, one_of(None, "reference", "paper"))]
 
 
+@definition
 class RuleOptions(VariantOptions, total=False):
-    """All options that decide how u and tau are merged."""
+    """All options that decide how u and tau are merged.
 
-    reserve_rate: Annotated[
-        float | None,
-        Option(
-            None,
-            "p, the share of elements that F keeps, in (0, 1]; None is 0.01, or everything for methods whose F drops "
-            "nothing and which have no such option. A dense delta is sparsified once, with the rate that its group had "
-            "when it was added; later changes act on u only.",
-            _check_rate,
-        ),
-    ]
+    Options:
+        reserve_rate: p, the share of elements that F keeps, in (0, 1]; None is 0.01, or everything for methods whose F
+            drops nothing and which have no such option. A dense delta is sparsified once, with the rate that its group
+            had when it was added; later changes act on u only.
+    """
+
+    reserve_rate: Annotated[float | None, Option(None, _check_rate)]
 
 
 class MergeRule(NamedTuple):

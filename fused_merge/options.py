@@ -1,10 +1,9 @@
 """Options that are written once: type, default, check and documentation in one definition.
 
-A definition is a `TypedDict` whose fields are `Annotated[type, Option(...)]`. A function or class with these options
-takes `**options: Unpack[Definition]` and is decorated with `documented(Definition)`, which writes them into its
-signature and, in the place of `{options}`, into its docstring. The command line uses the same definitions.
-
-A module with definitions must not postpone its annotations.
+A definition is a `TypedDict` under `@definition`: its fields are `Annotated[type, Option(...)]`, and a section "Options:"
+of its docstring says what each means. A function or class with these options takes `**options: Unpack[Definition]` and
+is decorated with `documented(Definition)`, which writes them into its signature and, in the place of `{options}`, into
+its docstring. The command line uses the same definitions. A module with definitions must not postpone its annotations.
 """
 
 from __future__ import annotations
@@ -18,32 +17,43 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 Documented = TypeVar("Documented", bound=Callable[..., Any])
+Definition = TypeVar("Definition", bound=type)
 
-_WIDTH = 120
+_SECTION = "    Options:\n"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Option:
     """One option.
 
     Attributes:
         default: its value where none is given.
-        doc: what it means, in plain sentences.
         check: called with name and value; returns the value as it is used, or raises an error that names both.
         cli: None keeps the option off the command line. Otherwise keyword arguments of `typer.Option` beyond what `doc`
             and the annotation say, and `type` where the command line takes less than the annotation.
+        doc: what it means, from the docstring of its definition.
     """
 
     default: Any
-    doc: str
     check: Callable[[str, Any], Any] = lambda name, value: value
     cli: Mapping[str, Any] | None = None
+    doc: str = ""
 
     @property
     def summary(self) -> str:
         """The first clause of `doc` as a sentence, for the help of the command line."""
         clause = re.split(r"[;.](?:\s|$)", self.doc, maxsplit=1)[0].replace("`", "").replace('"', "")
         return f"{clause[0].upper()}{clause[1:]}."
+
+
+def definition(cls: Definition) -> Definition:
+    """Give the options of a definition the texts of its docstring."""
+    section = textwrap.dedent((cls.__doc__ or "").partition(_SECTION)[2])
+    texts = dict(re.findall(r"^(\w+): (.*(?:\n .*)*)", section, flags=re.MULTILINE))
+    for name, option in options_of(cls).items():
+        if name in texts:
+            option.doc = " ".join(texts[name].split())
+    return cls
 
 
 def options_of(*definitions: type) -> dict[str, Option]:
@@ -110,19 +120,13 @@ def documented(*definitions: type) -> Callable[[Documented], Documented]:
             if name not in signature.parameters
         ]
         function.__signature__ = signature.replace(parameters=own)
-        lines = []
-        for line in (documented.__doc__ or "").split("\n"):
-            if line.strip() == "{options}":
-                indent = line[: len(line) - len(line.lstrip())]
-                lines += [
-                    textwrap.fill(
-                        f"{name}: {option.doc}", _WIDTH, initial_indent=indent, subsequent_indent=indent + "    "
-                    )
-                    for name, option in options.items()
-                ]
-            else:
-                lines.append(line)
-        documented.__doc__ = "\n".join(lines)
+        text, found, rest = (documented.__doc__ or "").partition("{options}")
+        indent = text[text.rfind("\n") + 1 :]
+        entries = [
+            textwrap.fill(f"{name}: {option.doc}", 120 - len(indent), subsequent_indent="    ")
+            for name, option in options.items()
+        ]
+        documented.__doc__ = text + ("\n".join(entries).replace("\n", "\n" + indent) if found else "") + rest
         return documented
 
     return document

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fused_merge as fm
+from fused_merge.adapt.options import AnswerOptions
 from fused_merge.checkpoints.interpolate import plan_interpolation
 from fused_merge.checkpoints.job import Job
 from fused_merge.checkpoints.options import (
@@ -22,7 +23,9 @@ from fused_merge.checkpoints.options import (
 from fused_merge.merge.merge import plan_merge
 from fused_merge.merge.mergekit import plan_mergekit
 from fused_merge.merge.options import MergeOptions, MergePlanOptions
+from fused_merge.optim.options import MergingOptions
 from fused_merge.options import at_least, check_known, one_of, optional, options_of, resolve, split, within
+from fused_merge.sweep.options import SweepOptions
 
 FUNCTIONS = {
     fm.interpolate_checkpoints: InterpolateOptions,
@@ -164,3 +167,8 @@ def test_checks():
         with pytest.raises(ValueError, match=message):
             check("x", 0.5)
     check_known(["dtype"], options_of(PlanOptions))
+
+
+def test_every_option_has_its_text():
+    for each in (MergingOptions, InterpolateOptions, MergeOptions, SweepOptions, AnswerOptions):
+        assert [name for name, option in options_of(each).items() if not option.doc.endswith(".")] == []

@@ -6,7 +6,7 @@ This module imports no torch, so that the command line can show its help at once
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
-from fused_merge.options import Option, at_least, one_of, optional, options_of
+from fused_merge.options import Option, at_least, definition, one_of, optional, options_of
 from fused_merge.per_tensor import parse_bytes, parse_dtype
 from fused_merge.progress import ProgressOption
 
@@ -22,104 +22,82 @@ def _check_bytes(name: str, size: int | str) -> int:
     return parse_bytes(size, what=name)
 
 
+@definition
 class FileOptions(TypedDict, total=False):
-    """The options of every job that writes model folders."""
+    """The options of every job that writes model folders.
+
+    Options:
+        max_shard_size: largest size of a file, such as `"5GB"`; None writes the files of the base.
+        overwrite: replace what exists, and drop what another job left unfinished.
+    """
 
     max_shard_size: Annotated[
         "int | str | None",
-        Option(
-            None,
-            'largest size of a file, such as `"5GB"`; None writes the files of the base.',
-            optional(_check_bytes),
-            {"metavar": "SIZE", "show_default": "the files of the base"},
-        ),
+        Option(None, optional(_check_bytes), cli={"metavar": "SIZE", "show_default": "the files of the base"}),
     ]
-    overwrite: Annotated[bool, Option(False, "replace what exists, and drop what another job left unfinished.", cli={})]
+    overwrite: Annotated[bool, Option(False, cli={})]
 
 
+@definition
 class PlanOptions(FileOptions, total=False):
-    """The options that decide what a job writes."""
+    """The options that decide what a job writes.
 
-    dtype: Annotated[
-        "torch.dtype | str | None",
-        Option(
-            None,
-            'dtype of the floating tensors written: `"bfloat16"`, `"float16"`, `"float32"` or `"float64"`; None is '
-            "that of the inputs, which must agree.",
-            _check_dtype,
-            {"show_default": "as stored"},
-        ),
-    ]
-    unmatched: Annotated[
-        str,
-        Option(
-            "refuse",
-            'what happens to tensors that not all checkpoints hold: `"refuse"`, `"copy"` or `"drop"`; a copy goes to '
-            "every output, from the model that `files_from` names, else from the first that holds the tensor.",
-            one_of("refuse", "copy", "drop"),
-            {},
-        ),
-    ]
-    align_vocabulary: Annotated[
-        bool,
-        Option(
-            False,
-            "accept embeddings with other numbers of rows; the output has as many as the model that `files_from` "
-            "names, and rows that only this one has are copied.",
-            cli={},
-        ),
-    ]
+    Options:
+        dtype: dtype of the floating tensors written: `"bfloat16"`, `"float16"`, `"float32"` or `"float64"`; None is
+            that of the inputs, which must agree.
+        unmatched: what happens to tensors that not all checkpoints hold: `"refuse"`, `"copy"` or `"drop"`; a copy goes
+            to every output, from the model that `files_from` names, else from the first that holds the tensor.
+        align_vocabulary: accept embeddings with other numbers of rows; the output has as many as the model that
+            `files_from` names, and rows that only this one has are copied.
+    """
+
+    dtype: Annotated["torch.dtype | str | None", Option(None, _check_dtype, cli={"show_default": "as stored"})]
+    unmatched: Annotated[str, Option("refuse", one_of("refuse", "copy", "drop"), cli={})]
+    align_vocabulary: Annotated[bool, Option(False, cli={})]
 
 
+@definition
 class StreamOptions(ProgressOption, total=False):
-    """The options that decide how any job runs; its outputs do not depend on them."""
+    """The options that decide how any job runs; its outputs do not depend on them.
+
+    Options:
+        threads: threads that read, compute and write; None is five for every two cores.
+        max_memory: memory limit for all buffers, such as `"256MB"`; None is 80 MiB. It depends neither on the number of
+            outputs nor on the size of the model.
+        device: where to compute, such as `"cuda:0"`.
+        verify: read back all that was written and compare it with its checksums, before it gets its name.
+    """
 
     threads: Annotated[
-        "int | None",
-        Option(
-            None,
-            "threads that read, compute and write; None is five for every two cores.",
-            optional(at_least(1)),
-            {"min": 1, "show_default": "5 for 2 cores"},
-        ),
+        "int | None", Option(None, optional(at_least(1)), cli={"min": 1, "show_default": "5 for 2 cores"})
     ]
     max_memory: Annotated[
-        "int | str | None",
-        Option(
-            None,
-            'memory limit for all buffers, such as `"256MB"`; None is 80 MiB. It depends neither on the number of '
-            "outputs nor on the size of the model.",
-            optional(_check_bytes),
-            {"metavar": "SIZE", "show_default": "80MiB"},
-        ),
+        "int | str | None", Option(None, optional(_check_bytes), cli={"metavar": "SIZE", "show_default": "80MiB"})
     ]
-    device: Annotated["str | torch.device", Option("cpu", 'where to compute, such as `"cuda:0"`.', cli={})]
-    verify: Annotated[
-        bool,
-        Option(
-            False, "read back all that was written and compare it with its checksums, before it gets its name.", cli={}
-        ),
-    ]
+    device: Annotated["str | torch.device", Option("cpu", cli={})]
+    verify: Annotated[bool, Option(False, cli={})]
 
 
+@definition
 class RunOptions(StreamOptions, total=False):
-    """All options of `Job.run`."""
+    """All options of `Job.run`.
 
-    impl: Annotated[str, Option("auto", 'what computes: `"auto"`, `"triton"` or `"eager"`.', cli={})]
+    Options:
+        impl: what computes: `"auto"`, `"triton"` or `"eager"`.
+    """
+
+    impl: Annotated[str, Option("auto", cli={})]
 
 
+@definition
 class InterpolatePlanOptions(PlanOptions, total=False):
-    """The options that decide what `interpolate_checkpoints` writes."""
+    """The options that decide what `interpolate_checkpoints` writes.
 
-    files_from: Annotated[
-        str,
-        Option(
-            "tuned",
-            'model whose configuration and tokenizer go along: `"tuned"` or `"base"`.',
-            one_of("base", "tuned"),
-            {},
-        ),
-    ]
+    Options:
+        files_from: model whose configuration and tokenizer go along: `"tuned"` or `"base"`.
+    """
+
+    files_from: Annotated[str, Option("tuned", one_of("base", "tuned"), cli={})]
 
 
 class InterpolateOptions(InterpolatePlanOptions, RunOptions, total=False):
