@@ -8,10 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import equal_bits, llama, save
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from word_tokens import tokenizer
 
 from fused_merge import LayerRatios, functional
 from fused_merge.adapt.adapt import answer_loss
@@ -26,14 +23,6 @@ from fused_merge.adapt.answers import (
 from fused_merge.cli.commands import app
 
 PROMPTS = ["w3 w4", "w5", "w6 w7 w8", "w9 w10", "w11"]
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(
-        WordLevel({**{"<u>": 0, "<p>": 1, "<e>": 2}, **{f"w{i}": i for i in range(3, 48)}}, unk_token="<u>")
-    )
-    words.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<u>", pad_token="<p>", eos_token="<e>")
 
 
 @pytest.fixture

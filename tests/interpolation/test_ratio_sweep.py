@@ -76,22 +76,16 @@ def test_weights_come_back_if_writing_fails_half_way(monkeypatch):
 
 
 def test_special_bits_come_back():
-    model = nn.Linear(3, 1, bias=False)
-    with torch.no_grad():
-        model.weight.view(-1).view(torch.int32).copy_(torch.tensor([-(2**31), 0x7FC00123, 0x7F800001]))
-    before = state(model)
-    with RatioSweep(model, nn.Linear(3, 1, bias=False), nn.Linear(3, 1, bias=False)).at(0.5):
-        assert not model.weight.isnan().any()
-    assert_state(model, before)
-
-
-def test_a_zero_gets_its_sign_back():
-    model, base = nn.Linear(3, 1, bias=False), nn.Linear(3, 1, bias=False)
-    nn.init.constant_(model.weight, -0.0)
+    """The sign of a zero too, where `base` has the other zero."""
+    model, base, tuned = (nn.Linear(3, 1, bias=False) for _ in range(3))
     nn.init.constant_(base.weight, 0.0)
-    with RatioSweep(model, base, nn.Linear(3, 1, bias=False)).at(0.5):
-        pass
-    assert model.weight.signbit().all()
+    for patterns in ([-(2**31), 0x7FC00123, 0x7F800001], [-(2**31)] * 3):
+        with torch.no_grad():
+            model.weight.view(-1).view(torch.int32).copy_(torch.tensor(patterns))
+        before = state(model)
+        with RatioSweep(model, base, tuned).at(0.5):
+            assert not model.weight.isnan().any()
+        assert_state(model, before)
 
 
 def test_buffers_integers_and_strides():

@@ -10,10 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import llama, save
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from word_tokens import tokenizer
 
 from fused_merge.interpolation.interpolate import interpolate
 from fused_merge.sweep.evaluate import sweep_checkpoints
@@ -29,9 +26,7 @@ def results_of(out):
 def ends(tmp_path):
     """Two small models with a tokenizer."""
     folders = [save(llama(seed), tmp_path / name) for seed, name in enumerate(("base", "tuned"))]
-    words = Tokenizer(WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
-    words.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folders[1])
+    tokenizer().save_pretrained(folders[1])
     return folders
 
 
@@ -59,8 +54,8 @@ def test_checkpoints_are_scored_by_functions_of_a_module(ends, module, tmp_path)
         "    assert not model.training and not any(p.requires_grad for p in model.parameters())\n"
         "    return sum(p.double().sum() for p in model.parameters())\n"
         "def unknown(model, tokenizer, batch=8):\n"
-        "    ids = tokenizer('a b c', return_tensors='pt')['input_ids']\n"
-        "    assert ids.tolist() == [[1, 2, 0]]\n"
+        "    ids = tokenizer('w3 w4 c', return_tensors='pt')['input_ids']\n"
+        "    assert ids.tolist() == [[3, 4, 0]]\n"
         "    return model(ids, labels=ids).loss\n",
     )
     files = sweep_checkpoints(
@@ -73,7 +68,7 @@ def test_checkpoints_are_scored_by_functions_of_a_module(ends, module, tmp_path)
     for row, point in zip(rows, points, strict=True):
         model.load_state_dict(point)
         assert row.scores["total"] == pytest.approx(sum(p.double().sum().item() for p in model.parameters()))
-        ids = torch.tensor([[1, 2, 0]])
+        ids = torch.tensor([[3, 4, 0]])
         assert row.scores["unknown"] == model(ids, labels=ids).loss.item()
     belongs_to = results_of(tmp_path / "out")["sweep"]
     assert (belongs_to["scorers"], belongs_to["dtype"]) == (["my_scores:total", "my_scores:unknown"], "float32")
@@ -277,8 +272,8 @@ def test_tasks_of_the_harness(ends, harness, tmp_path):
             for task in ("first", "second")
             for metric, value in (("acc", expected), ("perplexity", 2.0), ("exact_match,strict-match", 0.5))
         }
-    model, tokenizer, batch_size = harness.wrapped
-    assert (type(model).__name__, tokenizer.vocab_size, batch_size) == ("LlamaForCausalLM", 3, 4)
+    model, words, batch_size = harness.wrapped
+    assert (type(model).__name__, words.vocab_size, batch_size) == ("LlamaForCausalLM", 48, 4)
     assert [tasks for tasks, _ in harness.calls] == [["first"], ["second"]] * 2
     assert harness.calls[0][1] == {"bootstrap_iters": 0, "log_samples": False}
     # The harness knows of which less is better, and so does whoever goes on.
