@@ -1,9 +1,9 @@
 """Options that are written once: type, default, check and documentation in one definition.
 
-A definition is a `TypedDict` under `@definition`: its fields are `Annotated[type, Option(...)]`, and a section "Options:"
-of its docstring says what each means. A function or class with these options takes `**options: Unpack[Definition]` and
-is decorated with `documented(Definition)`, which writes them into its signature and, in the place of `{options}`, into
-its docstring. The command line uses the same definitions. A module with definitions must not postpone its annotations.
+A definition is a `TypedDict` under `@definition`. Its fields are `Annotated[type, Option(...)]`, and a section
+"Options:" of its docstring says what each one means. What has these options takes `**options: Unpack[Definition]` and
+is decorated with `documented(Definition)`, which writes them into the signature and, in the place of `{options}`, into
+the docstring. The command line uses the same definitions. A module with definitions must not postpone its annotations.
 """
 
 from __future__ import annotations

@@ -8,10 +8,10 @@ from math import prod
 
 import pytest
 import torch
+from bits import same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tiny import equal_bits
 
 from fused_merge.checkpoints.align import AlignedTensor, align, lay_out_files
 from fused_merge.checkpoints.options import PlanOptions
@@ -83,8 +83,8 @@ def test_a_tensor_is_where_each_file_has_it(source):
         (15, True),
         (4, False),
     ]
-    assert all(equal_bits(got, want.flatten()) for got, want in zip(held(found["w"].segments[0]), w, strict=True))
-    assert all(equal_bits(got, want) for got, want in zip(held(found["n"].segments[0]), n, strict=True))
+    assert all(same_bits(got, want.flatten()) for got, want in zip(held(found["w"].segments[0]), w, strict=True))
+    assert all(same_bits(got, want) for got, want in zip(held(found["n"].segments[0]), n, strict=True))
 
 
 def test_one_checkpoint(source):
@@ -155,7 +155,7 @@ def test_what_not_all_hold_is_refused_dropped_or_copied(source):
             (segment,) = found[name].segments
             assert (segment.merged, segment.numel) == (False, 2)
             assert [file_range.file.parent.name for file_range in segment.inputs] == [home]
-            assert equal_bits(held(segment)[0], {"base": base, "a": a, "b": b}[home][name])
+            assert same_bits(held(segment)[0], {"base": base, "a": a, "b": b}[home][name])
 
 
 def test_copies_are_converted_like_the_rest_but_integers_are_not(source):
@@ -209,7 +209,7 @@ def test_tied_heads_in_every_combination(kinds, source):
     assert {*found} == {EMBED, NORM} | ({HEAD} if kinds[0] != "absent" else set())
     if HEAD in found:
         want = [own.get(HEAD, own[EMBED]).flatten() for own in tensors]
-        assert all(equal_bits(x, y) for x, y in zip(held(found[HEAD].segments[0]), want, strict=True))
+        assert all(same_bits(x, y) for x, y in zip(held(found[HEAD].segments[0]), want, strict=True))
 
 
 @pytest.mark.parametrize("config_source", [0, 1, 2])
@@ -223,7 +223,7 @@ def test_a_head_of_its_own_is_never_lost_in_a_copy(kinds, config_source, source)
     assert HEAD in found
     if not found[HEAD].segments[0].merged:
         (copied,) = held(found[HEAD].segments[0])
-        assert any(equal_bits(copied, own[HEAD].flatten()) for own in tensors if HEAD in own)
+        assert any(same_bits(copied, own[HEAD].flatten()) for own in tensors if HEAD in own)
 
 
 def test_a_checkpoint_that_keeps_the_other_of_two_tied_names(source):
@@ -232,9 +232,7 @@ def test_a_checkpoint_that_keeps_the_other_of_two_tied_names(source):
     found = aligned(base, a)
     assert {*found} == {EMBED, HEAD}
     for name in (EMBED, HEAD):
-        assert all(
-            equal_bits(x, y.flatten()) for x, y in zip(held(found[name].segments[0]), (embed, head), strict=True)
-        )
+        assert all(same_bits(x, y.flatten()) for x, y in zip(held(found[name].segments[0]), (embed, head), strict=True))
 
 
 @pytest.mark.parametrize(("tie", "refused"), [(False, True), (True, False), (None, False)])
@@ -275,13 +273,13 @@ def test_rows_beyond_the_fewest_are_those_of_the_config_source(rows, source):
             common, *beyond = tensor.segments
             assert (common.numel, common.merged) == (fewest * width, True)
             assert all(
-                equal_bits(got, own[name].flatten()[: fewest * width])
+                same_bits(got, own[name].flatten()[: fewest * width])
                 for got, own in zip(held(common), sources, strict=True)
             )
             more = (most - fewest) * width
             assert [(segment.numel, segment.merged) for segment in beyond] == ([(more, False)] if more else [])
             if beyond:
-                assert equal_bits(held(beyond[0])[0], sources[config_source][name].flatten()[fewest * width :])
+                assert same_bits(held(beyond[0])[0], sources[config_source][name].flatten()[fewest * width :])
         assert len(found[NORM].segments) == 1
 
 
@@ -291,7 +289,7 @@ def test_tied_heads_have_the_rows_of_the_vocabulary(source):
     found = aligned(base, a, config_source=1, align_vocabulary=True)
     for name in (EMBED, HEAD):
         assert found[name].shape == (6, 3)
-        assert equal_bits(held(found[name].segments[1])[0], embeds[1].flatten()[15:])
+        assert same_bits(held(found[name].segments[1])[0], embeds[1].flatten()[15:])
 
 
 def test_other_vocabularies_are_refused_unless_asked_for(source):

@@ -11,10 +11,11 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 import torch
+from bits import same_bits
 from folders import everything_in, load, manifest_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import equal_bits, llama, save
+from tiny import llama, save
 from transformers import LlamaForCausalLM
 
 from fused_merge.checkpoints.interpolate import interpolate_checkpoints, plan_interpolation
@@ -71,7 +72,7 @@ def test_folders_that_transformers_loads(models, tmp_path):
         loaded = LlamaForCausalLM.from_pretrained(folder)
         assert loaded.generation_config.temperature == 0.25
         for name, tensor in loaded.state_dict().items():
-            assert equal_bits(tensor, point[name]), name
+            assert same_bits(tensor, point[name]), name
 
 
 def test_the_ends_are_the_inputs(folders, tmp_path):
@@ -79,7 +80,7 @@ def test_the_ends_are_the_inputs(folders, tmp_path):
     for copy, original in ((start, folders[0]), (end, folders[1])):
         written, stored = load_file(copy / "model.safetensors"), load_file(original / "model.safetensors")
         assert written.keys() == stored.keys()
-        assert all(equal_bits(written[name], stored[name]) for name in stored)
+        assert all(same_bits(written[name], stored[name]) for name in stored)
 
 
 def test_what_is_copied_from_the_tuned_folder(folders, tmp_path):
@@ -107,7 +108,7 @@ def test_a_tied_weight_that_one_checkpoint_writes_out(folders, tmp_path):
 
     (folder,) = interpolate_checkpoints(*folders[::-1], [0.5], tmp_path / "present")
     made = load_file(folder / "model.safetensors")
-    assert equal_bits(made["lm_head.weight"], made["model.embed_tokens.weight"])
+    assert same_bits(made["lm_head.weight"], made["model.embed_tokens.weight"])
 
 
 def test_overwrite_replaces_whole_folders(folders, tmp_path):
@@ -238,7 +239,7 @@ def test_transformers_loads_an_output_in_its_dtype(dtype, folders, tmp_path):
     assert {str(tensor.dtype) for tensor in loaded.state_dict().values()} == {f"torch.{dtype}"}
     written = load(folder)
     for name, tensor in loaded.state_dict().items():
-        assert equal_bits(tensor, written[name if name in written else "model.embed_tokens.weight"])
+        assert same_bits(tensor, written[name if name in written else "model.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize("size", [1, 3000, "5GB"])
@@ -258,7 +259,7 @@ def test_files_by_size_that_transformers_loads(size, models, tmp_path):
         assert sorted(files) == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
     (point,) = interpolate(models[0].state_dict(), models[1].state_dict(), [0.3])
     for name, tensor in LlamaForCausalLM.from_pretrained(folder).state_dict().items():
-        assert equal_bits(tensor, point[name]), name
+        assert same_bits(tensor, point[name]), name
 
 
 @pytest.mark.parametrize("files_from", ["base", "tuned"])
@@ -285,7 +286,7 @@ def test_ratios_of_patterns_and_of_exact_names(folders, tmp_path):
     for folder, ratio_of in zip(folders_made, (by_name.get, by_name.get, lambda name: 0.25), strict=True):
         made = load(folder)
         for name in base:
-            assert equal_bits(made[name], eager_interpolate(base[name], tuned[name], ratio_of(name))), name
+            assert same_bits(made[name], eager_interpolate(base[name], tuned[name], ratio_of(name))), name
     recipes = [manifest_of(folder)["recipe"]["ratio"] for folder in folders_made]
     assert recipes == [{**patterns, r"model\.layers\.\d+\.mlp\..*": 0.25}, by_name, 0.25]
 

@@ -8,9 +8,10 @@ import re
 import numpy as np
 import pytest
 import torch
+from bits import same_bits
 from folders import everything_in, load, manifest_of
 from safetensors.torch import load_file, save_file
-from tiny import equal_bits, llama, save, write_raw
+from tiny import llama, save, write_raw
 from transformers import LlamaForCausalLM
 
 from fused_merge.checkpoints import engine
@@ -39,12 +40,12 @@ def test_single_files_and_integers(tmp_path):
     assert [*everything_in(made[1])] == ["README.md", "fused_merge.json", "model.safetensors"]
     start, between, end = (load_file(folder / "model.safetensors") for folder in made)
     for name in base:
-        assert equal_bits(start[name], base[name])
-        assert equal_bits(end[name], tuned[name])
+        assert same_bits(start[name], base[name])
+        assert same_bits(end[name], tuned[name])
         if base[name].is_floating_point():
-            assert equal_bits(between[name], interpolate(base[name], tuned[name], [0.3])[0])
+            assert same_bits(between[name], interpolate(base[name], tuned[name], [0.3])[0])
         else:
-            assert equal_bits(between[name], tuned[name])
+            assert same_bits(between[name], tuned[name])
     assert load_file(made[0] / "model.safetensors")["zero"].signbit().tolist() == [True, False]
 
 
@@ -118,7 +119,7 @@ def test_streams_have_the_bits_of_whole_tensors(dtypes, dtype, tmp_path, monkeyp
                 want = (base, tuned)[int(ratio)][name]
             else:
                 want = eager_interpolate(base[name].to(wide), tuned[name].to(wide), ratio)
-            assert equal_bits(made[name], want.to(written)), (ratio, name)
+            assert same_bits(made[name], want.to(written)), (ratio, name)
         assert torch.equal(made["count"], (base if ratio == 0 else tuned)["count"])
 
 
@@ -169,10 +170,10 @@ def test_tensors_that_begin_at_any_byte(byte, tmp_path, monkeypatch):
     paths = write_at(byte, tmp_path / "a.safetensors", base), write_at(7 - byte, tmp_path / "b.safetensors", tuned)
     start, half, end = interpolate_checkpoints(*paths, [0, 0.5, 1], tmp_path / "out")
     for name in base:
-        assert equal_bits(load(start)[name], base[name])
-        assert equal_bits(load(end)[name], tuned[name])
+        assert same_bits(load(start)[name], base[name])
+        assert same_bits(load(end)[name], tuned[name])
         if base[name].is_floating_point():
-            assert equal_bits(load(half)[name], eager_interpolate(base[name], tuned[name], 0.5))
+            assert same_bits(load(half)[name], eager_interpolate(base[name], tuned[name], 0.5))
     assert "head" not in load(half)
 
 
@@ -194,7 +195,7 @@ def test_one_model_is_both_ends(tmp_path):
     (model, _), (stored, _) = ends_of(tmp_path / "ends", (BF16, BF16))
     for folder in interpolate_checkpoints(str(model), model, [0.0, 0.3, 2.0], tmp_path / "out"):
         made = load(folder)
-        assert all(equal_bits(made[name], stored[name]) for name in stored)
+        assert all(same_bits(made[name], stored[name]) for name in stored)
 
 
 # --- the accuracy that docs/numerics.md promises
@@ -274,9 +275,9 @@ def test_tensors_that_only_one_end_holds(tmp_path):
     copied = interpolate_checkpoints(*paths, [0, 0.5, 1], tmp_path / "copy", unmatched="copy")
     for without, all_of_it in zip(map(load, dropped), map(load, copied), strict=True):
         assert without.keys() == base.keys()
-        assert equal_bits(all_of_it.pop("old"), old)
-        assert equal_bits(all_of_it.pop("new"), new)
-        assert all(equal_bits(all_of_it[name], without[name]) for name in without)
+        assert same_bits(all_of_it.pop("old"), old)
+        assert same_bits(all_of_it.pop("new"), new)
+        assert all(same_bits(all_of_it[name], without[name]) for name in without)
 
 
 @pytest.mark.parametrize("rows", [(40, 43), (43, 40)])
@@ -298,13 +299,13 @@ def test_vocabularies_of_two_sizes(rows, files_from, tmp_path, monkeypatch):
     for folder, ratio in zip(made, (0, 0.3, 1), strict=True):
         got = load(folder)[name]
         assert got.shape == (rows[chosen], 16)
-        assert equal_bits(got[:40], eager_interpolate(base[:40], tuned[:40], ratio))
-        assert equal_bits(got[40:], (base, tuned)[chosen][40:])
+        assert same_bits(got[:40], eager_interpolate(base[:40], tuned[:40], ratio))
+        assert same_bits(got[40:], (base, tuned)[chosen][40:])
         assert LlamaForCausalLM.from_pretrained(folder).config.vocab_size == rows[chosen]
     # The end whose configuration it has comes out as it was.
     made, stored = load(made[chosen * 2]), load(ends[chosen])
     assert made.keys() == stored.keys()
-    assert all(equal_bits(made[name], stored[name]) for name in stored)
+    assert all(same_bits(made[name], stored[name]) for name in stored)
 
 
 # --- on a GPU

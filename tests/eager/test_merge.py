@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import reference
 import torch
+from bits import same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import equal_bits
 
 from fused_merge.eager.merge import (
     consensus,
@@ -324,7 +324,7 @@ def test_blocks_have_the_bits_of_the_whole(method, dtype, cuts, normalize, scale
         )
         for i, j in pairwise([0, *sorted(cuts), 437])
     ]
-    assert equal_bits(torch.cat(blocks), whole)
+    assert same_bits(torch.cat(blocks), whole)
 
 
 @pytest.mark.parametrize("method", MERGE_METHODS)
@@ -345,7 +345,7 @@ def test_shapes(method, shape, dtype):
     assert got.shape == shape
     assert got.dtype == dtype
     assert not got.isnan().any()
-    assert all(equal_bits(a, b) for a, b in zip(before, (base, *thetas), strict=True))
+    assert all(same_bits(a, b) for a, b in zip(before, (base, *thetas), strict=True))
 
 
 def test_models_of_several_dtypes_and_a_dtype_of_the_result():
@@ -355,8 +355,8 @@ def test_models_of_several_dtypes_and_a_dtype_of_the_result():
     assert got.dtype == torch.bfloat16
     wide = merge(base.bfloat16(), mixed, WEIGHTS, method="task_arithmetic", name=NAME, dtype=torch.float32)
     want = merge(base.bfloat16().float(), [x.float() for x in mixed], WEIGHTS, method="task_arithmetic", name=NAME)
-    assert equal_bits(wide, want)
-    assert equal_bits(got, want.bfloat16())
+    assert same_bits(wide, want)
+    assert same_bits(got, want.bfloat16())
     double = merge(base, [thetas[0].double()], [0.1], method="task_arithmetic", name=NAME, dtype=torch.float64)
     assert torch.equal(double, base.double() + 0.1 * (thetas[0].double() - base.double()))
 

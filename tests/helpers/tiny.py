@@ -7,7 +7,6 @@ import struct
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fused_merge.io.sources import FileSource
@@ -30,11 +29,6 @@ def llama(seed: int, *, tied: bool = True, vocabulary: int = 48, dtype: torch.dt
 def save(model, folder: Path, shard: str = "5GB") -> Path:
     model.save_pretrained(folder, max_shard_size=shard)
     return folder
-
-
-def equal_bits(a: Tensor, b: Tensor) -> bool:
-    pattern = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(pattern), b.view(pattern))
 
 
 def count_reads(monkeypatch) -> list[tuple[str, str]]:

@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 from bad_json import bad_files, bytes_of, damaged, fuzz, nearly
+from bits import same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import equal_bits
 
 import fused_merge as fm
 from fused_merge.names import canonical_name
@@ -194,7 +194,7 @@ class Place:
                 assert equal_values(tensor, point[name]), name
             if (folder / INDEX).exists():
                 json.loads((folder / INDEX).read_bytes(), parse_constant=pytest.fail)
-        assert all(equal_bits(tensor, base[name]) for name, tensor in stored(made[0]).items())
+        assert all(same_bits(tensor, base[name]) for name, tensor in stored(made[0]).items())
         return True
 
 
@@ -213,7 +213,7 @@ def equal_values(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     nan = a.isnan() & b.isnan()
-    return equal_bits(a.masked_fill(nan, 0), b.masked_fill(nan, 0))
+    return same_bits(a.masked_fill(nan, 0), b.masked_fill(nan, 0))
 
 
 @pytest.fixture(scope="module")

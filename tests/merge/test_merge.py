@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from bits import same_bits
 from folders import everything_in, load
 from merge_models import CASES, FILLED, NAMES, NORM, SHAPES, UP0, UP1, split, tensors_of, write
-from tiny import equal_bits
 
 from fused_merge.checkpoints import engine
 from fused_merge.delta.reference_delta import ReferenceDelta
@@ -61,7 +61,7 @@ def test_streams_have_the_bits_of_whole_tensors(case, mix, models, tmp_path, sma
         base = tensors[0][name] if MERGE_METHODS[method].has_base else None
         thetas = [own[name] for own in tensors[-len(weights) :]]
         want = eager_merge(base, thetas, weights, method=method, name=name, dtype=dtype, **options)
-        assert equal_bits(made[name], want), name
+        assert same_bits(made[name], want), name
     assert torch.equal(made["count"], tensors[0]["count"])
 
 
@@ -111,7 +111,7 @@ def test_one_model_of_fp64_makes_every_trim_one_of_fp64(models, tmp_path, small_
     for name in SHAPES:
         own = [theta[name] for theta in thetas]
         want = trimmed_merge(base[name], own, weights, levels)
-        assert equal_bits(load(out)[name], want)
+        assert same_bits(load(out)[name], want)
 
 
 def test_a_trim_over_a_model_in_several_files(models, tmp_path, small_blocks):
@@ -124,7 +124,7 @@ def test_a_trim_over_a_model_in_several_files(models, tmp_path, small_blocks):
     for name in SHAPES:
         thetas = [tensors[0][name], tensors[2][name]]
         want = trimmed_merge(tensors[1][name], thetas, [0.5, 0.25], [trim_threshold(delta, 0.3), 0])
-        assert equal_bits(load(out)[name], want)
+        assert same_bits(load(out)[name], want)
 
 
 def test_the_first_mask_is_that_of_a_reference_delta(models, tmp_path):
@@ -159,7 +159,7 @@ def test_threads_memory_and_sharding_do_not_show(case, models, tmp_path, monkeyp
     for spelling, more in SPELLINGS.items():
         other = load(merged(folders, case, tmp_path / spelling, **more))
         assert other.keys() == plain.keys()
-        assert all(equal_bits(other[name], plain[name]) for name in plain), spelling
+        assert all(same_bits(other[name], plain[name]) for name in plain), spelling
 
 
 def test_the_order_and_the_files_of_the_models_do_not_show(tmp_path):
@@ -168,7 +168,7 @@ def test_the_order_and_the_files_of_the_models_do_not_show(tmp_path):
     for i, files in enumerate([lambda x: (x,), lambda x: split(x, UP1, "count"), lambda x: split(x, NORM, UP0)]):
         base, model = (write(tmp_path / f"{name}{i}", *files(x)) for name, x in zip(NAMES, tensors, strict=False))
         made.append(load(merge_checkpoints(base, {model: 0.5}, "dare_ties", tmp_path / f"out{i}", density=0.5)))
-    assert all(equal_bits(made[0][name], other[name]) for other in made[1:] for name in made[0])
+    assert all(same_bits(made[0][name], other[name]) for other in made[1:] for name in made[0])
 
 
 def test_a_merge_made_twice_is_the_same(models, tmp_path):

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bits import same_bits
 from folders import everything_in, load, manifest_of, recipe_of
 from merge_models import CASES, FILLED, NAMES, NORM, SCALAR, SHAPES, UP0, UP1, tensors_of, write
 from safetensors.torch import load_file, save_file
-from tiny import equal_bits, llama, save
+from tiny import llama, save
 from transformers import LlamaForCausalLM
 
 from fused_merge.checkpoints.folders import verify_checkpoint
@@ -48,7 +49,7 @@ def test_folders_that_transformers_loads(tmp_path):
         for name, tensor in loaded.state_dict().items():
             thetas = [state[name] for state in states[1:]]
             want = eager_merge(states[0][name], thetas, [0.5, 0.3], method="task_arithmetic", name=name)
-            assert equal_bits(tensor, want), name
+            assert same_bits(tensor, want), name
 
 
 def test_the_card_has_the_recipe(models, tmp_path):
@@ -120,7 +121,7 @@ def test_weights_and_densities_by_regular_expression(models, tmp_path, small_blo
     for name, weight, density in ((UP0, 0.9, 0.4), (UP1, 0.6, 0.4), (NORM, 0.1, 1.0), (SCALAR, 0.1, 1.0)):
         thetas = [own[name] for own in tensors[1:]]
         want = eager_merge(tensors[0][name], thetas, [weight, 0.3], method="ties", name=name, densities=[density, 0.7])
-        assert equal_bits(made[name], want)
+        assert same_bits(made[name], want)
 
 
 def test_one_density_for_all_models_and_none_for_some(models, tmp_path):
@@ -135,9 +136,9 @@ def test_one_density_for_all_models_and_none_for_some(models, tmp_path):
             p: eager_merge(tensors[0][name], thetas, [1, 1], method="ties", name=name, densities=[p, 0.3])
             for p in (0.3, 1.0)
         }
-        assert equal_bits(one[name], want[0.3])
-        assert equal_bits(list_of[name], want[0.3])
-        assert equal_bits(some[name], want[1.0])
+        assert same_bits(one[name], want[0.3])
+        assert same_bits(list_of[name], want[0.3])
+        assert same_bits(some[name], want[1.0])
 
 
 def test_weights_of_tensors_that_are_not_merged_are_refused(models, tmp_path):
@@ -195,10 +196,10 @@ def test_tensors_that_not_all_hold(models, tmp_path, small_blocks):
     dropped = load(merge_checkpoints(*arguments, tmp_path / "drop", unmatched="drop"))
     assert dropped.keys() == {*SHAPES, "count"}
     copied = load(merge_checkpoints(*arguments, tmp_path / "copy", unmatched="copy"))
-    assert equal_bits(copied.pop("adapter"), adapter)
-    assert all(equal_bits(copied[name], dropped[name]) for name in dropped)
+    assert same_bits(copied.pop("adapter"), adapter)
+    assert all(same_bits(copied[name], dropped[name]) for name in dropped)
     as_fp32 = load(merge_checkpoints(*arguments, tmp_path / "fp32", unmatched="copy", dtype="float32"))
-    assert equal_bits(as_fp32["adapter"], adapter.float())
+    assert same_bits(as_fp32["adapter"], adapter.float())
 
 
 VOCABULARY = {"embed.weight": (40, 30), "norm.weight": (30,)}
@@ -229,8 +230,8 @@ def test_vocabularies_of_two_sizes(method, config_source, models, tmp_path, smal
         densities=[0.5] if density else None,
     )
     made = load(out)["embed.weight"]
-    assert equal_bits(made[:40], want)
-    assert equal_bits(made[40:], longer[40:] if config_source else longer[:0])
+    assert same_bits(made[:40], want)
+    assert same_bits(made[40:], longer[40:] if config_source else longer[:0])
 
 
 # --- which models, and where
@@ -254,7 +255,7 @@ def test_a_model_given_twice_counts_twice(models, tmp_path):
     twice = {folders[1]: 0.25, str(folders[1]): 0.25}
     made = load(merge_checkpoints(folders[0], twice, "task_arithmetic", tmp_path / "twice"))
     once = load(merge_checkpoints(folders[0], {folders[1]: 0.5}, "task_arithmetic", tmp_path / "once"))
-    assert all(equal_bits(made[name], once[name]) for name in made)
+    assert all(same_bits(made[name], once[name]) for name in made)
     # Each time with a mask of its own.
     dare = [
         load(merge_checkpoints(folders[0], weights, "dare_linear", tmp_path / f"dare{i}", density=0.5))
@@ -266,7 +267,7 @@ def test_a_model_given_twice_counts_twice(models, tmp_path):
 def test_the_base_may_be_a_model_too(models, tmp_path):
     folders, tensors = models(torch.float32, torch.float32)
     made = load(merge_checkpoints(folders[0], {folders[0]: 0.5}, "task_arithmetic", tmp_path / "out"))
-    assert all(equal_bits(made[name], tensors[0][name]) for name in SHAPES)
+    assert all(same_bits(made[name], tensors[0][name]) for name in SHAPES)
 
 
 def test_spellings_of_the_model_whose_files_go_along(models, tmp_path, monkeypatch):
@@ -295,7 +296,7 @@ def test_a_line_is_a_task_arithmetic_of_one_model(models, tmp_path):
     folders, _ = models(torch.bfloat16, torch.bfloat16)
     (line,) = interpolate_checkpoints(*folders, [0.25], tmp_path / "line")
     merged = merge_checkpoints(folders[0], {folders[1]: 0.25}, "task_arithmetic", tmp_path / "out")
-    assert all(equal_bits(load(line)[name], load(merged)[name]) for name in SHAPES)
+    assert all(same_bits(load(line)[name], load(merged)[name]) for name in SHAPES)
 
 
 # --- sentences
