@@ -83,7 +83,7 @@ def check_files(run: Run) -> Iterator[Row]:
     """Interpolate a pair of files through the GPU and on the CPU, and compare every byte."""
     import torch
 
-    from fused_merge.checkpoints import plan_interpolation
+    from fused_merge.checkpoints.interpolate import plan_interpolation
     from fused_merge.io.writer import SafetensorsWriter
 
     shapes = {"w": (50, 33), "b": (7,)} if run.tiny else {"w": (2**14, 2**13), "v": (2**13, 2**13 + 1), "b": (7,)}

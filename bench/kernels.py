@@ -26,10 +26,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_merge.kernels import merging_adamw, scalars, sums
-from fused_merge.kernels.interpolate import interpolate_kernel
-from fused_merge.kernels.rows import Build
-from fused_merge.kernels.tables import NUM_WARPS
+from fused_merge.kernels import interpolate, kth_largest, merging_adamw, projection, scalars, sums
+from fused_merge.kernels.layout import NUM_WARPS, Specialization
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -45,38 +43,36 @@ ELEMENTS_PER_THREAD = 8
 
 # What the kernels are handed at run time; every other argument is a constant.
 SIGNATURE = {
-    "programs": "*i32",
-    "tensors": "*i64",
-    "table": "*fp32",
-    "coefficients": "*fp32",
-    "thresholds": "*i32",
-    "counts": "*i64",
-    "search": "*i64",
-    "words": "*i32",
-    "patterns": "*i32",
-    "products": "*fp32",
-    "out": "*fp32",
-    "spans": "*i32",
-    "sums": "*fp32",
-    "constants": "*fp64",
-    "lr": "*fp64",
-    "grad_factor": "*fp64",
-    "found_inf": "*fp64",
-    "rest_share": "fp32",
-    "onto_share": "fp32",
+    "programs_ptr": "*i32",
+    "tensors_ptr": "*i64",
+    "scalars_ptr": "*fp32",
+    "coefficients_ptr": "*fp32",
+    "thresholds_ptr": "*i32",
+    "counts_ptr": "*i64",
+    "search_ptr": "*i64",
+    "mark_bits_ptr": "*i32",
+    "list_ptr": "*i32",
+    "products_ptr": "*fp32",
+    "out_ptr": "*fp32",
+    "ranges_ptr": "*i32",
+    "sums_ptr": "*fp32",
+    "hyper_ptr": "*fp64",
+    "lr_ptr": "*fp64",
+    "grad_factor_ptr": "*fp64",
+    "found_inf_ptr": "*fp64",
+    "pairs_ptr": "*i64",
+    "ratios_ptr": "*fp32",
     "ratios": "i32",
-    "scale": "*fp32",
+    "triples_ptr": "*i64",
+    "scale_ptr": "*fp32",
 }
 
-FP32 = Build(tl.float32, tl.float32, tl.float32, tl.float32)
+FP32 = Specialization(tl.float32, tl.float32, tl.float32, tl.float32)
 BF16 = FP32._replace(PARAM=tl.bfloat16, GRAD=tl.bfloat16)
 DENSE = {"TAU": tl.bfloat16}
 RARE = {"TAU": tl.bfloat16, "SPARSE": True, "SPARSIFY": "random", "SKIPS": True}
 RANKED = {"TAU": tl.bfloat16, "SPARSE": True, "SPARSIFY": "magnitude", "RANKED": True, "CONSENSUS": "sign_reference"}
 CONFLICT = DENSE | {"PROJECT": "conflict"}
-
-# <grad, theta1 - theta0>
-PRODUCTS = sums.Build(tl.bfloat16, tl.bfloat16, tl.bfloat16, ALIGNED=True)
 
 STEPS = {
     "adamw": FP32,
@@ -98,7 +94,7 @@ STEPS = {
 }
 
 
-class Kernel(NamedTuple):
+class Build(NamedTuple):
     """A kernel, its constants, and the bytes of dense tensors that its code reads and writes per element."""
 
     kernel: Any
@@ -107,39 +103,42 @@ class Kernel(NamedTuple):
     writes: int = 0
 
 
-def step_bytes(build: Build) -> tuple[int, int]:
+def step_bytes(spec: Specialization) -> tuple[int, int]:
     """Return what the code of a step reads and writes per element, each tensor as often as it stands there."""
 
     def size(*dtypes: tl.dtype | None) -> int:
         return sum(dtype.primitive_bitwidth // 8 for dtype in dtypes if dtype is not None)
 
-    moments = size(build.EXP_AVG, build.EXP_AVG_SQ)
-    weight = size(build.PARAM, build.ANCHOR) + {"none": 0, "split": 2, "fp32": 4}[build.MASTER]
-    if build.RESUMES:
+    moments = size(spec.EXP_AVG, spec.EXP_AVG_SQ)
+    weight = size(spec.PARAM, spec.ANCHOR) + {"none": 0, "split": 2, "fp32": 4}[spec.MASTER]
+    if spec.RESUMES:
         return moments + weight, weight
-    tau = 0 if build.SPARSE else size(build.TAU)
+    tau = 0 if spec.SPARSE else size(spec.TAU)
     # A program that owns a row reads it once more to project it.
-    again = size(build.GRAD) + tau + (moments if build.PROJECT_ON == "update" else 0)
-    return size(build.GRAD) + moments + weight + tau + again * build.ROW_PROGRAMS, moments + weight
+    again = size(spec.GRAD) + tau + (moments if spec.PROJECT_ON == "update" else 0)
+    return size(spec.GRAD) + moments + weight + tau + again * spec.ROW_PROGRAMS, moments + weight
 
 
-def builds() -> dict[str, Kernel]:
+def builds() -> dict[str, Build]:
     """Return every build by its name."""
     steps = {
-        f"step: {name}": Kernel(merging_adamw.merging_adamw_kernel, {"BUILD": build}, *step_bytes(build))
-        for name, build in STEPS.items()
+        f"step: {name}": Build(merging_adamw.merging_adamw_kernel, {"SPEC": spec}, *step_bytes(spec))
+        for name, spec in STEPS.items()
     }
-    ranked = {"BUILD": STEPS["onties"]}
+    ranked = {"SPEC": STEPS["onties"]}
+    # <grad, theta1 - theta0>
+    products = sums.Specialization(tl.bfloat16, tl.bfloat16, tl.bfloat16, ALIGNED=True, BLOCK=0)
+    points = interpolate.Specialization(tl.bfloat16, ALIGNED=True, BLOCK=0)
     return steps | {
-        "project: onproj": Kernel(merging_adamw.project_kernel, {"BUILD": STEPS["onproj"]}, reads=4 + 2),
-        "mark: onties": Kernel(merging_adamw.mark_kernel, ranked, reads=4 + 4 + 4, writes=4 + 4),
-        "count: onties": Kernel(merging_adamw.count_kernel, ranked, reads=4 + 4),
-        "search: onties": Kernel(merging_adamw.search_kernel, ranked | {"FIRST": False, "LAST": True}),
-        "products": Kernel(sums.inner_products_kernel, {"BUILD": PRODUCTS}, reads=2 + 2 + 2),
-        "sums": Kernel(sums.tree_kernel, {"COLUMNS": 2, "SIZE": sums.FAN_IN}),
-        "scalars": Kernel(scalars.scalars_kernel, {}),
+        "project: onproj": Build(projection.project_kernel, {"SPEC": STEPS["onproj"]}, reads=4 + 2),
+        "mark: onties": Build(kth_largest.mark_kernel, ranked, reads=4 + 4 + 4, writes=4 + 4),
+        "count: onties": Build(kth_largest.count_kernel, ranked, reads=4 + 4),
+        "search: onties": Build(kth_largest.search_kernel, ranked | {"FIRST": False, "LAST": True}),
+        "products": Build(sums.inner_products_kernel, {"SPEC": products}, reads=2 + 2 + 2),
+        "sums": Build(sums.tree_kernel, {"COLUMNS": 2, "SIZE": sums.FAN_IN}),
+        "scalars": Build(scalars.scalars_kernel, {}),
         # The loop over ratios stands once in the code.
-        "interpolate": Kernel(interpolate_kernel, {"DTYPE": tl.bfloat16, "ALIGNED": True}, reads=2 + 2, writes=2),
+        "interpolate": Build(interpolate.interpolate_kernel, {"SPEC": points}, reads=2 + 2, writes=2),
     }
 
 
@@ -148,12 +147,12 @@ def elements_per_program(target: GPUTarget) -> int:
     return ELEMENTS_PER_THREAD * NUM_WARPS * target.warp_size
 
 
-def compile_for(target: GPUTarget, build: Kernel) -> Any:
+def compile_for(target: GPUTarget, build: Build, masked: bool = False) -> Any:
     """Return the compiled kernel."""
     names = build.kernel.arg_names
     constants = dict(build.constants)
-    if "BLOCK" in names:
-        constants["BLOCK"] = elements_per_program(target)
+    if "SPEC" in names:
+        constants["SPEC"] = constants["SPEC"]._replace(BLOCK=elements_per_program(target), MASKED=masked)
     signature = {name: "constexpr" if name in constants else SIGNATURE[name] for name in names}
     source = ASTSource(
         build.kernel,
@@ -205,7 +204,7 @@ def reports() -> Iterator[tuple[str, str, dict[str, int | float]]]:
     """Compile everything; yield build, target and report."""
     jobs = [(name, build, target) for name, build in builds().items() for target in TARGETS]
 
-    def work(job: tuple[str, Kernel, str]) -> tuple[str, str, dict[str, int | float]]:
+    def work(job: tuple[str, Build, str]) -> tuple[str, str, dict[str, int | float]]:
         name, build, target = job
         return name, target, report(compile_for(TARGETS[target], build), TARGETS[target])
 

@@ -24,12 +24,12 @@ from fused_merge._version import __version__
 if TYPE_CHECKING:
     from fused_merge import functional
     from fused_merge.adapt.adapt import adapt_ratios, answer_loss, reward_weighted_loss
-    from fused_merge.checkpoints import interpolate_checkpoints
+    from fused_merge.checkpoints.interpolate import interpolate_checkpoints
     from fused_merge.delta.reference_delta import ReferenceDelta
     from fused_merge.interpolation.interpolate import interpolate
     from fused_merge.interpolation.layer_ratios import LayerRatios
     from fused_merge.interpolation.ratio_sweep import RatioSweep
-    from fused_merge.merge import merge_checkpoints
+    from fused_merge.merge.merge import merge_checkpoints
     from fused_merge.optim.merging_adamw import MergingAdamW, OnDAREAdamW, OnProjAdamW, OnTIESAdamW
     from fused_merge.optim.verification import verify
     from fused_merge.sweep.evaluate import evaluate_ratios, sweep_checkpoints
@@ -73,9 +73,9 @@ _HOMES = {
     "evaluate_ratios": "sweep.evaluate",
     "hypervolume": "sweep.pareto",
     "interpolate": "interpolation.interpolate",
-    "interpolate_checkpoints": "checkpoints",
+    "interpolate_checkpoints": "checkpoints.interpolate",
     "knee": "sweep.pareto",
-    "merge_checkpoints": "merge",
+    "merge_checkpoints": "merge.merge",
     "pareto_front": "sweep.pareto",
     "reward_weighted_loss": "adapt.adapt",
     "sweep_checkpoints": "sweep.evaluate",

@@ -1,12 +1,15 @@
-"""The table of methods: each consists of small named functions and is not a class.
+"""The two tables of methods: merging while training, and merging of finished models.
 
-A method names F of the update, F of the reference delta, the consensus ⊕ and a projection; the functions of those names
-stand in `fused_merge.eager` and, fused, in `kernels`.
+A method is not a class: it names small functions, which stand in `fused_merge.eager` and, fused, in `kernels`. A method
+of training names F of the update, F of the reference delta, the consensus ⊕ and a projection. The equations of merging
+finished models are in `fused_merge.eager.merge`.
 """
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, NamedTuple, TypedDict
 
-from fused_merge.options import Option, documented, one_of, resolve, within
+from fused_merge.options import Option, definition, documented, one_of, resolve, within
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -36,84 +39,56 @@ def _check_rate(name: str, rate: float | None) -> float | None:
     return rate
 
 
+@definition
 class ProjectionOptions(TypedDict, total=False):
-    """The options that every method has."""
+    """The options that every method has.
 
-    project: Annotated[
-        str | None,
-        Option(
-            None,
-            '`"conflict"` removes from x its component along tau, c*tau with c = <x, tau> / <tau, tau>, where the step '
-            'goes against tau; `"onto"` takes (1 - s)*x + s*c*tau; None projects nothing, or what the method implies. '
-            "Needs the dense delta.",
-            one_of(None, "conflict", "onto"),
-        ),
-    ]
-    project_strength: Annotated[float, Option(1.0, 's of `"onto"`, in [0, 1].', within(0, 1))]
-    project_over: Annotated[
-        str,
-        Option(
-            "tensor",
-            '`"tensor"`, or `"rows"`, one coefficient for each index along dim 0.',
-            one_of("tensor", "rows"),
-        ),
-    ]
-    project_on: Annotated[
-        str,
-        Option(
-            "gradient",
-            '`"gradient"`, before the moments, or `"update"`, after them: Adam rescales each element, so that only the '
-            "latter keeps the step itself out of conflict.",
-            one_of("gradient", "update"),
-        ),
-    ]
-    rounding: Annotated[
-        str,
-        Option(
-            "nearest",
-            'of the weights: `"nearest"`, or `"stochastic"`, up or down with the probability of the distance; fp32 '
-            "weights too, through the error of the sum.",
-            one_of("nearest", "stochastic"),
-        ),
-    ]
+    Options:
+        project: `"conflict"` removes from x its component along tau, c*tau with c = <x, tau> / <tau, tau>, where the
+            step goes against tau; `"onto"` takes (1 - s)*x + s*c*tau; None projects nothing, or what the method
+            implies. Needs the dense delta.
+        project_strength: s of `"onto"`, in [0, 1].
+        project_over: `"tensor"`, or `"rows"`, one coefficient for each index along dim 0.
+        project_on: `"gradient"`, before the moments, or `"update"`, after them: Adam rescales each element, so that
+            only the latter keeps the step itself out of conflict.
+        rounding: of the weights: `"nearest"`, or `"stochastic"`, up or down with the probability of the distance; fp32
+            weights too, through the error of the sum.
+    """
+
+    project: Annotated[str | None, Option(None, one_of(None, "conflict", "onto"))]
+    project_strength: Annotated[float, Option(1.0, within(0, 1))]
+    project_over: Annotated[str, Option("tensor", one_of("tensor", "rows"))]
+    project_on: Annotated[str, Option("gradient", one_of("gradient", "update"))]
+    rounding: Annotated[str, Option("nearest", one_of("nearest", "stochastic"))]
 
 
+@definition
 class VariantOptions(ProjectionOptions, total=False):
-    """Those too that only some methods have."""
+    """Those too that only some methods have.
 
-    rescale: Annotated[
-        bool | None,
-        Option(
-            None,
-            "divide what a random drop keeps by p (as the authors' experiments did) or do not (equation 4); None is "
-            "True where F is random. Methods without a random drop have no such option.",
-        ),
-    ]
-    vote: Annotated[
-        str | None,
-        Option(
-            None,
-            '`"reference"` elects the sign of u + tau (the authors\' code), `"paper"` that of (1 - alpha)*u and '
-            'alpha*tau (equations 5-7); None is `"reference"` where ⊕ is a sign vote. Methods without one have no such '
-            "option.",
-            one_of(None, "reference", "paper"),
-        ),
-    ]
+    Options:
+        rescale: divide what a random drop keeps by p (as the authors' experiments did) or do not (equation 4); None is
+            True where F is random. Methods without a random drop have no such option.
+        vote: `"reference"` elects the sign of u + tau (the authors' code), `"paper"` that of (1 - alpha)*u and
+            alpha*tau (equations 5-7); None is `"reference"` where ⊕ is a sign vote. Methods without one have no such
+            option.
+    """
+
+    rescale: Annotated[bool | None, Option(None)]
+    vote: Annotated[str | None, Option(None, one_of(None, "reference", "paper"))]
 
 
+@definition
 class RuleOptions(VariantOptions, total=False):
-    """All options that decide how u and tau are merged."""
+    """All options that decide how u and tau are merged.
 
-    reserve_rate: Annotated[
-        float | None,
-        Option(
-            None,
-            "p, the share of elements that F keeps, in (0, 1]; None is 0.01, or everything for methods whose F drops "
-            "nothing and which have no such option. A dense delta is sparsified once, with the rate that its group had "
-            "when it was added; later changes act on u only.",
-            _check_rate,
-        ),
-    ]
+    Options:
+        reserve_rate: p, the share of elements that F keeps, in (0, 1]; None is 0.01, or everything for methods whose F
+            drops nothing and which have no such option. A dense delta is sparsified once, with the rate that its group
+            had when it was added; later changes act on u only.
+    """
+
+    reserve_rate: Annotated[float | None, Option(None, _check_rate)]
 
 
 class MergeRule(NamedTuple):
@@ -182,3 +157,105 @@ def merge_rule(
         project_on=o["project_on"],
         rounding=o["rounding"],
     )
+
+
+class MergeMethod(NamedTuple):
+    """theta = theta0 + scale * (F(tau_1) ⊕ ... ⊕ F(tau_K)) with tau_i = theta_i - theta0: one entry of the table.
+
+    `merge_method` returns one whose options are decided.
+    """
+
+    name: str
+    sparsify: str  # F of each delta: "none", "random" or "magnitude" of `fused_merge.eager.sparsify.SPARSIFY`
+    elect: bool  # elect a sign before the sum; values of the other sign take no part
+    normalize: bool  # divide by the sum of the weights, under a vote by that of the weights which agree
+    rescale: bool  # divide what a random drop keeps by the density
+    paper: str
+    deltas: bool = True  # the sum is of differences from a base, else of the models themselves
+    spherical: bool = False  # the weights of base and model come from t and the angle between them
+    scale: float = 1.0
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the merge starts from a base model."""
+        return self.deltas or self.spherical
+
+
+MERGE_METHODS: dict[str, MergeMethod] = {
+    method.name: method
+    for method in (
+        MergeMethod("linear", "none", False, True, False, "Wortsman et al. 2022 (arXiv 2203.05482)", deltas=False),
+        MergeMethod("slerp", "none", False, False, False, "Shoemake 1985", deltas=False, spherical=True),
+        MergeMethod("task_arithmetic", "none", False, False, False, "Ilharco et al. 2023 (arXiv 2212.04089)"),
+        MergeMethod("ties", "magnitude", True, True, False, "Yadav et al. 2023 (arXiv 2306.01708)"),
+        MergeMethod("dare_linear", "random", False, False, True, "Yu et al. 2024 (arXiv 2311.03099)"),
+        MergeMethod(
+            "dare_ties", "random", True, False, True, "Yu et al. 2024 (arXiv 2311.03099), with a vote as in TIES"
+        ),
+    )
+}
+
+
+def merge_method(
+    name: str, *, normalize: bool | None = None, rescale: bool | None = None, scale: float = 1.0
+) -> MergeMethod:
+    """Look up a method of merging finished models and decide its options.
+
+    Args:
+        name: a key of `MERGE_METHODS`.
+        normalize: divide by the sum of the weights; None is the default of the method.
+        rescale: divide what a random drop keeps by the density; None is the default of the method.
+        scale: factor of the merged delta; only methods that merge deltas have it.
+
+    Raises:
+        ValueError: for an unknown name, or an option that the method lacks.
+    """
+    if name not in MERGE_METHODS:
+        raise ValueError(f"unknown merge method {name!r}; the methods are {', '.join(map(repr, MERGE_METHODS))}")
+    method = MERGE_METHODS[name]
+    if normalize is not None and method.spherical:
+        raise ValueError(f"method {name!r} has no option 'normalize': the angle decides its weights; leave it out")
+    if rescale is not None and method.sparsify != "random":
+        raise ValueError(f"method {name!r} has no option 'rescale': it drops nothing at random; leave it out")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+    if scale != 1.0 and not method.deltas:
+        raise ValueError(f"method {name!r} has no option 'scale': it sums whole models; leave it out")
+    return method._replace(
+        normalize=method.normalize if normalize is None else normalize,
+        rescale=method.rescale if rescale is None else rescale,
+        scale=scale,
+    )
+
+
+def check_coefficients(
+    method: MergeMethod, models: int, weights: Sequence[float], densities: Sequence[float] | None = None
+) -> None:
+    """Raise ValueError for the first weight or density of a tensor that a merge could not use.
+
+    Args:
+        method: as `merge_method` returned it.
+        models: how many models there are besides the base.
+        weights: one per model; for slerp, t.
+        densities: one per model, or None.
+    """
+    if models < 1:
+        raise ValueError("there is no model to merge; pass at least one")
+    if method.spherical and models != 1:
+        raise ValueError(f"method {method.name!r} goes from the base to one model, got {models} models")
+    if len(weights) != models:
+        raise ValueError(f"{models} models need as many weights, got {len(weights)}")
+    for weight in weights:
+        if not math.isfinite(weight):
+            raise ValueError(f"a weight must be finite, got {weight}")
+    if method.normalize and not method.deltas and abs(sum(weights)) < 1e-8:
+        raise ValueError(f"a mean of models divides by the sum of {list(weights)}, which is 0; use normalize=False")
+    if densities is None:
+        return
+    if method.sparsify == "none":
+        raise ValueError(f"method {method.name!r} has no option 'density': it keeps everything; leave it out")
+    if len(densities) != models:
+        raise ValueError(f"{models} models need as many densities, got {len(densities)}")
+    for density in densities:
+        if not 0.0 < density <= 1.0:
+            raise ValueError(f"density must lie in (0, 1], got {density}")

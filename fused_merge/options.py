@@ -1,15 +1,15 @@
 """Options that are written once: type, default, check and documentation in one definition.
 
-A definition is a `TypedDict` whose fields are `Annotated[type, Option(...)]`. A function or class with these options
-takes `**options: Unpack[Definition]` and is decorated with `documented(Definition)`, which writes them into its
-signature and, in the place of `{options}`, into its docstring. The command line uses the same definitions.
-
-A module with definitions must not postpone its annotations.
+A definition is a `TypedDict` under `@definition`. Its fields are `Annotated[type, Option(...)]`, and a section
+"Options:" of its docstring says what each one means. What has these options takes `**options: Unpack[Definition]` and
+is decorated with `documented(Definition)`, which writes them into the signature and, in the place of `{options}`, into
+the docstring. The command line uses the same definitions. A module with definitions must not postpone its annotations.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,31 +17,58 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 Documented = TypeVar("Documented", bound=Callable[..., Any])
+Definition = TypeVar("Definition", bound=type)
 
-_WIDTH = 120
+_SECTION = "    Options:\n"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Option:
     """One option.
 
     Attributes:
         default: its value where none is given.
-        doc: what it means, in plain sentences.
         check: called with name and value; returns the value as it is used, or raises an error that names both.
-        cli: what the command line says differently, as keyword arguments of `typer.Option`; None keeps it off there.
+        cli: None keeps the option off the command line. Otherwise keyword arguments of `typer.Option` beyond what `doc`
+            and the annotation say, and `type` where the command line takes less than the annotation.
+        doc: what it means, from the docstring of its definition.
     """
 
     default: Any
-    doc: str
     check: Callable[[str, Any], Any] = lambda name, value: value
     cli: Mapping[str, Any] | None = None
+    doc: str = ""
+
+    @property
+    def summary(self) -> str:
+        """The first clause of `doc` as a sentence, for the help of the command line."""
+        clause = re.split(r"[;.](?:\s|$)", self.doc, maxsplit=1)[0].replace("`", "").replace('"', "")
+        return f"{clause[0].upper()}{clause[1:]}."
+
+
+def definition(cls: Definition) -> Definition:
+    """Give the options of a definition the texts of its docstring."""
+    section = textwrap.dedent((cls.__doc__ or "").partition(_SECTION)[2])
+    texts = dict(re.findall(r"^(\w+): (.*(?:\n .*)*)", section, flags=re.MULTILINE))
+    for name, option in options_of(cls).items():
+        if name in texts:
+            option.doc = " ".join(texts[name].split())
+    return cls
 
 
 def options_of(*definitions: type) -> dict[str, Option]:
     """Return the options of definitions by name, inherited ones first."""
     return {
         name: next(option for option in field.__metadata__ if isinstance(option, Option))
+        for definition in definitions
+        for name, field in definition.__annotations__.items()
+    }
+
+
+def types_of(*definitions: type) -> dict[str, str]:
+    """Return the annotations of options by name, as they were written."""
+    return {
+        name: getattr(field.__origin__, "__forward_arg__", None) or inspect.formatannotation(field.__origin__)
         for definition in definitions
         for name, field in definition.__annotations__.items()
     }
@@ -57,6 +84,16 @@ def resolve(given: Mapping[str, Any], *definitions: type) -> dict[str, Any]:
     options = options_of(*definitions)
     check_known(given, options)
     return {name: option.check(name, given.get(name, option.default)) for name, option in options.items()}
+
+
+def split(given: Mapping[str, Any], *definitions: type) -> list[dict[str, Any]]:
+    """Return, for each definition, those of the given options that belong to it.
+
+    Raises:
+        TypeError: for a name that is an option of none of them.
+    """
+    check_known(given, options_of(*definitions))
+    return [{name: given[name] for name in given if name in options_of(each)} for each in definitions]
 
 
 def check_known(given: Iterable[str], options: Mapping[str, Option]) -> None:
@@ -76,37 +113,23 @@ def documented(*definitions: type) -> Callable[[Documented], Documented]:
         function: Any = documented.__init__ if isinstance(documented, type) else documented  # type: ignore[misc]
         signature = inspect.signature(function)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        types = {name: field.__origin__ for each in definitions for name, field in each.__annotations__.items()}
+        types = types_of(*definitions)
         own += [
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=_text(types[name])
-            )
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=types[name])
             for name, option in options.items()
             if name not in signature.parameters
         ]
         function.__signature__ = signature.replace(parameters=own)
-        lines = []
-        for line in (documented.__doc__ or "").split("\n"):
-            if line.strip() == "{options}":
-                indent = line[: len(line) - len(line.lstrip())]
-                lines += [
-                    textwrap.fill(
-                        f"{name}: {option.doc}", _WIDTH, initial_indent=indent, subsequent_indent=indent + "    "
-                    )
-                    for name, option in options.items()
-                ]
-            else:
-                lines.append(line)
-        documented.__doc__ = "\n".join(lines)
+        text, found, rest = (documented.__doc__ or "").partition("{options}")
+        indent = text[text.rfind("\n") + 1 :]
+        entries = [
+            textwrap.fill(f"{name}: {option.doc}", 120 - len(indent), subsequent_indent="    ")
+            for name, option in options.items()
+        ]
+        documented.__doc__ = text + ("\n".join(entries).replace("\n", "\n" + indent) if found else "") + rest
         return documented
 
     return document
-
-
-def _text(annotation: Any) -> str:
-    """Return an annotation as it was written, quoted or not."""
-    written: str = getattr(annotation, "__forward_arg__", None) or inspect.formatannotation(annotation)
-    return written
 
 
 def one_of(*choices: str | None) -> Callable[[str, Any], Any]:
@@ -124,6 +147,15 @@ def check_choice(name: str, value: Any, choices: Iterable[str | None]) -> None:
     listed = list(choices)
     if value not in listed:
         raise ValueError(f"{name} must be {' or '.join(map(repr, listed))}, got {value!r}")
+
+
+def optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
+    """Return a check that lets None pass and is otherwise the given one."""
+
+    def check_unless_none(name: str, value: Any) -> Any:
+        return None if value is None else check(name, value)
+
+    return check_unless_none
 
 
 def at_least(least: float) -> Callable[[str, Any], Any]:

@@ -1,72 +1,65 @@
-"""What callers may write in several ways: numbers for all tensors or by name, dtypes, sizes."""
+"""Values that callers may write in several ways: numbers for all tensors or by name, dtypes, sizes."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TypeAlias
-
-import torch
+from typing import TYPE_CHECKING, TypeAlias
 
 from fused_merge.names import some
 
-# A number for every tensor, or {name or regular expression on whole names: number}.
-Setting: TypeAlias = "float | Mapping[str, float]"
+if TYPE_CHECKING:
+    import torch
+
+# One number for every tensor, or {name or regular expression on whole names: number}.
+PerTensor: TypeAlias = "float | Mapping[str, float]"
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
 
 
-class ByName(Mapping[str, float]):
-    """A setting whose keys are names and not patterns, and may be of more tensors than are asked for."""
+class NamedRatios(Mapping[str, float]):
+    """Ratios whose keys are names and not patterns; it may hold more tensors than are asked for."""
 
 
-def per_tensor(setting: Setting, names: Sequence[str], *, what: str) -> dict[str, float]:
-    """Decide a setting for every tensor.
+def per_tensor(value: PerTensor, names: Sequence[str], *, what: str) -> dict[str, float]:
+    """Return the number of every tensor, in the order of the names.
 
     Args:
-        setting: a number, or a mapping. A name that is a key gets its value; any other that of the first key
-            that matches the whole of it as a regular expression. Of `LayerRatios`, keys are names only, and those that
-            are not asked for are passed over.
+        value: a number, or a mapping whose keys are as for `match_keys`. The keys of `NamedRatios` are names only, and
+            those that are not asked for are passed over.
         names: canonical names.
-        what: what messages call it, e.g. `"ratio"`.
-
-    Returns:
-        A number for each of `names`, in their order.
+        what: what error messages call it, for example `"ratio"`.
 
     Raises:
-        ValueError: if a number is not finite, a key is no regular expression or belongs to no tensor, or a tensor
-            has no key.
+        ValueError: if a number is not finite, and as `match_keys`.
     """
-    if not isinstance(setting, Mapping):
-        return dict.fromkeys(names, finite(setting, what=what))
-    if isinstance(setting, ByName):
-        if absent := [name for name in names if name not in setting]:
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(names, finite(value, what=what))
+    if isinstance(value, NamedRatios):
+        if absent := [name for name in names if name not in value]:
             raise ValueError(
                 f"the LayerRatios given as {what} lack {some(map(repr, absent))}; "
                 "make them from what is merged: a module and its checkpoint may differ in names"
             )
-        return {name: setting[name] for name in names}
-    values = {key: finite(value, what=f"{what} of {key!r}") for key, value in setting.items()}
+        return {name: value[name] for name in names}
+    values = {key: finite(number, what=f"{what} of {key!r}") for key, number in value.items()}
     return {name: values[key] for name, key in match_keys(values, names, what=what).items()}
 
 
 def match_keys(keys: Collection[str], names: Sequence[str], *, what: str, partial: bool = False) -> dict[str, str]:
-    """Find the key of every name.
+    """Return the key of every name, in the order of the names.
 
     Args:
-        keys: names and regular expressions. A name that is a key is its own; any other has the first key that matches
-            the whole of it.
+        keys: names and regular expressions. A name that is a key is its own key; any other name has the first key that
+            matches all of it.
         names: canonical names.
-        what: what messages call that which the keys give.
+        what: what error messages call the values of the keys.
         partial: leave out names without a key instead of refusing them.
 
-    Returns:
-        The key of each of `names`, in their order.
-
     Raises:
-        ValueError: if a key is no regular expression or belongs to no name, or a name has no key.
+        ValueError: if a key is not a regular expression or belongs to no name, or a name has no key.
     """
     known = set(names)
     patterns = {key: _compiled(key, what) for key in keys if key not in known}
@@ -79,49 +72,49 @@ def match_keys(keys: Collection[str], names: Sequence[str], *, what: str, partia
             raise ValueError(f"no {what} is given for {name!r}; add its name, or '.*' as the last key for all others")
     used = set(found.values())
     if idle := [key for key in keys if key not in used]:
+        keys_match = "key {} matches" if len(idle) == 1 else "keys {} match"
         raise ValueError(
-            f"{some(map(repr, idle))} of the {_plural(what)} matches no tensor that an earlier key leaves; "
+            f"{what} {keys_match.format(some(map(repr, idle)))} no tensor that an earlier key has not already taken; "
             f"keys are regular expressions on whole names, such as {names[0] if names else ''!r}"
         )
     return found
 
 
-def check_ratios(ratios: Iterable[Setting]) -> list[Setting]:
-    """Return the points of a line: numbers as Python floats, and mappings as they are.
+def check_ratios(ratios: Iterable[PerTensor]) -> list[PerTensor]:
+    """Return ratios as a list: numbers as Python floats, and mappings as they are.
 
     Raises:
         ValueError: if there is none, or a number is not finite.
-        TypeError: for a single number, or what is no number.
+        TypeError: for a single number, or for anything that is not a number.
     """
-    if isinstance(ratios, (int, float, ByName)):
+    if isinstance(ratios, (int, float, NamedRatios)):
         raise TypeError(f"ratios must be a sequence, got {ratios!r}; put it into a list")
-    points = list(ratios)
-    if not points:
+    given = list(ratios)
+    if not given:
         raise ValueError("ratios is empty; give at least one number")
-    return [point if isinstance(point, Mapping) else finite(point, what="ratio") for point in points]
+    return [ratio if isinstance(ratio, Mapping) else finite(ratio, what="ratio") for ratio in given]
 
 
-def is_tuned(point: Setting, decided: Mapping[str, float]) -> bool:
-    """Return whether integer tensors, which have no ratio of their own, are those of the tuned model at a point.
+def is_tuned(ratio: PerTensor, decided: Mapping[str, float]) -> bool:
+    """Return whether integer tensors, which have no ratio of their own, come from the tuned model.
 
-    They are the base's only where every ratio that was decided is 0; where none was, as without floating tensors, the
-    point itself is asked.
+    They come from the base only where every decided ratio is 0, or, where no tensor has one, where `ratio` itself is.
     """
-    return any(decided.values()) if decided or isinstance(point, Mapping) else point != 0.0
+    return any(decided.values()) if decided or isinstance(ratio, Mapping) else ratio != 0.0
 
 
-def plain(setting: Setting, *, what: str) -> float | dict[str, float]:
-    """Return a setting in Python's own numbers and text, as a recipe in JSON holds it.
+def plain(value: PerTensor, *, what: str) -> float | dict[str, float]:
+    """Return a number or mapping in Python's own numbers and strings, as a recipe in JSON holds it.
 
     Raises:
         ValueError: if a number is not finite.
-        TypeError: if a number is none, or a key is no text.
+        TypeError: if a value is not a number, or a key is not a string.
     """
-    if not isinstance(setting, Mapping):
-        return finite(setting, what=what)
-    if odd := [key for key in setting if not isinstance(key, str)]:
-        raise TypeError(f"a {what} is given for {odd[0]!r}; keys are names or regular expressions, as text")
-    return {key: finite(value, what=f"{what} of {key!r}") for key, value in setting.items()}
+    if not isinstance(value, Mapping):
+        return finite(value, what=what)
+    if odd := [key for key in value if not isinstance(key, str)]:
+        raise TypeError(f"a {what} is given for {odd[0]!r}; keys are names or regular expressions, as strings")
+    return {key: finite(number, what=f"{what} of {key!r}") for key, number in value.items()}
 
 
 def finite(number: float, *, what: str) -> float:
@@ -129,7 +122,7 @@ def finite(number: float, *, what: str) -> float:
 
     Raises:
         ValueError: if it is not finite.
-        TypeError: if it is no number.
+        TypeError: if it is not a number.
     """
     if isinstance(number, (str, bytes)) or not hasattr(number, "__float__"):
         raise TypeError(f"a {what} must be a number, got {number!r}")
@@ -139,11 +132,14 @@ def finite(number: float, *, what: str) -> float:
 
 
 def parse_dtype(dtype: torch.dtype | str | None, *, what: str = "dtype") -> torch.dtype | None:
-    """Return a dtype that floating tensors can be written in, from its name.
+    """Return the dtype of a name, one that floating tensors can be written in.
 
     Raises:
-        ValueError: if there is none of that name.
+        ValueError: for any other name.
     """
+    # Here, because the help of the command line needs this module and must not wait for torch.
+    import torch
+
     if dtype is None:
         return None
     name = str(dtype).removeprefix("torch.")
@@ -154,10 +150,10 @@ def parse_dtype(dtype: torch.dtype | str | None, *, what: str = "dtype") -> torc
 
 
 def parse_bytes(text: int | str, *, what: str) -> int:
-    """Return a number of bytes from a number or from text such as `"5GB"` or `"256MiB"`.
+    """Return the number of bytes that a number or a string such as `"5GB"` or `"256MiB"` means.
 
     Raises:
-        ValueError: if it is neither, or not positive.
+        ValueError: if it is neither, or is not positive.
     """
     size = str(text).strip().upper()
     unit = next((unit for unit in _UNITS if size.endswith(unit)), "")
@@ -170,12 +166,8 @@ def parse_bytes(text: int | str, *, what: str) -> int:
     return int(number)
 
 
-def _plural(what: str) -> str:
-    return what[:-1] + "ies" if what.endswith("y") else what + "s"
-
-
 def _compiled(key: str, what: str) -> re.Pattern[str]:
     try:
         return re.compile(key)
     except (re.error, TypeError) as error:
-        raise ValueError(f"{key!r} of the {_plural(what)} is no regular expression: {error}") from error
+        raise ValueError(f"{what} key {key!r} is not a regular expression: {error}") from error

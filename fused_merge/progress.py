@@ -4,15 +4,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, TypedDict
 
-from fused_merge.options import Option
+from fused_merge.options import Option, definition
 
 
+@definition
 class ProgressOption(TypedDict, total=False):
-    """What functions with a progress bar take."""
+    """What functions with a progress bar take.
 
-    progress: Annotated[
-        bool, Option(True, "show a progress bar where rich is installed and standard error is a terminal.")
-    ]
+    Options:
+        progress: show a progress bar where rich is installed and standard error is a terminal.
+    """
+
+    progress: Annotated[bool, Option(True)]
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""⊕ on loaded values; twin of `fused_merge/eager/consensus.py`. A new consensus is a function and a line of `merge`."""
+"""⊕ on loaded values; the equations of `fused_merge/eager/consensus.py`.
+
+A new consensus is a function and a line of `merge`.
+"""
 
 from __future__ import annotations
 

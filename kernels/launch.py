@@ -1,9 +1,10 @@
 """From lists of tensors to launches: which tensors share a compiled form, and the tables that describe them.
 
-A launch of the step is a sequence over the tensors of one `Build`: the scalars; what the projection needs; for a
-ranked F the marks and the rounds of the search; the step itself. Everything is decided on the device, so that the host
-never waits and a step can be captured in a CUDA graph. The tables are kept, with the last thresholds, in a `Plan`, and
-made again when an address or an option changes.
+A step is a sequence of passes over the tensors of one `Specialization`: the scalars; what the projection needs; for a
+ranked F the marks and the rounds of the search; the step itself. A pass is a launch for blocks that lie wholly in their
+tensor and one for those at the ends of tensors, where there are such. Everything is decided on the device, so that the
+host never waits and a step can be captured in a CUDA graph. The tables are kept, with the last thresholds, in a `Plan`,
+and made again when an address or an option changes.
 """
 
 from __future__ import annotations
@@ -22,17 +23,10 @@ from fused_merge.eager.philox import keep_threshold
 from fused_merge.eager.scalars import Hyper
 from fused_merge.eager.sparse import SparseTensor
 from fused_merge.eager.sparsify import kept_count
-from fused_merge.kernels import merge_stats, scalars, sparsify, tables
-from fused_merge.kernels.merging_adamw import (
-    ROW_BLOCKS,
-    SEARCH_BLOCKS,
-    count_kernel,
-    mark_kernel,
-    merging_adamw_kernel,
-    project_kernel,
-    search_kernel,
-)
-from fused_merge.kernels.rows import Build, TensorRow
+from fused_merge.kernels import kth_largest, layout, merge_stats, scalars, sparsify
+from fused_merge.kernels.layout import Programs, Specialization, TensorEntry
+from fused_merge.kernels.merging_adamw import merging_adamw_kernel
+from fused_merge.kernels.projection import ROW_BLOCKS, project_kernel
 from fused_merge.kernels.sums import Reduction
 from fused_merge.methods import MergeRule
 
@@ -44,7 +38,7 @@ FLOATS = (
     "first moments",
     "second moments",
     "reference deltas",
-    "whole reference deltas",
+    "dense reference deltas",
     "anchors",
 )
 MASTER = {torch.float32: "fp32", torch.int16: "split"}
@@ -56,13 +50,13 @@ def why_unsupported(o: Operands, rule: MergeRule) -> str | None:
     for tensor, what in zip(
         (o.param, o.grad, o.exp_avg, o.exp_avg_sq, o.tau, o.tau_dense, anchor), FLOATS, strict=True
     ):
-        if tensor is not None and tensor.dtype not in tables.TL_DTYPE:
+        if tensor is not None and tensor.dtype not in layout.TL_DTYPE:
             return f"{tensor.dtype} {what} have no kernel"
     if o.tau is not None and rule.update not in ("none", "random", *sparsify.RANKED):
         return f"F {rule.update!r} of the update has no kernel"
     if isinstance(o.tau, SparseTensor) and o.tau.offsets.dtype != torch.int32:
         return "a sparse delta with 2^31 kept values has no kernel"
-    if _projects_rows(o, rule) and o.param.shape[1:].numel() > tables.DEFAULT_BLOCK * ROW_BLOCKS.value:
+    if _projects_rows(o, rule) and o.param.shape[1:].numel() > layout.DEFAULT_BLOCK * ROW_BLOCKS.value:
         return f"rows of {o.param.shape[1:].numel()} elements are too long to project; use project_over='tensor'"
     return None
 
@@ -70,27 +64,29 @@ def why_unsupported(o: Operands, rule: MergeRule) -> str | None:
 def _projects_rows(o: Operands, rule: MergeRule) -> bool:
     """Return whether a tensor is projected over rows and has more than one."""
     projects = rule.project is not None and o.tau is not None
-    return projects and rule.project_over == "rows" and o.param.ndim > 1 and o.param.shape[0] > 1
+    long = o.param.ndim > 1 and o.param.shape[0] > 1 and o.param.numel() > 0
+    return projects and rule.project_over == "rows" and long
 
 
-def _build(o: Operands, rule: MergeRule, stats: bool) -> Build:
+def _specialization(o: Operands, rule: MergeRule, stats: bool, block: int) -> Specialization:
     """Return which compiled form steps a tensor."""
-    numel, columns = o.param.numel(), o.param.shape[1:].numel()
+    numel, row_length = o.param.numel(), o.param.shape[1:].numel()
     common = {
-        "PARAM": tables.TL_DTYPE[o.param.dtype],
-        "GRAD": tables.TL_DTYPE[o.grad.dtype],
-        "EXP_AVG": tables.TL_DTYPE[o.exp_avg.dtype],
-        "EXP_AVG_SQ": tables.TL_DTYPE[o.exp_avg_sq.dtype],
+        "PARAM": layout.TL_DTYPE[o.param.dtype],
+        "GRAD": layout.TL_DTYPE[o.grad.dtype],
+        "EXP_AVG": layout.TL_DTYPE[o.exp_avg.dtype],
+        "EXP_AVG_SQ": layout.TL_DTYPE[o.exp_avg_sq.dtype],
         "MASTER": "none" if o.master is None else MASTER[o.master.dtype],
         "STOCHASTIC": rule.rounding == "stochastic",
         "STRIDED": o.shard.local_inner < numel,
+        "BLOCK": block,
     }
     dense = [o.param, o.grad, o.exp_avg, o.exp_avg_sq, o.master]
     runs = o.shard.offset % 4 == 0 and (
         o.shard.local_inner >= numel or o.shard.local_inner % 4 == o.shard.global_inner % 4 == 0
     )
     if o.tau is None:
-        return Build(**common, ALIGNED=tables.is_aligned(dense), QUADS=runs)
+        return Specialization(**common, ALIGNED=layout.is_aligned(dense), QUADS=runs)
     sparse = isinstance(o.tau, SparseTensor)
     f_of_u = "none" if rule.reserve_rate == 1.0 else rule.update
     ranked = f_of_u in sparsify.RANKED
@@ -98,17 +94,17 @@ def _build(o: Operands, rule: MergeRule, stats: bool) -> Build:
     row_programs = rows and not ranked and not stats
     wide = o.exp_avg.dtype == o.exp_avg_sq.dtype == torch.float32
     dense += [None if sparse else o.tau, o.tau_dense if rule.project else None, o.anchor and o.anchor.weights]
-    return Build(
+    return Specialization(
         **common,
-        TAU=tables.TL_DTYPE[o.tau.dtype],
+        TAU=layout.TL_DTYPE[o.tau.dtype],
         SPARSE=sparse,
         SPARSIFY=f_of_u,
         CONSENSUS=rule.consensus,
         PROJECT=rule.project,
         PROJECT_ON=rule.project_on,
         PROJECT_ROWS=rows,
-        FULL=tables.TL_DTYPE[o.tau_dense.dtype] if rule.project and o.tau_dense is not None else None,
-        ANCHOR=o.anchor and tables.TL_DTYPE[o.anchor.weights.dtype],
+        TAU_DENSE=layout.TL_DTYPE[o.tau_dense.dtype] if rule.project and o.tau_dense is not None else None,
+        ANCHOR=o.anchor and layout.TL_DTYPE[o.anchor.weights.dtype],
         STATS=stats,
         RANKED=ranked,
         RESUMES=ranked and wide and o.anchor is None and not stats,
@@ -120,20 +116,22 @@ def _build(o: Operands, rule: MergeRule, stats: bool) -> Build:
         and o.master is None
         and not stats,
         # Rows must begin as aligned as the tensor does.
-        ALIGNED=tables.is_aligned(dense) and (not rows or columns % 8 == 0),
-        QUADS=runs and (not row_programs or columns % 4 == 0),
+        ALIGNED=layout.is_aligned(dense) and (not rows or row_length % 8 == 0),
+        QUADS=runs and (not row_programs or row_length % 4 == 0),
     )
 
 
-def _row(o: Operands, build: Build, rule: MergeRule, seed: int, coefficients: int, words: int) -> TensorRow:
-    """Return what the kernels read of a tensor."""
+def _entry(
+    o: Operands, spec: Specialization, rule: MergeRule, seed: int, first_coefficient: int, first_block: int
+) -> TensorEntry:
+    """Return what the kernels know of a tensor."""
 
     def address(tensor: Tensor | None) -> int:
         return 0 if tensor is None else tensor.data_ptr()
 
     numel = o.param.numel()
     sparse = o.tau if isinstance(o.tau, SparseTensor) else None
-    return TensorRow(
+    return TensorEntry(
         param=address(o.param),
         grad=address(o.grad),
         exp_avg=address(o.exp_avg),
@@ -142,132 +140,129 @@ def _row(o: Operands, build: Build, rule: MergeRule, seed: int, coefficients: in
         tau=address(sparse.mask if sparse else o.tau),
         tau_values=address(sparse.values) if sparse else 0,
         tau_offsets=address(sparse.offsets) if sparse else 0,
-        full=address(o.tau_dense),
-        anchor=address(o.anchor.weights) if build.ANCHOR and o.anchor else 0,
-        anchor_decay=address(o.anchor.decay) if build.ANCHOR and o.anchor else 0,
+        tau_dense=address(o.tau_dense),
+        anchor=address(o.anchor.weights) if spec.ANCHOR and o.anchor else 0,
+        anchor_decay=address(o.anchor.decay) if spec.ANCHOR and o.anchor else 0,
         master=address(o.master),
         numel=numel,
-        columns=max(1, o.param.shape[1:].numel()) if build.PROJECT_ROWS else numel,
-        coefficients=coefficients,
+        row_length=o.param.shape[1:].numel() if spec.PROJECT_ROWS else numel,
+        first_coefficient=first_coefficient,
+        first_block=first_block,
         **o.shard._asdict(),
         tensor_id=o.tensor_id,
         # The table is signed; the kernel reads the 64 bits as they are.
         seed=(seed + 2**63) % 2**64 - 2**63,
-        threshold=keep_threshold(rule.reserve_rate),
+        keep_threshold=keep_threshold(rule.reserve_rate),
         rank=kept_count(numel, rule.reserve_rate),
-        words=words,
     )
 
 
 class Launch:
-    """The sequence of kernels that steps all tensors of one `Build`."""
+    """The sequence of kernels that steps all tensors of one `Specialization`."""
 
     def __init__(
         self,
-        build: Build,
+        spec: Specialization,
         members: list[int],
         operands: Sequence[Operands],
         rule: MergeRule,
         seed: int,
-        block: int,
         thresholds: dict[int, Tensor],
     ) -> None:
         self.members = members
         self.addresses = [o.param.data_ptr() for o in operands]
-        self._build = build
-        self._block = block
-        self._shares = 1.0 - rule.project_strength, rule.project_strength
+        self._spec = spec
         self._device = device = operands[0].param.device
-        numels = [o.param.numel() for o in operands]
-        chunks = [tables.chunk_count(numel, block) for numel in numels]
-        heights = [o.param.shape[0] if build.PROJECT_ROWS else 1 for o in operands]
-        self._coefficients = sum(heights)
-        words = [count * block // 32 for count in chunks]
-        self._words = sum(words)
-        firsts = zip(accumulate(heights, initial=0), accumulate(words, initial=0), strict=True)
-        table = [
-            _row(o, build, rule, seed, coefficients, first_word)
-            for o, (coefficients, first_word) in zip(operands, firsts, strict=False)
-        ]
-        self._tensors = torch.tensor(table, dtype=torch.int64).to(device, non_blocking=True)
-        self._chunks = tables.program_table(tuple(numels), block, device)
-        self._rows = tables.program_table(tuple(heights), 1, device) if build.PROJECT_ROWS else self._chunks
-        adds_up = build.STATS or (build.PROJECT is not None and not build.PROJECT_ROWS)
-        self._add_up = Reduction(chunks if adds_up else [], device)
+        numels = tuple(o.param.numel() for o in operands)
+        heights = [o.param.shape[0] if spec.PROJECT_ROWS else 1 for o in operands]
+        blocks = [layout.block_count(numel, spec.BLOCK) for numel in numels]
+        self._coefficients, self._blocks = sum(heights), sum(blocks)
+        firsts = zip(accumulate(heights, initial=0), accumulate(blocks, initial=0), strict=True)
+        entries = [_entry(o, spec, rule, seed, *first) for o, first in zip(operands, firsts, strict=False)]
+        self._tensors = torch.tensor(entries, dtype=torch.int64).to(device, non_blocking=True)
+        self._programs = layout.split_programs(numels, spec.BLOCK, device)
+        self._row_programs = _row_programs(operands, spec.BLOCK, device) if spec.PROJECT_ROWS else self._programs
+        adds_up = spec.STATS or (spec.PROJECT is not None and not spec.PROJECT_ROWS)
+        self._add_up = Reduction(blocks if adds_up else [], device)
         self.thresholds: Tensor | None = None
-        if build.RANKED:
-            unknown = torch.full((), sparsify.LARGEST.value, dtype=torch.int32, device=device)
+        if spec.RANKED:
+            unknown = torch.full((), kth_largest.LARGEST.value, dtype=torch.int32, device=device)
             self.thresholds = torch.stack([thresholds.get(address, unknown) for address in self.addresses])
-            self._counts = torch.zeros(len(operands), sparsify.BINS.value, dtype=torch.int64, device=device)
-            self._groups = tables.program_table(tuple(numels), block * SEARCH_BLOCKS.value, device)
+            self._counts = torch.zeros(len(operands), kth_largest.BINS.value, dtype=torch.int64, device=device)
+            self._groups = layout.split_programs(numels, spec.BLOCK * kth_largest.SEARCH_BLOCKS.value, device)
 
-    def run(self, constants: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor] | None:
+    def run(self, hyper_entry: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor] | None:
         """Take the step; return the sums of what merged, fp32 `[T, 4]` and int64 `[T, 5]`, where they are collected."""
         with torch.cuda.device_of(self._tensors):
-            table = self._scalars(constants, hyper)
+            table = self._scalars(hyper_entry, hyper)
             coefficients = self._project(table)
-            search, words = self._search(table, coefficients)
-            return self._step(table, coefficients, search, words)
+            search, mark_bits = self._search(table, coefficients)
+            return self._step(table, coefficients, search, mark_bits)
 
-    def _scalars(self, constants: Tensor, hyper: Hyper) -> Tensor:
-        table = torch.empty(len(self._tensors), scalars.COLUMNS.value, dtype=torch.float32, device=self._device)
+    def _scalars(self, hyper_entry: Tensor, hyper: Hyper) -> Tensor:
+        table = torch.empty(len(self._tensors), layout.SCALAR.count, dtype=torch.float32, device=self._device)
         own = (
-            value.to(self._device, torch.float64) if isinstance(value, Tensor) else constants[column:]
+            value.to(self._device, torch.float64) if isinstance(value, Tensor) else hyper_entry[column:]
             for column, value in enumerate((hyper.lr, hyper.grad_factor, hyper.found_inf))
         )
         scalars.scalars_kernel[(len(table),)](
-            self._tensors, constants, *own, table, num_warps=1, enable_fp_fusion=False
+            self._tensors, hyper_entry, *own, table, num_warps=1, enable_fp_fusion=False
         )
         return table
 
     def _project(self, table: Tensor) -> Tensor:
         """Return fp32 `[coefficients, 2]`, <x, tau> and <tau, tau>, where a pass of its own computes them."""
-        build = self._build
-        if build.PROJECT is None or build.ROW_PROGRAMS:
+        spec = self._spec
+        if spec.PROJECT is None or spec.ROW_PROGRAMS:
             return table
-        out = table.new_empty(self._coefficients if build.PROJECT_ROWS else len(self._chunks), 2)
-        self._launch(project_kernel, self._rows, self._rows, self._tensors, table, out, BLOCK=self._block)
-        return out if build.PROJECT_ROWS else self._add_up(out)
+        out = table.new_empty(self._coefficients if spec.PROJECT_ROWS else self._blocks, 2)
+        layout.launch(project_kernel, self._row_programs, self._tensors, table, out, spec=spec)
+        return out if spec.PROJECT_ROWS else self._add_up(out)
 
     def _search(self, table: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """Find the thresholds of a ranked F; return the state of the search and the marks."""
         if self.thresholds is None:
-            return self._tensors, self._chunks
-        words, patterns = (self._chunks.new_empty(self._words) for _ in range(2))
-        search = self._tensors.new_empty(len(self._tensors), sparsify.SEARCH_COLUMNS.value)
-        self._launch(
-            mark_kernel, self._chunks, self._chunks, self._tensors, table, coefficients, self.thresholds, self._counts,
-            words, patterns, *self._shares, BLOCK=self._block,
+            return self._tensors, self._programs.ends
+        tensors, counts, spec = self._tensors, self._counts, self._spec
+        mark_bits, patterns = (self.thresholds.new_empty(self._blocks * spec.BLOCK // 32) for _ in range(2))
+        search = tensors.new_empty(len(tensors), kth_largest.SEARCH.count)
+        layout.launch(
+            kth_largest.mark_kernel, self._programs, tensors, table, coefficients, self.thresholds, counts, mark_bits,
+            patterns, spec=spec,
         )  # fmt: skip
-        for finished in range(sparsify.ROUNDS + 1):
+        for finished in range(kth_largest.ROUNDS + 1):
             if finished:
-                self._launch(
-                    count_kernel, self._groups, self._groups, self._tensors, table, coefficients, self._counts, search,
-                    patterns, *self._shares, BLOCK=self._block,
+                layout.launch(
+                    kth_largest.count_kernel, self._groups, tensors, table, coefficients, counts, search, patterns,
+                    spec=spec,
                 )  # fmt: skip
-            self._launch(
-                search_kernel, self._tensors, self._tensors, table, self.thresholds, self._counts, search,
-                FIRST=finished == 0, LAST=finished == sparsify.ROUNDS, BLOCK=self._block,
+            kth_largest.search_kernel[(len(tensors),)](
+                tensors, table, self.thresholds, counts, search, SPEC=spec,
+                FIRST=finished == 0, LAST=finished == kth_largest.ROUNDS,
+                num_warps=layout.NUM_WARPS, enable_fp_fusion=False,
             )  # fmt: skip
-        return search, words
+        return search, mark_bits
 
-    def _step(self, table: Tensor, coefficients: Tensor, search: Tensor, words: Tensor) -> tuple[Tensor, Tensor] | None:
-        stats = self._build.STATS
-        products = table.new_empty(len(self._chunks), merge_stats.PRODUCTS.value) if stats else table
+    def _step(
+        self, table: Tensor, coefficients: Tensor, search: Tensor, mark_bits: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        stats = self._spec.STATS
+        products = table.new_empty(self._blocks, merge_stats.PRODUCTS.value) if stats else table
         counts = self._tensors.new_zeros(len(table), merge_stats.COUNTS.value) if stats else self._tensors
-        programs = self._rows if self._build.ROW_PROGRAMS else self._chunks
-        thresholds = self._chunks if self.thresholds is None else self.thresholds
-        self._launch(
-            merging_adamw_kernel, programs, programs, self._tensors, table, coefficients, thresholds, search, words,
-            products, counts, *self._shares, BLOCK=self._block,
+        programs = self._row_programs if self._spec.ROW_PROGRAMS else self._programs
+        thresholds = mark_bits if self.thresholds is None else self.thresholds
+        layout.launch(
+            merging_adamw_kernel, programs, self._tensors, table, coefficients, thresholds, search, mark_bits,
+            products, counts, spec=self._spec,
         )  # fmt: skip
         return (self._add_up(products), counts) if stats else None
 
-    def _launch(self, kernel: Any, programs: Tensor, *arguments: Any, **constants: Any) -> None:
-        """Launch a kernel with as many programs as a table has rows."""
-        kernel[(len(programs),)](
-            *arguments, BUILD=self._build, **constants, num_warps=tables.NUM_WARPS, enable_fp_fusion=False
-        )
+
+def _row_programs(operands: Sequence[Operands], block: int, device: torch.device) -> Programs:
+    """Return a program for each row; those of a tensor whose rows are whole blocks need no bounds."""
+    table = layout.program_table(tuple(o.param.shape[0] for o in operands), 1, torch.device("cpu"))
+    whole = torch.tensor([o.param.shape[1:].numel() % block == 0 for o in operands])[table[:, 0]]
+    return Programs(*(table[chosen].to(device, non_blocking=True) for chosen in (whole, ~whole)))
 
 
 class Plan:
@@ -275,8 +270,8 @@ class Plan:
 
     def __init__(self) -> None:
         self._launches: list[Launch] = []
-        self._tables: tables.Remembered[list[Launch]] = tables.Remembered()
-        self._constants: tables.Remembered[Tensor] = tables.Remembered()
+        self._tables: layout.Remembered[list[Launch]] = layout.Remembered()
+        self._hyper: layout.Remembered[Tensor] = layout.Remembered()
 
     def launches(
         self, operands: Sequence[Operands], rule: MergeRule, seed: int, stats: bool, block: int
@@ -284,29 +279,27 @@ class Plan:
         """Return the launches of these tensors, made again if anything about them has changed."""
 
         def make() -> list[Launch]:
-            groups: dict[Build, list[int]] = {}
+            groups: dict[Specialization, list[int]] = {}
             for index, o in enumerate(operands):
-                groups.setdefault(_build(o, rule, stats), []).append(index)
+                groups.setdefault(_specialization(o, rule, stats, block), []).append(index)
             thresholds = {
-                address: launch.thresholds[row]
+                address: threshold
                 for launch in self._launches
                 if launch.thresholds is not None
-                for row, address in enumerate(launch.addresses)
+                for address, threshold in zip(launch.addresses, launch.thresholds, strict=True)
             }
             return [
-                Launch(build, members, [operands[i] for i in members], rule, seed, block, thresholds)
-                for build, members in groups.items()
+                Launch(spec, members, [operands[i] for i in members], rule, seed, thresholds)
+                for spec, members in groups.items()
             ]
 
         self._launches = self._tables.get((rule, seed, stats, block, [_identity(o) for o in operands]), make)
         return self._launches
 
-    def constants(self, hyper: Hyper, device: torch.device) -> Tensor:
-        """Return the hyper-parameters that are numbers, fp64 on the device; copied there only when they change."""
-        numbers = scalars.constants(hyper)
-        return self._constants.get(
-            numbers, lambda: torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
-        )
+    def hyper_entry(self, hyper: Hyper, rule: MergeRule, device: torch.device) -> Tensor:
+        """Return the numbers that a step depends on, fp64 on the device; copied there only when they change."""
+        entry = scalars.hyper_entry(hyper, rule.project_strength)
+        return self._hyper.get(entry, lambda: torch.tensor(entry, dtype=torch.float64).to(device, non_blocking=True))
 
 
 def _identity(o: Operands) -> tuple[Any, ...]:
@@ -326,8 +319,8 @@ class PreparedLaunches(NamedTuple):
     seed: int
     stats: bool
     block: int
-    straight: list[int]  # the contiguous ones, which the launches step
-    constants: Tensor
+    contiguous: list[int]  # those, which the launches step
+    hyper_entry: Tensor
     launches: list[Launch]
 
 
@@ -339,15 +332,15 @@ def prepare(
     seed: int,
     stats: bool = False,
     plan: Plan | None = None,
-    block: int = tables.DEFAULT_BLOCK,
+    block: int = layout.DEFAULT_BLOCK,
 ) -> PreparedLaunches:
-    """Make ready to step tensors that lie on one device, in one sequence of launches for all that share a `Build`.
+    """Make ready to step tensors on one device, in one sequence of launches for all that share a `Specialization`.
 
     Tensors that are not contiguous are stepped as contiguous copies, one at a time.
 
     Args:
         operands: of T tensors.
-        rule: the row of the table of methods.
+        rule: how they merge.
         hyper: what the scalars are derived from; a tensor among them is never read by the host.
         seed: key of the random numbers.
         stats: also add up what is merged.
@@ -357,8 +350,8 @@ def prepare(
     Raises:
         RuntimeError: for what a CUDA graph that is captured just now cannot hold.
     """
-    straight = [i for i, o in enumerate(operands) if all(t.is_contiguous() for t in _dense(o))]
-    if len(straight) < len(operands) and tables.capturing():
+    contiguous = [i for i, o in enumerate(operands) if all(t.is_contiguous() for t in _dense(o))]
+    if len(contiguous) < len(operands) and layout.capturing():
         raise RuntimeError("a CUDA graph cannot capture a step of tensors that are not contiguous; make them so")
     device = operands[0].param.device
     if device.type != "cpu":
@@ -370,9 +363,9 @@ def prepare(
         }
         hyper = hyper._replace(**on_host)
     plan = plan or Plan()
-    constants = plan.constants(hyper, device)
-    launches = plan.launches([operands[i] for i in straight], rule, seed, stats, block)
-    return PreparedLaunches(operands, rule, hyper, seed, stats, block, straight, constants, launches)
+    hyper_entry = plan.hyper_entry(hyper, rule, device)
+    launches = plan.launches([operands[i] for i in contiguous], rule, seed, stats, block)
+    return PreparedLaunches(operands, rule, hyper, seed, stats, block, contiguous, hyper_entry, launches)
 
 
 def run(prepared: PreparedLaunches) -> list[MergeSums | None]:
@@ -382,13 +375,14 @@ def run(prepared: PreparedLaunches) -> list[MergeSums | None]:
         T sums if asked for, else T times None; None for tensors without a delta. They mean something only where a
         step has merged.
     """
-    operands, straight = prepared.operands, prepared.straight
+    operands, contiguous = prepared.operands, prepared.contiguous
     gathered: list[MergeSums | None] = [None] * len(operands)
     for launch in prepared.launches:
-        sums = launch.run(prepared.constants, prepared.hyper)
-        for row, member in enumerate(launch.members):
-            gathered[straight[member]] = sums and MergeSums(*sums[0][row].unbind(), *sums[1][row].unbind())
-    for i in set(range(len(operands))) - set(straight):
+        sums = launch.run(prepared.hyper_entry, prepared.hyper)
+        for position, member in enumerate(launch.members):
+            own = sums and MergeSums(*sums[0][position].unbind(), *sums[1][position].unbind())
+            gathered[contiguous[member]] = own
+    for i in set(range(len(operands))) - set(contiguous):
         gathered[i] = _step_copy(operands[i], prepared)
     return gathered
 
@@ -402,16 +396,16 @@ def _dense(o: Operands) -> list[Tensor]:
 def _step_copy(o: Operands, step: PreparedLaunches) -> MergeSums | None:
     """Step a contiguous copy of a tensor and copy back what is mutated."""
 
-    def straight(tensor: Any) -> Any:
+    def contiguous(tensor: Any) -> Any:
         return tensor.contiguous() if isinstance(tensor, Tensor) else tensor
 
-    copy = Operands(*map(straight, o))
+    copy = Operands(*map(contiguous, o))
     if o.anchor is not None:
         copy = copy._replace(anchor=Anchor(o.anchor.weights.contiguous(), o.anchor.decay))
     (sums,) = run(prepare([copy], step.rule, step.hyper, seed=step.seed, stats=step.stats, block=step.block))
-    for mine, theirs in zip(_written(o), _written(copy), strict=True):
-        if mine is not theirs:
-            mine.copy_(theirs)
+    for original, stepped in zip(_written(o), _written(copy), strict=True):
+        if original is not stepped:
+            original.copy_(stepped)
     return sums
 
 

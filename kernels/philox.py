@@ -1,4 +1,4 @@
-"""Random words that depend on (seed, step, name, element) alone; twin of `fused_merge/eager/philox.py`."""
+"""Random bits that depend on (seed, step, name, element) alone; the equations of `fused_merge/eager/philox.py`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def global_element(i, offset, local_inner, global_inner, STRIDED: tl.constexpr):
 
 
 @triton.jit
-def words(
+def random_bits(
     base,
     offset,
     local_inner,
@@ -40,7 +40,7 @@ def words(
 ):
     """`eager.philox.random_words` of the BLOCK local elements from `base` (int64) on, as uint32.
 
-    QUADS: four neighbours that start at a multiple of 4 share a Philox block (base, offset and inner sizes are
+    QUADS: four neighbors that start at a multiple of 4 share a Philox block (base, offset and inner sizes are
     multiples of 4); one evaluation then serves four elements. Otherwise each element makes its own.
     """
     if QUADS:

@@ -1,4 +1,4 @@
-"""From the fp32 result of a step to what is stored; twin of `fused_merge/eager/rounding.py`."""
+"""From the fp32 result of a step to what is stored; the equations of `fused_merge/eager/rounding.py`."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def two_sum_error(a, b):
 
 
 @triton.jit
-def stochastic(x, error, words, dtype: tl.constexpr):
-    """`eager.rounding.stochastic`: x + error (fp32) to `dtype` with the low 16 bits of the elements' random words."""
-    random = (words & 0xFFFF).to(tl.int32)
+def stochastic(x, error, bits, dtype: tl.constexpr):
+    """`eager.rounding.stochastic`: x + error (fp32) to `dtype` with the low 16 bits of the elements' random bits."""
+    random = (bits & 0xFFFF).to(tl.int32)
     if dtype == tl.bfloat16:
         cut = ((x.to(tl.int32, bitcast=True) + random) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
         return tl.where(is_finite(x), cut, nearest(x, dtype))
@@ -51,12 +51,12 @@ def stochastic(x, error, words, dtype: tl.constexpr):
             pattern = rounded.to(tl.int16, bitcast=True)
         # One pattern up is one step away from zero; from zero itself the step has the sign of the error.
         away = ((error > 0) == (rounded > 0)).to(pattern.dtype)
-        neighbour = (pattern + 2 * away - 1).to(pattern.dtype).to(dtype, bitcast=True)
+        neighbor = (pattern + 2 * away - 1).to(pattern.dtype).to(dtype, bitcast=True)
         one = tl.full(pattern.shape, 1, pattern.dtype).to(dtype, bitcast=True)
-        neighbour = tl.where(rounded == 0, tl.where(error < 0, -one, one), neighbour)
-        gap = tl.abs(neighbour.to(tl.float32) - rounded.to(tl.float32))
+        neighbor = tl.where(rounded == 0, tl.where(error < 0, -one, one), neighbor)
+        gap = tl.abs(neighbor.to(tl.float32) - rounded.to(tl.float32))
         moves = (random.to(tl.float32) < 65536 * tl.abs(tl.div_rn(error, gap))) & (error != 0) & is_finite(x)
-        return tl.where(moves, neighbour, rounded)
+        return tl.where(moves, neighbor, rounded)
 
 
 @triton.jit

@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fused_merge.eager import sparse as layout
+from fused_merge.eager import sparse as eager
+from fused_merge.kernels.layout import ENTRY
 
-SPARSE_BLOCK = tl.constexpr(layout.BLOCK)
-WORDS = tl.constexpr(layout.WORDS)
+SPARSE_BLOCK, WORDS = tl.constexpr(eager.BLOCK), tl.constexpr(eager.WORDS)
 
 
 @triton.jit
@@ -21,40 +21,29 @@ def popcount(x):
 
 
 @triton.jit
-def load(
-    mask_address,
-    values_address,
-    offsets_address,
-    base,
-    where,
-    dtype: tl.constexpr,
-    WHOLE: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Decode BLOCK elements from `base` (int64) on as fp32; if MASKED only those `where` says.
-
-    WHOLE promises that `base` is a multiple of 1024; otherwise the bits before it in its block are counted.
-    """
-    lanes = tl.arange(0, BLOCK)
-    mask = mask_address.to(tl.pointer_type(tl.int32))
-    start = tl.load(offsets_address.to(tl.pointer_type(tl.int32)) + base // SPARSE_BLOCK)
-    if WHOLE:
-        words = mask + base // 32 + (lanes >> 5)
-        shift = lanes & 31
-    else:
-        words = mask + ((base + lanes) >> 5)
+def load(b, SPEC: tl.constexpr):
+    """Decode F(tau) of a block as fp32."""
+    base, lanes = b.base, tl.arange(0, SPEC.BLOCK)
+    mask_ptr = tl.load(b.tensor_ptr + ENTRY.tau).to(tl.pointer_type(tl.int32))
+    offsets_ptr = tl.load(b.tensor_ptr + ENTRY.tau_offsets).to(tl.pointer_type(tl.int32))
+    start = tl.load(offsets_ptr + base // SPARSE_BLOCK)
+    if SPEC.ROW_PROGRAMS:
+        # A row begins anywhere in a block of the format: count the bits before it.
+        words_ptr = mask_ptr + ((base + lanes) >> 5)
         shift = ((base + lanes) & 31).to(tl.int32)
         before = (base % SPARSE_BLOCK).to(tl.int32) - 32 * tl.arange(0, WORDS)
-        head = tl.load(mask + base // SPARSE_BLOCK * WORDS + tl.arange(0, WORDS))
+        head = tl.load(mask_ptr + base // SPARSE_BLOCK * WORDS + tl.arange(0, WORDS))
         # Of the word that `base` lies in, the bits below it; of later words none.
         inside = tl.where(before >= 32, -1, (1 << tl.minimum(tl.maximum(before, 0), 31)) - 1)
         start += tl.sum(popcount(head & inside))
-    if MASKED:
-        word = tl.load(words, mask=where, other=0)
     else:
-        word = tl.load(words)
+        words_ptr = mask_ptr + base // 32 + (lanes >> 5)
+        shift = lanes & 31
+    if b.where is None:
+        word = tl.load(words_ptr)
+    else:
+        word = tl.load(words_ptr, mask=b.where, other=0)
     bit = (word >> shift) & 1
     rank = tl.cumsum(bit, axis=0) - bit
-    values = values_address.to(tl.pointer_type(dtype)) + (start + rank)
-    return tl.load(values, mask=bit == 1, other=0.0).to(tl.float32)
+    values_ptr = tl.load(b.tensor_ptr + ENTRY.tau_values).to(tl.pointer_type(SPEC.TAU))
+    return tl.load(values_ptr + (start + rank), mask=bit == 1, other=0.0).to(tl.float32)

@@ -1,6 +1,6 @@
-"""The one way in which this library adds up many numbers: a binary tree over neighbours.
+"""The one way in which this library adds up many numbers: a binary tree over neighbors.
 
-Twin of `fused_merge/eager/sums.py`. The sum of an aligned block of 2^k elements is a node of the tree, so that
+The equations: `fused_merge/eager/sums.py`. The sum of an aligned block of 2^k elements is a node of the tree, so that
 programs add up blocks, and then blocks of the blocks' sums, until one number a tensor is left.
 
     <s*x, y - z>        fp32, for many tensors in one launch and one more for every 1024-fold
@@ -11,6 +11,7 @@ Bytes per element: what x, y and z take, each read once; the difference is never
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_merge.kernels import access, tables
+from fused_merge.kernels import layout, memory
+from fused_merge.kernels.layout import Columns
 
 # Block sums that one program adds up.
 FAN_IN = 1024
@@ -39,72 +41,68 @@ def tree(x, SIZE: tl.constexpr):
 
 @triton.jit
 def tree_kernel(
-    programs,  # int32 [P, 2]: tensor, chunk
-    spans,  # int32 [T, 2]: where the sums of a tensor begin, and how many there are
-    sums,  # fp32 [N, C]
-    out,  # fp32 [P, C]
+    programs_ptr,  # int32 [P, 2]: tensor, and which SIZE of its sums
+    ranges_ptr,  # int32 [T, 2]: where the sums of a tensor begin, and how many there are
+    sums_ptr,  # fp32 [N, C]
+    out_ptr,  # fp32 [P, C], written
     COLUMNS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
     """One program adds up SIZE block sums of a tensor, for each of C quantities."""
     program = tl.program_id(0)
-    span = spans + 2 * tl.load(programs + 2 * program)
-    chunk = tl.load(programs + 2 * program + 1)
-    at = chunk * SIZE + tl.arange(0, SIZE)
-    inside = at < tl.load(span + 1)
-    first = tl.load(span)
+    range_ptr = ranges_ptr + 2 * tl.load(programs_ptr + 2 * program)
+    at = tl.load(programs_ptr + 2 * program + 1) * SIZE + tl.arange(0, SIZE)
+    inside = at < tl.load(range_ptr + 1)
+    first = tl.load(range_ptr)
     for column in tl.static_range(COLUMNS):
-        x = tl.load(sums + (first + at).to(tl.int64) * COLUMNS + column, mask=inside, other=0.0)
-        tl.store(out + program.to(tl.int64) * COLUMNS + column, tree(x, SIZE))
+        x = tl.load(sums_ptr + (first + at).to(tl.int64) * COLUMNS + column, mask=inside, other=0.0)
+        tl.store(out_ptr + program.to(tl.int64) * COLUMNS + column, tree(x, SIZE))
 
 
-# Columns of the tensor table, int64.
-X_AT, Y_AT, Z_AT, NUMEL_AT, TENSOR_COLUMNS = map(tl.constexpr, range(5))
+class TripleEntry(NamedTuple):
+    """What a launch knows of x, y and z, int64: addresses (0 where there is nothing) and numbers."""
+
+    x: int
+    y: int
+    z: int
+    numel: int
+    first_block: int  # of these tensors, among the blocks of all
 
 
-class Build(NamedTuple):
+TRIPLE = Columns(TripleEntry)
+TRIPLE_COLUMNS = tl.constexpr(TRIPLE.count)
+
+
+class Specialization(NamedTuple):
     """What one compiled form of the products is special to."""
 
     X: tl.dtype
     Y: tl.dtype | None  # None for <x, x>
     Z: tl.dtype | None  # None for <x, y>
     ALIGNED: bool
-
-
-@triton.jit
-def block_product(tensor, scale, base, inside, BUILD: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """<s*x, y - z> of BLOCK elements from `base` on: a node of the tree."""
-    x = access.load(tl.load(tensor + X_AT), base, inside, BUILD.X, BUILD.ALIGNED, MASKED, BLOCK)
-    x = tl.load(scale) * x.to(tl.float32)
-    y = x
-    if BUILD.Y is not None:
-        y = access.load(tl.load(tensor + Y_AT), base, inside, BUILD.Y, BUILD.ALIGNED, MASKED, BLOCK).to(tl.float32)
-    if BUILD.Z is not None:
-        z = access.load(tl.load(tensor + Z_AT), base, inside, BUILD.Z, BUILD.ALIGNED, MASKED, BLOCK)
-        y = y - z.to(tl.float32)
-    return tree(x * y, BLOCK)
+    BLOCK: int
+    MASKED: bool = False
 
 
 @triton.jit
 def inner_products_kernel(
-    programs,  # int32 [P, 2]: tensor, chunk
-    tensors,  # int64 [T, 4]: addresses of x, y, z, and elements
-    scale,  # fp32, 0-d
-    out,  # fp32 [P, 1], written
-    BUILD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    programs_ptr,  # int32 [P, 2]: tensor, block
+    triples_ptr,  # int64 [T, 5]: `TripleEntry`
+    scale_ptr,  # fp32, 0-d
+    out_ptr,  # fp32 [blocks, 1], written
+    SPEC: tl.constexpr,
 ):
-    """One program a chunk of BLOCK elements of one tensor."""
-    program = programs + 2 * tl.program_id(0)
-    tensor = tensors + tl.load(program) * TENSOR_COLUMNS
-    base = tl.load(program + 1).to(tl.int64) * BLOCK
-    left = tl.load(tensor + NUMEL_AT) - base
-    inside = tl.arange(0, BLOCK) < left
-    if left >= BLOCK:
-        product = block_product(tensor, scale, base, inside, BUILD, False, BLOCK)
-    else:
-        product = block_product(tensor, scale, base, inside, BUILD, True, BLOCK)
-    tl.store(out + tl.program_id(0), product)
+    """<s*x, y - z> of a block of elements: a node of the tree."""
+    _, number, triple_ptr, _ = layout.locate(programs_ptr, triples_ptr, scale_ptr, TRIPLE_COLUMNS, 0)
+    base = number * SPEC.BLOCK
+    b = layout.block_at(triple_ptr, scale_ptr, base, tl.load(triple_ptr + TRIPLE.numel) - base, SPEC)
+    x = tl.load(scale_ptr) * memory.load(b, TRIPLE.x, SPEC.X, SPEC).to(tl.float32)
+    y = x
+    if SPEC.Y is not None:
+        y = memory.load(b, TRIPLE.y, SPEC.Y, SPEC).to(tl.float32)
+    if SPEC.Z is not None:
+        y = y - memory.load(b, TRIPLE.z, SPEC.Z, SPEC).to(tl.float32)
+    tl.store(out_ptr + tl.load(triple_ptr + TRIPLE.first_block) + number, tree(x * y, SPEC.BLOCK))
 
 
 class Reduction:
@@ -115,18 +113,18 @@ class Reduction:
         self._levels: list[tuple[Tensor, Tensor]] = []
         while max(counts, default=0) > 1:
             ends = torch.tensor(counts).cumsum(0)
-            spans = torch.stack((ends - torch.tensor(counts), torch.tensor(counts)), 1).to(torch.int32)
-            programs = tables.program_table(tuple(counts), FAN_IN, device)
-            self._levels.append((programs, spans.to(device, non_blocking=True)))
+            ranges = torch.stack((ends - torch.tensor(counts), torch.tensor(counts)), 1).to(torch.int32)
+            programs = layout.program_table(tuple(counts), FAN_IN, device)
+            self._levels.append((programs, ranges.to(device, non_blocking=True)))
             counts = [-(-count // FAN_IN) for count in counts]
 
     def __call__(self, sums: Tensor) -> Tensor:
         """Return fp32 `[T, C]` from the block sums `[N, C]`."""
-        for programs, spans in self._levels:
+        for programs, ranges in self._levels:
             out = sums.new_empty(len(programs), sums.shape[1])
             tree_kernel[(len(programs),)](
-                programs, spans, sums, out, COLUMNS=sums.shape[1], SIZE=FAN_IN,
-                num_warps=tables.NUM_WARPS, enable_fp_fusion=False,
+                programs, ranges, sums, out, COLUMNS=sums.shape[1], SIZE=FAN_IN,
+                num_warps=layout.NUM_WARPS, enable_fp_fusion=False,
             )  # fmt: skip
             sums = out
         return sums
@@ -138,50 +136,58 @@ Triple = tuple[Tensor, Tensor | None, Tensor | None]
 def why_unsupported(triple: Triple) -> str | None:
     """Return in a few words why the kernel cannot multiply these tensors, or None."""
     for tensor in triple:
-        if tensor is not None and tensor.dtype not in tables.TL_DTYPE:
+        if tensor is not None and tensor.dtype not in layout.TL_DTYPE:
             return f"{tensor.dtype} tensors have no kernel"
     return None
 
 
-Launch = tuple[Build, list[int], Tensor, Tensor, Reduction]
+class Launch(NamedTuple):
+    """The products of all tensors that share a `Specialization`."""
+
+    spec: Specialization
+    members: list[int]  # the numbers of the tensors
+    programs: layout.Programs
+    triples: Tensor
+    add_up: Reduction
 
 
 class Plan:
-    """What repeated products of the same tensors keep on a device: their tables."""
+    """What repeated products of the same tensors keep on a device: their layout."""
 
     def __init__(self) -> None:
-        self._launches: tables.Remembered[list[Launch]] = tables.Remembered()
+        self._launches: layout.Remembered[list[Launch]] = layout.Remembered()
 
     def launches(self, triples: Sequence[Triple], block: int) -> list[Launch]:
-        """Return for each `Build` its tensors, the tables of programs and tensors, and how their sums are added up."""
+        """Return the launches of these tensors, made again if anything about them has changed."""
 
         def make() -> list[Launch]:
-            groups: dict[Build, list[int]] = {}
+            groups: dict[Specialization, list[int]] = {}
             for index, triple in enumerate(triples):
-                dtypes = (None if x is None else tables.TL_DTYPE[x.dtype] for x in triple)
-                groups.setdefault(Build(*dtypes, ALIGNED=tables.is_aligned(triple)), []).append(index)
-            return [self._launch(build, members, triples, block) for build, members in groups.items()]
+                dtypes = (None if x is None else layout.TL_DTYPE[x.dtype] for x in triple)
+                spec = Specialization(*dtypes, ALIGNED=layout.is_aligned(triple), BLOCK=block)
+                groups.setdefault(spec, []).append(index)
+            return [_launch(spec, members, [triples[i] for i in members]) for spec, members in groups.items()]
 
         tensors = [[x is not None and (x.data_ptr(), x.numel(), x.dtype) for x in triple] for triple in triples]
         return self._launches.get((block, tensors), make)
 
-    @staticmethod
-    def _launch(build: Build, members: list[int], triples: Sequence[Triple], block: int) -> Launch:
-        device = triples[0][0].device
-        numels = [triples[i][0].numel() for i in members]
-        rows = [
-            [*(0 if x is None else x.data_ptr() for x in triples[i]), numel]
-            for i, numel in zip(members, numels, strict=True)
-        ]
-        tensors = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
-        chunks = [tables.chunk_count(numel, block) for numel in numels]
-        return build, members, tables.program_table(tuple(numels), block, device), tensors, Reduction(chunks, device)
+
+def _launch(spec: Specialization, members: list[int], triples: Sequence[Triple]) -> Launch:
+    device = triples[0][0].device
+    numels = tuple(x.numel() for x, _, _ in triples)
+    counts = [layout.block_count(numel, spec.BLOCK) for numel in numels]
+    entries = [
+        TripleEntry(*(0 if x is None else x.data_ptr() for x in triple), numel, first_block)
+        for triple, numel, first_block in zip(triples, numels, accumulate(counts, initial=0), strict=False)
+    ]
+    table = torch.tensor(entries, dtype=torch.int64).to(device, non_blocking=True)
+    return Launch(spec, members, layout.split_programs(numels, spec.BLOCK, device), table, Reduction(counts, device))
 
 
 def inner_products(
-    triples: Sequence[Triple], scale: Tensor, *, plan: Plan | None = None, block: int = tables.DEFAULT_BLOCK
+    triples: Sequence[Triple], scale: Tensor, *, plan: Plan | None = None, block: int = layout.DEFAULT_BLOCK
 ) -> list[Tensor]:
-    """Return <s*x, y - z>, 0-d fp32, for tensors on one device, in one launch for all that share a `Build`.
+    """Return <s*x, y - z>, 0-d fp32, for tensors on one device, together for all that share a `Specialization`.
 
     Args:
         triples: x, y and z of each; without y it is <s*x, s*x>, without z <s*x, y>.
@@ -189,15 +195,11 @@ def inner_products(
         plan: what the last call with these tensors has left.
         block: elements per program.
     """
-    straight = [(x.contiguous(), *(t if t is None else t.contiguous() for t in others)) for x, *others in triples]
+    contiguous = [(x.contiguous(), *(t if t is None else t.contiguous() for t in others)) for x, *others in triples]
     results: list[Tensor] = [scale] * len(triples)
-    for build, members, programs, tensors, add_up in (plan or Plan()).launches(straight, block):
-        out = torch.empty(len(programs), 1, dtype=torch.float32, device=scale.device)
-        with torch.cuda.device_of(out):
-            inner_products_kernel[(len(programs),)](
-                programs, tensors, scale, out, BUILD=build, BLOCK=block,
-                num_warps=tables.NUM_WARPS, enable_fp_fusion=False,
-            )  # fmt: skip
-            for member, product in zip(members, add_up(out).unbind(), strict=True):
-                results[member] = product[0]
+    for spec, members, programs, table, add_up in (plan or Plan()).launches(contiguous, block):
+        out = torch.empty(sum(map(len, programs)), 1, dtype=torch.float32, device=scale.device)
+        layout.launch(inner_products_kernel, programs, table, scale, out, spec=spec)
+        for member, product in zip(members, add_up(out).unbind(), strict=True):
+            results[member] = product[0]
     return results

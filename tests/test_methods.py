@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fused_merge.methods import METHODS, merge_rule
+from fused_merge.methods import MERGE_METHODS, METHODS, check_coefficients, merge_method, merge_rule
 
 
 def test_defaults_of_the_rows():
@@ -49,3 +49,55 @@ def test_every_row_names_its_paper():
 def test_options_that_a_row_lacks(arguments, sentence):
     with pytest.raises(ValueError, match=sentence):
         merge_rule(**{"method": "ondare", "reserve_rate": 0.5} | arguments)
+
+
+# --- merging of finished models
+
+NAN, INF = float("nan"), float("inf")
+
+
+def test_options_are_decided_by_the_method():
+    assert all(merge_method(name) == MERGE_METHODS[name] for name in MERGE_METHODS)
+    assert merge_method("ties", normalize=False).normalize is False
+    assert merge_method("dare_ties", rescale=False).rescale is False
+    assert merge_method("ties", scale=0.5).scale == 0.5
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("tie", {}, "unknown merge method 'tie'; the methods are 'linear', 'slerp', 'task_arithmetic', 'ties'"),
+        ("slerp", {"normalize": True}, "'slerp' has no option 'normalize': the angle decides its weights; leave it"),
+        ("ties", {"rescale": True}, "'ties' has no option 'rescale': it drops nothing at random; leave it out"),
+        ("ties", {"scale": INF}, "scale must be finite, got inf"),
+        ("linear", {"scale": 2.0}, "'linear' has no option 'scale': it sums whole models; leave it out"),
+    ],
+)
+def test_options_that_a_merge_method_lacks(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        merge_method(method, **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "weights", "densities", "message"),
+    [
+        ("ties", 0, [], None, "there is no model to merge; pass at least one"),
+        ("slerp", 2, [0.5, 0.5], None, "'slerp' goes from the base to one model, got 2 models"),
+        ("ties", 2, [0.5], None, "2 models need as many weights, got 1"),
+        ("ties", 1, [NAN], None, "a weight must be finite, got nan"),
+        ("linear", 2, [0.5, -0.5], None, r"divides by the sum of \[0.5, -0.5\], which is 0; use normalize=False"),
+        ("task_arithmetic", 1, [1.0], [0.5], "'task_arithmetic' has no option 'density': it keeps everything; leave"),
+        ("ties", 2, [1.0, 1.0], [0.5], "2 models need as many densities, got 1"),
+        ("ties", 1, [1.0], [0.0], r"density must lie in \(0, 1\], got 0.0"),
+        ("dare_ties", 1, [1.0], [1.1], r"density must lie in \(0, 1\], got 1.1"),
+        ("dare_ties", 1, [1.0], [NAN], r"density must lie in \(0, 1\], got nan"),
+    ],
+)
+def test_coefficients_that_no_merge_can_use(method, count, weights, densities, message):
+    with pytest.raises(ValueError, match=message):
+        check_coefficients(merge_method(method), count, weights, densities)
+
+
+def test_weights_of_a_sum_may_cancel():
+    check_coefficients(merge_method("linear", normalize=False), 2, [0.5, -0.5])
+    check_coefficients(merge_method("task_arithmetic", normalize=True), 2, [0.5, -0.5])

@@ -16,7 +16,7 @@ import torch
 
 from fused_merge.adapt.adapt import adapt_ratios, answer_loss
 from fused_merge.adapt.options import AnswerOptions, SamplingOptions, check_share
-from fused_merge.checkpoints import plan_interpolation
+from fused_merge.checkpoints.interpolate import plan_interpolation
 from fused_merge.functional.backend import check_device
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.io.transformers import import_function, load_model, load_tokenizer, stored_dtype

@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Annotated, TypedDict
 
 from fused_merge.io.options import ModelOptions
-from fused_merge.options import Option, at_least, one_of, within
+from fused_merge.options import Option, at_least, definition, one_of, within
 from fused_merge.progress import ProgressOption
 
 if TYPE_CHECKING:
@@ -41,143 +41,106 @@ def check_share(name: str, share: float) -> float:
     return share
 
 
+@definition
 class TargetOptions(TypedDict, total=False):
-    """What is searched for: options of `adapt_ratios` and `adapt_checkpoints`."""
+    """What is searched for: options of `adapt_ratios` and `adapt_checkpoints`.
 
-    mean_ratio: Annotated[
-        float,
-        Option(
-            0.4,
-            "rho, in [0, 1]: the unweighted mean over the parts, kept to 1e-9.",
-            within(0, 1),
-            {"help": "Mean of the ratios over the parts."},
-        ),
-    ]
+    Options:
+        mean_ratio: rho, in [0, 1]: the unweighted mean over the parts, kept to 1e-9.
+        parts: K equal slices by depth, or a `LayerRatios` whose parts are taken and whose ratios, projected, are the
+            start, except with `parametrization="paper"`, which starts at rho everywhere.
+        steps: at most so many updates; without gradients, so many evaluations.
+    """
+
+    mean_ratio: Annotated[float, Option(0.4, within(0, 1), cli={"help": "Mean of the ratios over the parts."})]
     parts: Annotated[
         "int | LayerRatios",
-        Option(
-            3,
-            "K equal slices by depth, or a `LayerRatios` whose parts are taken and whose ratios, projected, are the "
-            'start, except with `parametrization="paper"`, which starts at rho everywhere.',
-            cli={"help": "Equal slices of the layers, each with a ratio of its own.", "min": 1},
-        ),
+        Option(3, cli={"help": "Equal slices of the layers, each with a ratio of its own.", "min": 1}),
     ]
-    steps: Annotated[
-        int,
-        Option(
-            100,
-            "at most so many updates; without gradients, so many evaluations.",
-            at_least(1),
-            {"help": "Updates of the ratios.", "min": 1},
-        ),
-    ]
+    steps: Annotated[int, Option(100, at_least(1), cli={"help": "Updates of the ratios.", "min": 1})]
 
 
+@definition
 class RateOptions(ProgressOption, total=False):
-    """Further options of both."""
+    """Further options of both.
 
-    lr: Annotated[
-        float,
-        Option(
-            0.05,
-            "how far a ratio may move in the first step.",
-            _check_lr,
-            {"help": "How far a ratio may move in the first step."},
-        ),
-    ]
+    Options:
+        lr: how far a ratio may move in the first step.
+    """
+
+    lr: Annotated[float, Option(0.05, _check_lr, cli={"help": "How far a ratio may move in the first step."})]
 
 
+@definition
 class AdaptOptions(RateOptions, total=False):
-    """The options of `adapt_ratios` beside `TargetOptions`."""
+    """The options of `adapt_ratios` beside `TargetOptions`.
 
-    betas: Annotated["tuple[float, float]", Option((0.9, 0.99), "of Adam: momentum, second moment.", _check_betas)]
-    accumulate: Annotated[int, Option(1, "number of batches that make one update.", at_least(1))]
-    gradients: Annotated[
-        bool,
-        Option(
-            True,
-            "False searches without them, by CMA-ES (Hansen 2016, arXiv 1604.00772) of the package `cma`, for losses "
-            "that cannot be differentiated; lr / 2 is its first standard deviation.",
-        ),
-    ]
-    parametrization: Annotated[
-        str,
-        Option(
-            "direct",
-            '`"direct"`, or `"paper"`: r_k = K * rho * (sigmoid(w_k) + e) / sum over j of the same, with Adam on w; '
-            "projected where it leaves [0, 1], though there it need not find the optimum.",
-            one_of("direct", "paper"),
-        ),
-    ]
-    regularizer: Annotated[
-        float, Option(0.0, "weight of sum over k of weight_k * (r_k - rho)^2, added to the loss.", _check_regularizer)
-    ]
-    regularizer_weights: Annotated[
-        str,
-        Option(
-            "uniform",
-            '`"uniform"`: all 1; `"paper"`: 25 / (|layer - L/2| + 1), the mean over the part, so that parts in the '
-            "middle stay near the mean.",
-            one_of("uniform", "paper"),
-        ),
-    ]
-    patience: Annotated[
-        int, Option(20, "stop early when no ratio has moved by more than `tolerance` in so many steps.", at_least(1))
-    ]
-    tolerance: Annotated[float, Option(1e-4, "see `patience`.")]
-    seed: Annotated[int, Option(0, "seed of the search without gradients.")]
-    journal: Annotated[
-        "str | os.PathLike[str] | None",
-        Option(
-            None,
-            "a JSON file that keeps every step; a run that was killed goes on from it, given the same arguments and "
-            "batches, with those batches that it would have taken next. With several processes the first keeps it.",
-        ),
-    ]
-    impl: Annotated[str, Option("auto", '`"auto"`, `"triton"` or `"eager"`.')]
+    Options:
+        betas: of Adam: momentum, second moment.
+        accumulate: number of batches that make one update.
+        gradients: False searches without them, by CMA-ES (Hansen 2016, arXiv 1604.00772) of the package `cma`, for
+            losses that cannot be differentiated; lr / 2 is its first standard deviation.
+        parametrization: `"direct"`, or `"paper"`: r_k = K * rho * (sigmoid(w_k) + e) / sum over j of the same, with
+            Adam on w; projected where it leaves [0, 1], though there it need not find the optimum.
+        regularizer: weight of sum over k of weight_k * (r_k - rho)^2, added to the loss.
+        regularizer_weights: `"uniform"`: all 1; `"paper"`: 25 / (|layer - L/2| + 1), the mean over the part, so that
+            parts in the middle stay near the mean.
+        patience: stop early when no ratio has moved by more than `tolerance` in so many steps.
+        tolerance: see `patience`.
+        seed: seed of the search without gradients.
+        journal: a JSON file that keeps every step; a run that was killed goes on from it, given the same arguments and
+            batches, with those batches that it would have taken next. With several processes the first keeps it.
+        impl: `"auto"`, `"triton"` or `"eager"`.
+    """
+
+    betas: Annotated["tuple[float, float]", Option((0.9, 0.99), _check_betas)]
+    accumulate: Annotated[int, Option(1, at_least(1))]
+    gradients: Annotated[bool, Option(True)]
+    parametrization: Annotated[str, Option("direct", one_of("direct", "paper"))]
+    regularizer: Annotated[float, Option(0.0, _check_regularizer)]
+    regularizer_weights: Annotated[str, Option("uniform", one_of("uniform", "paper"))]
+    patience: Annotated[int, Option(20, at_least(1))]
+    tolerance: Annotated[float, Option(1e-4)]
+    seed: Annotated[int, Option(0)]
+    journal: Annotated["str | os.PathLike[str] | None", Option(None)]
+    impl: Annotated[str, Option("auto")]
 
 
+@definition
 class SamplingOptions(ProgressOption, total=False):
-    """The options of `sample_answers`."""
+    """The options of `sample_answers`.
+
+    Options:
+        max_new_tokens: maximum length of an answer.
+        temperature: sampling temperature; 0 takes the likeliest token.
+        batch_size: how many prompts are answered at once.
+        seed: seed of the samples; the caller's random numbers are not touched.
+    """
 
     max_new_tokens: Annotated[
-        int,
-        Option(
-            128,
-            "maximum length of an answer.",
-            at_least(1),
-            {"help": "Maximum length of an answer, in tokens.", "min": 1},
-        ),
+        int, Option(128, at_least(1), cli={"help": "Maximum length of an answer, in tokens.", "min": 1})
     ]
     temperature: Annotated[
-        float,
-        Option(
-            1.0,
-            "sampling temperature; 0 takes the likeliest token.",
-            at_least(0),
-            {"help": "Sampling temperature of the answers.", "min": 0.0},
-        ),
+        float, Option(1.0, at_least(0), cli={"help": "Sampling temperature of the answers.", "min": 0.0})
     ]
-    batch_size: Annotated[
-        int, Option(8, "how many prompts are answered at once.", at_least(1), {"help": "Answers at once.", "min": 1})
-    ]
-    seed: Annotated[
-        int,
-        Option(
-            0, "seed of the samples; the caller's random numbers are not touched.", cli={"help": "Seed of the answers."}
-        ),
-    ]
+    batch_size: Annotated[int, Option(8, at_least(1), cli={"help": "Answers at once.", "min": 1})]
+    seed: Annotated[int, Option(0, cli={"help": "Seed of the answers."})]
 
 
+@definition
 class AnswerOptions(TargetOptions, RateOptions, SamplingOptions, ModelOptions, total=False):
-    """The options of `adapt_checkpoints`."""
+    """The options of `adapt_checkpoints`.
+
+    Options:
+        reward: `"module:function"`, called with a list of (prompt, answer) texts, which returns a number for each; only
+            the `best` share is kept. None keeps all.
+        best: share of the answers to keep, in (0, 1].
+    """
 
     reward: Annotated[
         "str | None",
         Option(
             None,
-            '`"module:function"`, called with a list of (prompt, answer) texts, which returns a number for each; only '
-            "the `best` share is kept. None keeps all.",
             cli={
                 "type": str,
                 "metavar": "MODULE:FUNCTION",
@@ -185,12 +148,4 @@ class AnswerOptions(TargetOptions, RateOptions, SamplingOptions, ModelOptions, t
             },
         ),
     ]
-    best: Annotated[
-        float,
-        Option(
-            0.4,
-            "share of the answers to keep, in (0, 1].",
-            check_share,
-            {"help": "Share of the answers to keep, with --reward."},
-        ),
-    ]
+    best: Annotated[float, Option(0.4, check_share, cli={"help": "Share of the answers to keep, with --reward."})]

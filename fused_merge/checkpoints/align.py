@@ -4,106 +4,105 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from fused_merge.checkpoints.folders import read_config
-from fused_merge.checkpoints.plan import OutputFile, Part, PlannedTensor, Rule, lay_out, shard_by_size
-from fused_merge.io.sources import SINGLE_FILE, Extent, FileSource, Match, match
+from fused_merge.checkpoints.plan import OutputFile, PlannedTensor, Rule, Segment, lay_out, shard_by_size
+from fused_merge.io.match import Match, match
+from fused_merge.io.sources import SINGLE_FILE, FileRange, FileSource
 from fused_merge.names import some
-from fused_merge.options import check_choice
-
-UNMATCHED = ("refuse", "copy", "drop")
 
 
-class Span(NamedTuple):
+class AlignedSegment(NamedTuple):
     """Row-major elements of a tensor that come from the same inputs.
 
     Attributes:
-        numel: how many.
-        inputs: where they lie in each checkpoint, in their order; in one only, if the others lack them.
+        numel: number of elements.
+        inputs: where they lie in each checkpoint, in the order of the checkpoints, or in the only one that has them.
         merged: whether all checkpoints hold them and they are floating.
     """
 
     numel: int
-    inputs: tuple[Extent, ...]
+    inputs: tuple[FileRange, ...]
     merged: bool
 
 
 class AlignedTensor(NamedTuple):
-    """A tensor of the output; its spans follow one another and fill it."""
+    """A tensor of the output; its segments follow one another and fill it."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    spans: tuple[Span, ...]
+    segments: tuple[AlignedSegment, ...]
+
+    @property
+    def merged(self) -> bool:
+        """Whether all checkpoints hold it and it is floating; rows beyond a common vocabulary are copied even so."""
+        return self.segments[0].merged
 
 
-def align(
-    sources: Sequence[FileSource],
-    *,
-    leader: int,
-    dtype: torch.dtype | None,
-    unmatched: str,
-    align_vocabulary: bool,
-) -> list[AlignedTensor]:
+def align(sources: Sequence[FileSource], config_source: int, options: Mapping[str, Any]) -> list[AlignedTensor]:
     """Pair the tensors of n checkpoints and verify that they fit.
 
     Args:
-        sources: the first gives the order and says which tied weights are written out.
-        leader: the index of the one whose configuration and tokenizer go along: it decides how many rows the
-            tensors of the vocabulary have, and is first asked for what not all of them hold.
-        dtype: of the floating tensors of the output; None is that of the inputs, which must then agree.
-        unmatched: what becomes of tensors that only some hold: `"refuse"`, `"copy"` or `"drop"`.
-        align_vocabulary: accept tensors with other numbers of rows: rows beyond the fewest are the leader's.
+        sources: the checkpoints; the first one gives the order and decides which tied weights are written out.
+        config_source: the index of the checkpoint whose configuration and tokenizer go along. It decides how many
+            rows the tensors of the vocabulary have, and is the first choice for tensors that not all checkpoints hold.
+        options: as `resolve` returned them for `PlanOptions`.
 
     Raises:
-        ValueError: for tensors that do not fit, or an unknown choice; the sentence names them.
+        ValueError: for tensors that do not fit; the sentence names them.
     """
-    check_choice("unmatched", unmatched, UNMATCHED)
     base, *others = sources
-    matches = [match(base, other, any_rows=align_vocabulary, partial=unmatched != "refuse") for other in others]
-    names = [name for name in base if not any(name in each.alone for each in matches)]
-    aligned = [_aligned(name, sources, matches, leader, dtype) for name in names]
+    dtype, unmatched = options["dtype"], options["unmatched"]
+    matches = [
+        match(base, other, any_rows=options["align_vocabulary"], partial=unmatched != "refuse") for other in others
+    ]
+    names = [name for name in base if not any(name in each.unmatched for each in matches)]
+    aligned = [_aligned(name, sources, matches, config_source, dtype) for name in names]
     _check_rows(aligned, sources, matches)
     if unmatched == "copy":
         known = set(names)
-        further: list[Mapping[str, str]] = [{}, *(each.aliases for each in matches)]
-        for i in (leader, *range(len(sources))):
+        aliases: list[Mapping[str, str]] = [{}, *(each.aliases for each in matches)]
+        for i in (config_source, *range(len(sources))):
             for name in sources[i]:
-                # A further name of a tensor that is written is no tensor of its own.
-                if name not in known and name not in further[i]:
+                # An alias of a tensor that is written is no tensor of its own.
+                if name not in known and name not in aliases[i]:
                     known.add(name)
                     aligned.append(_copied(name, sources[i], dtype))
     if not aligned:
         origins = " and ".join(source.origin for source in sources)
         raise ValueError(f"no tensor is in all of {origins}, so that nothing would be written; check the paths")
     left_out = sorted({name for each in matches for name in each.aliases} - {tensor.name for tensor in aligned})
-    _check_tied_config(left_out, sources[leader], base)
+    _check_tied_config(left_out, sources[config_source], base)
     return aligned
 
 
 def lay_out_files(
     tensors: Sequence[AlignedTensor],
     base: FileSource,
-    rule_of: Callable[[AlignedTensor, Span], Rule],
+    rule_of: Callable[[AlignedTensor, AlignedSegment], Rule],
     max_shard_size: int | None,
 ) -> list[OutputFile]:
     """Distribute tensors over files as `base` does, or by size, and give each its place.
 
     Args:
-        tensors: of the output.
-        base: whose files are mirrored; what it lacks goes to its last file.
-        rule_of: decides how the elements of a span are made.
-        max_shard_size: bytes; None mirrors.
+        tensors: the tensors of the output.
+        base: the checkpoint whose files are mirrored; tensors that it lacks go to its last file.
+        rule_of: decides how the elements of a segment are made.
+        max_shard_size: size limit of a file in bytes; None mirrors `base`.
     """
     planned = [
         PlannedTensor(
             tensor.name,
             tensor.dtype,
             tensor.shape,
-            tuple(Part(span.numel, span.inputs, rule_of(tensor, span)) for span in tensor.spans),
+            tuple(
+                Segment(tensor.name, tensor.dtype, each.numel, each.inputs, rule_of(tensor, each))
+                for each in tensor.segments
+            ),
         )
         for tensor in tensors
     ]
@@ -111,11 +110,11 @@ def lay_out_files(
         return [
             lay_out(name, shard, {"format": "pt"}) for name, shard in shard_by_size(planned, max_shard_size).items()
         ]
-    home = {name: file for file, names in base.shards.items() for name in names}
+    file_of = {name: file for file, names in base.shards.items() for name in names}
     last = list(base.shards)[-1]
     shards: dict[str, list[PlannedTensor]] = {file: [] for file in base.shards}
     for tensor in planned:
-        shards[home.get(tensor.name, last)].append(tensor)
+        shards[file_of.get(tensor.name, last)].append(tensor)
     return [
         lay_out(file if base.index is not None else SINGLE_FILE, shard, {"format": "pt", **base.metadata(file)})
         for file, shard in shards.items()
@@ -124,7 +123,7 @@ def lay_out_files(
 
 
 def _aligned(
-    name: str, sources: Sequence[FileSource], matches: Sequence[Match], leader: int, dtype: torch.dtype | None
+    name: str, sources: Sequence[FileSource], matches: Sequence[Match], config_source: int, dtype: torch.dtype | None
 ) -> AlignedTensor:
     stored = _stored_names(name, matches)
     floating = sources[0].is_merged(name)
@@ -142,31 +141,31 @@ def _aligned(
     else:
         written = dtype
     shapes = [source.shape(own) for source, own in zip(sources, stored, strict=True)]
-    extents = [source.extent(own) for source, own in zip(sources, stored, strict=True)]
-    shape = shapes[leader]
+    file_ranges = [source.file_range(own) for source, own in zip(sources, stored, strict=True)]
+    shape = shapes[config_source]
     common = min(prod(each) for each in shapes)
-    spans = [Span(common, tuple(extents), floating)]
+    segments = [AlignedSegment(common, tuple(file_ranges), floating)]
     if prod(shape) > common:
-        own = extents[leader]
+        own = file_ranges[config_source]
         beyond = own._replace(offset=own.offset + common * own.dtype.itemsize)
-        spans.append(Span(prod(shape) - common, (beyond,), False))
-    return AlignedTensor(name, written, tuple(shape), tuple(spans))
+        segments.append(AlignedSegment(prod(shape) - common, (beyond,), False))
+    return AlignedTensor(name, written, tuple(shape), tuple(segments))
 
 
 def _copied(name: str, source: FileSource, dtype: torch.dtype | None) -> AlignedTensor:
     stored = source.dtype(name)
     written = dtype if dtype is not None and source.is_merged(name) else stored
     shape = tuple(source.shape(name))
-    return AlignedTensor(name, written, shape, (Span(prod(shape), (source.extent(name),), False),))
+    return AlignedTensor(name, written, shape, (AlignedSegment(prod(shape), (source.file_range(name),), False),))
 
 
 def _stored_names(name: str, matches: Sequence[Match]) -> list[str]:
-    """Return what a tensor of the first checkpoint is called in each of them."""
+    """Return the name that a tensor of the first checkpoint has in each of them."""
     return [name, *(each.resolve(name) for each in matches)]
 
 
 def _check_rows(tensors: Sequence[AlignedTensor], sources: Sequence[FileSource], matches: Sequence[Match]) -> None:
-    """Refuse numbers of rows that differ otherwise than two vocabularies do."""
+    """Refuse numbers of rows that differ in another way than those of two vocabularies."""
     rows = {}
     for tensor in tensors:
         stored = _stored_names(tensor.name, matches)
@@ -178,10 +177,11 @@ def _check_rows(tensors: Sequence[AlignedTensor], sources: Sequence[FileSource],
         raise ValueError(f"{some(listed)}: these are not two sizes of one vocabulary; resize the models first")
 
 
-def _check_tied_config(left_out: Sequence[str], leader: FileSource, base: FileSource) -> None:
+def _check_tied_config(left_out: Sequence[str], config_source: FileSource, base: FileSource) -> None:
     """Refuse an output whose configuration would ask for a tied weight that it leaves out."""
-    if left_out and leader.path.is_dir() and read_config(leader.path).get("tie_word_embeddings") is False:
+    folder = config_source.path
+    if left_out and folder.is_dir() and read_config(folder).get("tie_word_embeddings") is False:
         raise ValueError(
-            f"{base.origin} leaves out {left_out[0]!r}, which {leader.path / 'config.json'} does not tie; "
+            f"{base.origin} leaves out {left_out[0]!r}, which {folder / 'config.json'} does not tie; "
             "set tie_word_embeddings to true there or write the tensor into the base"
         )

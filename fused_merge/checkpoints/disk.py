@@ -20,7 +20,6 @@ _DIRECT = getattr(os, "O_DIRECT", 0)
 # Eleven files written from pages of this size took 3.0 s, from those of 4 KiB 3.8
 # (`python bench/bench_checkpoints.py --size 0.5 --work DIR --settings`).
 _HUGE_PAGE = 1 << 21
-_READ_BLOCK = 1 << 20
 
 
 class DirectFile:
@@ -31,17 +30,25 @@ class DirectFile:
     Args:
         path: what it will be called; messages name it.
         part: what it is called until then: replaced.
+        size: bytes that it has in the end.
     """
 
-    def __init__(self, path: Path, part: Path) -> None:
+    def __init__(self, path: Path, part: Path, size: int) -> None:
         self._path = path
         self._part = part
+        self._size = size
         self._direct = bool(_DIRECT)
 
     def __enter__(self) -> DirectFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         with writing(self._path):
-            self._handle = self._open(flags)
+            try:
+                self._handle = os.open(self._part, flags | _DIRECT, 0o666)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._direct = False
+                self._handle = os.open(self._part, flags, 0o666)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -65,20 +72,11 @@ class DirectFile:
                     continue
                 left, at = left[written:], at + written
 
-    def finish(self, size: int) -> None:
+    def finish(self) -> None:
         """Cut the file to its size and wait until it is on the disk."""
         with writing(self._path):
-            os.ftruncate(self._handle, size)
+            os.ftruncate(self._handle, self._size)
             os.fsync(self._handle)
-
-    def _open(self, flags: int) -> int:
-        try:
-            return os.open(self._part, flags | _DIRECT, 0o666)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            self._direct = False
-            return os.open(self._part, flags, 0o666)
 
     def _leave_direct(self) -> None:
         """Go through the page cache from now on."""
@@ -101,11 +99,7 @@ def reading(path: Path) -> Iterator[int]:
 
 
 def read_into(handle: int, path: Path, view: memoryview, at: int) -> None:
-    """Fill a view from a place of a file.
-
-    Raises:
-        OSError: if the file cannot be read or ends early.
-    """
+    """Fill a view from a place of a file; OSError if that cannot be read or ends early."""
     while view:
         try:
             got = os.preadv(handle, [view], at)
@@ -121,29 +115,17 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.view(torch.uint8).numpy().data
 
 
-def read_blocks(path: Path, start: int, nbytes: int) -> Iterator[Tensor]:
-    """Yield the bytes of a range of a file, block by block in one buffer, as the disk and not the page cache has them.
-
-    Raises:
-        OSError: if the file cannot be read or ends early.
-    """
-    buffer = aligned(_READ_BLOCK, pinned=False)
+def read_blocks(path: Path, nbytes: int) -> Iterator[memoryview]:
+    """Yield a file in blocks, the last one shorter, as the disk and not the page cache has them, in one buffer."""
+    buffer = bytes_of(aligned(nbytes, pinned=False))
     with reading(path) as handle:
+        size = os.fstat(handle).st_size
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle, start, nbytes, os.POSIX_FADV_DONTNEED)
-        for at in range(start, start + nbytes, _READ_BLOCK):
-            block = buffer[: min(_READ_BLOCK, start + nbytes - at)]
-            read_into(handle, path, bytes_of(block), at)
+            os.posix_fadvise(handle, 0, size, os.POSIX_FADV_DONTNEED)
+        for at in range(0, size, nbytes):
+            block = buffer[: size - at]
+            read_into(handle, path, block, at)
             yield block
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def aligned(nbytes: int, *, pinned: bool) -> Tensor:

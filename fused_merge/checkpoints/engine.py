@@ -1,10 +1,10 @@
-"""The stream: output files made block by block, each byte of the inputs read once for all outputs.
+"""Output files made block by block, each byte of the inputs read once for all outputs.
 
-A block is the same range of the data of one file in all R outputs. A thread reads the inputs of its block, makes the
-R points of it, takes their checksums while a cache still holds them, and writes them past the page cache (O_DIRECT)
-where the file system takes that. There are more threads than cores, so that some write while others compute; no more
-compute at a time than there are cores, since they would only wait for each other. Memory is that of the blocks in hand,
-whatever the size of the model.
+A block is the same range of one file in all R outputs. A thread takes a piece of the file, block after block: it reads
+the inputs, makes the R points, hashes them while a cache still holds them, and writes them past the page cache
+(O_DIRECT) where the file system takes that. There are more threads than cores, so that some write while others compute;
+no more compute at a time than there are cores, since they would only wait for each other. Memory is that of the blocks
+in hand, whatever the size of the model.
 
 Bytes per element of b bytes: reads n*b of n inputs, writes R*b.
 """
@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import math
 import os
-import threading
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import groupby
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -27,12 +24,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused_merge.checkpoints.checksum import add_to, checksums, text
-from fused_merge.checkpoints.disk import DirectFile, aligned, bytes_of, read_into, reading, sync_folder
-from fused_merge.checkpoints.plan import ALIGNMENT, OutputFile, Run
+from fused_merge.checkpoints.checksum import PIECE, hasher
+from fused_merge.checkpoints.disk import DirectFile, aligned, bytes_of, read_into, reading
+from fused_merge.checkpoints.plan import ALIGNMENT, OutputFile, Segment
 from fused_merge.functional import backend
-from fused_merge.io.writer import writing
-from fused_merge.per_tensor import parse_bytes
+from fused_merge.io.writer import sync_folder, writing
 
 # On two cores five threads took 3.0 s, three 3.7, four 3.4 and six, in more memory, 2.9
 # (`python bench/bench_checkpoints.py --size 0.5 --work DIR --settings`).
@@ -62,26 +58,17 @@ class Resources(NamedTuple):
     impl: str
 
     @classmethod
-    def of(cls, threads: int | None, max_memory: int | str | None, device: str | torch.device, impl: str) -> Resources:
-        """Return what options allow; see `Job.run`.
-
-        Raises:
-            ValueError: if an option is out of range.
-            RuntimeError: if `impl` cannot run on `device`.
-        """
+    def of(cls, threads: int | None, max_memory: int | None, device: str | torch.device, impl: str) -> Resources:
+        """Return what `RunOptions` allow; ValueError or RuntimeError if `impl` cannot run on `device`."""
         where = backend.check_device(device)
         impl = backend.check_impl(impl)
         if backend.resolve(impl, where) != "triton":
             # Compiled code would start threads of its own in each of a stream.
             impl = "eager"
-        if threads is None:
-            threads = math.ceil(_THREADS_PER_CORE * _cores())
-        if threads < 1:
-            raise ValueError(f"threads must be at least 1, got {threads}")
+        threads = math.ceil(_THREADS_PER_CORE * _cores()) if threads is None else threads
         # Those that a GPU computes for wait for its copies meanwhile.
         computing = threads if where.type == "cuda" else min(threads, _cores())
-        memory = _MEMORY if max_memory is None else parse_bytes(max_memory, what="max_memory")
-        return cls(threads, computing, memory, where, impl)
+        return cls(threads, computing, _MEMORY if max_memory is None else max_memory, where, impl)
 
     @property
     def scratch(self) -> int:
@@ -89,29 +76,25 @@ class Resources(NamedTuple):
         return _SCRATCH if self.device.type == "cpu" else 0
 
     def block_size(self, outputs: int, input_bytes: float) -> int:
-        """Return the bytes of a block of one output.
+        """Return the bytes of a block of one of R outputs; ValueError if not even the smallest fits.
 
         Args:
             outputs: R.
             input_bytes: bytes of all inputs for each byte of an output, at most.
-
-        Raises:
-            ValueError: if not even the smallest block fits.
         """
         held = self.threads * outputs + self.computing * (input_bytes + self.scratch)
         most = self.memory / held
         if most < ALIGNMENT:
-            needed = held * ALIGNMENT
             raise ValueError(
                 f"max_memory of {self.memory} bytes is too little for {self.threads} threads and {outputs} outputs; "
-                f"allow {math.ceil(needed / 1e6)} MB or take fewer threads"
+                f"allow {math.ceil(held * ALIGNMENT / 1e6)} MB or take fewer threads"
             )
         return min(_LARGEST_BLOCK, int(most) // ALIGNMENT * ALIGNMENT)
 
 
 def write_file(
     file: OutputFile, paths: Sequence[Path], resources: Resources, advance: Callable[[int], None]
-) -> dict[str, list[str]]:
+) -> list[list[str]]:
     """Write one file of every output, under their names only when all are whole and on the disk.
 
     Args:
@@ -121,33 +104,27 @@ def write_file(
         advance: called with the bytes just written, from any thread.
 
     Returns:
-        For each tensor its checksum in each output.
+        For each output the digests of its pieces; see `fused_merge.checkpoints.checksum`.
 
     Raises:
         OSError: if an input vanished or changed, or an output cannot be written; nothing of the file is left.
     """
     parts = [path.with_name(path.name + ".part") for path in paths]
-    input_bytes = max((_input_bytes(run) for run in file.runs), default=0.0)
-    block = resources.block_size(len(paths), input_bytes)
-    size = len(file.header) + file.nbytes
-    totals: dict[str, Tensor] = {}
     try:
         for path in paths:
             with writing(path):
                 # A disk need not hold both.
                 path.unlink(missing_ok=True)
         with ExitStack() as stack:
-            sources = {
-                path: stack.enter_context(reading(path))
-                for path in sorted({extent.file for run in file.runs for extent in run.part.inputs})
-            }
-            outputs = [stack.enter_context(DirectFile(path, part)) for path, part in zip(paths, parts, strict=True)]
-            made, desks = _buffers(file, len(outputs), block, input_bytes, resources)
-            stream = _Stream(file, sources, outputs, block, desks, resources, advance)
-            with workers(resources.threads) as pool, _Shared(range(0, size, block)) as blocks:
-                for own in pool.map(stream.run, [blocks] * resources.threads, made):
-                    add_to(totals, own.items())
-                list(pool.map(lambda output: output.finish(size), outputs))
+            inputs = sorted({place.file for segment in file.segments for place in segment.inputs})
+            sources = {path: stack.enter_context(reading(path)) for path in inputs}
+            outputs = [
+                stack.enter_context(DirectFile(path, part, file.size)) for path, part in zip(paths, parts, strict=True)
+            ]
+            stream = _Stream(file, sources, outputs, resources, advance)
+            with workers(resources.threads) as pool:
+                digests = list(pool.map(stream.write_piece, range(0, file.size, PIECE)))
+                list(pool.map(DirectFile.finish, outputs))
         for part, path in zip(parts, paths, strict=True):
             with writing(path):
                 part.replace(path)
@@ -157,166 +134,101 @@ def write_file(
             with suppress(OSError):
                 path.unlink(missing_ok=True)
         raise
-    # Tensors without elements are in no block.
-    nothing = torch.zeros(len(paths), 2, dtype=torch.int64)
-    return {name: text(totals.get(name, nothing)) for name in file.entries}
+    return [list(own) for own in zip(*digests, strict=True)]
 
 
-def probe(files: Sequence[OutputFile], outputs: int, place: Path, *, computing: bool) -> float | None:
-    """Estimate the seconds that a stream takes, from a moment of writing and a moment of computing.
+class _Stream:
+    """One file on its way, written by many threads."""
 
-    Writes 64 MiB into a file without a name in the folder `place`, and computes with zeros.
+    def __init__(
+        self,
+        file: OutputFile,
+        sources: Mapping[Path, int],
+        outputs: Sequence[DirectFile],
+        resources: Resources,
+        advance: Callable[[int], None],
+    ) -> None:
+        self._file = file
+        self._sources = sources
+        self._outputs = outputs
+        self._resources = resources
+        self._advance = advance
+        input_bytes = max((_input_bytes(segment) for segment in file.segments), default=0.0)
+        self._block = block = resources.block_size(len(outputs), input_bytes)
+        # Room for blocks of the outputs, `[R, block]`, for each thread; for inputs only for those that compute.
+        written = resources.threads * len(outputs) * block
+        most = max((len(segment.inputs) for segment in file.segments), default=0)
+        scratch = resources.scratch * block
+        computing = -(-int(input_bytes * block) // ALIGNMENT) * ALIGNMENT + most * ALIGNMENT + scratch
+        room = aligned(written + resources.computing * computing, pinned=resources.device.type == "cuda")
+        self._output_buffers: SimpleQueue[Tensor] = SimpleQueue()
+        for own in room[:written].view(resources.threads, len(outputs), block):
+            self._output_buffers.put(own)
+        self._input_buffers: SimpleQueue[_InputBuffers] = SimpleQueue()
+        for own in room[written:].view(resources.computing, computing):
+            self._input_buffers.put(_InputBuffers(own, scratch, resources.device))
 
-    Args:
-        files: of each output.
-        outputs: R.
-        place: a folder on the disk of the outputs.
-        computing: whether the rules can compute yet.
-
-    Returns:
-        Seconds, or None where there cannot be such files.
-    """
-    block = torch.randint(256, (_LARGEST_BLOCK,), dtype=torch.uint8)
-    total = sum(file.nbytes for file in files)
-    longest = max((run for file in files for run in file.runs), key=lambda run: run.part.numel, default=None)
-    try:
-        handle = os.open(place, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except (OSError, AttributeError):
-        return None
-    try:
-        begun = time.perf_counter()
-        for at in range(0, 64 * _LARGEST_BLOCK, _LARGEST_BLOCK):
-            os.pwrite(handle, bytes_of(block), at)
-        os.fsync(handle)
-        seconds = (time.perf_counter() - begun) / 64 * outputs * total / _LARGEST_BLOCK
-    except OSError:
-        return None
-    finally:
-        os.close(handle)
-    if computing and longest is not None:
-        block_size = min(_LARGEST_BLOCK, 64 * _LARGEST_BLOCK // outputs)
-        numel = min(longest.part.numel, block_size // longest.dtype.itemsize)
-        inputs = [torch.zeros(numel, dtype=extent.dtype) for extent in longest.part.inputs]
-        outs = [torch.empty(numel, dtype=longest.dtype) for _ in range(outputs)]
-        begun = time.perf_counter()
-        longest.part.rule(inputs, outs, 0, "auto", None)
-        taken = time.perf_counter() - begun
-        seconds = max(seconds, taken * total / (numel * longest.dtype.itemsize))
-    return seconds
-
-
-class _Clip(NamedTuple):
-    """What of a run lies in a block."""
-
-    run: Run
-    skipped: int  # elements of the run before the block
-    numel: int
-    start: int  # byte in the block
-
-    def joins(self) -> tuple[object, ...]:
-        """Return what adjacent clips must share to be computed together."""
-        return self.run.part.rule, self.run.dtype, tuple(extent.dtype for extent in self.run.part.inputs)
-
-
-class _Stream(NamedTuple):
-    """One file on its way; every thread runs `run`."""
-
-    file: OutputFile
-    sources: Mapping[Path, int]
-    outputs: Sequence[DirectFile]
-    block: int
-    desks: SimpleQueue[_Desk]  # one for each that may compute at a time
-    resources: Resources
-    advance: Callable[[int], None]
-
-    def run(self, blocks: _Shared, made: Tensor) -> dict[str, Tensor]:
-        """Make and write blocks until none is left.
-
-        Args:
-            blocks: where they begin, shared by all threads.
-            made: uint8 `[R, block]`, room for a block of each output that is of this thread alone.
-
-        Returns:
-            The checksums of what was written.
-        """
+    def write_piece(self, start: int) -> list[str]:
+        """Make and write the piece that begins at a byte of the file, block by block; returns its digests."""
+        hashers = [hasher() for _ in self._outputs]
+        end = min(start + PIECE, self._file.size)
+        made = self._output_buffers.get()
         try:
-            totals: dict[str, Tensor] = {}
-            for at in blocks:
-                end = min(at + self.block, len(self.file.header) + self.file.nbytes)
-                desk = self.desks.get()
+            for at in range(start, end, self._block):
+                blocks = [bytes_of(block)[: end - at] for block in made]
+                buffers = self._input_buffers.get()
                 try:
-                    add_to(totals, self._fill(at, end, desk, made))
+                    self._fill(at, min(at + self._block, end), buffers, made)
+                    for own, block in zip(hashers, blocks, strict=True):
+                        own.update(block)
                 finally:
-                    self.desks.put(desk)
-                for output, block in zip(self.outputs, made, strict=True):
-                    output.write(bytes_of(block), at, end - at)
-                self.advance((end - at) * len(self.outputs))
-            return totals
-        except BaseException:
-            blocks.stop()
-            raise
+                    self._input_buffers.put(buffers)
+                for output, block in zip(self._outputs, made, strict=True):
+                    output.write(bytes_of(block), at, len(blocks[0]))
+                self._advance(len(blocks[0]) * len(blocks))
+        finally:
+            self._output_buffers.put(made)
+        return [own.hexdigest() for own in hashers]
 
-    def _fill(self, at: int, end: int, desk: _Desk, made: Tensor) -> list[tuple[str, Tensor]]:
+    def _fill(self, at: int, end: int, buffers: _InputBuffers, made: Tensor) -> None:
         """Fill `made`, a block of each output, with bytes [at, end) of the file."""
-        header = len(self.file.header)
+        header = len(self._file.header)
         if at < header:
-            text = torch.frombuffer(bytearray(self.file.header[at:end]), dtype=torch.uint8)
+            text = torch.frombuffer(bytearray(self._file.header[at:end]), dtype=torch.uint8)
             made[:, : len(text)] = text
-        pieces = []
-        for _, group in groupby(self._clips(at - header, end - header), _Clip.joins):
-            clips = list(group)
-            self._compute(clips, desk, made)
-            pieces += [self._piece(clip, made) for clip in clips]
-        return pieces
+        segments, start, end = self._file.segments, at - header, end - header
+        for segment in segments[max(0, bisect_right(segments, start, key=lambda segment: segment.start) - 1) :]:
+            if segment.start >= end:
+                break
+            size = segment.dtype.itemsize
+            skipped = max(0, start - segment.start) // size
+            numel = min(segment.numel, -(-(end - segment.start) // size)) - skipped
+            if numel > 0:
+                place = segment.start + skipped * size - start
+                outs = list(made[:, place : place + numel * size].view(segment.dtype))
+                self._compute(segment, skipped, buffers, outs)
 
-    def _clips(self, start: int, end: int) -> Iterator[_Clip]:
-        """Yield what of the runs lies in [start, end) of the data."""
-        runs = self.file.runs
-        for run in runs[max(0, bisect_right(runs, start, key=lambda run: run.start) - 1) :]:
-            if run.start >= end:
-                return
-            size = run.dtype.itemsize
-            skipped = max(0, start - run.start) // size
-            count = min(run.part.numel, -(-(end - run.start) // size)) - skipped
-            if count > 0:
-                yield _Clip(run, skipped, count, run.start + skipped * size - start)
-
-    def _compute(self, clips: Sequence[_Clip], desk: _Desk, made: Tensor) -> None:
-        """Read the inputs of clips of one kind and make their outputs."""
-        run, count = clips[0].run, sum(clip.numel for clip in clips)
-        inputs = desk.take([extent.dtype for extent in run.part.inputs], count)
-        for i, tensor in enumerate(inputs):
-            view = bytes_of(tensor)
-            filled = 0
-            for clip in clips:
-                extent = clip.run.part.inputs[i]
-                nbytes = clip.numel * extent.dtype.itemsize
-                offset = extent.offset + clip.skipped * extent.dtype.itemsize
-                read_into(self.sources[extent.file], extent.file, view[filled : filled + nbytes], offset)
-                filled += nbytes
-        place = slice(clips[0].start, clips[0].start + count * run.dtype.itemsize)
-        outs = list(made[:, place].view(run.dtype))
-        first = run.first + clips[0].skipped
-        if desk.stream is None:
-            run.part.rule(inputs, outs, first, self.resources.impl, desk.scratch)
+    def _compute(self, segment: Segment, skipped: int, buffers: _InputBuffers, outs: Sequence[Tensor]) -> None:
+        """Make elements of a segment: as many as fit `outs`, after those that are skipped."""
+        inputs = buffers.take([place.dtype for place in segment.inputs], outs[0].numel())
+        for tensor, place in zip(inputs, segment.inputs, strict=True):
+            offset = place.offset + skipped * place.dtype.itemsize
+            read_into(self._sources[place.file], place.file, bytes_of(tensor), offset)
+        first, impl = segment.first + skipped, self._resources.impl
+        if buffers.stream is None:
+            segment.rule(inputs, outs, first, impl, buffers.scratch)
             return
         # Other threads read, write and compute while this one waits for its copies.
-        with torch.cuda.stream(desk.stream):
-            there = [tensor.to(self.resources.device, non_blocking=True) for tensor in inputs]
-            points = [torch.empty_like(out, device=self.resources.device) for out in outs]
-            run.part.rule(there, points, first, self.resources.impl, None)
+        with torch.cuda.stream(buffers.stream):
+            there = [tensor.to(self._resources.device, non_blocking=True) for tensor in inputs]
+            points = [torch.empty_like(out, device=self._resources.device) for out in outs]
+            segment.rule(there, points, first, impl, None)
             for out, point in zip(outs, points, strict=True):
                 out.copy_(point, non_blocking=True)
-            desk.stream.synchronize()
-
-    def _piece(self, clip: _Clip, made: Tensor) -> tuple[str, Tensor]:
-        """Return what a clip adds to the checksums of its tensor."""
-        size = clip.run.dtype.itemsize
-        piece = made[:, clip.start : clip.start + clip.numel * size]
-        return clip.run.name, checksums(piece, (clip.run.first + clip.skipped) * size)
+            buffers.stream.synchronize()
 
 
-class _Desk:
+class _InputBuffers:
     """What a thread holds while it computes: the inputs of a block, and room for temporaries."""
 
     def __init__(self, room: Tensor, scratch: int, device: torch.device) -> None:
@@ -335,32 +247,6 @@ class _Desk:
         return taken
 
 
-class _Shared:
-    """An iterator that many threads take from, until one of them stops it."""
-
-    def __init__(self, values: range) -> None:
-        self._values = iter(values)
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> _Shared:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def __iter__(self) -> _Shared:
-        return self
-
-    def __next__(self) -> int:
-        with self._lock:
-            return next(self._values)
-
-    def stop(self) -> None:
-        """Let nobody take any more."""
-        with self._lock:
-            self._values = iter(range(0))
-
-
 @contextmanager
 def workers(threads: int) -> Iterator[ThreadPoolExecutor]:
     """Run threads whose torch operations stay in them: each is a worker already."""
@@ -376,26 +262,11 @@ def workers(threads: int) -> Iterator[ThreadPoolExecutor]:
             torch.set_num_threads(before)
 
 
-def _buffers(
-    file: OutputFile, outputs: int, block: int, input_bytes: float, resources: Resources
-) -> tuple[Tensor, SimpleQueue[_Desk]]:
-    """Return room for the outputs, uint8 `[threads, R, block]`, and the desks of those who compute."""
-    written = resources.threads * outputs * block
-    most = max((len(run.part.inputs) for run in file.runs), default=0)
-    scratch = resources.scratch * block
-    desk = -(-int(input_bytes * block) // ALIGNMENT) * ALIGNMENT + most * ALIGNMENT + scratch
-    room = aligned(written + resources.computing * desk, pinned=resources.device.type == "cuda")
-    desks: SimpleQueue[_Desk] = SimpleQueue()
-    for own in room[written:].view(resources.computing, desk):
-        desks.put(_Desk(own, scratch, resources.device))
-    return room[:written].view(resources.threads, outputs, block), desks
-
-
 def _cores() -> int:
     """Return the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _input_bytes(run: Run) -> float:
+def _input_bytes(segment: Segment) -> float:
     """Return how many bytes of inputs a byte of an output takes."""
-    return sum(extent.dtype.itemsize for extent in run.part.inputs) / run.dtype.itemsize
+    return sum(place.dtype.itemsize for place in segment.inputs) / segment.dtype.itemsize

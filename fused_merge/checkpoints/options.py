@@ -1,118 +1,110 @@
-"""The options of jobs on checkpoints: what each means, how it is checked and what the command line says of it.
+"""The options of checkpoint jobs.
 
-Nothing here waits for torch, so that the command line can show its help at once.
+This module imports no torch, so that the command line can show its help at once.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
-from fused_merge.options import Option, one_of
+from fused_merge.options import Option, at_least, definition, one_of, optional, options_of
+from fused_merge.per_tensor import parse_bytes, parse_dtype
+from fused_merge.progress import ProgressOption
 
 if TYPE_CHECKING:
     import torch
 
 
 def _check_dtype(name: str, dtype: Any) -> Any:
-    from fused_merge.per_tensor import parse_dtype
-
     return parse_dtype(dtype, what=name)
 
 
-def _check_bytes(name: str, size: int | str | None) -> int | None:
-    from fused_merge.per_tensor import parse_bytes
-
-    return None if size is None else parse_bytes(size, what=name)
+def _check_bytes(name: str, size: int | str) -> int:
+    return parse_bytes(size, what=name)
 
 
-def _check_threads(name: str, threads: int | None) -> int | None:
-    if threads is not None and threads < 1:
-        raise ValueError(f"{name} must be at least 1, got {threads}")
-    return threads
+@definition
+class FileOptions(TypedDict, total=False):
+    """The options of every job that writes model folders.
 
+    Options:
+        max_shard_size: largest size of a file, such as `"5GB"`; None writes the files of the base.
+        overwrite: replace what exists, and drop what another job left unfinished.
+    """
 
-class PlanOptions(TypedDict, total=False):
-    """What is written: the options of a job that its outputs depend on."""
-
-    dtype: Annotated[
-        "torch.dtype | str | None",
-        Option(
-            None,
-            'of the floating tensors written, e.g. `"bfloat16"`; None is that of the inputs, which must agree.',
-            _check_dtype,
-            {"help": "bfloat16, float16, float32 or float64.", "show_default": "as stored"},
-        ),
-    ]
-    unmatched: Annotated[
-        str,
-        Option(
-            "refuse",
-            'what becomes of tensors that not all checkpoints hold: `"refuse"`, `"copy"` (to every output) or `"drop"`.',
-            one_of("refuse", "copy", "drop"),
-            {"help": "Tensors that not all checkpoints hold: refuse, copy or drop."},
-        ),
-    ]
-    align_vocabulary: Annotated[
-        bool,
-        Option(
-            False,
-            "accept embeddings with other numbers of rows. The output has as many as the model that `files_from` "
-            "names; rows that only this one has are copied.",
-            cli={"help": "Copy rows of embeddings that only one checkpoint has."},
-        ),
-    ]
     max_shard_size: Annotated[
         "int | str | None",
-        Option(
-            None,
-            'write files of at most so many bytes, e.g. `"5GB"`; None has the files of the base.',
-            _check_bytes,
-            {"help": "Largest file to write, such as 5GB.", "metavar": "SIZE", "show_default": "sharded as the base"},
-        ),
+        Option(None, optional(_check_bytes), cli={"metavar": "SIZE", "show_default": "the files of the base"}),
     ]
-    overwrite: Annotated[
-        bool,
-        Option(
-            False,
-            "replace folders that exist, and drop what another job left unfinished.",
-            cli={"help": "Replace what exists."},
-        ),
-    ]
+    overwrite: Annotated[bool, Option(False, cli={})]
 
 
-class RunOptions(TypedDict, total=False):
-    """How it is written: the options of a job that its outputs do not depend on."""
+@definition
+class PlanOptions(FileOptions, total=False):
+    """The options that decide what a job writes.
+
+    Options:
+        dtype: dtype of the floating tensors written: `"bfloat16"`, `"float16"`, `"float32"` or `"float64"`; None is
+            that of the inputs, which must agree.
+        unmatched: what happens to tensors that not all checkpoints hold: `"refuse"`, `"copy"` or `"drop"`; a copy goes
+            to every output, from the model that `files_from` names, else from the first that holds the tensor.
+        align_vocabulary: accept embeddings with other numbers of rows; the output has as many as the model that
+            `files_from` names, and rows that only this one has are copied.
+    """
+
+    dtype: Annotated["torch.dtype | str | None", Option(None, _check_dtype, cli={"show_default": "as stored"})]
+    unmatched: Annotated[str, Option("refuse", one_of("refuse", "copy", "drop"), cli={})]
+    align_vocabulary: Annotated[bool, Option(False, cli={})]
+
+
+@definition
+class StreamOptions(ProgressOption, total=False):
+    """The options that decide how any job runs; its outputs do not depend on them.
+
+    Options:
+        threads: threads that read, compute and write; None is five for every two cores.
+        max_memory: memory limit for all buffers, such as `"256MB"`; None is 80 MiB. It depends neither on the number of
+            outputs nor on the size of the model.
+        device: where to compute, such as `"cuda:0"`.
+        verify: read back all that was written and compare it with its checksums, before it gets its name.
+    """
 
     threads: Annotated[
-        "int | None",
-        Option(
-            None,
-            "threads that read, compute and write; None is five for every two cores.",
-            _check_threads,
-            {"help": "Threads that read, compute and write.", "show_default": "5 for 2 cores"},
-        ),
+        "int | None", Option(None, optional(at_least(1)), cli={"min": 1, "show_default": "5 for 2 cores"})
     ]
     max_memory: Annotated[
-        "int | str | None",
-        Option(
-            None,
-            'memory limit for all buffers, in bytes or as in `"256MB"`; None is 80 MiB. It depends neither on the '
-            "number of outputs nor on the size of the model.",
-            _check_bytes,
-            {"help": "Memory limit for all buffers, such as 256MB.", "metavar": "SIZE", "show_default": "80MiB"},
-        ),
+        "int | str | None", Option(None, optional(_check_bytes), cli={"metavar": "SIZE", "show_default": "80MiB"})
     ]
-    device: Annotated[
-        "str | torch.device",
-        Option("cpu", '`"cpu"`, or `"cuda"` to compute on a GPU.', cli={"help": "Where to compute, such as cuda:0."}),
-    ]
-    impl: Annotated[str, Option("auto", '`"auto"`, `"triton"` or `"eager"`.', cli={"help": "auto, triton or eager."})]
-    verify: Annotated[
-        bool,
-        Option(
-            False,
-            "read everything from the disk again, and compare it with its checksums, before it gets its name.",
-            cli={"help": "Read back and compare all that was written."},
-        ),
-    ]
-    progress: Annotated[
-        bool, Option(True, "show a progress bar where rich is installed and standard error is a terminal.")
-    ]
+    device: Annotated["str | torch.device", Option("cpu", cli={})]
+    verify: Annotated[bool, Option(False, cli={})]
+
+
+@definition
+class RunOptions(StreamOptions, total=False):
+    """All options of `Job.run`.
+
+    Options:
+        impl: what computes: `"auto"`, `"triton"` or `"eager"`.
+    """
+
+    impl: Annotated[str, Option("auto", cli={})]
+
+
+@definition
+class InterpolatePlanOptions(PlanOptions, total=False):
+    """The options that decide what `interpolate_checkpoints` writes.
+
+    Options:
+        files_from: model whose configuration and tokenizer go along: `"tuned"` or `"base"`.
+    """
+
+    files_from: Annotated[str, Option("tuned", one_of("base", "tuned"), cli={})]
+
+
+class InterpolateOptions(InterpolatePlanOptions, RunOptions, total=False):
+    """All options of `interpolate_checkpoints`."""
+
+
+def described(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the resolved options of a plan that its outputs depend on, as a recipe in JSON holds them."""
+    content = {name: plan[name] for name in options_of(PlanOptions) if name != "overwrite"}
+    return content | {"dtype": None if plan["dtype"] is None else str(plan["dtype"]).removeprefix("torch.")}

@@ -1,6 +1,6 @@
 """What is to be written, down to the byte, before any of it is.
 
-A plan knows every output file: its header, and the runs of elements that fill its data, each with the place of its
+A plan knows every output file: its header, and the segments of elements that fill its data, each with the place of its
 inputs and the rule that makes it of them. Nothing here reads a tensor or writes a file.
 """
 
@@ -14,18 +14,14 @@ import torch
 from torch import Tensor
 
 from fused_merge.io.headers import Entry, encode_header
-from fused_merge.io.sources import SINGLE_FILE, Extent
+from fused_merge.io.sources import SINGLE_FILE, FileRange
 
 # Data begin and blocks are cut where every file system can write past its cache.
 ALIGNMENT = 4096
 
 
 class Rule(Protocol):
-    """Makes elements of the outputs of the same elements of the inputs.
-
-    A rule that tells elements apart by their place is one object for each tensor; adjacent runs of equal rules are
-    handed over together.
-    """
+    """Makes elements of the outputs of the same elements of the inputs."""
 
     def __call__(
         self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None
@@ -33,7 +29,7 @@ class Rule(Protocol):
         """Compute.
 
         Args:
-            inputs: vectors of n elements, one of each input of the run.
+            inputs: vectors of n elements, one of each input of the segment.
             outs: R vectors of n elements, one of each output: written.
             first: the row-major index of the first element in its tensor.
             impl: `"eager"`, or what is to compute as for `fused_merge.interpolate`.
@@ -41,52 +37,57 @@ class Rule(Protocol):
         """
 
 
-class Pick(NamedTuple):
-    """The rule of what is copied: output k is input `picks[k]`, converted if dtypes differ."""
+class CopyRule(NamedTuple):
+    """The rule of what is copied: output k is input `chosen[k]`, converted if dtypes differ."""
 
-    picks: tuple[int, ...]
+    chosen: tuple[int, ...]
 
     def __call__(
         self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None
     ) -> None:
         """Copy; bit for bit where the dtypes are one."""
-        for out, pick in zip(outs, self.picks, strict=True):
-            # Of booleans a copy would keep no byte but 0 and 1.
-            alike = out.dtype == inputs[pick].dtype
-            source, target = (x.view(torch.uint8) if alike else x for x in (inputs[pick], out))
-            target.copy_(source)
+        for out, chosen in zip(outs, self.chosen, strict=True):
+            source = inputs[chosen]
+            if source.dtype == out.dtype:
+                # Of booleans a copy would keep no byte but 0 and 1.
+                source, out = source.view(torch.uint8), out.view(torch.uint8)
+            out.copy_(source)
 
 
-class Part(NamedTuple):
-    """The next `numel` row-major elements of a tensor, and how they are made."""
+class Segment(NamedTuple):
+    """Row-major elements of a tensor of the output that are made alike.
 
+    Attributes:
+        name: of the tensor.
+        dtype: of the tensor.
+        numel: how many elements.
+        inputs: what they are made of.
+        rule: how.
+        first: the index of the first of them in the tensor.
+        start: the byte of the file's data at which they begin; `lay_out` sets both.
+    """
+
+    name: str
+    dtype: torch.dtype
     numel: int
-    inputs: tuple[Extent, ...]
+    inputs: tuple[FileRange, ...]
     rule: Rule
+    first: int = 0
+    start: int = 0
 
 
 class PlannedTensor(NamedTuple):
-    """A tensor of the output; its parts follow one another and fill it."""
+    """A tensor of the output; its segments follow one another and fill it."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    segments: tuple[Segment, ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes that it takes in each output."""
         return prod(self.shape) * self.dtype.itemsize
-
-
-class Run(NamedTuple):
-    """A part in its place: from byte `start` of the data of its file, and element `first` of its tensor on."""
-
-    name: str
-    dtype: torch.dtype
-    start: int
-    first: int
-    part: Part
 
 
 class OutputFile(NamedTuple):
@@ -96,32 +97,37 @@ class OutputFile(NamedTuple):
         name: of the file.
         header: its first bytes, a multiple of `ALIGNMENT`.
         entries: what the header says.
-        runs: in the order of the data, without gaps.
-        nbytes: of the data.
+        segments: in the order of the data, without gaps.
+        nbytes: bytes of the data.
     """
 
     name: str
     header: bytes
     entries: Mapping[str, Entry]
-    runs: tuple[Run, ...]
+    segments: tuple[Segment, ...]
     nbytes: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return len(self.header) + self.nbytes
 
 
 def lay_out(name: str, tensors: Iterable[PlannedTensor], metadata: Mapping[str, str]) -> OutputFile:
     """Give every tensor its place in one file: the widest dtype first, so that each is aligned."""
     entries: dict[str, Entry] = {}
-    runs: list[Run] = []
+    segments: list[Segment] = []
     place = 0
     for tensor in sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize):
         entries[tensor.name] = Entry(tensor.dtype, tensor.shape, place, place + tensor.nbytes)
         first = 0
-        for part in tensor.parts:
-            if part.numel:
+        for segment in tensor.segments:
+            if segment.numel:
                 start = place + first * tensor.dtype.itemsize
-                runs.append(Run(tensor.name, tensor.dtype, start, first, part))
-            first += part.numel
+                segments.append(segment._replace(first=first, start=start))
+            first += segment.numel
         place += tensor.nbytes
-    return OutputFile(name, encode_header(entries, metadata, multiple=ALIGNMENT), entries, tuple(runs), place)
+    return OutputFile(name, encode_header(entries, metadata, multiple=ALIGNMENT), entries, tuple(segments), place)
 
 
 def shard_by_size(tensors: Sequence[PlannedTensor], most: int) -> dict[str, list[PlannedTensor]]:

@@ -1,9 +1,8 @@
-"""What the options of the command line mean that are neither a word nor a number."""
+"""Values of the command line that are neither a word nor a number: ranges, files of ratios, weighted models."""
 
 from __future__ import annotations
 
 import json
-import re
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,7 +12,7 @@ from typer import BadParameter
 # A ratio, or one for each regular expression on names of tensors.
 Ratio: TypeAlias = "float | dict[str, float]"
 
-# More than this is a slip of the keyboard.
+# A range of more ratios is a typing mistake.
 _MOST = 1000
 
 
@@ -40,7 +39,7 @@ def _range(text: str) -> list[float]:
 
 
 def read_ratios(path: Path) -> dict[str, Ratio]:
-    """Read {folder name: number or {regular expression: number}} from a file: JSON if it says so, else YAML.
+    """Read {folder name: number or {regular expression: number}} from a file: JSON if it is named so, else YAML.
 
     Raises:
         ValueError: if the file holds something else.
@@ -80,14 +79,6 @@ def _read(path: Path) -> Any:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def parse_worker(text: str) -> tuple[int, int]:
-    """Return (i, n) of "i/n"."""
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if found is None or not 1 <= int(found[1]) <= int(found[2]):
-        raise BadParameter(f"{text!r} is not one of n workers; write i/n with i from 1 to n, such as 1/4")
-    return int(found[1]), int(found[2])
 
 
 def parse_model(text: str) -> tuple[str, float]:

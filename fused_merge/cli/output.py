@@ -10,7 +10,6 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from io import StringIO
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,14 +18,14 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from fused_merge.checkpoints.options import InterpolateOptions
+from fused_merge.options import options_of
+
 # What a user or a machine can cause; anything else is a bug.
 _EXPECTED = (ValueError, OSError, RuntimeError, ImportError, MemoryError)
 
-# Arguments of functions that are options of commands, as sentences of the library have them.
-_ARGUMENT = re.compile(
-    r"(?<![\w./\\-])(overwrite|unmatched|align_vocabulary|files_from|max_shard_size|dtype|worker|threads|max_memory"
-    r"|device|impl|verify)=(?:True|'([^']*)'|(\w+))"
-)
+# Options of functions that commands have too, as error sentences of the library write them.
+_ARGUMENT = re.compile(rf"(?<![\w./\\-])({'|'.join(options_of(InterpolateOptions))})=(?:True|'([^']*)'|(\w+))")
 
 
 @contextmanager
@@ -36,7 +35,7 @@ def one_sentence(*, debug: bool, json_output: bool, resumes: bool = False) -> It
     Args:
         debug: show the traceback.
         json_output: print the sentence on standard output too, as `{"error": sentence}`.
-        resumes: whether an interrupted command goes on where it was when it is given again.
+        resumes: whether an interrupted command goes on where it stopped when it is given again.
     """
     try:
         yield
@@ -80,11 +79,11 @@ def _option(argument: re.Match[str]) -> str:
 
 
 def say(text: str) -> None:
-    """Print on standard output; if nobody reads any more, do nothing: what was to be done is done."""
+    """Print on standard output; if nobody reads it any more, do nothing, since the work is done."""
     try:
         print(text, flush=True)
     except OSError as error:
-        # What is left in the buffer would fail again when Python ends.
+        # Text left in the buffer would fail again when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             print(f"error: cannot write to standard output: {error.strerror}", file=sys.stderr)
@@ -92,7 +91,7 @@ def say(text: str) -> None:
 
 
 def say_result(paths: Sequence[Path], document: Any, *, json_output: bool, quiet: bool = False) -> None:
-    """Print what was written: a path a line, or `document` as JSON."""
+    """Print the paths that were written, one per line, or `document` as JSON."""
     if json_output:
         say(json.dumps(document))
     elif not quiet and paths:
@@ -100,7 +99,7 @@ def say_result(paths: Sequence[Path], document: Any, *, json_output: bool, quiet
 
 
 def say_plan(plan: Mapping[str, Any], *, json_output: bool, quiet: bool) -> None:
-    """Print what a job would do; `plan` is what `Job.describe` returns."""
+    """Print what a job would do; `plan` is the result of `Job.describe`."""
     if json_output:
         say(json.dumps(plan))
     elif not quiet:
@@ -117,13 +116,11 @@ def say_plan(plan: Mapping[str, Any], *, json_output: bool, quiet: bool) -> None
         for folder in files:
             table.add_row(folder, str(files[folder]), decimal(sizes[folder]))
         say_table(table)
-        seconds = plan["seconds"]
-        time = "an unknown time" if seconds is None else f"about {timedelta(seconds=max(1, round(seconds)))}"
-        say(f"reads {decimal(plan['bytes_read'])}, writes {decimal(plan['bytes_written'])}, takes {time}")
+        say(f"reads {decimal(plan['bytes_read'])}, writes {decimal(plan['bytes_written'])}")
 
 
 def say_table(table: Table) -> None:
-    """Print a table, as wide as the terminal; without one, so wide that no name is broken."""
+    """Print a table, as wide as the terminal; without a terminal, so wide that no name is broken."""
     terminal = Console().is_terminal
     text = StringIO()
     Console(file=text, force_terminal=terminal, width=None if terminal else 10_000).print(table)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fused_merge.eager.precision import compute_dtype
 from fused_merge.eager.sparse import SparseTensor
 from fused_merge.eager.sparsify import SPARSIFY
-from fused_merge.io.sources import PathLike, SourceLike, TensorSource, match, open_files, open_source
+from fused_merge.io.match import match
+from fused_merge.io.sources import PathLike, SourceLike, TensorSource, open_files, open_source
 
 
 class TensorSpec(NamedTuple):

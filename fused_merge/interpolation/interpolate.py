@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fused_merge import functional
-from fused_merge.io.sources import match, open_source
+from fused_merge.io.match import match
+from fused_merge.io.sources import open_source
 from fused_merge.names import canonical_name
-from fused_merge.per_tensor import Setting, check_ratios, is_tuned, per_tensor
+from fused_merge.per_tensor import PerTensor, check_ratios, is_tuned, per_tensor
 
 # Elements handed over at once: temporaries stay small whatever the tensor.
 _CHUNK = 1 << 20
@@ -23,14 +24,14 @@ def interpolate(base: Tensor, tuned: Tensor, ratios: Sequence[float], *, impl: s
 
 @overload
 def interpolate(
-    base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], ratios: Sequence[Setting], *, impl: str = "auto"
+    base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], ratios: Sequence[PerTensor], *, impl: str = "auto"
 ) -> list[dict[str, Tensor]]: ...
 
 
 def interpolate(
     base: Tensor | Mapping[str, Tensor],
     tuned: Tensor | Mapping[str, Tensor],
-    ratios: Sequence[Setting],
+    ratios: Sequence[PerTensor],
     *,
     impl: str = "auto",
 ) -> Tensor | list[dict[str, Tensor]]:

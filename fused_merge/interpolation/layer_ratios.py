@@ -19,7 +19,7 @@ from fused_merge.io.headers import load_json
 from fused_merge.io.sources import PathLike, open_source
 from fused_merge.io.writer import write_text
 from fused_merge.names import canonical_name, some
-from fused_merge.per_tensor import ByName, Setting, finite, match_keys, per_tensor
+from fused_merge.per_tensor import NamedRatios, PerTensor, finite, match_keys, per_tensor
 
 # A module, a state dict, the path of a checkpoint, or names.
 Names: TypeAlias = "nn.Module | Mapping[str, Tensor] | PathLike | Iterable[str]"
@@ -29,7 +29,7 @@ _KINDS = ("embeddings", "attention", "mlp", "norm", "head", "other")
 _EXPONENT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")
 
 
-class LayerRatios(ByName):
+class LayerRatios(NamedRatios):
     """An immutable mapping from canonical names of tensors to ratios, which are equal within each part of the network.
 
     Taken wherever a ratio is. It may hold more tensors than are interpolated, and must hold those that are.
@@ -155,7 +155,7 @@ class LayerRatios(ByName):
         return cls(parts, ratios.values())
 
     @classmethod
-    def per_tensor(cls, model_or_names: Names, ratio: Setting) -> LayerRatios:
+    def per_tensor(cls, model_or_names: Names, ratio: PerTensor) -> LayerRatios:
         """Make each tensor a part of its own.
 
         Args:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from fused_merge import functional
 from fused_merge.distributed import local_box, local_part, reshard
 from fused_merge.functional.backend import check_impl
-from fused_merge.io.sources import SourceLike, TensorSource, match, open_source, same_bits
-from fused_merge.per_tensor import Setting, is_tuned, per_tensor
+from fused_merge.io.match import match
+from fused_merge.io.sources import SourceLike, TensorSource, open_source, same_bits
+from fused_merge.per_tensor import PerTensor, is_tuned, per_tensor
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -52,7 +53,7 @@ class RatioSweep(Generic[Model]):
             raise TypeError(f"model must be a module, got a {type(model).__name__}; use interpolate for state dicts")
         self.model = model
         self._impl = check_impl(impl)
-        self._ratio: Setting | None = None
+        self._ratio: PerTensor | None = None
         self._base = open_source(base, role="base")
         self._tuned = open_source(tuned, role="tuned")
         weights = self._open_model()
@@ -74,7 +75,7 @@ class RatioSweep(Generic[Model]):
         """The tensors that have a ratio, tied ones once under the model's first name."""
 
     @contextmanager
-    def at(self, ratio: Setting) -> Iterator[Model]:
+    def at(self, ratio: PerTensor) -> Iterator[Model]:
         """Write theta(ratio) into the model for the duration of a `with` block.
 
         On leaving, also by an exception, every weight gets back the bits found on entry. They are kept as a
@@ -110,7 +111,7 @@ class RatioSweep(Generic[Model]):
                     original = original.box(self._source_names[name], local_box(weights[name]))
                 local_part(weights[name]).copy_(original)
 
-    def move_to(self, ratio: Setting) -> None:
+    def move_to(self, ratio: PerTensor) -> None:
         """Write another point of the path into the model, inside `at`: two reads and one write of each weight.
 
         Args:
@@ -139,7 +140,7 @@ class RatioSweep(Generic[Model]):
         return self._base.box(source_name, box).to(device), self._tuned.box(source_name, box).to(device)
 
     def _write(
-        self, weight: Tensor, name: str, ends: tuple[Tensor, Tensor], ratio: Setting, decided: Mapping[str, float]
+        self, weight: Tensor, name: str, ends: tuple[Tensor, Tensor], ratio: PerTensor, decided: Mapping[str, float]
     ) -> None:
         (base, tuned), local = ends, local_part(weight)
         if name not in decided:

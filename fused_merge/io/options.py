@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fused_merge.options import Option
+from fused_merge.options import Option, definition
 from fused_merge.progress import ProgressOption
 
 if TYPE_CHECKING:
@@ -15,16 +15,21 @@ def _check_dtype(name: str, dtype: Any) -> Any:
     return parse_dtype(dtype, what=name)
 
 
+@definition
 class ModelOptions(ProgressOption, total=False):
-    """How the model is loaded and watched."""
+    """How the model is loaded and watched.
 
-    device: Annotated[str, Option("cpu", '`"cpu"` or `"cuda"`.', cli={"help": "Where to compute, such as cuda:0."})]
+    Options:
+        device: `"cpu"` or `"cuda"`.
+        dtype: dtype of the loaded model, e.g. `"bfloat16"`; None is that of the files of `tuned`.
+    """
+
+    device: Annotated[str, Option("cpu", cli={"help": "Where to compute, such as cuda:0."})]
     dtype: Annotated[
         "torch.dtype | str | None",
         Option(
             None,
-            'dtype of the loaded model, e.g. `"bfloat16"`; None is that of the files of `tuned`.',
             _check_dtype,
-            {"type": str, "help": "bfloat16, float16, float32 or float64.", "show_default": "as stored"},
+            cli={"type": str, "help": "bfloat16, float16, float32 or float64.", "show_default": "as stored"},
         ),
     ]

@@ -1,25 +1,23 @@
 """Named tensors from a module, a state dict, a safetensors file or a Hugging Face folder, read one at a time.
 
 `open_source` gives all four the same face: a mapping from canonical names to tensors whose shapes and dtypes
-are known without reading any data. `match` says which tensors two sources have in common. Nothing here ever
-unpickles a file.
+are known without reading any data. Nothing here ever unpickles a file.
 """
 
 from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fused_merge.distributed import is_sharded, local_part
-from fused_merge.io.headers import METADATA, Entry, read_header, read_json
+from fused_merge.io.headers import METADATA, Entry, open_safetensors, read_json
 from fused_merge.names import canonical_name, some
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
@@ -37,8 +35,8 @@ _BIT_PATTERN = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class TensorSource(Mapping[str, Tensor]):
     """Named tensors under canonical names, in the order of their source.
 
-    The mapping holds every name; names that share one tensor are told apart by `aliases`. Treat the tensors
-    as read-only: those of files are mapped and those of modules are the module's own.
+    The mapping holds every name; `aliases` tells which names share one tensor. Treat the tensors as read-only: those of
+    files are mapped and those of modules are the module's own.
 
     Attributes:
         origin: what messages call this source: a path, or what was passed.
@@ -50,26 +48,43 @@ class TensorSource(Mapping[str, Tensor]):
     origin: str
     aliases: Mapping[str, str]
     buffers: frozenset[str]
+    _kinds: dict[str, tuple[torch.Size, torch.dtype]]
 
-    @abstractmethod
+    def __contains__(self, name: object) -> bool:
+        # A mapping's own test would read the tensor.
+        return name in self._kinds
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kinds)
+
+    def __len__(self) -> int:
+        return len(self._kinds)
+
     def shape(self, name: str) -> torch.Size:
         """Return the shape of a tensor; reads no data."""
+        return self._kinds[name][0]
 
-    @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor; reads no data."""
-
-    @abstractmethod
-    def head(self, name: str, n: int) -> Tensor:
-        """Return the first `n` row-major elements, or as many as there are, as a vector; reads no others."""
+        return self._kinds[name][1]
 
     @abstractmethod
     def box(self, name: str, box: tuple[slice, ...] | None) -> Tensor:
-        """Return a box of a tensor, None for all of it; of files nothing else is read."""
+        """Return a box of a tensor, None for all of it; nothing else is read.
 
-    @abstractmethod
+        Of a sharded tensor it returns what this process holds, whatever is asked.
+        """
+
+    def head(self, name: str, n: int) -> Tensor:
+        """Return the first `n` row-major elements, or as many as there are, as a vector.
+
+        Of a file only the rows that hold them are read. Of a sharded tensor they are those of this process.
+        """
+        return self.box(name, _leading(self.shape(name), n)).reshape(-1)[:n]
+
     def files(self) -> tuple[Path, ...]:
         """Return the safetensors files behind this source; none for tensors in memory."""
+        return ()
 
     def is_merged(self, name: str) -> bool:
         """Return whether a tensor takes part in merging; integers and booleans do not.
@@ -103,48 +118,26 @@ class _MemorySource(TensorSource):
             if tensor.layout != torch.strided or tensor.is_meta:
                 kind = "a meta tensor without data" if tensor.is_meta else f"stored as {tensor.layout}"
                 raise ValueError(f"{raw!r} of {origin} is {kind}; pass a dense tensor with its values")
-            name = _add_name(self._tensors, raw, origin)
+            name = _new_name(raw, self._tensors, origin)
             self._tensors[name] = tensor.detach()
             owner = first.setdefault(_location(tensor), name) if tensor.numel() else name
             if owner != name:
                 aliases[name] = owner
         self.aliases = aliases
+        self._kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in self._tensors.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def shape(self, name: str) -> torch.Size:
-        """Return the shape of a tensor."""
-        return self._tensors[name].shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of a tensor."""
-        return self._tensors[name].dtype
-
-    def head(self, name: str, n: int) -> Tensor:
-        """Return the first `n` row-major elements as a vector; of a sharded tensor those of this process."""
-        tensor = local_part(self._tensors[name])
-        return tensor[_leading(tensor.shape, n)].reshape(-1)[:n]
-
     def box(self, name: str, box: tuple[slice, ...] | None) -> Tensor:
-        """Return a box of a tensor, or all of it; of a sharded one what this process holds, whatever is asked."""
+        """Return a box of a tensor, None for all of it."""
         tensor = self._tensors[name]
         if box is None or is_sharded(tensor):
             return local_part(tensor)
         return tensor[box]
 
-    def files(self) -> tuple[Path, ...]:
-        """Return no files."""
-        return ()
 
-
-class Extent(NamedTuple):
+class FileRange(NamedTuple):
     """Where row-major elements lie: they are little-endian, and follow one another from byte `offset` of `file` on."""
 
     file: Path
@@ -174,59 +167,31 @@ class FileSource(TensorSource):
         else:
             folder, listed = path.parent, {path.name: set()}
         self._folder = folder
-        self._headers = {file: read_header(folder / file) for file in listed}
-        self._handles = {file: _open_safetensors(folder / file) for file in listed}
-        self._where: dict[str, tuple[str, str]] = {}
-        for file, header in self._headers.items():
+        self._opened = {file: open_safetensors(folder / file) for file in listed}
+        # Where each tensor is: its file, its name there, and what the header says of it.
+        self._stored: dict[str, tuple[str, str, Entry]] = {}
+        self.shards: dict[str, tuple[str, ...]] = {}
+        for file, (_, header) in self._opened.items():
             if self.index is not None and header.entries.keys() != listed[file]:
                 _raise_index_mismatch(folder, file, listed[file], set(header.entries))
-            for raw in header.entries:
-                self._where[_add_name(self._where, raw, self.origin)] = (file, raw)
-        homes: dict[str, list[str]] = {file: [] for file in listed}
-        for name, (file, _) in self._where.items():
-            homes[file].append(name)
-        self.shards: dict[str, tuple[str, ...]] = {file: tuple(names) for file, names in homes.items()}
-
-    def _entry(self, name: str) -> Entry:
-        file, raw = self._where[name]
-        return self._headers[file].entries[raw]
-
-    def __contains__(self, name: object) -> bool:
-        # A mapping's own test would read the tensor.
-        return name in self._where
+            names = []
+            for raw, entry in header.entries.items():
+                names.append(_new_name(raw, self._stored, self.origin))
+                self._stored[names[-1]] = (file, raw, entry)
+            self.shards[file] = tuple(names)
+        self._kinds = {name: (torch.Size(entry.shape), entry.dtype) for name, (*_, entry) in self._stored.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        file, raw = self._where[name]
-        tensor: Tensor = self._handles[file].get_tensor(raw)
+        file, raw, _ = self._stored[name]
+        tensor: Tensor = self._opened[file][0].get_tensor(raw)
         return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
-
-    def __len__(self) -> int:
-        return len(self._where)
-
-    def shape(self, name: str) -> torch.Size:
-        """Return the shape of a tensor from its header."""
-        return torch.Size(self._entry(name).shape)
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of a tensor from its header."""
-        return self._entry(name).dtype
-
-    def head(self, name: str, n: int) -> Tensor:
-        """Return the first `n` row-major elements as a vector; reads only the rows that hold them."""
-        cut = _leading(self.shape(name), n)
-        file, raw = self._where[name]
-        tensor: Tensor = self._handles[file].get_slice(raw)[cut] if cut else self[name]
-        return tensor.reshape(-1)[:n]
 
     def box(self, name: str, box: tuple[slice, ...] | None) -> Tensor:
         """Return a box of a tensor, reading nothing else, or all of it."""
         if not box:
             return self[name]
-        file, raw = self._where[name]
-        tensor: Tensor = self._handles[file].get_slice(raw)[box]
+        file, raw, _ = self._stored[name]
+        tensor: Tensor = self._opened[file][0].get_slice(raw)[box]
         return tensor
 
     def files(self) -> tuple[Path, ...]:
@@ -235,13 +200,12 @@ class FileSource(TensorSource):
 
     def metadata(self, file: str) -> dict[str, str]:
         """Return the free-form metadata of one of the files in `shards`."""
-        return dict(self._headers[file].metadata)
+        return dict(self._opened[file][1].metadata)
 
-    def extent(self, name: str) -> Extent:
+    def file_range(self, name: str) -> FileRange:
         """Return where in which file the elements of a tensor lie."""
-        file, _ = self._where[name]
-        entry = self._entry(name)
-        return Extent(self._folder / file, self._headers[file].data + entry.start, entry.dtype)
+        file, _, entry = self._stored[name]
+        return FileRange(self._folder / file, self._opened[file][1].data + entry.start, entry.dtype)
 
 
 def open_source(source: SourceLike, *, role: str = "source") -> TensorSource:
@@ -269,7 +233,7 @@ def open_source(source: SourceLike, *, role: str = "source") -> TensorSource:
     if isinstance(source, Mapping):
         return _MemorySource(source.items(), f"{role} (state dict)")
     if isinstance(source, (str, os.PathLike)):
-        return _open_path(Path(source))
+        return open_files(source)
     raise TypeError(f"{role} must be a module, a state dict or a path, got a {type(source).__name__}")
 
 
@@ -281,91 +245,14 @@ def open_files(path: PathLike, *, role: str = "source") -> FileSource:
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"{role} must be the path of a safetensors file or a model folder, not a {type(path).__name__}")
-    return _open_path(Path(path))
-
-
-class Match(NamedTuple):
-    """What two sources have in common.
-
-    Attributes:
-        names: the tensors both hold, in the order of the first source, tied ones once.
-        aliases: every further name of either source -> the one of `names` that holds the same bits.
-        alone: names that only one of them holds; empty unless asked for.
-    """
-
-    names: tuple[str, ...]
-    aliases: dict[str, str]
-    alone: tuple[str, ...] = ()
-
-    def resolve(self, name: str) -> str:
-        """Return the one of `names` that stands for `name`."""
-        return self.aliases.get(name, name)
-
-
-def match(
-    first: TensorSource,
-    second: TensorSource,
-    *,
-    same_dtype: bool = False,
-    any_rows: bool = False,
-    partial: bool = False,
-    ignore: Collection[str] = (),
-) -> Match:
-    """Pair the tensors of two sources by name and verify that they fit.
-
-    A name that only one source holds is accepted if, there, it is bit-equal to a tensor that both hold: tied
-    weights that one checkpoint writes out and the other does not. Reads data only to decide that.
-
-    Args:
-        first: gives the order of the result.
-        second: the other source.
-        same_dtype: also require equal dtypes.
-        any_rows: accept tensors that differ along dim 0 only, as those of other vocabularies do.
-        partial: list the tensors that only one holds instead of refusing them.
-        ignore: names to leave out.
-
-    Raises:
-        ValueError: for missing, extra, reshaped or differently typed tensors; one sentence that names them.
-    """
-    common = [name for name in first if name in second and name not in ignore]
-    changed = {name: text for name in common if (text := _difference(name, first, second, same_dtype, any_rows))}
-    if changed:
-        vocabulary = all(_other_vocabulary(first.shape(name), second.shape(name)) for name in changed)
-        way_out = (
-            "resize one model to the vocabulary of the other"
-            if vocabulary
-            else "both must be of one architecture" + " and one dtype" * same_dtype
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist; give a local .safetensors file or a downloaded Hugging Face folder"
         )
-        raise ValueError(f"{first.origin} and {second.origin} do not match: {some(changed.values())}; {way_out}")
-
-    names: dict[tuple[str, str], str] = {}
-    aliases: dict[str, str] = {}
-    for name in common:
-        # Tied in both sources: one tensor under its first name.
-        owners = (first.aliases.get(name, name), second.aliases.get(name, name))
-        if names.setdefault(owners, name) != name:
-            aliases[name] = names[owners]
-
-    alone: list[str] = []
-    unmatched: list[str] = []
-    for here, there in ((first, second), (second, first)):
-        missing = []
-        lonely = [name for name in here if name not in there and name not in ignore]
-        alike: dict[tuple[object, ...], list[str]] = {}
-        for kept in names.values() if lonely else ():
-            alike.setdefault(_look(here, kept), []).append(kept)
-        for name in lonely:
-            twin = next((kept for kept in alike.get(_look(here, name), ()) if _are_twins(here, name, kept)), None)
-            if twin is None:
-                missing.append(name)
-            else:
-                aliases[name] = twin
-        alone += missing
-        if missing:
-            unmatched.append(f"{there.origin} lacks {some(map(repr, missing))} of {here.origin}")
-    if unmatched and not partial:
-        raise ValueError(f"{'; '.join(unmatched)}; both must hold the same tensors, tied copies apart")
-    return Match(tuple(names.values()), aliases, tuple(alone))
+    if path.is_file() and path.suffix in _PICKLES:
+        raise ValueError(f"{path} is not a safetensors file; {_NEVER_PICKLE}")
+    return FileSource(path)
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -378,7 +265,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b).to(a.device))
 
 
-def _add_name(known: Collection[str], raw: str, origin: str) -> str:
+def _new_name(raw: str, known: Container[str], origin: str) -> str:
+    """Return the canonical name of a tensor that joins those already known."""
     name = canonical_name(raw)
     if name == METADATA:
         raise ValueError(f"{origin} holds {raw!r}, a name that safetensors files keep for their metadata; rename it")
@@ -396,32 +284,12 @@ def _location(tensor: Tensor) -> tuple[object, ...]:
     return (tensor.device, place, tensor.dtype, tensor.shape, tensor.stride())
 
 
-def _leading(shape: torch.Size, n: int) -> tuple[slice, ...]:
-    """Return the smallest box that holds the first `n` row-major elements; empty if that is everything."""
+def _leading(shape: torch.Size, n: int) -> tuple[slice, ...] | None:
+    """Return the smallest box that holds the first `n` row-major elements; None if that is everything."""
     if prod(shape) <= n:
-        return ()
-    box = []
-    for dim in range(len(shape)):
-        inner = prod(shape[dim + 1 :])
-        box.append(slice(0, min(shape[dim], -(-n // inner))))
-    return tuple(box)
-
-
-def _open_path(path: Path) -> FileSource:
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist; give a local .safetensors file or a downloaded Hugging Face folder"
-        )
-    if path.is_file() and path.suffix in _PICKLES:
-        raise ValueError(f"{path} is not a safetensors file; {_NEVER_PICKLE}")
-    return FileSource(path)
-
-
-def _open_safetensors(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a safetensors file ({error}); copy or download it again") from error
+        return None
+    inner = (prod(shape[dim + 1 :]) for dim in range(len(shape)))
+    return tuple(slice(0, min(size, -(-n // each))) for size, each in zip(shape, inner, strict=True))
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, set[str]]]:
@@ -464,34 +332,3 @@ def _raise_index_mismatch(folder: Path, file: str, listed: set[str], stored: set
         else f"does not list {some(unlisted)}, which {file} holds"
     )
     raise ValueError(f"{folder / INDEX_FILE} {fault}; index and shards must come from one download")
-
-
-def _difference(name: str, first: TensorSource, second: TensorSource, same_dtype: bool, any_rows: bool) -> str | None:
-    """Return how the two tensors called `name` differ in kind, or None."""
-    shapes = first.shape(name), second.shape(name)
-    rows_apart = len(shapes[0]) == len(shapes[1]) > 0 and shapes[0][1:] == shapes[1][1:]
-    if shapes[0] != shapes[1] and not (any_rows and rows_apart):
-        return f"{name!r} is {list(shapes[0])} and {list(shapes[1])}"
-    dtypes = first.dtype(name), second.dtype(name)
-    if first.is_merged(name) != second.is_merged(name) or (same_dtype and dtypes[0] != dtypes[1]):
-        return f"{name!r} is {dtypes[0]} and {dtypes[1]}"
-    return None
-
-
-def _other_vocabulary(a: torch.Size, b: torch.Size) -> bool:
-    return len(a) > 1 and a[1:] == b[1:] and a[0] != b[0]
-
-
-def _look(source: TensorSource, name: str) -> tuple[object, ...]:
-    """Return what twins have in common, from the beginning of a tensor alone."""
-    head = bits(source.head(name, 1024).contiguous()).cpu().numpy().tobytes()
-    return source.shape(name), source.dtype(name), head
-
-
-def _are_twins(source: TensorSource, name: str, other: str) -> bool:
-    """Return whether two tensors that look alike are tied weights, by storage or bit for bit."""
-    if source.aliases.get(name, name) == source.aliases.get(other, other):
-        return True
-    pattern = bits(source[name]).flatten()
-    # Fresh norms and biases are constant and equal one another by accident.
-    return bool((pattern != pattern[:1]).any()) and same_bits(source[name], source[other])

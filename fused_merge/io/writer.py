@@ -1,11 +1,12 @@
-"""Files that get their names when they are whole: safetensors, written tensor by tensor, and texts."""
+"""Files that get their names when they are whole: safetensors, written tensor by tensor, and small ones."""
 
 from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
@@ -26,11 +27,10 @@ _LONGEST = 2**63 - 1
 class SafetensorsWriter:
     """Writes a safetensors file one tensor at a time; memory stays at the tensor in hand.
 
-    Used as a context manager. Everything goes to `PATH.part` beside the file, which takes its name when the
-    block ends well and is removed when it does not. The room for the header is reserved from the manifest;
-    the header itself is written last, so that the length of a vector may be left open until then. Tensors of
-    known size lie first, widest dtype first as in files of safetensors itself, so that each is aligned;
-    vectors of open length follow in the order in which they are written.
+    Used as a context manager. Everything goes to `PATH.part` beside the file, which takes its name when the block ends
+    well and is removed when it does not. Room for the header is reserved from the manifest; the header is written last,
+    so that the length of a vector may be left open until then. Tensors of known size lie first, widest dtype first, so
+    that each is aligned; vectors of open length follow in the order in which they are written.
 
     Args:
         path: the file to write; an existing one is replaced at the end.
@@ -117,11 +117,16 @@ class SafetensorsWriter:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file whole: beside its name, waited for until it is on the disk, and renamed.
+    """Write a small file of UTF-8 whole; see `write_whole`."""
+    write_whole(path, text.encode())
+
+
+def write_whole(path: Path, content: bytes | Path) -> None:
+    """Write a small file, or copy one: beside its name, waited for until it is on the disk, and renamed.
 
     Args:
         path: the file; an existing one is replaced, and missing folders are made.
-        text: what it is to hold, written as UTF-8.
+        content: what it is to hold, or the file to copy.
 
     Raises:
         OSError: if it cannot be written; the sentence names the file, which stays as it was.
@@ -130,13 +135,33 @@ def write_text(path: Path, text: str) -> None:
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
+            if isinstance(content, Path):
+                shutil.copyfile(content, part)
+            else:
+                part.write_bytes(content)
+            with part.open("rb") as file:
                 os.fsync(file.fileno())
             part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+            sync_folder(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Return the size of a file and when it was changed."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 @contextmanager

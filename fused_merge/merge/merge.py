@@ -1,8 +1,8 @@
 """Several finished models merged into one folder, streamed: the methods of `fused_merge.eager.merge` on checkpoints.
 
-Most methods are elementwise and take one read. What a tensor or a model as a whole decides is found before, in reads
-of its own: for a trim the k-th largest magnitude, exactly, from histograms of the integer patterns of magnitudes, 16
-bits a read; for slerp two norms and an inner product. Memory is that of blocks and histograms.
+Most methods are elementwise and take one read. What a whole tensor or a whole model decides is found before, in reads
+of its own: for a trim the exact k-th largest magnitude, from histograms of the integer patterns of magnitudes, 16 bits
+a read; for slerp two norms and an inner product. Memory is that of blocks and histograms.
 """
 
 from __future__ import annotations
@@ -12,103 +12,90 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from fused_merge.checkpoints.align import AlignedTensor, Span, align, lay_out_files
+from fused_merge.checkpoints.align import AlignedSegment, AlignedTensor, align, lay_out_files
 from fused_merge.checkpoints.engine import Resources, workers
 from fused_merge.checkpoints.folders import describe_source
 from fused_merge.checkpoints.job import Job, Output, job_of
-from fused_merge.checkpoints.plan import OutputFile, Pick, Rule, Run
-from fused_merge.eager.merge import check_coefficients, merge, merge_method, slerp_coefficients
+from fused_merge.checkpoints.options import StreamOptions, described
+from fused_merge.checkpoints.plan import CopyRule, OutputFile, Rule, Segment
+from fused_merge.eager.merge import mask_key, merge_block, slerp_coefficients
+from fused_merge.eager.precision import compute_dtype
 from fused_merge.eager.shard import ShardIndex
 from fused_merge.eager.sparsify import kept_count
-from fused_merge.io.sources import Extent, FileSource, PathLike, open_files
-from fused_merge.merge.mergekit import Coefficients, MergeRecipe, read_mergekit
+from fused_merge.io.sources import PathLike, open_files
+from fused_merge.merge.options import MergeOptions, MergePlanOptions
 from fused_merge.merge.whole_tensors import Advance, Map, Pair, inner_products, kth_magnitude, reads_of_kth
+from fused_merge.methods import MergeMethod, check_coefficients, merge_method
 from fused_merge.names import some
-from fused_merge.per_tensor import Setting, finite, parse_bytes, parse_dtype, per_tensor, plain
+from fused_merge.options import documented, resolve, split
+from fused_merge.per_tensor import PerTensor, per_tensor, plain
 
-# Elements that are merged at once, to keep temporaries in a cache.
-_PIECE = 1 << 16
-TRIMS = ("tensor", "model")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# Elements that are merged at once, so that temporaries stay in a cache.
+_BLOCK = 1 << 16
+
+
+class Coefficients(NamedTuple):
+    """The weights and densities of one tensor, checked for the method of the merge."""
+
+    weights: tuple[float, ...]  # one per model, in the order of the models; for slerp t alone
+    densities: tuple[float, ...] | None  # one per model; None keeps everything
 
 
 @dataclass(frozen=True)
-class Merge:
+class MergeTensorRule:
     """The rule of one tensor that is merged; see `fused_merge.eager.merge.merge`.
 
     Attributes:
-        name: of the tensor.
-        method: a key of `MERGE_METHODS`.
+        name: name of the tensor.
+        method: as `merge_method` returned it.
         weights: one per model.
         densities: one per model, or None.
-        thresholds: what trims, one per model; None where nothing does or it is not known yet.
+        seed: seed of the random masks.
+        thresholds: what trims, one per model; None where nothing does or they are not known yet.
     """
 
     name: str
-    method: str
+    method: MergeMethod
     weights: tuple[float, ...]
     densities: tuple[float, ...] | None
-    normalize: bool | None
-    rescale: bool | None
-    scale: float
     seed: int
     thresholds: tuple[int, ...] | None = None
 
     def __call__(
         self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None
     ) -> None:
-        """Merge elements of the models, the base before them if the method has one."""
-        has_base = merge_method(self.method).has_base
+        """Merge elements of the models; the first input is the base if the method has one."""
         (out,) = outs
-        for start in range(0, out.numel(), _PIECE):
-            pieces = [tensor[start : start + _PIECE] for tensor in inputs]
-            numel = len(pieces[0])
-            merged = merge(
-                pieces[0] if has_base else None,
-                pieces[1:] if has_base else pieces,
+        key = mask_key(self.name, self.seed)
+        for start in range(0, out.numel(), _BLOCK):
+            blocks = [tensor[start : start + _BLOCK] for tensor in inputs]
+            numel = len(blocks[0])
+            out[start : start + numel] = merge_block(
+                blocks[0] if self.method.has_base else None,
+                blocks[1:] if self.method.has_base else blocks,
                 self.weights,
-                method=self.method,
-                name=self.name,
+                self.method,
                 densities=self.densities,
-                normalize=self.normalize,
-                rescale=self.rescale,
-                scale=self.scale,
-                seed=self.seed,
                 thresholds=self.thresholds,
-                shard=ShardIndex(first + start, numel, numel),
+                key=key._replace(shard=ShardIndex(first + start, numel, numel)),
                 dtype=out.dtype,
             )
-            out[start : start + numel] = merged
 
 
+@documented(MergeOptions)
 def merge_checkpoints(
     base: PathLike | None,
-    models: Mapping[PathLike, Setting],
+    models: Mapping[PathLike, PerTensor],
     method: str,
     out: PathLike,
-    *,
-    density: Setting | Sequence[Setting] | None = None,
-    normalize: bool | None = None,
-    rescale: bool | None = None,
-    scale: float = 1.0,
-    trim: str = "tensor",
-    seed: int = 0,
-    dtype: torch.dtype | str | None = None,
-    unmatched: str = "refuse",
-    align_vocabulary: bool = False,
-    files_from: PathLike | None = None,
-    max_shard_size: int | str | None = None,
-    overwrite: bool = False,
-    worker: tuple[int, int] = (1, 1),
-    threads: int | None = None,
-    max_memory: int | str | None = None,
-    device: str | torch.device = "cpu",
-    verify: bool = False,
-    progress: bool = True,
+    **options: Unpack[MergeOptions],
 ) -> Path:
     """Merge finished models into one model folder, streaming from disk to disk.
 
@@ -122,37 +109,15 @@ def merge_checkpoints(
     | `"dare_ties"` | the same, sign elected, sum of those that agree | Yu et al. 2024 |
 
     tau_i = theta_i - theta0; TIES is arXiv 2306.01708. Arithmetic is fp32 (fp64 where a tensor is), rounded once.
-    Tensors, files, resuming and errors are as for `interpolate_checkpoints`; integer tensors come from the model whose
-    files go along.
+    Tensors, files, resuming and errors are as for `interpolate_checkpoints`.
 
     Args:
         base: theta0: a safetensors file or a Hugging Face folder. None for `"linear"`, which has none.
         models: the models and their weights: numbers, or mappings from names or regular expressions on whole names to
             numbers. For `"slerp"` one model, and its weight is t.
-        method: a row of the table.
+        method: a method of the table.
         out: the folder to write.
-        density: share of each delta to keep, in (0, 1]: one for all models or a list with one for each; None keeps
-            everything. Ties at the threshold of a trim all stay.
-        normalize: divide by the sum of the weights; None: `"linear"` and `"ties"` do.
-        rescale: divide what a random drop keeps by the density; None: DARE does.
-        scale: what the merged delta is multiplied by.
-        trim: the largest magnitudes are chosen in each `"tensor"` or over the whole `"model"`, as the paper of TIES
-            has it; the density is then one number for each model.
-        seed: of the random masks; the mask of the first model is that of a saved `ReferenceDelta`.
-        dtype: as for `interpolate_checkpoints`.
-        unmatched: as for `interpolate_checkpoints`; `"copy"` takes them from the one that `files_from` names, else
-            from the first that holds them.
-        align_vocabulary: as for `interpolate_checkpoints`.
-        files_from: the base or the model whose configuration and tokenizer go along; None is the base, without one
-            the first model.
-        max_shard_size: as for `interpolate_checkpoints`, like all that follow.
-        overwrite: replace `out`.
-        worker: (i, n), a share of the files.
-        threads: that read, compute and write.
-        max_memory: of all buffers.
-        device: that computes.
-        verify: read everything again.
-        progress: show a progress bar.
+        {options}
 
     Returns:
         `out`.
@@ -161,230 +126,134 @@ def merge_checkpoints(
         ValueError: if models, weights or options do not fit; the sentence names them.
         FileExistsError: if `out` exists and `overwrite` is false.
         OSError: as for `interpolate_checkpoints`.
-        TypeError: if `models` is no mapping, a model is not a path, or a number is none.
+        TypeError: if `models` is not a mapping, a model is not a path, a weight is not a number, or an option is
+            unknown.
     """
-    plan_merge(
-        base,
-        models,
-        method,
-        out,
-        density=density,
-        normalize=normalize,
-        rescale=rescale,
-        scale=scale,
-        trim=trim,
-        seed=seed,
-        dtype=dtype,
-        unmatched=unmatched,
-        align_vocabulary=align_vocabulary,
-        files_from=files_from,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-    ).run(worker=worker, threads=threads, max_memory=max_memory, device=device, verify=verify, progress=progress)
+    plan, run = split(options, MergePlanOptions, StreamOptions)
+    plan_merge(base, models, method, out, **plan).run(**run)
     return Path(out)
 
 
+@documented(MergePlanOptions)
 def plan_merge(
     base: PathLike | None,
-    models: Mapping[PathLike, Setting],
+    models: Mapping[PathLike, PerTensor],
     method: str,
     out: PathLike,
-    *,
-    density: Setting | Sequence[Setting] | None = None,
-    normalize: bool | None = None,
-    rescale: bool | None = None,
-    scale: float = 1.0,
-    trim: str = "tensor",
-    seed: int = 0,
-    dtype: torch.dtype | str | None = None,
-    unmatched: str = "refuse",
-    align_vocabulary: bool = False,
-    files_from: PathLike | None = None,
-    max_shard_size: int | str | None = None,
-    overwrite: bool = False,
+    **options: Unpack[MergePlanOptions],
 ) -> Job:
     """Check everything that `merge_checkpoints` would, and return the job without writing.
 
-    Args and errors are those of `merge_checkpoints`. `Job.describe()` is the plan in numbers, `Job.run()` does it.
+    Arguments and errors are those of `merge_checkpoints`. `Job.describe()` returns the plan in numbers, `Job.run()`
+    carries it out.
     """
+    plan = resolve(options, MergePlanOptions)
     if not isinstance(models, Mapping):
         raise TypeError(f"models must map paths to weights, got a {type(models).__name__}; write {{path: weight}}")
-    if not hasattr(seed, "__index__"):
-        raise TypeError(f"seed must be an integer, got {seed!r}")
-    shares = list(density) if isinstance(density, Sequence) else [density] * len(models)
-    if len(shares) != len(models):
-        raise ValueError(f"{len(models)} models need one density or as many, got {len(shares)}")
+    density = plan["density"]
+    densities = list(density) if isinstance(density, Sequence) else [density] * len(models)
+    if len(densities) != len(models):
+        raise ValueError(f"{len(models)} models need one density or as many, got {len(densities)}")
+    decided = merge_method(method, normalize=plan["normalize"], rescale=plan["rescale"], scale=plan["scale"])
 
     def coefficients(names: Sequence[str]) -> dict[str, Coefficients]:
         weights = [per_tensor(weight, names, what="weight") for weight in models.values()]
-        kept = None
-        if density is not None:
-            kept = [per_tensor(1.0 if share is None else share, names, what="density") for share in shares]
-        return {
-            name: Coefficients(
-                tuple(own[name] for own in weights), None if kept is None else tuple(own[name] for own in kept)
-            )
-            for name in names
-        }
+        kept = [per_tensor(1.0 if each is None else each, names, what="density") for each in densities]
+        found = {}
+        for name in names:
+            own = tuple(each[name] for each in weights), tuple(each[name] for each in kept)
+            found[name] = Coefficients(own[0], None if density is None else own[1])
+            try:
+                check_coefficients(decided, len(models), *found[name])
+            except ValueError as error:
+                raise ValueError(f"{name!r}: {error}") from None
+        return found
 
-    described = {
-        "models": [
-            {
-                "weight": plain(weight, what="weight"),
-                **({} if share is None else {"density": plain(share, what="density")}),
-            }
-            for weight, share in zip(models.values(), shares, strict=True)
-        ]
+    said = {
+        path: {"weight": plain(weight, what="weight")}
+        | ({} if each is None else {"density": plain(each, what="density")})
+        for (path, weight), each in zip(models.items(), densities, strict=True)
     }
-    return _plan(
-        base,
-        list(models),
-        _Options(method, normalize, rescale, finite(scale, what="scale"), trim, int(seed)),
-        coefficients,
-        described,
-        out,
-        dtype=parse_dtype(dtype),
-        unmatched=unmatched,
-        align_vocabulary=align_vocabulary,
-        files_from=files_from,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-    )
+    return merge_job(base, said, decided, coefficients, out, plan)
 
 
-def plan_mergekit(
-    config: PathLike | MergeRecipe, out: PathLike, *, max_shard_size: int | str | None = None, overwrite: bool = False
+def merge_job(
+    base: PathLike | None,
+    models: Mapping[PathLike, Mapping[str, Any]],
+    method: MergeMethod,
+    coefficients: Callable[[Sequence[str]], Mapping[str, Coefficients]],
+    out: PathLike,
+    options: Mapping[str, Any],
+    recipe: Mapping[str, Any] | None = None,
 ) -> Job:
-    """Check a merge written for mergekit and return the job without writing.
+    """Check a merge against its models and return the job.
 
     Args:
-        config: the YAML file; see `fused_merge.merge.mergekit` for what is read and what it means.
+        base: theta0, or None.
+        models: path -> what the recipe says of this model.
+        method: as `merge_method` returned it.
+        coefficients: called with the names of the tensors to merge.
         out: the folder to write.
-        max_shard_size: as for `interpolate_checkpoints`.
-        overwrite: replace `out`.
+        options: as `resolve` returned them for `MergePlanOptions`.
+        recipe: what else the recipe says.
 
     Raises:
-        ValueError: if the file asks for what is not supported, or models do not fit.
-        FileNotFoundError: if the file or a model is not there.
+        ValueError: if models or options do not fit.
     """
-    recipe = config if isinstance(config, MergeRecipe) else read_mergekit(config)
-    return _plan(
-        recipe.base,
-        recipe.models,
-        _Options(recipe.method, recipe.normalize, recipe.rescale, recipe.scale, "tensor", 0),
-        recipe.coefficients,
-        {"mergekit": recipe.path.read_text(encoding="utf-8")},
-        out,
-        dtype=recipe.dtype,
-        unmatched="refuse",
-        align_vocabulary=False,
-        files_from=recipe.files_from,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-    )
-
-
-class _Options(NamedTuple):
-    """What a merge is, but for its coefficients."""
-
-    method: str
-    normalize: bool | None
-    rescale: bool | None
-    scale: float
-    trim: str
-    seed: int
-
-
-def _plan(
-    base: PathLike | None,
-    models: Sequence[PathLike],
-    options: _Options,
-    coefficients: Callable[[Sequence[str]], Mapping[str, Coefficients]],
-    described: Mapping[str, Any],
-    out: PathLike,
-    *,
-    dtype: torch.dtype | None,
-    unmatched: str,
-    align_vocabulary: bool,
-    files_from: PathLike | None,
-    max_shard_size: int | str | None,
-    overwrite: bool,
-) -> Job:
-    row = merge_method(options.method, normalize=options.normalize, rescale=options.rescale, scale=options.scale)
-    if options.trim not in TRIMS or (options.trim == "model" and row.sparsify != "magnitude"):
+    if options["trim"] == "model" and method.sparsify != "magnitude":
+        raise ValueError(f"method {method.name!r} has no option trim='model': it trims nothing; leave it out")
+    if (base is None) == method.has_base:
         raise ValueError(
-            f"trim must be {' or '.join(map(repr, TRIMS))}, and 'model' only where something is trimmed, "
-            f"got {options.trim!r} with method {options.method!r}"
-        )
-    if (base is None) == row.has_base:
-        raise ValueError(
-            f"method {options.method!r} "
+            f"method {method.name!r} "
             + ("starts from a base; pass one" if base is None else "has no base; pass None, and it as a model")
         )
     if not models:
         raise ValueError("there is no model to merge; pass at least one")
     paths = [*models] if base is None else [base, *models]
     sources = [open_files(path, role="a model") for path in paths]
-    leader = 0 if files_from is None or (files_from == "base" and row.has_base) else _index(files_from, paths)
-    tensors = align(sources, leader=leader, dtype=dtype, unmatched=unmatched, align_vocabulary=align_vocabulary)
-    merged = [tensor.name for tensor in tensors if tensor.spans[0].merged]
-    decided = coefficients(merged)
-    for name in merged:
-        try:
-            check_coefficients(options.method, len(models), *decided[name], normalize=options.normalize)
-        except ValueError as error:
-            raise ValueError(f"{name!r}: {error}") from None
-    if options.trim == "model":
-        wide = {_wide(tensor.spans[0].inputs) for tensor in tensors if tensor.spans[0].merged}
-        if len({own.densities for own in decided.values()}) > 1 or len(wide) > 1:
+    files_from = options["files_from"]
+    is_base = files_from is None or (files_from == "base" and method.has_base)
+    config_source = 0 if is_base else _index(files_from, paths)
+    tensors = align(sources, config_source, options)
+    merged = [tensor for tensor in tensors if tensor.merged]
+    decided = coefficients([tensor.name for tensor in merged])
+    if options["trim"] == "model":
+        precisions = {compute_dtype(*(each.dtype for each in tensor.segments[0].inputs)) for tensor in merged}
+        if len({own.densities for own in decided.values()}) > 1 or len(precisions) > 1:
             raise ValueError(
-                "trim='model' chooses the largest of a whole model: give one density for each model, and tensors that "
-                "are all float64 or none"
+                "trim='model' chooses the largest magnitudes of a whole model: give one density for each model, and "
+                "tensors that are all float64 or none"
             )
 
-    def rule_of(tensor: AlignedTensor, span: Span) -> Rule:
-        if not span.merged:
-            return Pick((leader if len(span.inputs) == len(sources) else 0,))
-        weights, densities = decided[tensor.name]
-        return Merge(
-            tensor.name,
-            options.method,
-            weights,
-            densities,
-            options.normalize,
-            options.rescale,
-            options.scale,
-            options.seed,
-        )
+    def rule_of(tensor: AlignedTensor, segment: AlignedSegment) -> Rule:
+        if segment.merged:
+            return MergeTensorRule(tensor.name, method, *decided[tensor.name], options["seed"])
+        return CopyRule((config_source if len(segment.inputs) == len(sources) else 0,))
 
-    shard_size = None if max_shard_size is None else parse_bytes(max_shard_size, what="max_shard_size")
-    recipe = {
-        **_recipe(options, described, sources, base is not None),
-        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
-        "unmatched": unmatched,
-        "align_vocabulary": align_vocabulary,
-        "files_from": sources[leader].origin,
-        "max_shard_size": shard_size,
+    inputs = [describe_source(source) for source in sources]
+    own = inputs[1:] if method.has_base else inputs
+    whole_recipe = {
+        "operation": "merge",
+        "method": method.name,
+        **{name: options[name] for name in ("normalize", "rescale", "scale", "trim", "seed")},
+        "base": inputs[0] if method.has_base else None,
+        **(recipe or {}),
+        "models": [{**model, **said} for model, said in zip(own, models.values(), strict=True)],
+        **described(options),
+        "files_from": sources[config_source].origin,
     }
+    about = f"A merge of {len(models)} models by `{method.name}` ({method.paper}), in fp32 and rounded once."
     folder = Path(out).absolute()
+    needs_whole_tensors = method.spherical or method.sparsify == "magnitude"
     return job_of(
         "merging",
-        [
-            Output(
-                Path(out),
-                recipe,
-                folder.name,
-                f"A merge of {len(models)} models by `{options.method}` ({row.paper}), in fp32 and rounded once.",
-            )
-        ],
+        [Output(Path(out), whole_recipe, folder.name, about)],
         sources,
-        sources[leader],
-        lambda most: lay_out_files(tensors, sources[0], rule_of, most),
+        sources[config_source],
+        lambda max_shard_size: lay_out_files(tensors, sources[0], rule_of, max_shard_size),
         work=folder.with_name(f".{folder.name}.part"),
-        dtype=dtype,
-        max_shard_size=shard_size,
-        overwrite=overwrite,
-        preparation=_Wholes(options.trim) if row.spherical or row.sparsify == "magnitude" else None,
+        options=options,
+        whole_tensor_pass=WholeTensorPass(options["trim"]) if needs_whole_tensors else None,
     )
 
 
@@ -395,95 +264,76 @@ def _index(files_from: PathLike, paths: Sequence[PathLike]) -> int:
     raise ValueError(f"files_from must be one of {some(repr(str(path)) for path in paths)}, got {str(files_from)!r}")
 
 
-def _recipe(
-    options: _Options,
-    described: Mapping[str, Any],
-    sources: Sequence[FileSource],
-    has_base: bool,
-) -> dict[str, Any]:
-    inputs = [describe_source(source) for source in sources]
-    models = inputs[1:] if has_base else inputs
-    own = described.get("models", [{}] * len(models))
-    return {
-        "operation": "merge",
-        **options._asdict(),
-        "base": inputs[0] if has_base else None,
-        **described,
-        "models": [{**model, **setting} for model, setting in zip(models, own, strict=True)],
-    }
+class WholeTensorPass:
+    """Completes the rules of a file, before it is written, with what whole tensors or whole models decide.
 
-
-class _Wholes:
-    """Finds, before a file is written, what whole tensors or whole models decide, and completes its rules with it."""
+    Args:
+        trim: `"tensor"` or `"model"`.
+    """
 
     def __init__(self, trim: str) -> None:
-        self._over_models = trim == "model"
-        # Of whole models: decided once.
+        self._over_model = trim == "model"
+        # Of a trim over whole models: found once.
         self._thresholds: tuple[int, ...] | None = None
 
     def bytes_read(self, files: Sequence[OutputFile], mine: Sequence[OutputFile]) -> int:
-        """Return the bytes that all of this reads for `mine` of the files of a job."""
-        return sum(_bytes_read(run) for file in (files if self._over_models else mine) for run in _merged(file))
+        """Return the bytes that this reads for `mine` of the files of a job."""
+        return sum(_bytes_read(segment) for file in (files if self._over_model else mine) for segment in _merged(file))
 
     def complete(
         self, files: Sequence[OutputFile], file: OutputFile, resources: Resources, advance: Advance
     ) -> OutputFile:
         """Return one of the files of a job with rules that know all they need."""
         with workers(resources.threads) as pool:
-            runs = _merged(file)
-            if self._over_models and self._thresholds is None and runs:
-                self._thresholds = _thresholds([run for each in files for run in _merged(each)], advance, pool.map)
-            rules = dict(zip(runs, pool.map(lambda run: self._completed(run, advance), runs), strict=True))
-        completed = (
-            run._replace(part=run.part._replace(rule=rules[run])) if run in rules else run for run in file.runs
-        )
-        return file._replace(runs=tuple(completed))
+            own = _merged(file)
+            if self._over_model and self._thresholds is None and own:
+                everywhere = [segment for each in files for segment in _merged(each)]
+                self._thresholds = _thresholds(everywhere, advance, pool.map)
+            rules = dict(zip(own, pool.map(lambda segment: self._completed(segment, advance), own), strict=True))
+        completed = (segment._replace(rule=rules.get(segment, segment.rule)) for segment in file.segments)
+        return file._replace(segments=tuple(completed))
 
-    def _completed(self, run: Run, advance: Advance) -> Merge:
-        rule = _rule(run)
-        if rule.method == "slerp":
-            (pair,) = _pairs(run)
+    def _completed(self, segment: Segment, advance: Advance) -> MergeTensorRule:
+        rule = _rule(segment)
+        if rule.method.spherical:
+            (pair,) = _pairs(segment)
             a, b, both = inner_products(pair, advance)
             weights = slerp_coefficients(rule.weights[0], math.sqrt(a), math.sqrt(b), both)
-            return replace(rule, method="linear", weights=weights, normalize=False)
-        thresholds = _thresholds([run], advance) if self._thresholds is None else self._thresholds
+            return replace(rule, method=merge_method("linear", normalize=False), weights=weights)
+        thresholds = _thresholds([segment], advance) if self._thresholds is None else self._thresholds
         return replace(rule, thresholds=thresholds)
 
 
-def _thresholds(runs: Sequence[Run], advance: Advance, each: Map = map) -> tuple[int, ...]:
-    """Return what trims the deltas of each model, taken over all the runs together."""
+def _thresholds(segments: Sequence[Segment], advance: Advance, map_pairs: Map = map) -> tuple[int, ...]:
+    """Return what trims the deltas of each model, taken over all the segments together."""
     found = []
-    for model, density in enumerate(_rule(runs[0]).densities or ()):
-        pairs = [_pairs(run)[model] for run in runs]
+    for model, density in enumerate(_rule(segments[0]).densities or ()):
+        pairs = [_pairs(segment)[model] for segment in segments]
         numel = sum(pair.numel for pair in pairs)
-        found.append(0 if density == 1.0 else kth_magnitude(pairs, kept_count(numel, density), advance, each))
-    return tuple(found) or (0,) * len(_rule(runs[0]).weights)
+        found.append(0 if density == 1.0 else kth_magnitude(pairs, kept_count(numel, density), advance, map_pairs))
+    return tuple(found) or (0,) * len(_rule(segments[0]).weights)
 
 
-def _bytes_read(run: Run) -> int:
+def _bytes_read(segment: Segment) -> int:
     """Return the bytes that are read of a tensor before it is merged."""
-    rule, pairs = _rule(run), _pairs(run)
-    if rule.method == "slerp":
+    rule, pairs = _rule(segment), _pairs(segment)
+    if rule.method.spherical:
         return pairs[0].nbytes
     trimmed = compress(pairs, [density < 1.0 for density in rule.densities or ()])
     return sum(reads_of_kth(pair.wide) * pair.nbytes for pair in trimmed)
 
 
-def _merged(file: OutputFile) -> list[Run]:
-    return [run for run in file.runs if isinstance(run.part.rule, Merge)]
+def _merged(file: OutputFile) -> list[Segment]:
+    return [segment for segment in file.segments if isinstance(segment.rule, MergeTensorRule)]
 
 
-def _rule(run: Run) -> Merge:
-    assert isinstance(run.part.rule, Merge)
-    return run.part.rule
+def _rule(segment: Segment) -> MergeTensorRule:
+    assert isinstance(segment.rule, MergeTensorRule)
+    return segment.rule
 
 
-def _pairs(run: Run) -> list[Pair]:
+def _pairs(segment: Segment) -> list[Pair]:
     """Return the base with each model."""
-    base, *models = run.part.inputs
-    return [Pair(base, model, run.part.numel, _wide(run.part.inputs)) for model in models]
-
-
-def _wide(inputs: Sequence[Extent]) -> torch.dtype:
-    """Return what `fused_merge.eager.merge.wide_dtype` says of tensors that are in files."""
-    return torch.float64 if any(extent.dtype == torch.float64 for extent in inputs) else torch.float32
+    base, *models = segment.inputs
+    wide = compute_dtype(*(each.dtype for each in segment.inputs))
+    return [Pair(base, model, segment.numel, wide) for model in models]

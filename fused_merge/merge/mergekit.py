@@ -1,17 +1,17 @@
 """Merges written for mergekit: its YAML, read as the merge that it means.
 
-Read against mergekit 0.1.5: `models:`, and `slices:` that keep every layer where it is; parameters of a model or
-source, of a slice and of the file, the nearest first; numbers, gradients over the layers and lists of filters. As
-there, a filter is a part of a tensor's name, a parameter that the method does not have is passed over, and so is one
-that stands where the method does not look for it.
+This follows mergekit 0.1.5: `models:`, and `slices:` that keep every layer where it is; parameters of a model or
+source, of a slice and of the file, the nearest first; numbers, gradients over the layers and lists of filters. As in
+mergekit, a filter is a part of a tensor's name; a parameter that the method does not have is ignored, and so is one in
+a place where the method does not look for it.
 
-What a file means here and in mergekit differs in this:
+A file means something else here than in mergekit in these points:
 
 - Arithmetic is fp32 (fp64 for fp64 tensors), rounded once at the end; mergekit computes in `dtype`, or in the widest
-  dtype of the models. With `dtype: float32` both do the same, but for the order of additions.
+  dtype of the models. With `dtype: float32` both do the same, except for the order of additions.
 - What DARE keeps is divided by the density, as in the paper, not rescaled to the L1 norm of the delta; masks are those
   of this library and depend on its seed.
-- Of equal magnitudes at the threshold of a trim all stay, where mergekit keeps as many as fit.
+- All magnitudes equal to the threshold of a trim stay, where mergekit keeps as many as fit.
 - Slerp between a zero tensor and another is a straight line.
 - Embeddings are merged row by row: `tokenizer_source` says whose tokenizer goes along, and permutes nothing.
 """
@@ -21,14 +21,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
-from fused_merge.eager.merge import MERGE_METHODS, check_coefficients
+from fused_merge.checkpoints.job import Job
+from fused_merge.checkpoints.options import FileOptions
 from fused_merge.io.sources import PathLike
+from fused_merge.merge.merge import Coefficients, merge_job
+from fused_merge.merge.options import MergePlanOptions
+from fused_merge.methods import MERGE_METHODS, MergeMethod, check_coefficients, merge_method
 from fused_merge.names import layer_of
+from fused_merge.options import documented, resolve
 from fused_merge.per_tensor import parse_dtype
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _KEYS = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source")
 _PARAMETERS = ("weight", "density", "t", "normalize", "rescale", "lambda", "int8_mask")
@@ -37,37 +45,30 @@ _REFUSED = {
     "tokenizer": "a tokenizer section is not supported; write tokenizer_source",
     "chat_template": "chat templates are not written; leave it out, and that of tokenizer_source goes along",
 }
-# Of tensors outside the layers, those that mergekit reads with the first slice; the others belong to the last.
+# Tensors outside the layers that mergekit reads with the first slice; the others belong to the last.
 _BEFORE_THE_LAYERS = ("embed", "wte", "wpe")
 
 
-class Coefficients(NamedTuple):
-    """What one tensor is merged with."""
-
-    weights: tuple[float, ...]  # one per model, in the order of the recipe; for slerp t alone
-    densities: tuple[float, ...] | None  # the same; None for methods that keep everything
-
-
 class _Condition(NamedTuple):
-    """One line of a setting: a number, or the points of a gradient, for names that contain the filter."""
+    """One condition of a parameter: a number, or the points of a gradient, for names that contain the filter."""
 
     filter: str  # "" is part of every name
     values: tuple[float, ...]
 
 
-_Settings: TypeAlias = "dict[str, tuple[_Condition, ...]]"
+_Parameters: TypeAlias = "dict[str, tuple[_Condition, ...]]"
 
 
 class _Source(NamedTuple):
     model: Path
-    settings: _Settings
+    parameters: _Parameters
 
 
 class _Slice(NamedTuple):
     """Layers first to end - 1 of all its sources; end is None where it is the whole model."""
 
     sources: tuple[_Source, ...]
-    scopes: tuple[_Settings, ...]  # its own settings and those of the file
+    scopes: tuple[_Parameters, ...]  # its own parameters and those of the file
     base: Path | None
     first: int = 0
     end: int | None = None
@@ -75,40 +76,28 @@ class _Slice(NamedTuple):
 
 @dataclass(frozen=True)
 class MergeRecipe:
-    """What a file of mergekit's asks for, in terms of `fused_merge.eager.merge`.
+    """The merge that a mergekit file asks for.
 
-    Attributes:
-        path: of the file.
-        method: a key of `fused_merge.eager.merge.MERGE_METHODS`.
-        base: the folder of the base; None for "linear", which has none.
-        models: the folders of the models, in the order of their sum.
-        normalize: divide by the sum of the weights; None is what the method does.
-        rescale: divide what a random drop keeps by the density; None is what the method does.
-        scale: what the merged delta is multiplied by (lambda).
-        dtype: of the tensors to write; None is that of the models.
-        files_from: the base or the model whose configuration and tokenizer go along.
+    The folder of the base is None for "linear"; the folders of the models are in the order of their sum; `options` is
+    what the file says of the options of `plan_merge`.
     """
 
     path: Path
-    method: str
+    method: MergeMethod
     base: Path | None
     models: tuple[Path, ...]
-    normalize: bool | None
-    rescale: bool | None
-    scale: float
-    dtype: torch.dtype | None
-    files_from: Path
+    options: Mapping[str, Any]
     _slices: tuple[_Slice, ...] = field(repr=False)
 
     def coefficients(self, names: Iterable[str]) -> dict[str, Coefficients]:
-        """Return what each tensor is merged with.
+        """Return the weights and densities of each tensor.
 
         The layer of a tensor is the first numeric component of its name, as in `model.layers.3.mlp.up_proj.weight`, and
         the components before it are its stack. A gradient runs from the first to the last layer of a stack, or of the
         slice; tensors outside the layers have its first value, and those of a single layer its last.
 
         Args:
-            names: of all tensors of the models.
+            names: names of all tensors of the models.
 
         Raises:
             ValueError: for a weight or t that is missing or out of range, or slices that are not all of the layers.
@@ -135,23 +124,22 @@ class MergeRecipe:
         elif "embed_out" in name or not any(word in name for word in _BEFORE_THE_LAYERS):
             part = self._slices[-1]
 
-        row = MERGE_METHODS[self.method]
-        scopes = {source.model: (source.settings, *part.scopes) for source in part.sources}
+        scopes = {source.model: (source.parameters, *part.scopes) for source in part.sources}
         densities = None
-        if row.spherical:
+        if self.method.spherical:
             weights: tuple[float, ...] = (self._number("t", name, t, part.scopes),)
         else:
             weights = tuple(self._number("weight", name, t, scopes[model], model) for model in self.models)
-        if row.sparsify != "none":
+        if self.method.sparsify != "none":
             found = [_evaluate("density", name, t, scopes[model]) for model in self.models]
             densities = tuple(1.0 if density is None else density for density in found)
         try:
-            check_coefficients(self.method, len(self.models), weights, densities, normalize=self.normalize)
+            check_coefficients(self.method, len(self.models), weights, densities)
         except ValueError as error:
             raise ValueError(f"{self.path}, tensor {name!r}: {error}") from None
         return Coefficients(weights, densities)
 
-    def _number(self, key: str, name: str, t: float, scopes: Sequence[_Settings], model: Path | None = None) -> float:
+    def _number(self, key: str, name: str, t: float, scopes: Sequence[_Parameters], model: Path | None = None) -> float:
         number = _evaluate(key, name, t, scopes)
         if number is None:
             whose = "" if model is None else f" in {str(model)!r}"
@@ -159,17 +147,40 @@ class MergeRecipe:
         return number
 
 
-def read_mergekit(path: PathLike) -> MergeRecipe:
-    """Read a YAML file of mergekit's.
-
-    Folders are relative to the working directory, as there; names of a hub, revisions and adapters are refused. No
-    tensor is read.
+@documented(FileOptions)
+def plan_mergekit(config: PathLike, out: PathLike, **options: Unpack[FileOptions]) -> Job:
+    """Check a merge written for mergekit and return the job without writing.
 
     Args:
-        path: of the file.
+        config: the YAML file; see this module for what is read and what it means.
+        out: the folder to write.
+        {options}
 
     Raises:
-        ValueError: if the file is no YAML, or asks for what is not supported; the sentence names the key.
+        ValueError: if the file asks for something that is not supported, or models do not fit.
+        FileNotFoundError: if the file or a model is not there.
+    """
+    files = resolve(options, FileOptions)
+    recipe = read_mergekit(config)
+    return merge_job(
+        recipe.base,
+        {model: {} for model in recipe.models},
+        recipe.method,
+        recipe.coefficients,
+        out,
+        resolve({**recipe.options, **files}, MergePlanOptions),
+        {"mergekit": recipe.path.read_text(encoding="utf-8")},
+    )
+
+
+def read_mergekit(path: PathLike) -> MergeRecipe:
+    """Read a YAML file that was written for mergekit.
+
+    Folders are relative to the working directory, as in mergekit; names of a hub, revisions and adapters are refused.
+    No tensor is read.
+
+    Raises:
+        ValueError: if the file is not YAML, or asks for something that is not supported; the sentence names the key.
         FileNotFoundError: if the file, or a folder that it names, is not there.
         ModuleNotFoundError: if PyYAML is not installed.
     """
@@ -177,7 +188,7 @@ def read_mergekit(path: PathLike) -> MergeRecipe:
         import yaml
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "files of mergekit's are read with PyYAML: pip install 'fused_merge[cli]'", name=error.name
+            "files for mergekit are read with PyYAML: pip install 'fused_merge[cli]'", name=error.name
         ) from None
     path = Path(path)
     try:
@@ -194,31 +205,32 @@ def read_mergekit(path: PathLike) -> MergeRecipe:
         raise ValueError(
             f"{path} has merge_method {method!r}; supported are {', '.join(map(repr, sorted(MERGE_METHODS)))}"
         )
-    row = MERGE_METHODS[method]
+    entry = MERGE_METHODS[method]
     slices = _slices(top, str(path))
     base = slices[0].base
     sources = tuple(source.model for source in slices[0].sources)
-    if row.has_base and base not in sources:
+    if entry.has_base and base not in sources:
         raise ValueError(f"{path} has no base_model, or slices without it, and {method!r} starts from one")
-    models = tuple(model for model in sources if not (row.has_base and model == base))
-    if not models or (row.spherical and len(models) > 1):
-        count = "one model" if row.spherical else "at least one model"
+    models = tuple(model for model in sources if not (entry.has_base and model == base))
+    if not models or (entry.spherical and len(models) > 1):
+        count = "one model" if entry.spherical else "at least one model"
         raise ValueError(f"{path} names {len(models)} models besides base_model, and {method!r} takes {count}")
 
     normalize, rescale = _flag("normalize", slices, path), _flag("rescale", slices, path)
-    if rescale and row.sparsify == "magnitude":
+    if rescale and entry.sparsify == "magnitude":
         raise ValueError(f"{path}: rescale is not supported for {method!r}, whose paper scales nothing; leave it out")
     scale = _constant("lambda", slices, path)
+    decided: dict[str, Any] = {
+        "normalize": None if entry.spherical else normalize,
+        "rescale": rescale if entry.sparsify == "random" else None,
+        "scale": scale if scale is not None and entry.deltas else 1.0,
+    }
     return MergeRecipe(
         path=path,
-        method=method,
-        base=base if row.has_base else None,
+        method=merge_method(method, **decided),
+        base=base if entry.has_base else None,
         models=models,
-        normalize=None if row.spherical else normalize,
-        rescale=rescale if row.sparsify == "random" else None,
-        scale=scale if scale is not None and row.deltas else 1.0,
-        dtype=_dtype(top, path),
-        files_from=_files_from(top, base, models, path),
+        options={**decided, "dtype": _dtype(top, path), "files_from": _files_from(top, base, models, path)},
         _slices=slices,
     )
 
@@ -228,7 +240,7 @@ def _slices(top: Mapping[str, Any], where: str) -> tuple[_Slice, ...]:
     if (top.get("models") is None) == (top.get("slices") is None):
         raise ValueError(f"{where} must have either models or slices")
     base = None if top.get("base_model") is None else _folder(top["base_model"], f"{where}, base_model")
-    outer = _settings(top, where)
+    outer = _parameters(top, where)
     if top.get("models") is not None:
         sources = _sources(top["models"], f"{where}, models", ("model", "parameters"))
         if base is not None and base not in [source.model for source in sources]:
@@ -248,7 +260,7 @@ def _slices(top: Mapping[str, Any], where: str) -> tuple[_Slice, ...]:
                 f"{inside} does not take the layers that follow, the same of all its sources, but {sorted(ranges)}; "
                 "stacking layers anew is not supported"
             )
-        slices.append(_Slice(sources, (_settings(part, inside), outer), own, first, end))
+        slices.append(_Slice(sources, (_parameters(part, inside), outer), own, first, end))
         kept = [(part.base, [source.model for source in part.sources]) for part in (slices[0], slices[-1])]
         if kept[0] != kept[1]:
             raise ValueError(f"{inside} has other sources or another base than slices[0], or another order of them")
@@ -259,7 +271,7 @@ def _sources(items: Any, where: str, keys: Sequence[str]) -> tuple[_Source, ...]
     sources = []
     for i, item in enumerate(_list(items, where)):
         source = _mapping(item, f"{where}[{i}]", keys)
-        sources.append(_Source(_folder(source.get("model"), f"{where}[{i}]"), _settings(source, f"{where}[{i}]")))
+        sources.append(_Source(_folder(source.get("model"), f"{where}[{i}]"), _parameters(source, f"{where}[{i}]")))
         if sources[-1].model in [earlier.model for earlier in sources[:-1]]:
             raise ValueError(f"{where} names {str(sources[-1].model)!r} twice")
     return tuple(sources)
@@ -306,7 +318,7 @@ def _dtype(top: Mapping[str, Any], path: Path) -> torch.dtype | None:
     return written or arithmetic
 
 
-def _settings(part: Mapping[str, Any], where: str) -> _Settings:
+def _parameters(part: Mapping[str, Any], where: str) -> _Parameters:
     where = f"{where}, parameters"
     parameters = part.get("parameters")
     if parameters is None:
@@ -316,13 +328,13 @@ def _settings(part: Mapping[str, Any], where: str) -> _Settings:
     }
 
 
-def _conditions(setting: Any, where: str) -> tuple[_Condition, ...]:
-    lines = [setting] if isinstance(setting, dict) else setting
-    if not isinstance(lines, list) or not any(isinstance(line, dict) for line in lines):
-        return (_Condition("", _numbers(setting, where)),)
+def _conditions(parameter: Any, where: str) -> tuple[_Condition, ...]:
+    items = [parameter] if isinstance(parameter, dict) else parameter
+    if not isinstance(items, list) or not any(isinstance(item, dict) for item in items):
+        return (_Condition("", _numbers(parameter, where)),)
     conditions = []
-    for line in lines:
-        condition = _mapping(line, where, ("filter", "value"))
+    for item in items:
+        condition = _mapping(item, where, ("filter", "value"))
         part = condition.get("filter")
         if part is not None and not isinstance(part, str):
             raise ValueError(f"{where} has the filter {part!r}; write a part of tensors' names")
@@ -338,10 +350,10 @@ def _numbers(value: Any, where: str) -> tuple[float, ...]:
         raise ValueError(f"{where} is {value!r}; write a number, or a list of numbers for a gradient") from None
 
 
-def _evaluate(key: str, name: str, t: float, scopes: Iterable[_Settings]) -> float | None:
+def _evaluate(key: str, name: str, t: float, scopes: Iterable[_Parameters]) -> float | None:
     """Return the value of the nearest scope that has one for a tensor, t of the way through its layers."""
     for scope in scopes:
-        values = next((line.values for line in scope.get(key, ()) if line.filter in name), ())
+        values = next((each.values for each in scope.get(key, ()) if each.filter in name), ())
         if values:
             at = t * (len(values) - 1)
             left = int(at)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fused_merge.checkpoints.disk import bytes_of, read_into, reading
 from fused_merge.eager.sparsify import pattern
 from fused_merge.eager.sums import tree_sum
-from fused_merge.io.sources import Extent
+from fused_merge.io.sources import FileRange
 
 # Elements of a block: a node of every tree, and small enough for its temporaries to stay in a cache.
 _BLOCK = 1 << 18
@@ -34,8 +34,8 @@ class Pair(NamedTuple):
         wide: the dtype that they are merged in, which other models of the merge decide too.
     """
 
-    base: Extent
-    model: Extent
+    base: FileRange
+    model: FileRange
     numel: int
     wide: torch.dtype
 
@@ -50,9 +50,11 @@ class Pair(NamedTuple):
             for start in range(0, self.numel, _BLOCK):
                 numel = min(_BLOCK, self.numel - start)
                 tensors = []
-                for handle, extent in ((first, self.base), (second, self.model)):
-                    tensor = torch.empty(numel, dtype=extent.dtype)
-                    read_into(handle, extent.file, bytes_of(tensor), extent.offset + start * extent.dtype.itemsize)
+                for handle, file_range in ((first, self.base), (second, self.model)):
+                    tensor = torch.empty(numel, dtype=file_range.dtype)
+                    read_into(
+                        handle, file_range.file, bytes_of(tensor), file_range.offset + start * file_range.dtype.itemsize
+                    )
                     tensors.append(tensor.to(self.wide))
                 advance(numel * (self.base.dtype.itemsize + self.model.dtype.itemsize))
                 yield tensors[0], tensors[1]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fused_merge.functional.backend import check_impl
 from fused_merge.methods import MergeRule, ProjectionOptions, RuleOptions, merge_rule
-from fused_merge.options import Option, at_least, one_of, options_of, within
+from fused_merge.options import Option, at_least, definition, one_of, options_of, within
 
 if TYPE_CHECKING:
     pass
@@ -62,84 +62,52 @@ def _check_impl(name: str, impl: str) -> str:
     return impl
 
 
+@definition
 class AdamWOptions(ProjectionOptions, total=False):
-    """The options that every method has and that may differ between parameter groups."""
+    """The options that every method has and that may differ between parameter groups.
 
-    lr: Annotated[
-        float | Tensor,
-        Option(
-            1e-6,
-            "learning rate, a float or a 0-d tensor. At 0 the moments and steps advance and no weight moves.",
-            _check_lr,
-        ),
-    ]
-    betas: Annotated[tuple[float, float], Option((0.9, 0.999), "decay rates of the two moments.", _check_betas)]
-    eps: Annotated[float, Option(1e-8, "added to the square root of the second moment.", at_least(0))]
-    weight_decay: Annotated[
-        float,
-        Option(0.0, "decoupled; theta is multiplied by 1 - lr*weight_decay before the merge.", at_least(0)),
-    ]
-    alpha: Annotated[
-        float,
-        Option(
-            1e-6,
-            "weight of the delta, in [0, 1]. Not scaled by `lr`: alpha*tau is added at every merge.",
-            within(0, 1),
-        ),
-    ]
-    merge_every: Annotated[
-        int,
-        Option(
-            1,
-            "K; between merges the steps are plain AdamW, and a merge takes all that came since the last one as its u "
-            "(the paper's step-K variant).",
-            _check_steps,
-        ),
-    ]
-    max_grad_norm: Annotated[
-        float | None,
-        Option(
-            None,
-            "scale all gradients down to this norm, as `clip_grad_norm_` does, without writing them.",
-            _check_norm,
-        ),
-    ]
-    maximize: Annotated[bool, Option(False, "step uphill.")]
-    missing: Annotated[
-        str,
-        Option(
-            "error",
-            '`"error"`, or `"plain"` to step parameters that the delta does not hold as AdamW does.',
-            one_of("error", "plain"),
-        ),
-    ]
-    state_dtype: Annotated[
-        torch.dtype, Option(torch.float32, "of the moments: fp32, bf16 or fp16.", _check_state_dtype)
-    ]
-    master: Annotated[
-        str,
-        Option(
-            "none",
-            '`"fp32"` keeps an fp32 copy of 16-bit weights, `"split"` the 16 bits that bf16 weights lack.',
-            one_of("none", "fp32", "split"),
-        ),
-    ]
-    seed: Annotated[int, Option(0, "64-bit key of the random masks and of stochastic rounding.")]
+    Options:
+        lr: learning rate, a float or a 0-d tensor. At 0 the moments and steps advance and no weight moves.
+        betas: decay rates of the two moments.
+        eps: added to the square root of the second moment.
+        weight_decay: decoupled; theta is multiplied by 1 - lr*weight_decay before the merge.
+        alpha: weight of the delta, in [0, 1]. Not scaled by `lr`: alpha*tau is added at every merge.
+        merge_every: K; between merges the steps are plain AdamW, and a merge takes all that came since the last one as
+            its u (the paper's step-K variant).
+        max_grad_norm: scale all gradients down to this norm, as `clip_grad_norm_` does, without writing them.
+        maximize: step uphill.
+        missing: `"error"`, or `"plain"` to step parameters that the delta does not hold as AdamW does.
+        state_dtype: of the moments: fp32, bf16 or fp16.
+        master: `"fp32"` keeps an fp32 copy of 16-bit weights, `"split"` the 16 bits that bf16 weights lack.
+        seed: 64-bit key of the random masks and of stochastic rounding.
+    """
+
+    lr: Annotated[float | Tensor, Option(1e-6, _check_lr)]
+    betas: Annotated[tuple[float, float], Option((0.9, 0.999), _check_betas)]
+    eps: Annotated[float, Option(1e-8, at_least(0))]
+    weight_decay: Annotated[float, Option(0.0, at_least(0))]
+    alpha: Annotated[float, Option(1e-6, within(0, 1))]
+    merge_every: Annotated[int, Option(1, _check_steps)]
+    max_grad_norm: Annotated[float | None, Option(None, _check_norm)]
+    maximize: Annotated[bool, Option(False)]
+    missing: Annotated[str, Option("error", one_of("error", "plain"))]
+    state_dtype: Annotated[torch.dtype, Option(torch.float32, _check_state_dtype)]
+    master: Annotated[str, Option("none", one_of("none", "fp32", "split"))]
+    seed: Annotated[int, Option(0)]
 
 
+@definition
 class RunOptions(TypedDict, total=False):
-    """The options of a whole optimizer, which are not saved."""
+    """The options of a whole optimizer, which are not saved.
 
-    stats_every: Annotated[int, Option(0, "collect `merge_stats` at every n-th step; 0 never does.", at_least(0))]
-    impl: Annotated[
-        str,
-        Option(
-            "auto",
-            '`"auto"` (Triton on a GPU; on a CPU eager, above 50 M parameters compiled), `"triton"`, `"compiled"` or '
-            '`"eager"`; all give the same bits. `FUSED_MERGE_IMPL` overrides it.',
-            _check_impl,
-        ),
-    ]
+    Options:
+        stats_every: collect `merge_stats` at every n-th step; 0 never does.
+        impl: `"auto"` (Triton on a GPU; on a CPU eager, above 50 M parameters compiled), `"triton"`, `"compiled"` or
+            `"eager"`; all give the same bits. `FUSED_MERGE_IMPL` overrides it.
+    """
+
+    stats_every: Annotated[int, Option(0, at_least(0))]
+    impl: Annotated[str, Option("auto", _check_impl)]
 
 
 class CommonOptions(AdamWOptions, RunOptions, total=False):

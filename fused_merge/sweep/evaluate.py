@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 import torch
 
-from fused_merge.checkpoints.job import stamp_of
 from fused_merge.distributed import Processes
 from fused_merge.functional.backend import check_device
 from fused_merge.interpolation.ratio_sweep import RatioSweep
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.io.transformers import check_transformers, load_model, load_tokenizer, stored_dtype
+from fused_merge.io.writer import stamp_of
 from fused_merge.names import some
 from fused_merge.optim.options import dtype_name
 from fused_merge.options import documented, resolve
-from fused_merge.per_tensor import Setting, finite, plain
+from fused_merge.per_tensor import PerTensor, finite, plain
 from fused_merge.progress import progress_bar
 from fused_merge.sweep.options import EvaluateOptions, SweepOptions
 from fused_merge.sweep.plots import check_matplotlib
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 # Ratios, or {label: ratio}.
-Ratios: TypeAlias = "Sequence[float] | Mapping[str, Setting]"
+Ratios: TypeAlias = "Sequence[float] | Mapping[str, PerTensor]"
 
 
 class MovableModel(Protocol):
@@ -186,7 +186,7 @@ class _Sweep:
         self._save()
 
     @property
-    def missing(self) -> dict[str, Setting]:
+    def missing(self) -> dict[str, PerTensor]:
         """The ratios that are not finished, by label."""
         finished = {scored.label for scored in self._results.finished}
         return {label: ratio for label, ratio in self._ratios.items() if label not in finished}
@@ -269,7 +269,7 @@ class _Sweep:
         return {name: scores[name] for name in expected or scores}
 
 
-def _labeled(ratios: Ratios) -> dict[str, Setting]:
+def _labeled(ratios: Ratios) -> dict[str, PerTensor]:
     if isinstance(ratios, (int, float)):
         raise TypeError(f"ratios must be a sequence, got {ratios}; write [{ratios}]")
     if not len(ratios):
@@ -278,7 +278,7 @@ def _labeled(ratios: Ratios) -> dict[str, Setting]:
         if odd := [label for label in ratios if not isinstance(label, str)]:
             raise TypeError(f"a label of a ratio must be text, got {odd[0]!r}; write {str(odd[0])!r}")
         return {label: plain(ratio, what="ratio") for label, ratio in ratios.items()}
-    labeled: dict[str, Setting] = {}
+    labeled: dict[str, PerTensor] = {}
     for ratio in ratios:
         # -0.0 is 0.
         number = finite(ratio, what="ratio") + 0.0

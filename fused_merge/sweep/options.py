@@ -6,31 +6,42 @@ from pathlib import Path
 from typing import Annotated
 
 from fused_merge.io.options import ModelOptions
-from fused_merge.options import Option, at_least
+from fused_merge.options import Option, at_least, definition
 from fused_merge.progress import ProgressOption
 
 
+@definition
 class EvaluateOptions(ProgressOption, total=False):
-    """The options of `evaluate_ratios`."""
+    """The options of `evaluate_ratios`.
+
+    Options:
+        minimize: the scores for which less is better.
+    """
 
     minimize: Annotated[
         "Collection[str]",
         Option(
-            (),
-            "the scores for which less is better.",
-            cli={"type": list[str], "metavar": "NAME", "help": "Score for which less is better; may be repeated."},
+            (), cli={"type": list[str], "metavar": "NAME", "help": "Score for which less is better; may be repeated."}
         ),
     ]
 
 
+@definition
 class SweepOptions(EvaluateOptions, ModelOptions, total=False):
-    """The options of `sweep_checkpoints`."""
+    """The options of `sweep_checkpoints`.
+
+    Options:
+        scorers: `"module:function"`; see `fused_merge.sweep.scorers.ImportedScorer`.
+        tasks: names of tasks of the lm-evaluation-harness. Their scores are called `task/metric`, or
+            `task/metric,filter` where a filter has a name; the harness knows for which less is better.
+        compare: the `results.json` of other sweeps.
+        batch_size: batch size of the tasks.
+    """
 
     scorers: Annotated[
         "Sequence[str]",
         Option(
             (),
-            '`"module:function"`; see `fused_merge.sweep.scorers.ImportedScorer`.',
             cli={
                 "type": list[str],
                 "param_decls": ("--scorer",),
@@ -43,8 +54,6 @@ class SweepOptions(EvaluateOptions, ModelOptions, total=False):
         "Sequence[str]",
         Option(
             (),
-            "names of tasks of the lm-evaluation-harness. Their scores are called `task/metric`, or "
-            "`task/metric,filter` where a filter has a name; the harness knows for which less is better.",
             cli={
                 "type": list[str],
                 "param_decls": ("--task",),
@@ -57,7 +66,6 @@ class SweepOptions(EvaluateOptions, ModelOptions, total=False):
         "Sequence[str | PathLike[str]]",
         Option(
             (),
-            "the `results.json` of other sweeps.",
             cli={
                 "type": list[Path],
                 "metavar": "RESULTS.json",
@@ -65,6 +73,4 @@ class SweepOptions(EvaluateOptions, ModelOptions, total=False):
             },
         ),
     ]
-    batch_size: Annotated[
-        int, Option(1, "batch size of the tasks.", at_least(1), {"help": "Batch size of --task.", "min": 1})
-    ]
+    batch_size: Annotated[int, Option(1, at_least(1), cli={"help": "Batch size of --task.", "min": 1})]

@@ -12,7 +12,7 @@ from fused_merge._version import __version__
 from fused_merge.io.headers import load_json
 from fused_merge.io.sources import PathLike
 from fused_merge.io.writer import write_text
-from fused_merge.per_tensor import Setting
+from fused_merge.per_tensor import PerTensor
 from fused_merge.sweep.pareto import hypervolume, knee, pareto_front
 
 RESULTS = "results.json"
@@ -28,7 +28,7 @@ class ScoredRatio:
     """One ratio and its scores by name."""
 
     label: str
-    ratio: Setting
+    ratio: PerTensor
     scores: dict[str, float]
 
 

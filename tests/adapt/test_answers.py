@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
+from bits import same_bits
 from safetensors.torch import load_file
-from tiny import equal_bits, llama, save
+from tiny import llama, save
 from word_tokens import tokenizer
 
 from fused_merge import LayerRatios, functional
@@ -96,7 +97,7 @@ def test_a_model_with_the_ratios_that_were_found(folders, tmp_path):
     base, tuned, made = (load_file(path / "model.safetensors") for path in (*folders, folder))
     for name, tensor in made.items():
         ((point,),) = functional.interpolate([base[name]], [tuned[name]], [found[name]])
-        assert equal_bits(tensor, point)
+        assert same_bits(tensor, point)
     with pytest.raises(FileExistsError, match=r"model exists"):
         adapt_checkpoints(*folders, PROMPTS, tmp_path / "out", progress=False)
 

@@ -21,9 +21,24 @@ import fused_merge as fm
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 import bench_checkpoints as bench
+import checkpoint_runs
 from checkpoint_pair import DELTA, MOST_OFF, SIGMA, Failure, compare, make_pair, ordered, pair_at, rounded_once
 from checkpoint_rows import filesystem, machine
-from checkpoint_runs import CALL, DD, NAIVE, OURS, Provider, linear, measure, memory_of
+from checkpoint_runs import (
+    CALL,
+    COMMAND,
+    DD,
+    NAIVE,
+    OURS,
+    PER_RATIO,
+    Provider,
+    interpolate_command,
+    linear,
+    measure,
+    memory_of,
+    providers,
+    settings,
+)
 
 # There is a `kernels` in that folder, and one that others look for.
 sys.path.pop(0)
@@ -55,17 +70,31 @@ def pair(work):
     return made
 
 
-def run(work, *options):
-    command = [sys.executable, bench.__file__, "--size", str(SIZE), "--ratios", "3", "--rounds", "1", "--work", work]
-    return subprocess.run([*command, *options], capture_output=True, text=True)
+@pytest.fixture
+def run(work, monkeypatch, capsys):
+    """Run the benchmark in this process, which does not wait for the disk; its children are as ever."""
+    monkeypatch.setattr(checkpoint_runs, "settle", lambda folder: None)
+
+    def run(*options):
+        """Return the exit code, what was printed, and what was said on standard error."""
+        arguments = ["--size", SIZE, "--ratios", 3, "--rounds", 1, "--work", work, *options]
+        monkeypatch.setattr(sys, "argv", [bench.__file__, *map(str, arguments)])
+        try:
+            code, said = bench.main(), ""
+        except SystemExit as error:
+            code, said = error.code, str(error.code)
+        printed = capsys.readouterr()
+        return code, printed.out, said + printed.err
+
+    return run
 
 
-def test_a_tiny_run_gives_rows_a_plot_and_a_table(work, pair, tmp_path):
-    done = run(work, "--only", "dd,fused_merge,naive", "--write", tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_a_tiny_run_gives_rows_a_plot_and_a_table(run, work, pair, tmp_path):
+    code, printed, _ = run("--only", "dd,fused_merge c,naive", "--write", tmp_path)
+    assert code == 0, printed
     (file,) = tmp_path.glob("*-0.0003B-3-*.json")
     rows = {row["provider"]: row for row in json.loads(file.read_text())}
-    assert list(rows) == [DD, *OURS, NAIVE]
+    assert list(rows) == [DD, CALL, COMMAND, NAIVE]
     where = machine(work, None)
     for name, row in rows.items():
         assert where.items() <= row.items()
@@ -73,26 +102,35 @@ def test_a_tiny_run_gives_rows_a_plot_and_a_table(work, pair, tmp_path):
         assert row["bytes"] >= 3 * pair.bytes
         assert row["against_dd"] == pytest.approx(row["all_ratios"] / rows[DD]["seconds"])
         assert (row["bits"] is not None) == (name in OURS)
-        assert name in done.stdout
+        assert name in printed
     assert rows[CALL]["resident"] > 50e6 > rows[DD]["resident"]
     assert rows[CALL]["bits"]["compared"] == pair.parameters
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert not (work / bench.OUT).exists()
 
 
-def test_the_call_under_other_settings_is_timed_beside_itself(work, pair, tmp_path):
-    names = ["fused_merge call with 3 threads", "fused_merge call with 4 KiB pages"]
-    done = run(work, "--settings", "--only", ",".join(names), "--write", tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_every_ratio_alone_is_the_command_for_each(pair, work):
+    by_name = {provider.name: provider for provider in providers(pair, RATIOS, work, None)}
+    out = work / "out"
+    commands = by_name[PER_RATIO].commands(out)
+    assert commands == [interpolate_command(pair, [ratio], out) for ratio in RATIOS]
+    assert by_name[COMMAND].commands(out) == [interpolate_command(pair, RATIOS, out)]
+
+
+def test_the_call_under_other_settings_is_timed_beside_itself(run, pair, tmp_path):
+    name = f"{CALL} with 4 KiB pages"
+    assert [each.name for each in settings(pair, RATIOS)] == [*(f"{CALL} with {n} threads" for n in (3, 4, 6)), name]
+    code, printed, _ = run("--settings", "--only", name, "--write", tmp_path)
+    assert code == 0, printed
     (file,) = tmp_path.glob("*-0.0003B-3-settings-*")
-    rows = json.loads(file.read_text())
-    assert [row["provider"] for row in rows] == names
-    assert all(row["bytes"] >= 3 * pair.bytes for row in rows)
+    (row,) = json.loads(file.read_text())
+    assert row["provider"] == name
+    assert row["bytes"] >= 3 * pair.bytes
 
 
-def test_memory_is_watched_for_more_ratios_and_a_larger_pair(work, pair, tmp_path):
-    done = run(work, "--memory", "--write", tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_memory_is_watched_for_more_ratios_and_a_larger_pair(run, work, pair, tmp_path):
+    code, printed, _ = run("--memory", "--write", tmp_path)
+    assert code == 0, printed
     (file,) = tmp_path.glob("*-memory-0.0003B-*.json")
     rows = json.loads(file.read_text())
     large = pair_at(work, 4 * SIZE)[0].parameters
@@ -104,15 +142,15 @@ def test_memory_is_watched_for_more_ratios_and_a_larger_pair(work, pair, tmp_pat
     assert all(row["resident"] > row["anonymous"] > 0 for row in rows)
 
 
-def test_one_that_fails_stops_no_other(work, tmp_path):
+def test_one_that_fails_stops_no_other(run, tmp_path):
     for name, text in {"mergekit-yaml": "echo a tensor is missing >&2; exit 3", "python": "echo 9.9"}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    done = run(work, "--only", "mergekit,dd", "--mergekit", tmp_path)
-    assert done.returncode == 1
-    assert "FAILED: mergekit-yaml ended with exit code 3: a tensor is missing" in done.stdout
-    assert "mergekit 9.9" in done.stdout
-    assert [line.split()[0] for line in done.stdout.splitlines()[-2:]] == ["provider", "dd"]
+    code, printed, _ = run("--only", "mergekit,dd", "--mergekit", tmp_path)
+    assert code == 1
+    assert "FAILED: mergekit-yaml ended with exit code 3: a tensor is missing" in printed
+    assert "mergekit 9.9" in printed
+    assert [line.split()[0] for line in printed.splitlines()[-2:]] == ["provider", "dd"]
 
 
 @pytest.mark.parametrize(
@@ -125,11 +163,10 @@ def test_one_that_fails_stops_no_other(work, tmp_path):
         (["--ratios", "1"], "--ratios at least 2"),
     ],
 )
-def test_what_cannot_be_done_is_refused_in_a_sentence(work, options, message):
-    done = run(work, *options)
-    assert done.returncode != 0
-    assert "Traceback" not in done.stderr
-    assert re.search(message, done.stderr), done.stderr
+def test_what_cannot_be_done_is_refused_in_a_sentence(run, options, message):
+    code, _, said = run(*options)
+    assert code
+    assert re.search(message, said), said
 
 
 def test_a_disk_that_is_too_small_is_refused(pair, tmp_path, monkeypatch):

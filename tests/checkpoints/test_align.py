@@ -8,15 +8,17 @@ from math import prod
 
 import pytest
 import torch
+from bits import same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from tiny import equal_bits
 
-from fused_merge.checkpoints.align import AlignedTensor, Span, align, lay_out_files
-from fused_merge.checkpoints.plan import Pick
+from fused_merge.checkpoints.align import AlignedTensor, align, lay_out_files
+from fused_merge.checkpoints.options import PlanOptions
+from fused_merge.checkpoints.plan import CopyRule
 from fused_merge.io.headers import read_header
-from fused_merge.io.sources import Extent, open_files
+from fused_merge.io.sources import open_files
+from fused_merge.options import resolve
 
 EMBED, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
@@ -47,22 +49,21 @@ def source(tmp_path):
     return source
 
 
-def aligned(*sources, leader=0, dtype=None, unmatched="refuse", align_vocabulary=False):
-    tensors = align(sources, leader=leader, dtype=dtype, unmatched=unmatched, align_vocabulary=align_vocabulary)
-    return {tensor.name: tensor for tensor in tensors}
+def aligned(*sources, config_source=0, **options):
+    return {tensor.name: tensor for tensor in align(sources, config_source, resolve(options, PlanOptions))}
 
 
-def read(extent, numel):
+def read(file_range, numel):
     if numel == 0:
-        return torch.empty(0, dtype=extent.dtype)
-    with open(extent.file, "rb") as file:
-        file.seek(extent.offset)
-        return torch.frombuffer(bytearray(file.read(numel * extent.dtype.itemsize)), dtype=extent.dtype)
+        return torch.empty(0, dtype=file_range.dtype)
+    with open(file_range.file, "rb") as file:
+        file.seek(file_range.offset)
+        return torch.frombuffer(bytearray(file.read(numel * file_range.dtype.itemsize)), dtype=file_range.dtype)
 
 
-def held(span):
-    """What a span finds in each of its files."""
-    return [read(extent, span.numel) for extent in span.inputs]
+def held(segment):
+    """What a segment finds in each of its files."""
+    return [read(file_range, segment.numel) for file_range in segment.inputs]
 
 
 # --- tensors that all hold
@@ -77,21 +78,24 @@ def test_a_tensor_is_where_each_file_has_it(source):
     ]
     found = aligned(*sources)
     assert [*found] == ["w", "n"]
-    assert found["w"] == AlignedTensor("w", torch.float32, (3, 5), found["w"].spans)
-    assert [(span.numel, span.merged) for span in found["w"].spans + found["n"].spans] == [(15, True), (4, False)]
-    assert all(equal_bits(got, want.flatten()) for got, want in zip(held(found["w"].spans[0]), w, strict=True))
-    assert all(equal_bits(got, want) for got, want in zip(held(found["n"].spans[0]), n, strict=True))
+    assert found["w"] == AlignedTensor("w", torch.float32, (3, 5), found["w"].segments)
+    assert [(segment.numel, segment.merged) for segment in found["w"].segments + found["n"].segments] == [
+        (15, True),
+        (4, False),
+    ]
+    assert all(same_bits(got, want.flatten()) for got, want in zip(held(found["w"].segments[0]), w, strict=True))
+    assert all(same_bits(got, want) for got, want in zip(held(found["n"].segments[0]), n, strict=True))
 
 
-def test_one_checkpoint_alone(source):
+def test_one_checkpoint(source):
     found = aligned(source("a", {"w": vary(3, seed=0)}))
-    assert [len(span.inputs) for span in found["w"].spans] == [1]
+    assert [len(segment.inputs) for segment in found["w"].segments] == [1]
 
 
 def test_scalars_and_tensors_without_elements(source):
     tensors = {"scalar": torch.tensor(1.0), "none": torch.zeros(0, 4), "number": torch.tensor(3)}
     found = aligned(source("a", tensors), source("b", tensors))
-    got = {name: (each.shape, each.spans[0].numel) for name, each in found.items()}
+    got = {name: (each.shape, each.segments[0].numel) for name, each in found.items()}
     assert got == {"scalar": ((), 1), "none": ((0, 4), 0), "number": ((), 1)}
 
 
@@ -104,7 +108,7 @@ def test_dtypes_must_agree_unless_one_is_asked_for(source):
         aligned(base, base, a)
     found = aligned(base, a, dtype=torch.bfloat16)["w"]
     assert found.dtype == torch.bfloat16
-    assert [extent.dtype for extent in found.spans[0].inputs] == [torch.float32, torch.float16]
+    assert [file_range.dtype for file_range in found.segments[0].inputs] == [torch.float32, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -124,7 +128,7 @@ def test_what_cannot_be_merged_can_be_copied(source, dtype):
     with pytest.raises(ValueError, match=f"'odd' of .*base is {dtype}, which cannot be merged; convert it to"):
         aligned(base, base)
     found = aligned(base, a, unmatched="copy")["odd"]
-    assert (found.dtype, found.spans[0].merged) == (dtype, False)
+    assert (found.dtype, found.segments[0].merged) == (dtype, False)
     assert [*aligned(base, a, unmatched="drop")] == ["w"]
     # There is no telling what its numbers mean in another dtype.
     with pytest.raises(ValueError, match=f"'odd' of .*base is {dtype}, which cannot be merged"):
@@ -132,12 +136,6 @@ def test_what_cannot_be_merged_can_be_copied(source, dtype):
 
 
 # --- tensors that only some hold
-
-
-def test_an_unknown_choice(source):
-    base = source("base", {"w": vary(3, seed=0)})
-    with pytest.raises(ValueError, match="unmatched must be 'refuse' or 'copy' or 'drop', got 'keep'"):
-        aligned(base, base, unmatched="keep")
 
 
 def test_what_not_all_hold_is_refused_dropped_or_copied(source):
@@ -149,15 +147,15 @@ def test_what_not_all_hold_is_refused_dropped_or_copied(source):
         aligned(base, a, b)
     assert [*aligned(base, a, b, unmatched="drop")] == ["w"]
 
-    for leader, homes in ((0, "base base a"), (1, "base a a"), (2, "b base b")):
-        found = aligned(base, a, b, leader=leader, unmatched="copy")
+    for config_source, homes in ((0, "base base a"), (1, "base a a"), (2, "b base b")):
+        found = aligned(base, a, b, config_source=config_source, unmatched="copy")
         assert {*found} == {"w", "x", "y", "z"}
         assert next(iter(found)) == "w"
         for name, home in zip("xzy", homes.split(), strict=True):
-            (span,) = found[name].spans
-            assert (span.merged, span.numel) == (False, 2)
-            assert [extent.file.parent.name for extent in span.inputs] == [home]
-            assert equal_bits(held(span)[0], {"base": base, "a": a, "b": b}[home][name])
+            (segment,) = found[name].segments
+            assert (segment.merged, segment.numel) == (False, 2)
+            assert [file_range.file.parent.name for file_range in segment.inputs] == [home]
+            assert same_bits(held(segment)[0], {"base": base, "a": a, "b": b}[home][name])
 
 
 def test_copies_are_converted_like_the_rest_but_integers_are_not(source):
@@ -183,49 +181,49 @@ def test_nothing_in_common(unmatched, source):
 
 
 def checkpoints(kinds, source):
-    """Each holds the embedding alone, with a tied head, or with another one."""
+    """Each holds the embedding without a head, with a tied head, or with another one."""
     sources, tensors = [], []
     for i, kind in enumerate(kinds):
         embed = vary(4, 3, seed=i)
-        head = {"alone": None, "tied": embed.clone(), "apart": vary(4, 3, seed=i + 100)}[kind]
+        head = {"absent": None, "tied": embed.clone(), "apart": vary(4, 3, seed=i + 100)}[kind]
         tensors.append({EMBED: embed, NORM: torch.ones(4)} | ({} if head is None else {HEAD: head}))
         sources.append(source(f"{i} {kind}", tensors[-1]))
     return sources, tensors
 
 
-COMBINATIONS = pytest.mark.parametrize("kinds", [*product(["alone", "tied", "apart"], repeat=3)], ids="-".join)
+COMBINATIONS = pytest.mark.parametrize("kinds", [*product(["absent", "tied", "apart"], repeat=3)], ids="-".join)
 
 
 @COMBINATIONS
 def test_tied_heads_in_every_combination(kinds, source):
     sources, tensors = checkpoints(kinds, source)
     # A head of its own has no counterpart in a checkpoint without one.
-    fits = kinds[0] != "alone" or "apart" not in kinds
-    fits &= kinds[0] != "apart" or "alone" not in kinds
+    fits = kinds[0] != "absent" or "apart" not in kinds
+    fits &= kinds[0] != "apart" or "absent" not in kinds
     if not fits:
         with pytest.raises(ValueError, match=f"lacks '{HEAD}' of .*; both must hold the same tensors, tied copies"):
             aligned(*sources)
         return
     found = aligned(*sources)
     # Written where the first writes it, from what each has for it.
-    assert {*found} == {EMBED, NORM} | ({HEAD} if kinds[0] != "alone" else set())
+    assert {*found} == {EMBED, NORM} | ({HEAD} if kinds[0] != "absent" else set())
     if HEAD in found:
         want = [own.get(HEAD, own[EMBED]).flatten() for own in tensors]
-        assert all(equal_bits(x, y) for x, y in zip(held(found[HEAD].spans[0]), want, strict=True))
+        assert all(same_bits(x, y) for x, y in zip(held(found[HEAD].segments[0]), want, strict=True))
 
 
-@pytest.mark.parametrize("leader", [0, 1, 2])
+@pytest.mark.parametrize("config_source", [0, 1, 2])
 @COMBINATIONS
-def test_a_head_of_its_own_is_never_lost_in_a_copy(kinds, leader, source):
+def test_a_head_of_its_own_is_never_lost_in_a_copy(kinds, config_source, source):
     sources, tensors = checkpoints(kinds, source)
-    found = aligned(*sources, leader=leader, unmatched="copy")
-    if not any(kind == "apart" for kind in kinds) and kinds[0] == "alone":
+    found = aligned(*sources, config_source=config_source, unmatched="copy")
+    if not any(kind == "apart" for kind in kinds) and kinds[0] == "absent":
         assert HEAD not in found
         return
     assert HEAD in found
-    if not found[HEAD].spans[0].merged:
-        (copied,) = held(found[HEAD].spans[0])
-        assert any(equal_bits(copied, own[HEAD].flatten()) for own in tensors if HEAD in own)
+    if not found[HEAD].segments[0].merged:
+        (copied,) = held(found[HEAD].segments[0])
+        assert any(same_bits(copied, own[HEAD].flatten()) for own in tensors if HEAD in own)
 
 
 def test_a_checkpoint_that_keeps_the_other_of_two_tied_names(source):
@@ -234,7 +232,7 @@ def test_a_checkpoint_that_keeps_the_other_of_two_tied_names(source):
     found = aligned(base, a)
     assert {*found} == {EMBED, HEAD}
     for name in (EMBED, HEAD):
-        assert all(equal_bits(x, y.flatten()) for x, y in zip(held(found[name].spans[0]), (embed, head), strict=True))
+        assert all(same_bits(x, y.flatten()) for x, y in zip(held(found[name].segments[0]), (embed, head), strict=True))
 
 
 @pytest.mark.parametrize(("tie", "refused"), [(False, True), (True, False), (None, False)])
@@ -244,13 +242,13 @@ def test_a_configuration_that_asks_for_what_is_left_out(tie, refused, source):
     config = {} if tie is None else {"tie_word_embeddings": tie}
     a = source("a", {EMBED: embed, HEAD: embed.clone()}, config=config)
     if not refused:
-        assert [*aligned(base, a, leader=1)] == [EMBED]
+        assert [*aligned(base, a, config_source=1)] == [EMBED]
         return
     with pytest.raises(ValueError, match=r"base leaves out 'lm_head.weight', which .*a/config.json does not tie; set"):
-        aligned(base, a, leader=1)
+        aligned(base, a, config_source=1)
     # The configuration of the base does not say so, and a written head answers it.
     assert [*aligned(base, a)] == [EMBED]
-    assert {*aligned(a, base, leader=0)} == {EMBED, HEAD}
+    assert {*aligned(a, base, config_source=0)} == {EMBED, HEAD}
 
 
 # --- other numbers of rows
@@ -264,34 +262,34 @@ def vocabularies(source, *rows):
 
 
 @pytest.mark.parametrize("rows", [(5, 7), (7, 5), (5, 5), (6, 5, 7), (5, 0)])
-def test_rows_beyond_the_fewest_are_the_leaders(rows, source):
+def test_rows_beyond_the_fewest_are_those_of_the_config_source(rows, source):
     sources = vocabularies(source, *rows)
     fewest = min(rows)
-    for leader, most in enumerate(rows):
-        found = aligned(*sources, leader=leader, align_vocabulary=True)
+    for config_source, most in enumerate(rows):
+        found = aligned(*sources, config_source=config_source, align_vocabulary=True)
         for name, width in ((EMBED, 3), ("bias", 1)):
             tensor = found[name]
             assert tensor.shape == ((most, 3) if name == EMBED else (most,))
-            common, *beyond = tensor.spans
+            common, *beyond = tensor.segments
             assert (common.numel, common.merged) == (fewest * width, True)
             assert all(
-                equal_bits(got, own[name].flatten()[: fewest * width])
+                same_bits(got, own[name].flatten()[: fewest * width])
                 for got, own in zip(held(common), sources, strict=True)
             )
             more = (most - fewest) * width
-            assert [(span.numel, span.merged) for span in beyond] == ([(more, False)] if more else [])
+            assert [(segment.numel, segment.merged) for segment in beyond] == ([(more, False)] if more else [])
             if beyond:
-                assert equal_bits(held(beyond[0])[0], sources[leader][name].flatten()[fewest * width :])
-        assert len(found[NORM].spans) == 1
+                assert same_bits(held(beyond[0])[0], sources[config_source][name].flatten()[fewest * width :])
+        assert len(found[NORM].segments) == 1
 
 
 def test_tied_heads_have_the_rows_of_the_vocabulary(source):
     embeds = vary(5, 3, seed=0), vary(6, 3, seed=1)
     base, a = source("base", {EMBED: embeds[0], HEAD: embeds[0].clone()}), source("a", {EMBED: embeds[1]})
-    found = aligned(base, a, leader=1, align_vocabulary=True)
+    found = aligned(base, a, config_source=1, align_vocabulary=True)
     for name in (EMBED, HEAD):
         assert found[name].shape == (6, 3)
-        assert equal_bits(held(found[name].spans[1])[0], embeds[1].flatten()[15:])
+        assert same_bits(held(found[name].segments[1])[0], embeds[1].flatten()[15:])
 
 
 def test_other_vocabularies_are_refused_unless_asked_for(source):
@@ -327,8 +325,8 @@ def test_numbers_of_rows_that_are_not_of_one_vocabulary(source):
 # --- files
 
 
-def picked(tensor, span):
-    return Pick((0,))
+def picked(tensor, segment):
+    return CopyRule((0,))
 
 
 def files_of(*sources, most=None, **options):
@@ -381,12 +379,12 @@ def test_elements_follow_one_another_whatever_their_dtype(source):
     tensors = {"n": torch.arange(3).byte(), "w": vary(3, seed=0, dtype=torch.float16), "v": vary(2, seed=1).double()}
     base = source("base", tensors)
     (file,) = files_of(base, base)
-    assert [run.name for run in file.runs] == ["v", "w", "n"]
+    assert [segment.name for segment in file.segments] == ["v", "w", "n"]
     place = 0
-    for run in file.runs:
-        assert run.start == place
-        assert run.start % run.dtype.itemsize == 0
-        place += run.part.numel * run.dtype.itemsize
+    for segment in file.segments:
+        assert segment.start == place
+        assert segment.start % segment.dtype.itemsize == 0
+        place += segment.numel * segment.dtype.itemsize
     assert (place, len(file.header) % 4096) == (file.nbytes, 0)
 
 
@@ -396,31 +394,32 @@ def test_elements_follow_one_another_whatever_their_dtype(source):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     holders=st.lists(st.sets(st.sampled_from("abcdef"), min_size=1), min_size=1, max_size=4),
-    leader=st.integers(0, 3),
+    chosen=st.integers(0, 3),
     rows=st.lists(st.integers(0, 4), min_size=4, max_size=4),
 )
-def test_every_element_of_the_output_has_a_place(holders, leader, rows, tmp_path):
-    leader %= len(holders)
+def test_every_element_of_the_output_has_a_place(holders, chosen, rows, tmp_path):
+    chosen %= len(holders)
     sources = []
     for i, names in enumerate(holders):
         path = tmp_path / f"{i}.safetensors"
         save_file({name: vary(rows[i], 2, seed=10 * i + ord(name)) for name in names}, path)
         sources.append(open_files(path))
-    found = aligned(*sources, leader=leader, unmatched="copy", align_vocabulary=True)
+    found = aligned(*sources, config_source=chosen, unmatched="copy", align_vocabulary=True)
     assert {*found} == set().union(*holders)
     common = set.intersection(*holders)
     for name, tensor in found.items():
-        assert sum(span.numel for span in tensor.spans) == prod(tensor.shape)
-        assert tensor.spans[0].merged == (name in common)
-        home = leader if name in holders[leader] else next(i for i, names in enumerate(holders) if name in names)
+        assert sum(segment.numel for segment in tensor.segments) == prod(tensor.shape)
+        assert tensor.segments[0].merged == (name in common)
+        order = (chosen, *range(len(holders)))
+        home = next(i for i in order if name in holders[i])
         assert tensor.shape == (rows[home], 2)
-        for span in tensor.spans:
-            assert isinstance(span, Span)
-            assert len(span.inputs) == (len(holders) if span.merged else 1)
-            for extent in span.inputs:
-                assert isinstance(extent, Extent)
-                header = read_header(extent.file)
-                assert header.data <= extent.offset
-                assert extent.offset + span.numel * 4 <= extent.file.stat().st_size
-    dropped = set() if not common else {*aligned(*sources, leader=leader, unmatched="drop", align_vocabulary=True)}
+        for segment in tensor.segments:
+            assert len(segment.inputs) == (len(holders) if segment.merged else 1)
+            for file_range in segment.inputs:
+                header = read_header(file_range.file)
+                assert header.data <= file_range.offset
+                assert file_range.offset + segment.numel * 4 <= file_range.file.stat().st_size
+    dropped = (
+        set() if not common else {*aligned(*sources, config_source=chosen, unmatched="drop", align_vocabulary=True)}
+    )
     assert dropped == common

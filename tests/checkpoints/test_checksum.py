@@ -1,70 +1,121 @@
-"""Checksums put together from pieces against Fletcher's definition in Python's integers."""
+"""The manifest against its definition and its documentation, and damage that is found by name."""
 
 from __future__ import annotations
 
-import random
-from itertools import pairwise
+import json
+import os
+import re
+import shutil
+from pathlib import Path
 
-import numpy as np
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from tiny import fletcher
+import pytest
+import xxhash
+from jobs import FILES, flip, write_model
 
-from fused_merge.checkpoints.checksum import add_to, checksums, text
+from fused_merge.checkpoints.folders import verify_checkpoint
+from fused_merge.checkpoints.interpolate import interpolate_checkpoints
+from fused_merge.io.headers import read_header
 
-
-def in_pieces(tensors: dict[str, list[bytes]], cuts: dict[str, list[int]], *, shift: int = 0) -> dict[str, list[str]]:
-    parts = []
-    for name, contents in tensors.items():
-        for start, end in pairwise([0, *sorted(cuts[name]), len(contents[0])]):
-            # As in the engine: rows of a wider buffer, at any place of it.
-            buffer = torch.zeros(len(contents), shift + end - start + 13, dtype=torch.uint8)
-            for row, content in zip(buffer, contents, strict=True):
-                row[shift : shift + end - start] = torch.frombuffer(bytearray(content + b"."), dtype=torch.uint8)[
-                    start:end
-                ]
-            parts.append((name, checksums(buffer[:, shift : shift + end - start], start)))
-    random.Random(0).shuffle(parts)
-    totals = {}
-    add_to(totals, parts)
-    return {name: text(total) for name, total in totals.items()}
+PIECE = 2**21
 
 
-@given(st.integers(0, 20000), st.integers(1, 3), st.lists(st.integers(0, 20000), max_size=5), st.integers(0, 9))
-def test_pieces_in_any_order_give_the_checksum_of_the_whole(size, outputs, cuts, shift):
-    contents = [random.Random(i).randbytes(size) for i in range(outputs)]
-    found = in_pieces({"w": contents}, {"w": [min(cut, size) for cut in cuts]}, shift=shift)
-    assert found == {"w": list(map(fletcher, contents))}
+@pytest.fixture
+def line(models, tmp_path):
+    (folder,) = interpolate_checkpoints(*models, [0.3], tmp_path)
+    return folder
 
 
-def test_whole_rows_are_taken_as_they_lie():
-    contents = [random.Random(i).randbytes(9 * 4096 + 24) for i in range(2)]
-    for cut in (4096, 4096 + 2048, 8 * 4096):
-        assert in_pieces({"w": contents}, {"w": [cut]})["w"] == list(map(fletcher, contents))
+def test_the_manifest_has_the_hash_of_every_piece(big, tmp_path):
+    sizes = set()
+    # Blocks of many sizes, of which none divides a piece but the largest.
+    for memory in ("300KB", "700KB", None):
+        for folder in interpolate_checkpoints(*big, [0, 0.3], tmp_path, threads=2, max_memory=memory, overwrite=True):
+            checksums = json.loads((folder / "fused_merge.json").read_text())["checksums"]
+            assert {**checksums, "files": None} == {"hash": "xxh3_64", "piece_bytes": PIECE, "files": None}
+            assert sorted(checksums["files"]) == FILES
+            for file, found in checksums["files"].items():
+                held = (folder / file).read_bytes()
+                assert found == [xxhash.xxh3_64_hexdigest(held[at : at + PIECE]) for at in range(0, len(held), PIECE)]
+                sizes.add(len(found))
+    assert sizes == {2, 3}
 
 
-def test_several_tensors_are_told_apart():
-    tensors = {"a": [b"12345678"], "b": [b"8765"], "none": [b""]}
-    found = in_pieces(tensors, {name: [] for name in tensors})
-    assert found == {name: [fletcher(content)] for name, (content,) in tensors.items()}
+def test_the_check_in_the_documentation(big, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert code.count("\n") <= 10
+    (folder,) = interpolate_checkpoints(*big, [0.2], tmp_path / "line")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    flip(folder / FILES[1], 2 * PIECE)
+    with pytest.raises(AssertionError, match=rf"'{FILES[1]}', {2 * PIECE}"):
+        exec(code, {})
+    flip(folder / FILES[1], 2 * PIECE)
+    with (folder / FILES[0]).open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(AssertionError, match=FILES[0]):
+        exec(code, {})
 
 
-def test_what_is_flipped_moved_or_swapped_is_noticed():
-    content = random.Random(0).randbytes(5 * 4096)
-    others = [
-        content[:777] + bytes([content[777] ^ 1]) + content[778:],
-        content[4096:] + content[:4096],
-        content[: 4 * 4096],
-        content[:4096] + content[8192:12288] + content[4096:8192] + content[12288:],
-    ]
-    assert len({fletcher(other) for other in (content, *others)}) == 5
+def test_every_bit_of_every_file_is_in_the_checksums(line):
+    total = 0
+    for name in FILES:
+        size = (line / name).stat().st_size
+        total += size
+        for at in (0, 9, 4095, 4096, size // 2, size - 1):
+            flip(line / name, at)
+            with pytest.raises(ValueError, match=rf"{name} is not what was written.*; write the folder again$"):
+                verify_checkpoint(line)
+            flip(line / name, at)
+    assert verify_checkpoint(line) == total
 
 
-def test_a_few_lines_of_numpy_say_the_same():
-    content = random.Random(1).randbytes(3 * 4096 + 100)
-    words = np.frombuffer(content.ljust(4 * 4096, b"\0"), "<u8").reshape(-1, 512)
-    with np.errstate(over="ignore"):
-        sums = words.sum(1)
-        second = (sums * np.arange(1, len(sums) + 1, dtype=np.uint64)).sum()
-    assert f"{sums.sum():016x}{second:016x}" == fletcher(content)
+def test_the_tensors_of_the_pieces_that_changed_are_named(tmp_path):
+    models = [write_model(tmp_path / name, seed, 5000) for seed, name in enumerate(("base", "tuned"))]
+    (folder,) = interpolate_checkpoints(*models, [0.3], tmp_path / "out")
+    path = folder / FILES[1]
+    header = read_header(path)
+    # Its last tensor begins in its first piece.
+    assert [header.data + header.entries["1.weight"].start < PIECE, path.stat().st_size > 2 * PIECE] == [True, True]
+    flip(path, 2 * PIECE)
+    with pytest.raises(ValueError, match=r"written, in pieces that hold '1\.weight'; write"):
+        verify_checkpoint(folder)
+    flip(path, header.data)
+    with pytest.raises(ValueError, match=r"written, in pieces that hold '1\.steps', '1\.norm', '1\.weight'; write"):
+        verify_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), r"r0\.30/b\.safetensors is missing; write the folder again"),
+        (lambda path: os.truncate(path, 9000), r"b\.safetensors is not what was written; write the folder again"),
+        (lambda path: os.truncate(path, 0), r"b\.safetensors is not what was written; write the folder again"),
+        (
+            lambda path: shutil.copy(path.with_name("a.safetensors"), path),
+            r"b\.safetensors is not what was written, in pieces that hold '0\.steps', '0\.norm', '0\.weight'; write",
+        ),
+        (
+            lambda path: shutil.copy(path, path.with_name("c.safetensors")),
+            r"r0\.30 holds c\.safetensors, which fused_merge\.json does not list; remove it or write it again",
+        ),
+    ],
+)
+def test_damage_is_found_by_name(damage, message, line):
+    damage(line / FILES[1])
+    with pytest.raises(ValueError, match=message):
+        verify_checkpoint(line)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [('"plan"', ""), ("b.safetensors", "../b.safetensors"), ("xxh3_64", "md5"), ("2097152", "1"), ("piece_bytes", "x")],
+)
+def test_a_manifest_that_is_none(old, new, line):
+    path = line / "fused_merge.json"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=r"fused_merge\.json is not a manifest of this version \(.*\); write"):
+        verify_checkpoint(line)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"r0\.30 has no fused_merge\.json, so nothing says what it"):
+        verify_checkpoint(line)

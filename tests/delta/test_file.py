@@ -11,10 +11,11 @@ from pathlib import Path
 import models as small
 import pytest
 import torch
+from bits import same_bits
 from deltas import MAGNITUDE, RANDOM, assert_same, checkpoints, mixed, of_tensors, two_models
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import equal_bits, save
+from tiny import save
 
 from fused_merge.delta.reference_delta import ReferenceDelta
 from fused_merge.delta.tensors import Sparsity
@@ -41,7 +42,7 @@ def test_dense_there_and_back(source, models, tmp_path):
     assert loaded.names == delta.names
     assert (loaded.ordered, loaded.path, loaded.sparsity) == (delta.ordered, str(path), None)
     # Readable without this library.
-    assert all(equal_bits(load_file(path)[name], delta.tensor(name)) for name in delta.names)
+    assert all(same_bits(load_file(path)[name], delta.tensor(name)) for name in delta.names)
     assert [file.name for file in path.parent.iterdir()] == ["tau.safetensors"]
 
 
@@ -58,11 +59,11 @@ def test_sparse_there_and_back(sparsity, models, tmp_path):
         tau = delta.tensor(name)
         keep = sparsify_tau(tau, name=name, **sparsity._asdict()) != 0
         expected = torch.where(keep, tau, torch.zeros((), dtype=tau.dtype))
-        assert equal_bits(loaded.tensor(name), expected)
+        assert same_bits(loaded.tensor(name), expected)
         stored, made = loaded.sparse(name, sparsity), delta.sparse(name, sparsity)
-        assert equal_bits(stored.mask, made.mask)
-        assert equal_bits(stored.values, made.values)
-        assert equal_bits(stored.offsets, made.offsets)
+        assert same_bits(stored.mask, made.mask)
+        assert same_bits(stored.values, made.values)
+        assert same_bits(stored.offsets, made.offsets)
     again = ReferenceDelta.load(loaded.save(tmp_path / "again.safetensors"))
     assert_same(loaded, again)
     assert again.sparsity == sparsity
@@ -131,7 +132,7 @@ def test_another_dtype_is_the_difference_rounded_once(models, dtype, rate, tmp_p
     tau = (b.double() - a.double()).to(dtype)
     if rate is not None:
         tau = sparsify_tau(tau, name="w", method="random", reserve_rate=rate, seed=0)
-    assert equal_bits(loaded.tensor("w"), tau)
+    assert same_bits(loaded.tensor("w"), tau)
     assert loaded.dtype("w") == dtype
     kept = int(tau.count_nonzero())
     assert loaded.nbytes == (tau.nbytes if rate is None else kept * dtype.itemsize + 3 * (128 + 4))
@@ -160,7 +161,7 @@ def test_the_forms_of_a_rounded_delta_are_one_delta(tmp_path):
     assert dense.identity == sparse.identity == later.identity != delta.identity
     for name in base:
         # The threshold is found among rounded magnitudes.
-        assert equal_bits(sparse.tensor(name), dense.sparse(name, MAGNITUDE).unpack())
+        assert same_bits(sparse.tensor(name), dense.sparse(name, MAGNITUDE).unpack())
     assert_same(later, sparse)
     # A file of fp32 holds the whole difference and can be rounded as well as the checkpoints can.
     whole = ReferenceDelta.load(delta.save(tmp_path / "whole.safetensors"))
@@ -264,7 +265,7 @@ def test_the_reader_of_the_documentation(method, tmp_path):
     path = delta.save(tmp_path / "tau.safetensors", 0.4, method)
     loaded = ReferenceDelta.load(path)
     for name in loaded.names:
-        assert equal_bits(loaded.tensor(name), delta.sparse(name, Sparsity(method, 0.4, 0)).unpack())
+        assert same_bits(loaded.tensor(name), delta.sparse(name, Sparsity(method, 0.4, 0)).unpack())
     # Everything is aligned.
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
@@ -280,7 +281,7 @@ def test_the_reader_of_the_documentation(method, tmp_path):
     assert list(read) == list(loaded.names)
     for name in loaded.names:
         tau = loaded.tensor(name)
-        assert equal_bits(torch.from_numpy(read[name]), tau.float() if tau.dtype == torch.bfloat16 else tau)
+        assert same_bits(torch.from_numpy(read[name]), tau.float() if tau.dtype == torch.bfloat16 else tau)
     assert sum(int((tau != 0).sum()) for tau in read.values()) > 1000
 
 

@@ -7,27 +7,24 @@ import numpy as np
 import pytest
 import reference
 import torch
+from bits import same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import equal_bits
 
 from fused_merge.eager.merge import (
-    MERGE_METHODS,
-    check_coefficients,
     consensus,
     drop,
-    linear,
+    mask_key,
     merge,
-    merge_method,
+    merge_block,
     slerp,
     slerp_coefficients,
     trim,
     trim_threshold,
 )
-from fused_merge.eager.philox import DOMAIN_TAU, MaskKey
 from fused_merge.eager.shard import ShardIndex
 from fused_merge.eager.sparsify import sparsify_tau
-from fused_merge.names import tensor_id
+from fused_merge.methods import MERGE_METHODS, merge_method
 
 NAN, INF = float("nan"), float("inf")
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -58,8 +55,9 @@ def voted(terms, weights, elect, normalize):
 
 def summed(deltas, weights, elect, normalize):
     weights = [deltas[0].dtype.type(w) for w in weights]
-    rows = np.stack([w * d.ravel() for w, d in zip(weights, deltas, strict=True)], 1)
-    return np.array([voted(row, weights, elect, normalize) for row in rows], deltas[0].dtype).reshape(deltas[0].shape)
+    terms = np.stack([w * d.ravel() for w, d in zip(weights, deltas, strict=True)], 1)
+    merged = [voted(own, weights, elect, normalize) for own in terms]
+    return np.array(merged, deltas[0].dtype).reshape(deltas[0].shape)
 
 
 def expected(base, thetas, weights, keeps, *, elect, normalize, divide_by=(1.0, 1.0, 1.0), scale=1.0):
@@ -102,26 +100,6 @@ def test_ties_trims_elects_and_takes_the_disjoint_mean(dtype, normalize):
     want = expected(first, rest, WEIGHTS, keeps, elect=True, normalize=normalize is not False, scale=1.5)
     got = merge(base, thetas, WEIGHTS, method="ties", name=NAME, densities=DENSITIES, normalize=normalize, scale=1.5)
     assert_merged(got, want, dtype)
-
-
-def test_ties_trimmed_over_the_whole_model():
-    names = {"a": (3, 50), "b": (40,), "c": ()}
-    tensors = {name: models(shape, seed=i) for i, (name, shape) in enumerate(names.items())}
-    # The share of each tensor differs: the deltas of "b" are larger.
-    tensors["b"] = (tensors["b"][0], [tensors["b"][0] + 5 * (theta - tensors["b"][0]) for theta in tensors["b"][1]])
-    deltas = [
-        np.concatenate([(thetas[i] - base).numpy().ravel() for base, thetas in tensors.values()]) for i in range(3)
-    ]
-    levels = [np.sort(np.abs(delta))[-max(1, math.floor(0.2 * delta.size))] for delta in deltas]
-    thresholds = [trim_threshold(torch.from_numpy(delta), 0.2) for delta in deltas]
-    for name, (base, thetas) in tensors.items():
-        first, *rest = as_numpy([base, *thetas])
-        keeps = [np.abs(theta - first) >= level for theta, level in zip(rest, levels, strict=True)]
-        want = expected(first, rest, WEIGHTS, keeps, elect=True, normalize=True)
-        got = merge(base, thetas, WEIGHTS, method="ties", name=name, thresholds=thresholds)
-        assert_merged(got, want, torch.float32)
-        own = merge(base, thetas, WEIGHTS, method="ties", name=name, densities=[0.2] * 3)
-        assert not torch.equal(got, own)
 
 
 @ALL_DTYPES
@@ -201,13 +179,8 @@ def test_the_mean_is_of_those_that_agree():
     assert consensus(deltas, [1.0, 1.0, 2.0], elect=False, normalize=True).tolist() == [4.75, 3.5]
 
 
-def test_weights_that_cancel_divide_nothing():
-    deltas = [torch.tensor([3.0]), torch.tensor([1.0])]
-    assert consensus(deltas, [0.5, -0.5], elect=False, normalize=True).tolist() == [1.0]
-
-
 def test_dare_by_hand():
-    key = MaskKey(seed=3, step=0, tensor_id=tensor_id("a"), domain=DOMAIN_TAU)
+    key = mask_key("a", 3)
     keep = reference.keep(6, 0.5, 3, 0, "a", 1)
     assert 0 < keep.sum() < 6
     assert drop(torch.full((6,), 3.0), 0.5, key, rescale=True).tolist() == [6.0 if k else 0.0 for k in keep]
@@ -288,7 +261,7 @@ def test_a_density_of_one_keeps_everything(method):
     assert torch.equal(whole, plain) == (method == "dare_linear")
 
 
-@pytest.mark.parametrize("method", [name for name, row in MERGE_METHODS.items() if row.deltas])
+@pytest.mark.parametrize("method", [name for name, entry in MERGE_METHODS.items() if entry.deltas])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_of_zero_leave_the_base(method, dtype):
     base, thetas = models((19, 23), dtype)
@@ -299,17 +272,15 @@ def test_weights_of_zero_leave_the_base(method, dtype):
 
 @pytest.mark.parametrize("method", MERGE_METHODS)
 def test_nan_stays_nan_and_nothing_else_becomes_it(method):
-    row = MERGE_METHODS[method]
-    base, thetas = models((6, 7), count=1 if row.spherical else 3)
+    entry = MERGE_METHODS[method]
+    base, thetas = models((6, 7), count=1 if entry.spherical else 3)
     thetas[0][2, 3] = NAN
     # The vote for a sign that is not the NaN's must not drop it.
     for theta in thetas[1:]:
         theta[2, 3] = 9.0
-    weights = [0.5] if row.spherical else WEIGHTS
-    densities = None if row.sparsify == "none" else [1.0] * 3
-    got = merge(
-        base if row.deltas or row.spherical else None, thetas, weights, method=method, name=NAME, densities=densities
-    )
+    weights = [0.5] if entry.spherical else WEIGHTS
+    densities = None if entry.sparsify == "none" else [1.0] * 3
+    got = merge(base if entry.has_base else None, thetas, weights, method=method, name=NAME, densities=densities)
     assert got.isnan().nonzero().tolist() == [[2, 3]]
 
 
@@ -327,78 +298,54 @@ def test_a_trim_keeps_nan():
     method=st.sampled_from([name for name in MERGE_METHODS if name != "slerp"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
     cuts=st.lists(st.integers(0, 437), max_size=5),
-    options=st.fixed_dictionaries({"normalize": st.sampled_from([None, True, False])}),
+    normalize=st.sampled_from([None, True, False]),
     scale=st.sampled_from([1.0, 0.3]),
 )
-def test_blocks_have_the_bits_of_the_whole(method, dtype, cuts, options, scale):
-    row = MERGE_METHODS[method]
+def test_blocks_have_the_bits_of_the_whole(method, dtype, cuts, normalize, scale):
     base, thetas = models(437, dtype)
-    options |= {"method": method, "name": NAME, "seed": 7}
-    if row.deltas:
-        options["scale"] = scale
-    if row.sparsify != "none":
-        options["densities"] = DENSITIES
-    start = base if row.deltas else None
-    whole = merge(start, thetas, WEIGHTS, **options)
-    if row.sparsify == "magnitude":
-        wide = dtype if dtype == torch.float64 else torch.float32
-        deltas = [theta.to(wide) - base.to(wide) for theta in thetas]
-        options["thresholds"] = [trim_threshold(x, p) for x, p in zip(deltas, DENSITIES, strict=True)]
-    edges = [0, *sorted(cuts), 437]
+    decided = merge_method(method, normalize=normalize, scale=scale if MERGE_METHODS[method].deltas else 1.0)
+    densities = None if decided.sparsify == "none" else DENSITIES
+    start = base if decided.has_base else None
+    options = {"normalize": normalize, "scale": decided.scale, "seed": 7, "densities": densities}
+    whole = merge(start, thetas, WEIGHTS, method=method, name=NAME, **options)
+    wide = dtype if dtype == torch.float64 else torch.float32
+    deltas = [theta.to(wide) - base.to(wide) for theta in thetas]
+    thresholds = [trim_threshold(x, p) for x, p in zip(deltas, DENSITIES, strict=True)]
     blocks = [
-        merge(
+        merge_block(
             None if start is None else start[i:j],
             [theta[i:j] for theta in thetas],
             WEIGHTS,
-            **options,
-            shard=ShardIndex(i, max(j - i, 1), max(j - i, 1)),
+            decided,
+            densities=densities,
+            thresholds=thresholds if decided.sparsify == "magnitude" else None,
+            key=mask_key(NAME, 7)._replace(shard=ShardIndex(i, max(j - i, 1), max(j - i, 1))),
+            dtype=dtype,
         )
-        for i, j in pairwise(edges)
+        for i, j in pairwise([0, *sorted(cuts), 437])
     ]
-    assert equal_bits(torch.cat(blocks), whole)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_blocks_of_slerp_are_those_of_a_sum_with_its_coefficients(dtype):
-    base, (other,) = models(437, dtype, count=1, seed=8)
-    other = other + torch.linspace(-3, 3, 437).to(dtype)
-    whole = merge(base, [other], [0.3], method="slerp", name=NAME)
-    wide = dtype if dtype == torch.float64 else torch.float32
-    a, b = base.to(wide), other.to(wide)
-    # Sums over neighbours, as the whole tensor is summed: a tree.
-    tree = [list(x * y) for x, y in ((a, a), (b, b), (a, b))]
-    for level in tree:
-        while len(level) > 1:
-            level[:] = [sum(level[i + 1 : i + 2], level[i]) for i in range(0, len(level), 2)]
-    (aa,), (bb,), (ab,) = tree
-    coefficients = slerp_coefficients(0.3, math.sqrt(aa), math.sqrt(bb), float(ab))
-    assert coefficients != (0.7, 0.3)
-    blocks = [
-        merge(None, [base[i:j], other[i:j]], coefficients, method="linear", name=NAME, normalize=False)
-        for i, j in ((0, 100), (100, 101), (101, 437))
-    ]
-    assert equal_bits(torch.cat(blocks), whole)
+    assert same_bits(torch.cat(blocks), whole)
 
 
 @pytest.mark.parametrize("method", MERGE_METHODS)
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (5, 7, 3)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@ALL_DTYPES
 def test_shapes(method, shape, dtype):
-    row = MERGE_METHODS[method]
-    base, thetas = models(shape, dtype, count=1 if row.spherical else 2)
+    entry = MERGE_METHODS[method]
+    base, thetas = models(shape, dtype, count=1 if entry.spherical else 2)
     before = [tensor.clone() for tensor in (base, *thetas)]
     got = merge(
-        base if row.deltas or row.spherical else None,
+        base if entry.has_base else None,
         thetas,
         [0.5] * len(thetas),
         method=method,
         name=NAME,
-        densities=None if row.sparsify == "none" else [0.5] * len(thetas),
+        densities=None if entry.sparsify == "none" else [0.5] * len(thetas),
     )
     assert got.shape == shape
     assert got.dtype == dtype
     assert not got.isnan().any()
-    assert all(equal_bits(a, b) for a, b in zip(before, (base, *thetas), strict=True))
+    assert all(same_bits(a, b) for a, b in zip(before, (base, *thetas), strict=True))
 
 
 def test_models_of_several_dtypes_and_a_dtype_of_the_result():
@@ -408,8 +355,8 @@ def test_models_of_several_dtypes_and_a_dtype_of_the_result():
     assert got.dtype == torch.bfloat16
     wide = merge(base.bfloat16(), mixed, WEIGHTS, method="task_arithmetic", name=NAME, dtype=torch.float32)
     want = merge(base.bfloat16().float(), [x.float() for x in mixed], WEIGHTS, method="task_arithmetic", name=NAME)
-    assert equal_bits(wide, want)
-    assert equal_bits(got, want.bfloat16())
+    assert same_bits(wide, want)
+    assert same_bits(got, want.bfloat16())
     double = merge(base, [thetas[0].double()], [0.1], method="task_arithmetic", name=NAME, dtype=torch.float64)
     assert torch.equal(double, base.double() + 0.1 * (thetas[0].double() - base.double()))
 
@@ -431,93 +378,36 @@ def test_views_of_any_strides():
     st.booleans(),
     st.booleans(),
 )
-def test_any_consensus_is_that_of_its_elements(rows, weights, elect, normalize):
-    deltas = [torch.tensor(column, dtype=torch.float32) for column in zip(*rows, strict=True)]
+def test_any_consensus_is_that_of_its_elements(elements, weights, elect, normalize):
+    deltas = [torch.tensor(own, dtype=torch.float32) for own in zip(*elements, strict=True)]
     got = consensus(deltas, weights, elect=elect, normalize=normalize)
     assert np.array_equal(got.numpy(), summed([delta.numpy() for delta in deltas], weights, elect, normalize))
-
-
-def test_linear_is_a_mean_or_a_sum():
-    thetas = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])]
-    assert linear(thetas, [1.0, 3.0]).tolist() == [2.5, 5.0]
-    assert linear(thetas, [1.0, 3.0], normalize=False).tolist() == [10.0, 20.0]
 
 
 # --- what is refused
 
 
-def test_options_are_decided_by_the_row():
-    assert merge_method("ties") == MERGE_METHODS["ties"]
-    assert merge_method("ties", normalize=False).normalize is False
-    assert merge_method("dare_ties", rescale=False).rescale is False
-
-
 @pytest.mark.parametrize(
-    ("method", "options", "message"),
+    ("base", "other", "method", "message"),
     [
-        ("tie", {}, "unknown merge method 'tie'; the rows are 'linear', 'slerp', 'task_arithmetic', 'ties'"),
-        ("slerp", {"normalize": True}, "'slerp' has no option 'normalize': the angle decides its weights; leave it"),
-        ("ties", {"rescale": True}, "'ties' has no option 'rescale': it drops nothing at random; leave it out"),
-        ("ties", {"scale": INF}, "scale must be finite, got inf"),
-        ("linear", {"scale": 2.0}, "'linear' has no option 'scale': it sums whole models; leave it out"),
+        (None, torch.ones(3), "ties", "method 'ties' needs a base"),
+        (None, torch.ones(3), "slerp", "method 'slerp' needs a base"),
+        (torch.ones(3), torch.ones(3), "linear", "method 'linear' needs no base; pass None"),
+        (torch.ones(3), torch.ones(1), "ties", r"'a' is \[3\] and \[1\]; all models need one shape"),
     ],
 )
-def test_options_that_a_row_lacks(method, options, message):
+def test_tensors_that_do_not_fit(base, other, method, message):
     with pytest.raises(ValueError, match=message):
-        merge_method(method, **options)
+        merge(base, [other], [1.0], method=method, name="a")
+    with pytest.raises(ValueError, match="2 models need as many weights, got 1"):
+        merge(torch.ones(3), [torch.ones(3)] * 2, [1.0], method="ties", name="a")
+    with pytest.raises(ValueError, match="'ties' has no option 'rescale'"):
+        merge(torch.ones(3), [torch.ones(3)], [1.0], method="ties", name="a", rescale=True)
 
 
-@pytest.mark.parametrize(
-    ("method", "count", "weights", "densities", "message"),
-    [
-        ("ties", 0, [], None, "there is no model to merge; pass at least one"),
-        ("slerp", 2, [0.5, 0.5], None, "'slerp' goes from the base to one model, got 2 models"),
-        ("ties", 2, [0.5], None, "2 models need as many weights, got 1"),
-        ("ties", 1, [NAN], None, "a weight must be finite, got nan"),
-        ("linear", 2, [0.5, -0.5], None, r"divides by the sum of \[0.5, -0.5\], which is 0; use normalize=False"),
-        ("task_arithmetic", 1, [1.0], [0.5], "'task_arithmetic' has no option 'density': it keeps everything; leave"),
-        ("ties", 2, [1.0, 1.0], [0.5], "2 models need as many densities, got 1"),
-        ("ties", 1, [1.0], [0.0], r"density must lie in \(0, 1\], got 0.0"),
-        ("dare_ties", 1, [1.0], [1.1], r"density must lie in \(0, 1\], got 1.1"),
-        ("dare_ties", 1, [1.0], [NAN], r"density must lie in \(0, 1\], got nan"),
-    ],
-)
-def test_coefficients_that_no_merge_can_use(method, count, weights, densities, message):
-    with pytest.raises(ValueError, match=message):
-        check_coefficients(method, count, weights, densities)
-    base = None if method == "linear" else torch.ones(3)
-    with pytest.raises(ValueError, match=message):
-        merge(base, [torch.ones(3)] * count, weights, method=method, name=NAME, densities=densities)
-
-
-def test_weights_of_a_sum_may_cancel():
-    check_coefficients("linear", 2, [0.5, -0.5], normalize=False)
-    check_coefficients("task_arithmetic", 2, [0.5, -0.5], normalize=True)
-
-
-@pytest.mark.parametrize(
-    ("base", "thetas", "options", "message"),
-    [
-        (None, [torch.ones(3)], {"method": "ties"}, "method 'ties' needs a base"),
-        (None, [torch.ones(3)], {"method": "slerp"}, "method 'slerp' needs a base"),
-        (torch.ones(3), [torch.ones(3)], {"method": "linear"}, "method 'linear' needs no base; pass None"),
-        (torch.ones(3), [torch.ones(1)], {"method": "ties"}, r"'a' is \[3\] and \[1\]; all models need one shape"),
-        (
-            torch.ones(3),
-            [torch.ones(3)],
-            {"method": "dare_ties", "thresholds": [1]},
-            "'dare_ties' of 1 models got 1 th",
-        ),
-        (torch.ones(3), [torch.ones(3)], {"method": "ties", "thresholds": [1, 2]}, "'ties' of 1 models got 2 thresh"),
-        (
-            torch.ones(3),
-            [torch.ones(3)],
-            {"method": "ties", "shard": ShardIndex.whole(3)},
-            "a block of 'a' cannot tell what 'ties' takes from the whole tensor; pass thresholds",
-        ),
-        (torch.ones(3), [torch.ones(3)], {"method": "slerp", "shard": ShardIndex.whole(3)}, "a block of 'a' cannot"),
-    ],
-)
-def test_tensors_that_do_not_fit(base, thetas, options, message):
-    with pytest.raises(ValueError, match=message):
-        merge(base, thetas, [1.0] * len(thetas), name="a", **options)
+def test_a_block_cannot_find_its_own_threshold():
+    ones = torch.ones(3)
+    with pytest.raises(AssertionError, match="'ties' merges blocks with thresholds of the whole tensor"):
+        merge_block(
+            ones, [ones], [1.0], MERGE_METHODS["ties"], densities=[0.5], thresholds=None, key=None, dtype=ones.dtype
+        )

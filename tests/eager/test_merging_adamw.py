@@ -333,11 +333,16 @@ def test_the_block_size_does_not_show(block, options, in_blocks_of):
 
 def test_elements_beyond_32_bits(monkeypatch):
     """The last chunks of a tensor of 2^31 elements and some, whose pages before them nobody touches."""
-    from fused_merge.kernels import tables
+    from fused_merge.kernels import layout
 
-    n, tail = 2**31 + 5000, 5000 + 2 * tables.DEFAULT_BLOCK
-    programs = tables.program_table
-    monkeypatch.setattr(tables, "program_table", lambda *args: programs(*args)[-3:])
+    n, tail = 2**31 + 5000, 5000 + 2 * layout.DEFAULT_BLOCK
+    split = layout.split_programs
+
+    def last_ones(*args):
+        whole, ends = split(*args)
+        return layout.Programs(whole[-2:], ends)
+
+    monkeypatch.setattr(layout, "split_programs", last_ones)
     # Neither filled with zeros nor, by the tests, with NaN: 21 GB that need no memory.
     buffers = [torch.empty_strided((n,), (1,), dtype=torch.bfloat16, device=DEVICE) for _ in range(5)]
     small = Tensors([(tail,)], torch.bfloat16, tau=torch.bfloat16)

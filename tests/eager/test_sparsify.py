@@ -141,7 +141,7 @@ def kept_by_the_kernels(x, rate, starts=()):
     step = torch.zeros((), device=DEVICE)
     for start in (None, *starts):
         if start is not None:
-            (plan,) = workspace._plans.values()
+            (plan,) = workspace._kept.values()
             (launch,) = plan._launches
             launch.thresholds.fill_(start)
         param.zero_()
@@ -186,20 +186,20 @@ def test_the_search_counts_nan_as_the_largest():
 
 
 def test_where_the_window_holds_the_threshold_only_what_is_listed_is_counted(monkeypatch):
-    from fused_merge.kernels import launch, sparsify
+    from fused_merge.kernels import kth_largest, launch
 
     searches = []
     step = launch.Launch._step
 
-    def watched(self, table, coefficients, search, words):
+    def watched(self, table, coefficients, search, mark_bits):
         searches.append(search)
-        return step(self, table, coefficients, search, words)
+        return step(self, table, coefficients, search, mark_bits)
 
     monkeypatch.setattr(launch.Launch, "_step", watched)
     x = SEARCHED["normal"]
     kth = int(x.abs().view(torch.int32).kthvalue(x.numel() - 14).values)
     kept_by_the_kernels(x, 15.5 / 1500, [kth, kth + (1 << 19), kth - (1 << 19)])
-    listed = [search[0, sparsify.LISTED_AT.value].item() for search in searches]
+    listed = [search[0, kth_largest.SEARCH.listed].item() for search in searches]
     # From nowhere; a window around it; one above it; one below it.
     assert listed[0] == listed[2] == listed[3] == -1
     low, last = kth - (1 << 18), kth + (1 << 18) - 1
@@ -215,11 +215,11 @@ def test_a_window_with_more_in_it_than_the_list_holds_is_not_trusted():
 
 
 def test_a_search_goes_through_every_block_of_a_tensor(monkeypatch):
-    from fused_merge.kernels import launch, merging_adamw
+    from fused_merge.kernels import kth_largest, launch
 
     prepare, block = launch.prepare, 1024
     monkeypatch.setattr(launch, "prepare", lambda *args, **kwargs: prepare(*args, **kwargs, block=block))
-    n = 2 * block * merging_adamw.SEARCH_BLOCKS.value + 100
+    n = 2 * block * kth_largest.SEARCH_BLOCKS.value + 100
     # Ascending: the k largest lie in the last blocks, or reach from there far down.
     x = torch.linspace(1e-3, 1.0, n)
     for k in (50, 3000, n - 10):

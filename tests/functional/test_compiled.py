@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from bits import same_bits
 from safetensors.torch import save_file
 from torch import nn
 
@@ -14,7 +15,6 @@ from fused_merge import functional
 from fused_merge.eager.interpolate import interpolate as eager_interpolate
 from fused_merge.functional import backend, compiled
 from fused_merge.functional.backend import why_not_compiled
-from fused_merge.io.sources import same_bits
 
 assert why_not_compiled(torch.device("cpu")) is None
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from bits import same_bits
 from safetensors.torch import save_file
-from tiny import equal_bits, llama
+from tiny import llama
 
 from fused_merge.delta.reference_delta import ReferenceDelta
 from fused_merge.delta.tensors import Sparsity
@@ -48,4 +49,4 @@ def assert_same(one: ReferenceDelta, other: ReferenceDelta) -> None:
     for name in one.names:
         assert one.shape(name) == other.shape(name)
         assert one.dtype(name) == other.dtype(name)
-        assert equal_bits(one.tensor(name), other.tensor(name))
+        assert same_bits(one.tensor(name), other.tensor(name))

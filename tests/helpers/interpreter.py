@@ -7,7 +7,9 @@ Within a launch they are replaced already, so that all calls but the outermost o
 from __future__ import annotations
 
 import inspect
+from functools import cache
 
+import numpy as np
 from triton import language as tl
 from triton.runtime import interpreter
 
@@ -35,5 +37,8 @@ def _patch_once(fn):
 
 
 def patch_once() -> None:
-    """Let the interpreter replace the builtins of the language once per launch."""
+    """Let the interpreter replace the builtins of the language once per launch, and look up a dtype once."""
     interpreter._patch_lang = _patch_once
+    known = cache(interpreter._get_np_dtype)
+    # Types of pointers cannot be hashed.
+    interpreter._get_np_dtype = lambda of: np.dtype(np.uint64) if of.scalar.is_ptr() else known(of.scalar)

@@ -1,4 +1,4 @@
-"""Which steps hold the kernels and the eager code together: a full product by rows, and every pair of all options.
+"""Which steps hold the kernels and the eager code together: methods by storages of tau, and every pair of all options.
 
 A case is legal if the library takes it and none of its options is idle, as `project_over` is without a projection.
 """
@@ -11,16 +11,16 @@ from itertools import combinations, product
 
 DTYPES = ("fp32", "bf16", "fp16")
 
-# The first legal value is the default of the product.
+# The first legal value is the default.
 OPTIONS = {
-    "row": ("ondare", "onties", "onties-paper", "onproj", "onsoft"),
+    "method": ("ondare", "onties", "onties-paper", "onproj", "onsoft"),
     "tau": (*DTYPES, *(f"sparse-{dtype}" for dtype in DTYPES), "none"),
     "reserve_rate": (0.3, 0.02, 1.0, None),
     "rescale": (True, False),
     "project": ("none", "conflict", "onto", "onto-0.3"),
     "project_over": ("tensor", "rows"),
     "project_on": ("gradient", "update"),
-    "full_tau": ("none", *DTYPES),
+    "tau_dense": ("none", *DTYPES),
     "weights": DTYPES,
     "master": ("none", "fp32", "split"),
     "rounding": ("nearest", "stochastic"),
@@ -38,21 +38,22 @@ OPTIONS = {
     "shard": ("whole", "rows", "columns"),
     "alignment": ("aligned", "shifted"),
     "layout": ("contiguous", "permuted", "strided"),
+    "edge": ("empty", "scalar", "block"),  # of the shapes
     "special": ("none", "nonfinite", "ties", "zeros", "zero-delta", "signed-zeros", "tiny"),
 }
 
 Case = namedtuple("Case", OPTIONS)
 
 LAWS = (
-    lambda row, reserve_rate: (row == "onproj") == (reserve_rate is None),
-    lambda row, rescale: rescale or row == "ondare",
+    lambda method, reserve_rate: (method == "onproj") == (reserve_rate is None),
+    lambda method, rescale: rescale or method == "ondare",
     lambda tau, rescale: rescale or tau != "none",
-    lambda row, project: row != "onproj" or project != "none",
+    lambda method, project: method != "onproj" or project != "none",
     lambda project, project_over: project != "none" or project_over == "tensor",
     lambda project, project_on: project != "none" or project_on == "gradient",
-    lambda project, full_tau: project != "none" or full_tau == "none",
-    lambda tau, full_tau: tau != "none" or full_tau == "none",
-    lambda tau, project, full_tau: project == "none" or full_tau != "none" or not tau.startswith("sparse"),
+    lambda project, tau_dense: project != "none" or tau_dense == "none",
+    lambda tau, tau_dense: tau != "none" or tau_dense == "none",
+    lambda tau, project, tau_dense: project == "none" or tau_dense != "none" or not tau.startswith("sparse"),
     lambda weights, master: weights == "bf16" or master == "none" or (weights, master) == ("fp16", "fp32"),
     lambda master, rounding: master == "none" or rounding == "nearest",
 )
@@ -93,61 +94,64 @@ def complete(chosen, wanted=()):
     return None
 
 
-def cover_pairs(cases):
-    """Return cases that show every pair of options that a legal case has and `cases` do not show: greedily."""
+def every_pair():
+    """Return every pair of (name, value) of two options, legal or not."""
     columns = [[(name, value) for value in values] for name, values in OPTIONS.items()]
-    wanted = dict.fromkeys(frozenset(pair) for two in combinations(columns, 2) for pair in product(*two))
-    for case in cases:
-        for pair in pairs_shown(case):
+    return [frozenset(pair) for two in combinations(columns, 2) for pair in product(*two)]
+
+
+def cover(exact, begun):
+    """Return cases: defaults beside the `exact` ones, and what shows most pairs beside those `begun` and in more."""
+    cases = [complete(chosen) for chosen in exact]
+    shown = set().union(*map(pairs_shown, cases))
+    wanted = dict.fromkeys(pair for pair in every_pair() if pair not in shown)
+    begun = iter(begun)
+    while (chosen := next(begun, None)) or wanted:
+        first = chosen or dict(next(iter(wanted)))
+        case = complete(first, wanted)
+        cases += [case] if case else []
+        for pair in pairs_shown(case) if case else [frozenset(first.items())]:
             wanted.pop(pair, None)
-    found = []
-    while wanted:
-        first = next(iter(wanted))
-        case = complete(dict(first), wanted)
-        found += [case] if case else []
-        for pair in pairs_shown(case) if case else [first]:
-            wanted.pop(pair, None)
-    return found
+    return cases
 
 
 def named(case):
     """Return a name of what tells most cases apart."""
-    return "-".join([case["row"], case["tau"], *([case["special"]] if case["special"] != "none" else [])])
+    return "-".join([case["method"], case["tau"], *([case["special"]] if case["special"] != "none" else [])])
 
 
-ROWS = [
-    *({"row": row, "tau": tau} for row, tau in product(OPTIONS["row"], OPTIONS["tau"])),
-    *({"row": row, "special": special} for row, special in product(OPTIONS["row"], OPTIONS["special"][1:])),
+METHODS = [
+    *({"method": method, "tau": tau} for method, tau in product(OPTIONS["method"], OPTIONS["tau"])),
+    *({"method": method, "special": x} for method, x in product(OPTIONS["method"], OPTIONS["special"][1:])),
     # Half and half, opposite terms of the same magnitude cancel.
-    {"row": "onties-paper", "special": "ties", "alpha": 0.5},
+    {"method": "onties-paper", "special": "ties", "alpha": 0.5},
 ]
 RARE = {"tau": "sparse-bf16", "reserve_rate": 0.02, "weight_decay": 0.0}
-BY_ROWS = {"row": "onproj", "project_over": "rows"}
+BY_ROWS = {"method": "onproj", "project_over": "rows"}
 # The compiled forms that pairs of options reach by chance alone: a row in one pass, weights that are skipped, and the
 # moments of a ranked F that are stored before it is known what is kept.
 FORMS = [
     *(BY_ROWS | {"tau": tau, "project_on": on} for tau, on in product(("bf16", "fp32"), OPTIONS["project_on"])),
     *(
-        BY_ROWS | {"row": "ondare", "project": "conflict", "full_tau": "bf16", **RARE, "project_on": on}
+        BY_ROWS | {"method": "ondare", "project": "conflict", "tau_dense": "bf16", **RARE, "project_on": on}
         for on in OPTIONS["project_on"]
     ),
-    BY_ROWS | {"row": "ondare", "project": "onto-0.3", "weights": "bf16", "rounding": "stochastic", "shard": "rows"},
+    BY_ROWS | {"method": "ondare", "project": "onto-0.3", "weights": "bf16", "rounding": "stochastic", "shard": "rows"},
     BY_ROWS | {"found_inf": "overflow", "eps": 0.0},
     BY_ROWS | {"lr": "zero", "special": "signed-zeros"},
-    *(RARE | {"row": row} for row in ("ondare", "onties", "onsoft")),
-    RARE | {"row": "ondare", "shard": "columns"},
-    *(RARE | {"row": row, "weight_decay": 0.1, "eps": 0.0} for row in ("ondare", "onties", "onsoft")),
+    *(RARE | {"method": method} for method in ("ondare", "onties", "onsoft")),
+    RARE | {"method": "ondare", "shard": "columns"},
+    *(RARE | {"method": method, "weight_decay": 0.1, "eps": 0.0} for method in ("ondare", "onties", "onsoft")),
     *(
-        RARE | {"row": row, "weights": "bf16", "rounding": "stochastic", "special": "nonfinite"}
-        for row in ("ondare", "onties")
+        RARE | {"method": method, "weights": "bf16", "rounding": "stochastic", "special": "nonfinite"}
+        for method in ("ondare", "onties")
     ),
-    *(RARE | {"row": row, "lr": "zero", "special": "nonfinite"} for row in ("onties", "onsoft")),
-    *(RARE | {"row": row, "found_inf": "overflow"} for row in ("ondare", "onties")),
+    *(RARE | {"method": method, "lr": "zero", "special": "nonfinite"} for method in ("onties", "onsoft")),
+    *(RARE | {"method": method, "found_inf": "overflow"} for method in ("ondare", "onties")),
     *(
-        RARE | {"row": "onties", "project": "conflict", "project_on": on, "full_tau": "bf16"}
+        RARE | {"method": "onties", "project": "conflict", "project_on": on, "tau_dense": "bf16"}
         for on in OPTIONS["project_on"]
     ),
-    RARE | {"row": "onsoft", "project": "onto", "project_over": "rows", "project_on": "update", "full_tau": "fp32"},
+    RARE | {"method": "onsoft", "project": "onto", "project_over": "rows", "project_on": "update", "tau_dense": "fp32"},
 ]
-PRODUCT = [complete(chosen) for chosen in (*ROWS, *FORMS)]
-CASES = {f"{number}-{named(case)}": Case(**case) for number, case in enumerate([*PRODUCT, *cover_pairs(PRODUCT)])}
+CASES = {f"{number}-{named(case)}": Case(**case) for number, case in enumerate(cover(FORMS, METHODS))}

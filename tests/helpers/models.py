@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bits import same_bits
 from device import DEVICE
 from torch import nn
 
@@ -67,11 +68,10 @@ def assert_same(a, b):
     """Same bits in parameters and in every state tensor."""
     for group_a, group_b in zip(a.param_groups, b.param_groups, strict=True):
         for p, q in zip(group_a["params"], group_b["params"], strict=True):
-            assert torch.equal(p, q)
+            assert same_bits(p, q)
             assert a.state[p].keys() == b.state[q].keys()
             for key in a.state[p]:
-                assert a.state[p][key].dtype == b.state[q][key].dtype
-                assert torch.equal(a.state[p][key], b.state[q][key])
+                assert same_bits(a.state[p][key], b.state[q][key]), key
 
 
 def optimizer_of(model, delta, **options):

@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from bits import same_bits
 from processes import WORLD
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -16,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fused_merge import LayerRatios, RatioSweep, adapt_ratios, evaluate_ratios, interpolate
 from fused_merge.distributed import local_box, local_part
-from fused_merge.io.sources import same_bits
 from fused_merge.names import canonical_name
 
 

@@ -7,7 +7,6 @@ import struct
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fused_merge.io.sources import FileSource
@@ -32,11 +31,6 @@ def save(model, folder: Path, shard: str = "5GB") -> Path:
     return folder
 
 
-def equal_bits(a: Tensor, b: Tensor) -> bool:
-    pattern = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(pattern), b.view(pattern))
-
-
 def count_reads(monkeypatch) -> list[tuple[str, str]]:
     """Return a list that every whole tensor read from a file is added to, as (origin, name)."""
     reads: list[tuple[str, str]] = []
@@ -55,11 +49,3 @@ def write_raw(path: Path, header: dict[str, object] | bytes, data: bytes = b"") 
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return path
-
-
-def fletcher(content: bytes) -> str:
-    """The checksum of a manifest, by its definition, in Python's integers."""
-    rows = [content[at : at + 4096].ljust(4096, b"\0") for at in range(0, len(content), 4096)]
-    sums = [sum(int.from_bytes(row[at : at + 8], "little") for at in range(0, 4096, 8)) for row in rows]
-    second = sum((k + 1) * s for k, s in enumerate(sums))
-    return f"{sum(sums) % 2**64:016x}{second % 2**64:016x}"

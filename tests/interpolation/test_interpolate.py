@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bits import same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import equal_bits, llama
+from tiny import llama
 
 from fused_merge.interpolation.interpolate import interpolate
 
@@ -56,8 +57,8 @@ def test_shapes(shape, dtype):
     points = interpolate(base, tuned, [0.0, 0.25, 1.0])
     assert points.shape == (3, *shape)
     assert points.dtype == dtype
-    assert equal_bits(points[0], base)
-    assert equal_bits(points[2], tuned)
+    assert same_bits(points[0], base)
+    assert same_bits(points[2], tuned)
     torch.testing.assert_close(points[1], on_the_path(base, tuned, 0.25))
 
 
@@ -71,9 +72,9 @@ def test_the_ends_are_copies_of_any_bits(patterns, dtype):
     words = torch.tensor(patterns, dtype=torch.int32).to(torch.int16).T.contiguous()
     base, tuned = words.view(dtype)
     points = interpolate(base, tuned, [0.0, 1.0, -0.0])
-    assert equal_bits(points[0], base)
-    assert equal_bits(points[1], tuned)
-    assert equal_bits(points[2], base)
+    assert same_bits(points[0], base)
+    assert same_bits(points[1], tuned)
+    assert same_bits(points[2], base)
 
 
 def test_strides_and_inputs_stay_as_they_are():
@@ -98,8 +99,8 @@ def test_state_dicts():
     points = interpolate(base, tuned, [0.0, 0.3])
     assert [list(point) for point in points] == [list(base)] * 2
     for name, tensor in base.items():
-        assert equal_bits(points[0][name], tensor)
-        assert equal_bits(points[1][name], interpolate(tensor, tuned[name], [0.3])[0])
+        assert same_bits(points[0][name], tensor)
+        assert same_bits(points[1][name], interpolate(tensor, tuned[name], [0.3])[0])
     assert points[1]["lm_head.weight"] is points[1]["model.embed_tokens.weight"]
 
 

@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from bits import same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny import equal_bits, llama, save
+from tiny import llama, save
 
 from fused_merge import functional
-from fused_merge.checkpoints import interpolate_checkpoints
+from fused_merge.checkpoints.interpolate import interpolate_checkpoints
 from fused_merge.interpolation.layer_ratios import LayerRatios
-from fused_merge.merge import merge_checkpoints
+from fused_merge.merge.merge import merge_checkpoints
 from fused_merge.per_tensor import per_tensor
 
 
@@ -102,8 +103,8 @@ def test_a_part_for_each_tensor():
             {".*mlp.*": 0.1},
             f"no ratio is given for {EMBED!r}; add its name, or '.*' as the last",
         ),
-        (LayerRatios.by_patterns, {".*": 0.1, Q0[:-1]: 0.2}, r"'model\S*weigh' of the ratios matches no tensor"),
-        (LayerRatios.by_patterns, {"(": 0.1, ".*": 1}, r"'\(' of the ratios is no regular expression"),
+        (LayerRatios.by_patterns, {".*": 0.1, Q0[:-1]: 0.2}, r"ratio key 'model\S*weigh' matches no tensor"),
+        (LayerRatios.by_patterns, {"(": 0.1, ".*": 1}, r"ratio key '\(' is not a regular expression"),
         (LayerRatios.by_patterns, {".*": math.inf}, r"a ratio of '\.\*' must be finite, got inf"),
         (LayerRatios.by_kind, {"attention": 0.1}, f"{EMBED!r} is of the kind 'embeddings', which has no ratio; add it"),
         (LayerRatios.by_kind, {"head": 0.1, "other": 0.2}, "no tensor is of the kind 'head'; leave it out"),
@@ -390,7 +391,7 @@ def test_checkpoints_have_each_tensor_at_its_own_ratio(ends, tmp_path):
     for name, tensor in written.items():
         expected = torch.empty_like(tensor)
         functional.interpolate([base[name]], [tuned[name]], [thirds[name]], [[expected]])
-        assert equal_bits(tensor, expected), name
+        assert same_bits(tensor, expected), name
     assert {thirds[name] for name in written} == {0.2, 0.9}
     recipe = json.loads((made[1] / "fused_merge.json").read_text())["recipe"]
     assert recipe["ratio"] == dict(thirds)

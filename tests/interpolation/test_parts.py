@@ -356,9 +356,9 @@ def test_names_are_made_canonical():
             layers(3),
             [0, 1],
             {"outside": {"embedding": 0}},
-            "outside takes 'head', 'embeddings', 'norm' and names, but 'embedding' of the parts matches no tensor",
+            "outside takes 'head', 'embeddings', 'norm' and names, but part key 'embedding' matches no tensor",
         ),
-        (layers(3), [0, 1], {"outside": {"(": 0}}, r"outside takes .*'\(' of the parts is no regular expression"),
+        (layers(3), [0, 1], {"outside": {"(": 0}}, r"outside takes .*part key '\(' is not a regular expression"),
     ],
 )
 def test_parts_that_cannot_be(names, ratios, options, sentence):

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from tiny import equal_bits, llama, save
+from bits import same_bits
+from tiny import llama, save
 from torch import nn
 
 from fused_merge import functional
@@ -22,7 +23,7 @@ def state(model):
 
 def assert_state(model, expected):
     for name, tensor in model.state_dict().items():
-        assert equal_bits(tensor, expected[name]), name
+        assert same_bits(tensor, expected[name]), name
 
 
 @pytest.mark.parametrize("kind", ["module", "state dict", "file", "folder", "shards"])
@@ -127,7 +128,7 @@ def test_a_model_of_another_dtype_gets_points_rounded_once(dtype, transposed):
         for ratio, point in zip(RATIOS, points, strict=True):
             sweep.move_to(ratio)
             for name, parameter in model.named_parameters():
-                assert equal_bits(parameter.detach(), point[name].to(dtype))
+                assert same_bits(parameter.detach(), point[name].to(dtype))
     assert_state(model, before)
 
 

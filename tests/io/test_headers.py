@@ -45,102 +45,72 @@ TEXT = json.dumps(entry())
 
 
 @pytest.mark.parametrize(
-    ("header", "data", "reason"),
+    ("header", "data"),
     [
-        (b"", b"", "Expecting value"),
-        (b"[]", b"", "its header is no JSON object"),
-        (b" {}", b"", "its header is no JSON object"),
-        (b"{}x", b"", "Extra data"),
-        (b"{}\0", b"", "Extra data"),
-        (b"\xef\xbb\xbf{}", b"", "BOM"),
-        (b'{"\xff":1}', b"", "can't decode byte 0xff"),
-        (b'{"\xed\xa0\x80":1}', b"", "can't decode byte 0xed"),
-        (b"[" * 100_000, b"", "(recursion depth|Stack overflow)"),
-        (f'{{"a\\ud800":{TEXT}}}'.encode(), FOUR, "surrogates not allowed"),
-        (f'{{"{METADATA}":{{"k":"\\udc80"}},"a":{TEXT}}}'.encode(), FOUR, "surrogates not allowed"),
-        (f'{{"a":{TEXT},"\\u0061":{TEXT}}}'.encode(), FOUR, "'a' stands in it twice"),
-        (f'{{"a":{TEXT[:-1]},"shape":[1]}}}}'.encode(), FOUR, "'shape' stands in it twice"),
-        (f'{{"{METADATA}":{{"k":"1","k":"2"}}}}'.encode(), b"", "'k' stands in it twice"),
-        (f'{{"{METADATA}":{{}},"{METADATA}":{{}}}}'.encode(), b"", "'__metadata__' stands in it twice"),
-        ({"a": [entry()]}, FOUR, "'a' has not just dtype, shape and data_offsets"),
-        ({"a": entry(more=1)}, FOUR, "'a' has not just dtype, shape and data_offsets"),
-        ({"a": {"dtype": "F32", "shape": [1]}}, FOUR, "'a' has not just dtype, shape and data_offsets"),
-        ({"a": entry(dtype=["F32"])}, FOUR, "'a' has no dtype"),
-        ({"a": entry(dtype="F\n")}, FOUR, "'a' has no dtype"),
-        ({"a": entry(shape=1)}, FOUR, "'a' has a shape or offsets that no tensor has"),
-        ({"a": entry(shape=[1] * 65)}, FOUR, "'a' has a shape or offsets that no tensor has"),
-        ({"a": entry(data_offsets=[0, 4, 4])}, FOUR, "'a' has a shape or offsets that no tensor has"),
-        ({"a": entry(data_offsets=[-4, 0])}, FOUR, "'a' has a shape or offsets that no tensor has"),
-        ({"a": entry(shape=[2**62, 2**62, 0])}, b"", "'a' has a shape or offsets that no tensor has"),
-        ({"a": entry(shape=[0, 2**62, 2**62])}, b"", "'a' has a shape or offsets that no tensor has"),
-        *((sized(size), b"", "'a' has a shape or offsets that no tensor has")
-          for size in ["-0", "-1", "1.0", "1e0", "1e1", "true", "null", '"1"', "[1]", str(2**63), "1" * 4000]),
-        *((sized(size), b"", "Out of range float") for size in ["NaN", "Infinity", "1e400"]),
-        (sized("1" * 5000), b"", r"limit \(4300"),
-        ({"a": entry(shape=[2])}, FOUR, r"'a' is F32 of \[2\], and its offsets \[0, 4\] span another number of bytes"),
-        ({"a": entry(shape=[2**61])}, FOUR, "span another number of bytes"),
-        ({"a": entry(data_offsets=[4, 0])}, FOUR, "span another number of bytes"),
-        ({"a": entry(), "b": entry()}, FOUR, "'b' begins at byte 0 of the data, where 4 was expected"),
-        ({"a": entry(), "b": entry(data_offsets=[2, 6])}, b"\0" * 6, "'b' begins at byte 2 .* where 4 was"),
-        ({"a": entry(), "b": entry(data_offsets=[8, 12])}, b"\0" * 12, "'b' begins at byte 8 .* where 4 was"),
-        ({"b": entry(data_offsets=[4, 8])}, b"\0" * 8, "'b' begins at byte 4 of the data, where 0 was expected"),
-        ({"a": entry(), "none": entry(shape=[0], data_offsets=[2, 2])}, FOUR, "'none' begins at byte 2 .* where 4 was"),
-        ({"a": entry(), "none": entry(shape=[0], data_offsets=[8, 8])}, FOUR, "'none' begins at byte 8 .* where 4 was"),
-        ({"a": entry()}, FOUR + b"\0", "its tensors take 4 bytes, and the file holds 5"),
-        ({"a": entry()}, FOUR[1:], "its tensors take 4 bytes, and the file holds 3"),
-        *(({METADATA: metadata}, b"", "'__metadata__' maps not only strings to strings")
-          for metadata in [[], "", 0, False, "k", {"k": 1}, {"k": None}, {"k": {}}]),
+        *((text, b"") for text in [
+            b"", b"[]", b"{}x", b"{}\0", b"\xef\xbb\xbf{}", b'{"\xff":1}', b'{"\xed\xa0\x80":1}', b"[" * 100_000]),
+        (f'{{"a\\ud800":{TEXT}}}'.encode(), FOUR),
+        (f'{{"{METADATA}":{{"k":"\\udc80"}},"a":{TEXT}}}'.encode(), FOUR),
+        (f'{{"a":{TEXT[:-1]},"shape":[1]}}}}'.encode(), FOUR),
+        (f'{{"{METADATA}":{{}},"{METADATA}":{{}}}}'.encode(), b""),
+        *(({"a": other}, FOUR) for other in [
+            [entry()], {"dtype": "F32", "shape": [1]}, entry(dtype=["F32"]), entry(dtype="F\n"), entry(dtype="F99"),
+            entry(shape=1), entry(shape=[2]), entry(shape=[2**61]), entry(data_offsets=[0, 4, 4]),
+            entry(data_offsets=[-4, 0]), entry(data_offsets=[4, 0])]),
+        ({"a": entry(shape=[2**62, 2**62, 0], data_offsets=[0, 0])}, b""),
+        *((sized(size), b"") for size in [
+            "-0", "-1", "1.0", "1e0", "true", "null", '"1"', "[1]", "1" * 5000, "NaN", "Infinity", "1e400"]),
+        ({"a": entry(), "b": entry()}, FOUR),
+        ({"a": entry(), "b": entry(data_offsets=[2, 6])}, b"\0" * 6),
+        ({"a": entry(), "b": entry(data_offsets=[8, 12])}, b"\0" * 12),
+        ({"b": entry(data_offsets=[4, 8])}, b"\0" * 8),
+        ({"a": entry(), "none": entry(shape=[0], data_offsets=[2, 2])}, FOUR),
+        ({"a": entry(), "none": entry(shape=[0], data_offsets=[8, 8])}, FOUR),
+        ({"a": entry()}, FOUR + b"\0"),
+        ({"a": entry()}, FOUR[1:]),
+        *(({METADATA: metadata}, b"") for metadata in [[], "", 0, False, "k", {"k": 1}, {"k": None}, {"k": {}}]),
     ],
 )  # fmt: skip
-def test_a_header_that_lies(header, data, reason, tmp_path):
+def test_a_header_that_lies_is_refused_by_the_library_in_one_sentence_of_ours(header, data, tmp_path):
     path = write_raw(tmp_path / "x.safetensors", header, data)
+    with pytest.raises(SafetensorError):
+        safe_open(path, "pt")
     with pytest.raises(
-        ValueError, match=rf"x\.safetensors cannot be read as a safetensors file \(.*{reason}.*\); copy"
+        ValueError, match=r"x\.safetensors cannot be read as a safetensors file \([^\n]+\); copy or downl"
     ):
         read_header(path)
 
 
 @pytest.mark.parametrize(
-    ("blob", "reason"),
+    ("changes", "kind"),
     [
-        (b"", "its header cannot have 0 of its 0 bytes"),
-        (b"\0" * 7, "its header cannot have 0 of its 7 bytes"),
-        (b"\x03" + b"\0" * 7 + b"{}", "its header cannot have 3 of its 10 bytes"),
-        (b"\xff" * 8 + b"{}", "its header cannot have 18446744073709551615 of its 10 bytes"),
+        ({"shape": [1] * 65}, r"of shape \[1, 1.*"),
+        ({"shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}, r"of shape \[0, 4611686018427387904, 46.*"),
+        ({"shape": [0, 2**63], "data_offsets": [0, 0]}, r"of shape \[0, 9223372036854775808\]"),
+        ({"shape": [0, 2**64 - 1], "data_offsets": [0, 0]}, r"of shape \[0, 18446744073709551615\]"),
+        ({"dtype": "F4", "shape": [8]}, "F4"),
+        ({"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}, "F6_E2M3"),
     ],
 )
-def test_a_length_that_lies(blob, reason, tmp_path):
+def test_tensors_that_the_library_accepts_and_torch_cannot_hold(changes, kind, tmp_path):
+    path = write_raw(tmp_path / "x.safetensors", {"a": entry(**changes)}, bytes(entry(**changes)["data_offsets"][1]))
+    safe_open(path, "pt")
+    with pytest.raises(ValueError, match=rf"x\.safetensors cannot be used: 'a' is {kind}, which torch cannot hold"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    "blob", [b"", b"\0" * 7, b"\x03" + b"\0" * 7 + b"{}", b"\xff" * 8 + b"{}", struct.pack("<Q", 10**8 + 1) + b"{}"]
+)
+def test_a_length_that_lies(blob, tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(blob)
-    with pytest.raises(ValueError, match=rf"x\.safetensors cannot be read as a safetensors file \({reason}\); copy"):
+    with pytest.raises(ValueError, match=r"x\.safetensors cannot be read as a safetensors file \(.*\); copy"):
         read_header(path)
 
 
-def test_a_header_as_long_as_the_library_reads_and_one_byte_longer(tmp_path):
-    path = tmp_path / "x.safetensors"
-    for length in (10**8, 10**8 + 1):
-        path.write_bytes(struct.pack("<Q", length) + b"{}".ljust(length))
-        if length == 10**8:
-            assert read_header(path) == Header({}, {}, 8 + length)
-    with pytest.raises(ValueError, match="its header cannot have 100000001 of its 100000009 bytes"):
-        read_header(path)
-    with pytest.raises(SafetensorError, match="header too large"):
-        safe_open(path, "pt")
-
-
 @pytest.mark.parametrize("read", [read_header, read_json])
-def test_what_is_no_regular_file_is_not_waited_for(read, tmp_path):
-    path = tmp_path / "x.safetensors"
-    os.mkfifo(path)
-    others = [path, tmp_path, "/dev/zero"]
-    os.symlink(path, tmp_path / "link")
-    for other in [*others, tmp_path / "link"]:
-        with pytest.raises(ValueError, match=rf"{other} .*\(it is not a regular file\)"):
-            read(other)
-
-
-@pytest.mark.parametrize("read", [read_header, read_json])
-def test_a_file_that_cannot_be_opened_or_read_is_named(read, tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_opened_or_read_is_named(read, tmp_path):
     with pytest.raises(OSError, match="gone cannot be read: No such file or directory; make it readable or copy it"):
         read(tmp_path / "gone")
     os.symlink(tmp_path / "loop", tmp_path / "loop")
@@ -163,9 +133,9 @@ def test_a_name_of_megabytes_does_not_fill_the_screen(tmp_path):
     assert list(read_header(path).entries) == [name]
     for header in (
         {name: entry(shape=[2])},
-        {name: entry(dtype="F99")},
+        {name: entry(dtype="F4", shape=[8])},
         {"a": entry(dtype=name)},
-        f'{{"{name}":1,"{name}":1}}'.encode(),
+        {"a": {**entry(), "shape": name}},
     ):
         with pytest.raises(ValueError, match=r"x\.safetensors cannot be") as error:
             read_header(write_raw(path, header, FOUR))
@@ -186,38 +156,27 @@ def test_tensors_may_stand_in_any_order_and_be_empty(tmp_path):
     }
     text = json.dumps(header).encode() + b" \n\t\r"
     read = read_header(write_raw(tmp_path / "x.safetensors", text, b"\0" * 9))
-    assert list(read.entries) == ["b", "none", "a", "", "last"]
+    assert [name for name, entry in read.entries.items() if entry.end > entry.start] == ["a", "b", "last"]
+    assert {*read.entries} == {*header} - {METADATA}
     assert read.entries["none"] == Entry(torch.float32, (3, 0), 4, 4)
     assert read.entries["last"] == Entry(torch.uint8, (), 8, 9)
     assert read.metadata == {"k": "v"}
     assert read.data == 8 + len(text)
 
 
-@pytest.mark.parametrize("metadata", [{}, None])
-def test_no_metadata(metadata, tmp_path):
-    assert read_header(write_raw(tmp_path / "x.safetensors", {METADATA: metadata})).metadata == {}
-
-
-def test_a_file_that_takes_no_room(tmp_path):
-    size = 2**36
-    path = write_raw(tmp_path / "x.safetensors", {"a": entry(shape=[size // 4], data_offsets=[0, size])})
-    os.truncate(path, path.stat().st_size + size)
-    assert read_header(path).entries["a"].end == size
+def test_what_stands_twice_or_is_not_known_is_what_the_library_makes_of_it(tmp_path):
+    twice = f'{{"a":{json.dumps(entry(shape=[2]))},"\\u0061":{TEXT},"{METADATA}":{{"k":"1","k":"2"}}}}'.encode()
+    read = read_header(write_raw(tmp_path / "x.safetensors", twice, FOUR))
+    assert (read.entries["a"].shape, read.metadata) == ((1,), {"k": "2"})
+    for header in ({"a": entry(more=1)}, {"a": entry(), METADATA: {}}, {"a": entry(), METADATA: None}):
+        path = write_raw(tmp_path / "x.safetensors", b" " + json.dumps(header).encode(), FOUR)
+        assert read_header(path)[:2] == ({"a": Entry(torch.float32, (1,), 0, 4)}, {})
 
 
 def test_a_symbolic_link_to_a_file(tmp_path):
     path = write_raw(tmp_path / "blob", {"a": entry()}, FOUR)
     os.symlink(path, tmp_path / "x.safetensors")
     assert read_header(tmp_path / "x.safetensors") == read_header(path)
-
-
-def test_fifty_thousand_tensors_take_seconds(tmp_path):
-    n = 50_000
-    header = {f"t{i}": {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]} for i in range(n)}
-    path = write_raw(tmp_path / "x.safetensors", header, bytes(n))
-    start = time.process_time()
-    assert len(read_header(path).entries) == n
-    assert time.process_time() - start < 10
 
 
 # --- held against safetensors itself
@@ -289,7 +248,7 @@ def test_whatever_is_accepted_safetensors_reads_alike(tmp_path):
     path = tmp_path / "x.safetensors"
     refusals, accepted = [], []
 
-    @settings(fuzz, max_examples=600)
+    @settings(fuzz, max_examples=300)
     @given(blob=bad_files(SMALL, bytes(range(21))))
     def compare(blob):
         path.write_bytes(blob)
@@ -303,7 +262,7 @@ def test_whatever_is_accepted_safetensors_reads_alike(tmp_path):
         assert time.process_time() - start < 5
 
     compare()
-    assert min(len(refusals), len(accepted)) > 50
+    assert min(len(refusals), len(accepted)) > 25
     for refusal in refusals:
         assert refusal.startswith(str(path))
         assert "\n" not in refusal

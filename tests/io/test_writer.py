@@ -6,11 +6,11 @@ import os
 
 import pytest
 import torch
+from bits import same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import equal_bits
 
 from fused_merge.io.writer import SafetensorsWriter
 
@@ -49,7 +49,7 @@ def test_safetensors_reads_what_was_written(specs, seed, tmp_path):
         assert file.metadata() == {"format": "pt", "ключ": "значение"}
         assert set(file.keys()) == set(tensors)
         for name, tensor in tensors.items():
-            assert equal_bits(file.get_tensor(name), tensor)
+            assert same_bits(file.get_tensor(name), tensor)
     assert os.listdir(tmp_path) == ["x.safetensors"]
 
 

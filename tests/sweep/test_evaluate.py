@@ -97,7 +97,7 @@ def test_the_models_own_weights_are_put_aside_and_back_once(sweep, tmp_path, mon
 
 
 def test_a_ratio_that_does_not_fit_the_model_keeps_the_finished_ones(sweep, tmp_path):
-    with pytest.raises(ValueError, match="'bias' of the ratios matches no tensor"):
+    with pytest.raises(ValueError, match="ratio key 'bias' matches no tensor"):
         evaluate_ratios(sweep, {"half": 0.5, "odd": {"bias": 0.1, ".*": 0.2}}, {"mean": mean}, tmp_path)
     assert sweep.model.weight.tolist() == [[7.0] * 3]
     assert [row["label"] for row in results_of(tmp_path)["rows"]] == ["half"]

@@ -1,0 +1,237 @@
+"""Where a job keeps what is unfinished, until its outputs get their names.
+
+* `lock`: held by the one process that may write here;
+* `plan.json`: the identity of the job, so that no other goes on with it. Made last and removed first: without it,
+  whatever else is there is rubbish;
+* `outputs/NAME/`: each output, with the files that are whole; gone when the output has its name;
+* `journal/FILE.json`: for each whole file the digests of its pieces; written when the file is on the disk;
+* `replaced/NAME/`: what had the name of an output before.
+
+A job that was killed finds the files of the journal again and writes the others anew.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fused_merge.checkpoints.checksum import PIECE
+from fused_merge.io.headers import load_json
+from fused_merge.io.writer import sync_folder, write_whole, writing
+
+logger = logging.getLogger("fused_merge")
+
+# What file systems without locks say, such as NFS without its lock daemon and Lustre mounted without flock.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+# For each output of a file the digests of its pieces.
+Digests = list[list[str]]
+
+
+class WorkFolder:
+    """The work folder of one job.
+
+    Args:
+        path: the folder; there from `held` to `remove`.
+        identity: jobs of one identity write the same bytes.
+        outputs: final names of R folders, in the order of digests.
+        sizes: name of each file that every output has -> its bytes.
+    """
+
+    def __init__(self, path: Path, identity: str, outputs: Sequence[Path], sizes: Mapping[str, int]) -> None:
+        self.path = path
+        self._identity = json.dumps(identity).encode()
+        self._outputs = outputs
+        self._sizes = sizes
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder if there is none, and lock it for this process; leave no empty one behind.
+
+        On failure, say what is finished and kept, or leave nothing if nothing is.
+
+        Raises:
+            RuntimeError: if another process holds it.
+        """
+        handle = self._take_lock()
+        try:
+            yield
+        except BaseException as error:
+            plan = self._plan()
+            finished = sum(plan == self._identity and self._entry(file).exists() for file in self._sizes)
+            if not finished and plan in (None, self._identity):
+                with suppress(OSError):
+                    self.remove()
+            if finished and isinstance(error, OSError) and self.unnamed:
+                raise OSError(
+                    f"{error}; {finished} of {len(self._sizes)} files are finished and kept in {self.path}: once that "
+                    "is mended run the same again to go on, or delete that folder"
+                ) from error
+            raise
+        finally:
+            with suppress(OSError):
+                (self.path / "lock").unlink()
+            # Succeeds only where nothing is in it.
+            with suppress(OSError):
+                self.path.rmdir()
+            os.close(handle)
+
+    def _take_lock(self) -> int:
+        path = self.path / "lock"
+        while True:
+            with writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                try:
+                    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+                except FileNotFoundError:
+                    # Another process has just removed the folder.
+                    continue
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in _NO_LOCKS:
+                    logger.warning(
+                        "%s cannot be locked (%s): let no second process write to it", self.path, error.strerror
+                    )
+                    return handle
+                os.close(handle)
+                if isinstance(error, BlockingIOError):
+                    raise RuntimeError(
+                        f"another process is writing to {self.path}; wait for it, or choose another folder"
+                    ) from None
+                raise OSError(f"cannot lock {path}: {error.strerror}; choose another folder") from error
+            # Whoever held this file before may have removed it, and another process locked a new one.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(handle), path.stat()):
+                    return handle
+            os.close(handle)
+
+    def staging(self, output: Path) -> Path:
+        """Return where an output is until it has its name."""
+        return self.path / "outputs" / output.name
+
+    @property
+    def unnamed(self) -> list[Path]:
+        """The outputs that have not got their names."""
+        return [output for output in self._outputs if self.staging(output).is_dir()]
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether this job began here and has not removed what it left."""
+        return self._plan() == self._identity
+
+    def _plan(self) -> bytes | None:
+        """Return the identity of the job that what is here belongs to, None if it is rubbish."""
+        try:
+            return (self.path / "plan.json").read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def enter(self, finished: Iterable[Path], *, overwrite: bool) -> None:
+        """Go on with what this job left here, or begin; ValueError if it is of another job that may not be dropped.
+
+        Args:
+            finished: outputs that are already whole under their names.
+            overwrite: drop what another job left here.
+        """
+        plan = self._plan()
+        if plan not in (None, self._identity) and not overwrite:
+            raise ValueError(
+                f"{self.path} is what another job, or this one with other inputs, left unfinished; run that one "
+                "again, pass overwrite=True to drop it, or choose another folder"
+            )
+        if plan != self._identity or not self._can_go_on(finished):
+            with writing(self.path):
+                self._empty()
+                for folder in (self.path / "journal", *map(self.staging, self._outputs)):
+                    folder.mkdir(parents=True)
+            write_whole(self.path / "plan.json", self._identity)
+
+    def _can_go_on(self, finished: Iterable[Path]) -> bool:
+        """Return whether every output is here or has its name; those that have it cannot be written to any more."""
+        named = set(self._outputs) - set(self.unnamed)
+        return named <= set(finished) and (not named or len(self.journal()) == len(self._sizes))
+
+    def record(self, file: str, digests: Digests) -> None:
+        """Enter a file that is whole in every output into the journal."""
+        write_whole(self._entry(file), json.dumps(digests).encode())
+
+    def forget(self, file: str) -> None:
+        """Remove a file from the journal, so that the next run writes it anew."""
+        self._entry(file).unlink(missing_ok=True)
+
+    def journal(self) -> dict[str, Digests]:
+        """Return the digests of the files that are whole; a torn or odd entry does not count, nor does a lost file."""
+        found = {}
+        for file, size in self._sizes.items():
+            try:
+                digests = load_json(self._entry(file).read_bytes())
+                lengths = [len(own) if all(isinstance(each, str) for each in own) else 0 for own in digests]
+                whole = all((self.staging(output) / file).stat().st_size == size for output in self.unnamed)
+            except (OSError, ValueError, RecursionError, TypeError):
+                continue
+            if whole and lengths == [-(-size // PIECE)] * len(self._outputs):
+                found[file] = digests
+        return found
+
+    def _entry(self, file: str) -> Path:
+        return self.path / "journal" / f"{file}.json"
+
+    def rename(self, output: Path) -> None:
+        """Give an output its name, and move what has that name until then out of the way."""
+        with writing(output):
+            if output.exists():
+                replaced = self.path / "replaced" / output.name
+                replaced.parent.mkdir(exist_ok=True)
+                output.replace(replaced)
+            self.staging(output).replace(output)
+            sync_folder(output.parent)
+
+    def restore(self) -> None:
+        """Put back what was moved out of the way of outputs that did not come."""
+        for folder in (self.path / "replaced").glob("*"):
+            if not (self.path.parent / folder.name).exists():
+                folder.replace(self.path.parent / folder.name)
+
+    def tidy(self) -> None:
+        """Remove what a run left here that was killed at its very beginning or end."""
+        if self.path.is_dir() and self._plan() is None:
+            with self.held():
+                if self._plan() is None:
+                    self.remove()
+
+    def remove(self) -> None:
+        """Remove everything but the lock, which goes with the folder when that is left."""
+        try:
+            self._empty()
+        except OSError as error:
+            raise OSError(
+                f"cannot remove {self.path}: {error.strerror}; nothing in it is needed any more, remove it"
+            ) from error
+
+    def _empty(self) -> None:
+        self.restore()
+        (self.path / "plan.json").unlink(missing_ok=True)
+        sync_folder(self.path)
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files here, which another process may be writing."""
+        total = 0
+        for place, _, names in os.walk(self.path):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    total += os.stat(os.path.join(place, name)).st_size
+        return total

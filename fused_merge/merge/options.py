@@ -1,0 +1,52 @@
+"""The options of merging finished models; this module imports no torch either."""
+
+import operator
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fused_merge.checkpoints.options import PlanOptions, StreamOptions
+from fused_merge.options import Option, definition, one_of
+from fused_merge.per_tensor import PerTensor, finite
+
+if TYPE_CHECKING:
+    from fused_merge.io.sources import PathLike
+
+
+def _check_scale(name: str, scale: float) -> float:
+    return finite(scale, what=name)
+
+
+def _check_seed(name: str, seed: Any) -> int:
+    if not hasattr(seed, "__index__"):
+        raise TypeError(f"{name} must be an integer, got {seed!r}")
+    return operator.index(seed)
+
+
+@definition
+class MergePlanOptions(PlanOptions, total=False):
+    """The options that decide what `merge_checkpoints` writes.
+
+    Options:
+        density: share of each delta to keep, in (0, 1]; one for all models or a list with one for each. None keeps
+            everything. Magnitudes equal to the threshold of a trim all stay.
+        normalize: divide by the sum of the weights; None is True for `"linear"` and `"ties"`.
+        rescale: divide what a random drop keeps by the density; None is True for DARE.
+        scale: factor of the merged delta.
+        trim: keep the largest magnitudes of each `"tensor"` or of the whole `"model"`; the paper of TIES takes the
+            model. The density is then one number for each model.
+        seed: seed of the random masks; the mask of the first model is that of a saved `ReferenceDelta`.
+        files_from: model whose configuration and tokenizer go along, `"base"` or a path as given; integer tensors come
+            from it, too. None is the base, without a base the first model.
+    """
+
+    density: Annotated["PerTensor | Sequence[PerTensor | None] | None", Option(None, cli={"type": float})]
+    normalize: Annotated["bool | None", Option(None, cli={})]
+    rescale: Annotated["bool | None", Option(None, cli={})]
+    scale: Annotated[float, Option(1.0, _check_scale, cli={"param_decls": ("--scale", "--lambda")})]
+    trim: Annotated[str, Option("tensor", one_of("tensor", "model"), cli={})]
+    seed: Annotated[int, Option(0, _check_seed, cli={})]
+    files_from: Annotated["PathLike | None", Option(None, cli={"type": str, "show_default": "base"})]
+
+
+class MergeOptions(MergePlanOptions, StreamOptions, total=False):
+    """All options of `merge_checkpoints`."""

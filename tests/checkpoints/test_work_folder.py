@@ -1,0 +1,226 @@
+"""One process writes at a time; leftovers that lie are not believed; folders keep what another job left in them."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from jobs import FILES, NAMES, RATIOS, WORK, contents, flip, leave_unfinished, patched, stop_before_the_name_of
+
+from fused_merge.checkpoints import job
+from fused_merge.checkpoints.interpolate import interpolate_checkpoints
+
+BUSY = r"another process is writing to .*\.fused_merge\.part; wait for it, or choose another folder"
+
+
+# --- one process at a time
+
+
+@contextmanager
+def stopped_while_writing(models, out) -> Iterator[SimpleNamespace]:
+    """A run in a thread, whose lock is as that of another process, that stands still at its first file."""
+    reached, go_on = threading.Event(), threading.Event()
+    found = SimpleNamespace(made=None)
+
+    def wait(original, *arguments):
+        if threading.current_thread() is thread:
+            reached.set()
+            assert go_on.wait(60)
+        return original(*arguments)
+
+    def run():
+        found.made = interpolate_checkpoints(*models, RATIOS, out)
+
+    thread = threading.Thread(target=run)
+    with patched(job, "write_file", wait):
+        thread.start()
+        assert reached.wait(60)
+        try:
+            yield found
+        finally:
+            go_on.set()
+            thread.join()
+
+
+def test_a_second_process_is_refused_at_once_and_leaves_the_first_alone(models, expected, tmp_path):
+    with stopped_while_writing(models, tmp_path) as other:
+        for ratios, overwrite in ((RATIOS, False), (RATIOS, True), ([0.5], False), ([0.5], True)):
+            with pytest.raises(RuntimeError, match=BUSY):
+                interpolate_checkpoints(*models, ratios, tmp_path, overwrite=overwrite)
+        assert sorted(os.listdir(tmp_path / WORK)) == ["journal", "lock", "outputs", "plan.json"]
+    assert other.made == [tmp_path / name for name in NAMES]
+    assert contents(tmp_path) == expected
+
+
+@pytest.mark.parametrize("at", ["open", "flock"])
+def test_a_lock_whose_folder_another_process_has_just_removed(at, models, expected, tmp_path):
+    """The one that finishes removes lock and folder while this one is about to take them."""
+    removed = []
+
+    def remove(original, *arguments, **options):
+        if not removed and (at == "flock" or str(arguments[0]).endswith("lock")):
+            removed.append(at)
+            shutil.rmtree(tmp_path / WORK)
+        return original(*arguments, **options)
+
+    with patched(*{"open": (os, "open"), "flock": (fcntl, "flock")}[at], remove):
+        interpolate_checkpoints(*models, RATIOS, tmp_path)
+    assert removed == [at]
+    assert contents(tmp_path) == expected
+
+
+def test_a_lock_that_a_third_process_has_made_anew(models, tmp_path):
+    """This one then holds the lock of a file without a name, which excludes nobody."""
+    lock, other = tmp_path / WORK / "lock", []
+
+    def replace(flock, handle, how):
+        if not other:
+            lock.unlink()
+            other.append(os.open(lock, os.O_RDWR | os.O_CREAT))
+            flock(other[0], fcntl.LOCK_EX)
+        return flock(handle, how)
+
+    with patched(fcntl, "flock", replace), pytest.raises(RuntimeError, match=BUSY):
+        interpolate_checkpoints(*models, RATIOS, tmp_path)
+    assert os.listdir(tmp_path / WORK) == ["lock"]
+    os.close(other[0])
+    interpolate_checkpoints(*models, RATIOS, tmp_path)
+    assert sorted(os.listdir(tmp_path)) == NAMES
+
+
+@pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_a_warning(reason, models, expected, tmp_path, caplog):
+    def refuse(flock, handle, how):
+        raise OSError(reason, os.strerror(reason))
+
+    with patched(fcntl, "flock", refuse):
+        interpolate_checkpoints(*models, RATIOS, tmp_path)
+    (record,) = caplog.records
+    assert re.fullmatch(
+        rf".*\.part cannot be locked \({os.strerror(reason)}\): let no second process write to it", record.getMessage()
+    )
+    assert contents(tmp_path) == expected
+
+
+def test_what_finished_while_this_one_took_the_lock_is_not_done_again(models, expected, tmp_path):
+    done = tmp_path / "done"
+    interpolate_checkpoints(*models, RATIOS, done)
+
+    def finish_first(flock, handle, how):
+        shutil.copytree(done, out, dirs_exist_ok=True)
+        return flock(handle, how)
+
+    out = tmp_path / "out"
+    with patched(fcntl, "flock", finish_first), patched(job, "write_file", lambda *_: 1 / 0):
+        assert interpolate_checkpoints(*models, RATIOS, out) == [out / name for name in NAMES]
+    assert contents(out) == expected
+
+
+# --- leftovers that lie
+
+
+def journal_of(out, name=FILES[0]) -> Path:
+    return out / WORK / "journal" / f"{name}.json"
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda text: text[:-1],
+        lambda text: b"null",
+        lambda text: b"[]",
+        lambda text: b"3",
+        lambda text: b"[" * 100_000,
+        lambda text: re.sub(rb'"(\w+)"', rb'"\1", "\1"', text),
+        lambda text: re.sub(rb'"\w+"', b"null", text),
+        lambda text: re.sub(rb'\["\w+"\]', b"7", text),
+        lambda text: re.sub(rb'^\[\["\w+"\], ', b"[", text),
+    ],
+)
+def test_an_entry_of_the_journal_that_is_torn_or_odd_is_not_believed(lie, models, expected, tmp_path):
+    leave_unfinished(models, RATIOS, tmp_path)
+    entry = journal_of(tmp_path)
+    changed = lie(entry.read_bytes())
+    assert changed != entry.read_bytes()
+    entry.write_bytes(changed)
+    interpolate_checkpoints(*models, RATIOS, tmp_path)
+    assert contents(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda out: (out / NAMES[1] / FILES[0]).unlink(),
+        lambda out: os.truncate(out / NAMES[0] / FILES[0], 5000),
+        lambda out: (out / NAMES[0] / FILES[0]).open("ab").write(b"x"),
+        lambda out: shutil.rmtree(out / NAMES[0]),
+        lambda out: shutil.rmtree(out),
+        lambda out: shutil.rmtree(out.parent / "journal"),
+        lambda out: (out.parent / "plan.json").unlink(),
+        lambda out: (out / "stranger").write_bytes(b"x"),
+        lambda out: (out.parent / "lock").write_bytes(b"x"),
+    ],
+)
+def test_a_work_folder_that_lost_something(damage, models, expected, tmp_path):
+    leave_unfinished(models, RATIOS, tmp_path)
+    damage(tmp_path / WORK / "outputs")
+    interpolate_checkpoints(*models, RATIOS, tmp_path)
+    assert contents(tmp_path) == expected
+
+
+@pytest.mark.parametrize("plan", [b"", b"{", b'"another"', b"\xff"])
+def test_a_work_folder_of_something_else(plan, models, expected, tmp_path):
+    leave_unfinished(models, RATIOS, tmp_path)
+    (tmp_path / WORK / "plan.json").write_bytes(plan)
+    kept = contents(tmp_path)
+    with pytest.raises(ValueError, match="left unfinished; run that one again, pass overwrite=True to drop it, or"):
+        interpolate_checkpoints(*models, RATIOS, tmp_path)
+    assert contents(tmp_path) == kept
+    interpolate_checkpoints(*models, RATIOS, tmp_path, overwrite=True)
+    assert contents(tmp_path) == expected
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_files_that_are_damaged_when_some_folders_have_their_names(verify, models, expected, tmp_path):
+    stop_before_the_name_of(tmp_path / NAMES[1], lambda: interpolate_checkpoints(*models, RATIOS, tmp_path))
+    assert sorted(os.listdir(tmp_path)) == [WORK, NAMES[0]]
+    damaged = tmp_path / WORK / "outputs" / NAMES[1] / FILES[1]
+    if verify:
+        flip(damaged, 5000)
+        with pytest.raises(ValueError, match=r"r0\.30/b\.safetensors is not what was written"):
+            interpolate_checkpoints(*models, RATIOS, tmp_path, verify=True)
+    else:
+        os.truncate(damaged, 100)
+    interpolate_checkpoints(*models, RATIOS, tmp_path)
+    assert contents(tmp_path) == expected
+
+
+def test_folders_that_a_killed_run_has_named_are_read_again_too(models, expected, tmp_path):
+    stop_before_the_name_of(tmp_path / NAMES[1], lambda: interpolate_checkpoints(*models, RATIOS, tmp_path))
+    named = tmp_path / NAMES[0] / FILES[0]
+    flip(named, named.stat().st_size - 1)
+    with pytest.raises(ValueError, match=r"r0\.00/a\.safetensors is not what was written, .*; write the folder again"):
+        interpolate_checkpoints(*models, RATIOS, tmp_path, verify=True)
+    shutil.rmtree(tmp_path / NAMES[0])
+    interpolate_checkpoints(*models, RATIOS, tmp_path, verify=True)
+    assert contents(tmp_path) == expected
+
+
+def test_digests_that_lie_are_found_by_reading_again(models, expected, tmp_path):
+    leave_unfinished(models, RATIOS, tmp_path)
+    entry = journal_of(tmp_path)
+    entry.write_bytes(re.sub(rb'^\[\["\w', b'[["?', entry.read_bytes()))
+    with pytest.raises(ValueError, match=r"r0\.00/a\.safetensors is not what was written"):
+        interpolate_checkpoints(*models, RATIOS, tmp_path, verify=True)
+    assert os.listdir(tmp_path) == [WORK]
+    interpolate_checkpoints(*models, RATIOS, tmp_path, verify=True)
+    assert contents(tmp_path) == expected

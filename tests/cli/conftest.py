@@ -1,0 +1,78 @@
+"""What the tests of all commands share: the command in this process, two files, and a job that writes nothing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fused_merge.cli import main
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command in this process; returns exit code, standard output and standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fused-merge", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def files(tmp_path):
+    save_file({"w": torch.zeros(3)}, tmp_path / "base.safetensors")
+    save_file({"w": torch.ones(3)}, tmp_path / "tuned.safetensors")
+    return tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+
+
+class StandIn:
+    """A job that writes nothing and remembers what it was asked for."""
+
+    def __init__(self):
+        self.outputs = [Path("line/r0.10"), Path("line/half")]
+        self.plan = {
+            "outputs": ["line/r0.10", "line/half"],
+            "files": [
+                {"path": "line/r0.10/a.safetensors", "bytes": 1_500_000_000},
+                {"path": "line/r0.10/config.json", "bytes": 700},
+                {"path": "line/half/a.safetensors", "bytes": 2_000},
+            ],
+            "bytes_read": 3_000_000_000,
+            "bytes_written": 1_500_002_700,
+        }
+        self.fails = self.planned = self.ran = None
+
+    def plan_by(self, name):
+        def plan(*arguments, **options):
+            self.planned = name, arguments, options
+            return self
+
+        return plan
+
+    def describe(self):
+        return self.plan
+
+    def run(self, **options):
+        self.ran = options
+        if self.fails:
+            raise self.fails
+        return list(self.outputs)
+
+
+@pytest.fixture
+def job(monkeypatch):
+    job = StandIn()
+    for home, name in (
+        ("checkpoints.interpolate", "plan_interpolation"),
+        ("merge.merge", "plan_merge"),
+        ("merge.mergekit", "plan_mergekit"),
+    ):
+        monkeypatch.setattr(f"fused_merge.{home}.{name}", job.plan_by(name))
+    return job
