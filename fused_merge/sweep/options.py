@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Annotated
 
 from fused_merge.io.options import ModelOptions
@@ -67,7 +66,7 @@ class SweepOptions(EvaluateOptions, ModelOptions, total=False):
         Option(
             (),
             cli={
-                "type": list[Path],
+                "type": list[str],
                 "metavar": "RESULTS.json",
                 "help": "Another sweep, for the same picture; may be repeated.",
             },
