@@ -13,8 +13,8 @@ RANKED = ("magnitude", "soft_threshold")
 
 @triton.jit
 def pattern(x):
-    """Magnitudes as integers: finite values in their order, every NaN just above infinity."""
-    return tl.minimum(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800001)
+    """Magnitudes as integers: finite values in their order, NaN above infinity."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit

@@ -19,7 +19,6 @@ from fused_merge.eager.philox import DOMAIN_TAU, MaskKey, keep_mask
 from fused_merge.names import tensor_id
 
 _PATTERN = {torch.float64: torch.int64, torch.float32: torch.int32}
-_INFINITY = {torch.float64: 0x7FF0000000000000, torch.float32: 0x7F800000}
 
 
 def none(x: Tensor, rate: float, key: MaskKey) -> Tensor:
@@ -95,8 +94,8 @@ def sparsify_tau(tau: Tensor, *, name: str, method: str, reserve_rate: float, se
 
 
 def pattern(x: Tensor) -> Tensor:
-    """Return the bits of |x| as integers of its width, ordered as the magnitudes are, every NaN just above infinity."""
-    return x.abs().view(_PATTERN[x.dtype]).clamp_(max=_INFINITY[x.dtype] + 1)
+    """Return the bits of |x| as integers of its width, ordered as the magnitudes are, NaN above infinity."""
+    return x.abs().view(_PATTERN[x.dtype])
 
 
 def kth_largest(x: Tensor, rate: float) -> Tensor:
