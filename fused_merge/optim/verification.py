@@ -51,7 +51,7 @@ def verify(optimizer: Verifiable, steps: int = 10) -> None:
 
 
 def verify_as_the_environment_says(optimizer: Verifiable) -> None:
-    """Compare the first n steps where the environment variable `FUSED_MERGE_VERIFY` is n; eager code is only warned of."""
+    """Compare the first n steps where the environment variable `FUSED_MERGE_VERIFY` is n; eager code only warns."""
     steps = os.environ.get("FUSED_MERGE_VERIFY", "0")
     if not steps.isdecimal():
         raise ValueError(f"FUSED_MERGE_VERIFY must be a number of steps to compare, got {steps!r}")
@@ -62,7 +62,7 @@ def verify_as_the_environment_says(optimizer: Verifiable) -> None:
 
 
 def take_verified(prepared: PreparedStep, workspace: Workspace, impl: str) -> list[MergeStats | None]:
-    """Take a prepared step tensor by tensor; RuntimeError names the first tensor and state that eager code differs in."""
+    """Take a step tensor by tensor; RuntimeError names the first tensor and state that eager code has otherwise."""
     _, rule, hyper, seed, stats, _ = prepared
     gathered = []
     for o in prepared.operands:
