@@ -31,6 +31,8 @@ MARKERS = "<!-- roofline: begin -->", "<!-- roofline: end -->"
 ACHIEVABLE = 0.9
 # Of the instructions of an interpolation, those of the loop over R ratios.
 LOOP = 0.5
+# Of the instructions of a round of a search, those that look at all elements and not at a list.
+LOOK = 0.5
 ELEMENTS_PER_THREAD = 8
 # Neighbours that the kernels touch together or not at all.
 GROUP = 8
@@ -128,7 +130,7 @@ def ops(sector: int = 32) -> dict[str, Op]:
         ),
         # Nothing is known of the threshold: four rounds, and all of m and v in each.
         "onties, p = 0.01, first step": Op(
-            (mark, *4 * [Launch("count: onties", 8)], Launch("step: onties", last + 8)), {FUSED: None}
+            (mark, *4 * [Launch("count: onties", 8, LOOK)], Launch("step: onties", last + 8)), {FUSED: None}
         ),
         "onproj, tensor": Op((Launch("project: onproj", 4 + 2), Launch("step: onproj", 28 + 2)), {FUSED: 1.35}),
         "onproj, rows": Op((Launch("step: onproj, rows", 28 + 2),), {FUSED: 1.15}),
