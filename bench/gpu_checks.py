@@ -113,7 +113,7 @@ def check_files(run: Run) -> Iterator[Row]:
 
 
 def touch_memory(run: Run) -> Iterator[Row]:
-    """Take one step of every row, at odd sizes, on whole tensors and on unaligned shards of columns."""
+    """Take one step of every method, at odd sizes, on whole tensors and on unaligned shards of columns."""
     import torch
     from gpu_cases import CASES, MORE_CASES, SHARDED, Pool, Stepper
 

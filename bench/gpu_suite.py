@@ -8,7 +8,7 @@ Steps, each in a process of its own with a share of the time, so that one that f
     small     optimizers at 28 M parameters in 194 tensors, where the host shows, and the same as CUDA graphs
     lines     eight points of a line at once against eight lerps
     files     eleven points of a pair of files, through the GPU and on the CPU, byte for byte
-    memory    every row at odd sizes and addresses under compute-sanitizer
+    memory    every method at odd sizes and addresses under compute-sanitizer
     tests     the test suite, what touches kernels first
 
 Rows go to `bench/results/gpu/<gpu>-<commit>.json`, with the machine in each. It needs no network: if fused_merge is not

@@ -29,7 +29,7 @@ from fused_merge.kernels.projection import ROW_BLOCKS, project_kernel
 from fused_merge.kernels.sums import Reduction
 from fused_merge.methods import MergeRule
 
-# From this share of kept elements on, groups of neighbours that hold none are too rare to skip.
+# From this share of kept elements on, groups of neighbors that hold none are too rare to skip.
 SKIPS_UP_TO = 0.1
 MASTER = {torch.float32: "fp32", torch.int16: "split"}
 

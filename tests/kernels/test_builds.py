@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parents[2] / "bench"
-TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
 
 
 def by_key(rows):
@@ -32,46 +31,33 @@ def found(tmp_path_factory):
     return json.loads(run.stdout)
 
 
-@pytest.fixture(scope="module")
-def rows(found):
-    return by_key(found["rows"])
-
-
-def test_every_build_compiles_for_every_target_and_there_are_few(rows):
-    whole = [(build, target) for build, target, form in rows if form == "whole"]
-    builds = {build for build, _ in whole}
-    assert {target for _, target in whole} == TARGETS
-    assert len(whole) == len(builds) * len(TARGETS)
-    assert 20 <= len(builds) <= 24
+def test_every_build_compiles_for_every_target_and_there_are_few(found):
+    rows = by_key(found["rows"])
+    builds = {build for build, _, form in rows if form == "whole"}
     ends = {build for build, _, form in rows if form == "ends"}
-    assert {build for build in builds if build.startswith("step: ")} <= ends
-    assert len(rows) == len(whole) + len(ends) * len(TARGETS)
+    assert 20 <= len(builds) <= 24
+    assert {build for build in builds if build.startswith("step: ")} < ends < builds
+    assert {target for _, target, _ in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert len(rows) == 4 * (len(builds) + len(ends))
 
 
-def test_nothing_spills_to_memory(rows):
-    assert [key for key, row in rows.items() if row["spills"]] == []
-
-
-def test_whole_blocks_and_rows_move_128_bits_at_a_time_and_each_tensor_once(rows):
-    for key, row in rows.items():
+def test_nothing_spills_and_whole_blocks_and_rows_move_128_bits_at_a_time_and_each_tensor_once(found):
+    for key, row in by_key(found["rows"]).items():
         build, target, form = key
+        assert row["spills"] == 0, key
         if (row["writes"] or row["reads"]) and (form == "whole" or "rows" in build):
             assert row["written"] == row["writes"], key
-            if target == "gfx942":
-                # Rows of the scalar table are wide loads there too.
-                assert row["read"] >= row["reads"], key
-            else:
-                assert row["read"] == row["reads"], key
+            # Rows of the scalar table are wide loads on AMD too.
+            assert row["read"] == row["reads"] or (target == "gfx942" and row["read"] > row["reads"]), key
 
 
-def test_the_code_does_not_grow_unseen(found, rows):
+def test_the_code_does_not_grow_unseen(found):
     record = json.loads((BENCH / "results" / "kernels.json").read_text())
     if record["triton"] != found["triton"]:
         pytest.skip(f"the record is of Triton {record['triton']}, here is {found['triton']}")
-    recorded = by_key(record["rows"])
+    recorded, rows = by_key(record["rows"]), by_key(found["rows"])
     assert recorded.keys() == rows.keys(), "record the builds: python bench/kernels.py --write"
     for key, row in rows.items():
         assert row["instructions"] <= 1.1 * recorded[key]["instructions"], key
         assert row["narrow"] <= recorded[key]["narrow"], key
-        if row["source"] == recorded[key]["source"]:
-            assert row == recorded[key], key
+        assert row == recorded[key] or row["source"] != recorded[key]["source"], key

@@ -1,4 +1,4 @@
-"""Triton's own launch path, which the interpreter leaves out: specialisation, compilation, the call of the driver."""
+"""Triton's own launch path, which the interpreter leaves out: specialization, compilation, the call of the driver."""
 
 from __future__ import annotations
 
