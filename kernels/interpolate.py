@@ -6,12 +6,11 @@
 Source: Lin et al. 2024 (arXiv 2309.06256). The equations: `fused_merge/eager/interpolate.py`.
 
 Bytes per element of b bytes: reads 2b, writes R*b: (2 + R)*b, against 3*R*b for R separate interpolations.
-
-Contract: theta0, theta1 and the outputs are contiguous, of one dtype (fp32, bf16 or fp16) and on one device.
 """
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,23 +22,10 @@ from torch import Tensor
 from fused_merge.kernels import layout, memory, rounding
 from fused_merge.kernels.layout import Columns
 
-
-class PairEntry(NamedTuple):
-    """What a launch knows of a pair of tensors, int64; the addresses of its R outputs follow."""
-
-    base: int
-    tuned: int
-    numel: int
-
-
-class RatioEntry(NamedTuple):
-    """A ratio of a pair, fp32."""
-
-    ratio: float
-    rest: float  # 1 - r
-    form: int  # which of the forms below serves it
-
-
+# What a launch knows of a pair of tensors, int64, before the addresses of its R outputs; and of a ratio r of it, fp32:
+# r, 1 - r, and which of the forms below serves it.
+PairEntry = namedtuple("PairEntry", "base tuned numel")
+RatioEntry = namedtuple("RatioEntry", "ratio rest form")
 PAIR, RATIO = Columns(PairEntry), Columns(RatioEntry)
 PAIR_COLUMNS, RATIO_COLUMNS = tl.constexpr(PAIR.count), tl.constexpr(RATIO.count)
 FROM_BASE, FROM_TUNED, COPY_BASE, COPY_TUNED = map(tl.constexpr, range(4))
@@ -112,12 +98,11 @@ def interpolate(
         block: elements per program.
     """
     device = bases[0].device
-    groups: dict[Specialization, list[int]] = {}
-    for index, (base, tuned, points) in enumerate(zip(bases, tuneds, outs, strict=True)):
-        spec = Specialization(layout.TL_DTYPE[base.dtype], layout.is_aligned((base, tuned, *points)), block)
-        if base.numel() > 0:
-            groups.setdefault(spec, []).append(index)
-    for spec, members in groups.items():
+    specs = [
+        Specialization(layout.TL_DTYPE[base.dtype], layout.is_aligned((base, tuned, *points)), block)
+        for base, tuned, points in zip(bases, tuneds, outs, strict=True)
+    ]
+    for spec, members in layout.group(specs).items():
         pairs = [
             (*PairEntry(bases[i].data_ptr(), tuneds[i].data_ptr(), bases[i].numel()), *(x.data_ptr() for x in outs[i]))
             for i in members

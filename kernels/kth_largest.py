@@ -56,13 +56,11 @@ def bin_shift(span):
 @triton.jit
 def begin_search(search_ptr, counts_ptr, kth, k, capacity):
     """Choose the first interval from how many elements lie above the window and in it, and fit in the list."""
-    above = tl.load(counts_ptr)
-    inside = tl.load(counts_ptr + 1)
+    above, inside = tl.load(counts_ptr), tl.load(counts_ptr + 1)
     tl.store(counts_ptr, above * 0)
     tl.store(counts_ptr + 1, above * 0)
     low, last = window(kth)
-    low = low.to(tl.int64)
-    last = last.to(tl.int64)
+    low, last = low.to(tl.int64), last.to(tl.int64)
     over = above >= k
     hit = (above < k) & (above + inside >= k)
     listed = hit & (inside <= capacity)
@@ -75,8 +73,7 @@ def begin_search(search_ptr, counts_ptr, kth, k, capacity):
 @triton.jit
 def narrow_search(search_ptr, counts_ptr):
     """Make the bin that holds the rank the next interval, and the counts zero again; return where it begins."""
-    low = tl.load(search_ptr + SEARCH.low)
-    last = tl.load(search_ptr + SEARCH.last)
+    low, last = tl.load(search_ptr + SEARCH.low), tl.load(search_ptr + SEARCH.last)
     rank = tl.load(search_ptr + SEARCH.rank)
     bins = tl.arange(0, BINS)
     count = tl.load(counts_ptr + bins)
@@ -89,12 +86,6 @@ def narrow_search(search_ptr, counts_ptr):
     tl.store(search_ptr + SEARCH.last, tl.minimum(low + (1 << shift) - 1, last))
     tl.store(search_ptr + SEARCH.rank, rank - tl.sum(tl.where(chosen, above, 0)))
     return low
-
-
-@triton.jit
-def looks_at_all(search_ptr):
-    """1 if the k-th largest may be of any element, else 0: it then has a mark, and so has all that is larger."""
-    return (tl.load(search_ptr + SEARCH.listed) < 0).to(tl.int32)
 
 
 @triton.jit
@@ -199,9 +190,7 @@ def count_kernel(
 ):
     """One round of a search: count the elements in the 256 bins of the interval."""
     LISTED: tl.constexpr = SPEC.BLOCK * SEARCH_BLOCKS // 32
-    index, group, tensor_ptr, own_scalars_ptr = layout.locate(
-        programs_ptr, tensors_ptr, scalars_ptr, ENTRY_COLUMNS, SCALAR_COLUMNS
-    )
+    index, group, tensor_ptr, own_scalars_ptr = layout.locate(programs_ptr, tensors_ptr, scalars_ptr)
     own_search_ptr = search_ptr + index * SEARCH_COLUMNS
     if scalars.merges(own_scalars_ptr, SPEC):
         low = tl.load(own_search_ptr + SEARCH.low).to(tl.int32)

@@ -20,7 +20,7 @@ from torch import Tensor
 from fused_merge.eager.scalars import Scalars
 from fused_merge.kernels import INTERPRETED
 
-Kept = TypeVar("Kept")
+Kept, Spec = TypeVar("Kept"), TypeVar("Spec")
 
 TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -125,7 +125,7 @@ class Block(NamedTuple):
 
 
 @triton.jit
-def locate(programs_ptr, tensors_ptr, scalars_ptr, tensor_columns, scalar_columns):
+def locate(programs_ptr, tensors_ptr, scalars_ptr, tensor_columns=ENTRY_COLUMNS, scalar_columns=SCALAR_COLUMNS):
     """What this program works on: the number of its tensor, which part of it, and its entries in two tables."""
     program_ptr = programs_ptr + 2 * tl.program_id(0)
     index = tl.load(program_ptr)
@@ -145,9 +145,7 @@ def block_at(tensor_ptr, scalars_ptr, base, left, SPEC: tl.constexpr):
 @triton.jit
 def locate_block(programs_ptr, tensors_ptr, scalars_ptr, SPEC: tl.constexpr):
     """The number of this program's tensor, the number of its block there, and that block."""
-    index, part, tensor_ptr, own_scalars_ptr = locate(
-        programs_ptr, tensors_ptr, scalars_ptr, ENTRY_COLUMNS, SCALAR_COLUMNS
-    )
+    index, part, tensor_ptr, own_scalars_ptr = locate(programs_ptr, tensors_ptr, scalars_ptr)
     base = part * SPEC.BLOCK
     left = tl.load(tensor_ptr + ENTRY.numel) - base
     return index, part, block_at(tensor_ptr, own_scalars_ptr, base, left, SPEC)
@@ -194,6 +192,14 @@ def launch(kernel: Any, programs: Programs, *arguments: Any, spec: Any) -> None:
                 kernel[(len(table),)](
                     table, *arguments, SPEC=spec._replace(MASKED=masked), num_warps=NUM_WARPS, enable_fp_fusion=False
                 )
+
+
+def group(specs: Iterable[Spec]) -> dict[Spec, list[int]]:
+    """Return which tensors share a compiled form, by their numbers."""
+    groups: dict[Spec, list[int]] = {}
+    for index, spec in enumerate(specs):
+        groups.setdefault(spec, []).append(index)
+    return groups
 
 
 def is_aligned(tensors: Iterable[Tensor | None]) -> bool:

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from fused_merge.eager import projection as eager
 from fused_merge.kernels import adamw, layout, memory, operands, sums
-from fused_merge.kernels.layout import ENTRY, ENTRY_COLUMNS, SCALAR, SCALAR_COLUMNS
+from fused_merge.kernels.layout import ENTRY, SCALAR
 
 RESIDUE = tl.constexpr(eager.RESIDUE)
 # Blocks of a row that a program can project as it goes.
@@ -18,33 +18,33 @@ ROW_BLOCKS = tl.constexpr(256)
 
 
 @triton.jit
-def project(x, tau, dot, norm, rest_share, onto_share, HOW: tl.constexpr, ASCENT: tl.constexpr):
-    """`eager.projection.project` with dot = <x, tau> and norm = <tau, tau> given, one for all elements or one each."""
-    direction = norm > 0
-    component = tl.where(direction, tl.div_rn(dot, tl.where(direction, norm, 1.0)), 0.0) * tau
-    if HOW == "onto":
-        return tl.where(direction, rest_share * x + onto_share * component, x)
-    else:
-        tl.static_assert(HOW == "conflict")
-        rest = x - component
-        rest = tl.where(tl.abs(rest) < (tl.abs(x) + tl.abs(component)) * RESIDUE, 0.0, rest)
-        if ASCENT:
-            against = dot > 0
-        else:
-            against = dot < 0
-        return tl.where(direction & against, rest, x)
+def project(b, x, tau, along, SPEC: tl.constexpr, ON: tl.constexpr):
+    """`eager.projection.project` of a block, if the gradient or the update (ON) is projected.
 
-
-@triton.jit
-def project_if(b, x, tau_dense, along, SPEC: tl.constexpr, ON: tl.constexpr):
-    """x of a block, projected if the gradient or the update (ON) is; `along` is <x, tau> and <tau, tau>."""
+    `along` is <x, tau> and <tau, tau>, one for all elements or one each.
+    """
     if SPEC.PROJECT is None or SPEC.PROJECT_ON != ON:
         return x
     else:
         dot, norm = along
-        rest_share = tl.load(b.scalars_ptr + SCALAR.rest_share)
-        onto_share = tl.load(b.scalars_ptr + SCALAR.onto_share)
-        return project(x, tau_dense, dot, norm, rest_share, onto_share, SPEC.PROJECT, ON == "gradient")
+        direction = norm > 0
+        component = tl.where(direction, tl.div_rn(dot, tl.where(direction, norm, 1.0)), 0.0) * tau
+        if SPEC.PROJECT == "onto":
+            rest_share, onto_share = (
+                tl.load(b.scalars_ptr + SCALAR.rest_share),
+                tl.load(b.scalars_ptr + SCALAR.onto_share),
+            )
+            return tl.where(direction, rest_share * x + onto_share * component, x)
+        else:
+            tl.static_assert(SPEC.PROJECT == "conflict")
+            rest = x - component
+            rest = tl.where(tl.abs(rest) < (tl.abs(x) + tl.abs(component)) * RESIDUE, 0.0, rest)
+            # A gradient points uphill: the step goes along -g.
+            if ON == "gradient":
+                against = dot > 0
+            else:
+                against = dot < 0
+            return tl.where(direction & against, rest, x)
 
 
 @triton.jit
@@ -107,9 +107,7 @@ def project_kernel(
 ):
     """<x, tau> and <tau, tau> of what is projected: sums of a block, or those of a row."""
     if SPEC.PROJECT_ROWS:
-        _, row, tensor_ptr, own_scalars_ptr = layout.locate(
-            programs_ptr, tensors_ptr, scalars_ptr, ENTRY_COLUMNS, SCALAR_COLUMNS
-        )
+        _, row, tensor_ptr, own_scalars_ptr = layout.locate(programs_ptr, tensors_ptr, scalars_ptr)
         dot, norm = row_products(tensor_ptr, own_scalars_ptr, row, SPEC)
         at = out_ptr + 2 * (tl.load(tensor_ptr + ENTRY.first_coefficient) + row)
     else:

@@ -1,4 +1,4 @@
-"""Triton's own launch path, which the interpreter leaves out: specialisation, compilation, the call of the driver."""
+"""Triton's own launch path, which the interpreter leaves out: specialization, compilation, the call of the driver."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_steps_are_launched_and_nothing_is_compiled_twice(tmp_path):
     run = subprocess.run([sys.executable, STUB / "launch.py", library], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     results = json.loads(run.stdout)
-    assert len(results) == 10
+    assert len(results) == 8
     for result in results:
         assert result["launched"] > 0
         # Neither a learning rate of 1 nor new gradients make another kernel of it.

@@ -40,9 +40,7 @@ class NoGPU(CudaDriver):
 RULES = [
     {"method": "ondare", "reserve_rate": 0.01},
     {"method": "ondare", "reserve_rate": 1.0, "merge_every": 2},
-    {"method": "onties", "reserve_rate": 0.01},
     {"method": "onties", "reserve_rate": 0.3, "project": "conflict", "project_over": "rows", "project_on": "update"},
-    {"method": "onsoft", "reserve_rate": 0.1, "state_dtype": torch.bfloat16},
     {"method": "onproj"},
     {"method": "onproj", "project": "onto", "project_over": "rows", "max_grad_norm": 1.0},
     {"method": "ondare", "rounding": "stochastic", "dtype": torch.bfloat16},
@@ -52,7 +50,8 @@ RULES = [
 
 def steps(compiled, dtype=torch.float32, **options):
     """Return how many kernels were compiled in the first step and later, and how many were launched in all."""
-    shapes = {"a": (2048,), "b": (64, 96), "c": (33, 70)}
+    # Alike in all that a kernel is special to.
+    shapes = {"a": (64, 96), "b": (33, 72)}
     params = {name: torch.nn.Parameter(torch.ones(shape, dtype=dtype)) for name, shape in shapes.items()}
     delta = fm.ReferenceDelta.from_models(
         {name: torch.zeros(shape) for name, shape in shapes.items()},
