@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_merge.kernels import layout, memory, rounding
-from fused_merge.kernels.layout import Columns
+from fused_merge.kernels.layout import Block, Columns
 
 # What a launch knows of a pair of tensors, int64, before the addresses of its R outputs; and of a ratio r of it, fp32:
 # r, 1 - r, and which of the forms below serves it.
@@ -53,7 +53,8 @@ def interpolate_kernel(
         programs_ptr, pairs_ptr, ratios_ptr, PAIR_COLUMNS + ratios, RATIO_COLUMNS * ratios
     )
     base = number * SPEC.BLOCK
-    b = layout.block_at(pair_ptr, own_ratios_ptr, base, tl.load(pair_ptr + PAIR.numel) - base, SPEC)
+    inside = tl.arange(0, SPEC.BLOCK) < tl.load(pair_ptr + PAIR.numel) - base
+    b = Block(pair_ptr, own_ratios_ptr, base, inside if SPEC.MASKED else None)
     theta0 = memory.load(b, PAIR.base, SPEC.DTYPE, SPEC)
     theta1 = memory.load(b, PAIR.tuned, SPEC.DTYPE, SPEC)
     start, end = theta0.to(tl.float32), theta1.to(tl.float32)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fused_merge.kernels import layout, memory, operands, projection, scalars, sparsify, step
-from fused_merge.kernels.layout import ENTRY, ENTRY_COLUMNS, SCALAR, SCALAR_COLUMNS, Columns
+from fused_merge.kernels.layout import ENTRY, ENTRY_COLUMNS, SCALAR, SCALAR_COLUMNS, Block, Columns
 
 BINS = tl.constexpr(256)
 ROUNDS = 4
@@ -116,7 +116,9 @@ def mark_kernel(
 
     Where the step resumes, the moments are stored here.
     """
-    index, number, b = layout.locate_block(programs_ptr, tensors_ptr, scalars_ptr, SPEC)
+    index, number, tensor_ptr, own_scalars_ptr = layout.locate(programs_ptr, tensors_ptr, scalars_ptr)
+    base, inside = layout.block_of_tensor(tensor_ptr, number, SPEC)
+    b = Block(tensor_ptr, own_scalars_ptr, base, inside if SPEC.MASKED else None)
     own_counts_ptr = counts_ptr + index * BINS
     words = first_word(b.tensor_ptr, SPEC.BLOCK)
     # At lr = 0 the moments move and nothing is merged.
@@ -135,12 +137,12 @@ def mark_kernel(
         memory.store_bits(marked, mark_bits_ptr + words + number * (SPEC.BLOCK // 32), SPEC.BLOCK)
         if tl.load(b.scalars_ptr + SCALAR.moves) != 0.0:
             above = memory.within(b, pattern > last)
-            inside = (marked & (pattern <= last)).to(tl.int32)
+            listed = (marked & (pattern <= last)).to(tl.int32)
             tl.atomic_add(own_counts_ptr, tl.sum(above.to(tl.int32)).to(tl.int64), sem="relaxed")
-            first = tl.atomic_add(own_counts_ptr + 1, tl.sum(inside).to(tl.int64), sem="relaxed")
-            at = first + (tl.cumsum(inside, axis=0) - inside)
+            first = tl.atomic_add(own_counts_ptr + 1, tl.sum(listed).to(tl.int64), sem="relaxed")
+            at = first + (tl.cumsum(listed, axis=0) - listed)
             fits = at < list_capacity(b.tensor_ptr, SPEC.BLOCK)
-            tl.store(list_ptr + words + at, pattern, mask=(inside != 0) & fits)
+            tl.store(list_ptr + words + at, pattern, mask=(listed != 0) & fits)
 
 
 @triton.jit
@@ -201,9 +203,9 @@ def count_kernel(
             if listed < 0:
                 numel = tl.load(tensor_ptr + ENTRY.numel)
                 for block in range(SEARCH_BLOCKS):
-                    base = (group * SEARCH_BLOCKS + block) * SPEC.BLOCK
+                    base, inside = layout.block_of_tensor(tensor_ptr, group * SEARCH_BLOCKS + block, SPEC)
                     if base < numel:
-                        b = layout.block_at(tensor_ptr, own_scalars_ptr, base, numel - base, SPEC)
+                        b = Block(tensor_ptr, own_scalars_ptr, base, inside if SPEC.MASKED else None)
                         u = step.update_again(b, projection.coefficients(b, coefficients_ptr, SPEC), SPEC)
                         pattern = sparsify.pattern(u)
                         total += bin_counts(pattern, memory.within(b, pattern >= low), low, last)

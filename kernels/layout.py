@@ -116,7 +116,7 @@ class Specialization(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A block of elements of one tensor, as device functions take it."""
+    """A block of elements of one tensor, as device functions take it; none returns one whose `where` is None."""
 
     tensor_ptr: Any  # int64, its `TensorEntry`
     scalars_ptr: Any  # fp32, its `ScalarEntry`
@@ -134,21 +134,10 @@ def locate(programs_ptr, tensors_ptr, scalars_ptr, tensor_columns=ENTRY_COLUMNS,
 
 
 @triton.jit
-def block_at(tensor_ptr, scalars_ptr, base, left, SPEC: tl.constexpr):
-    """The block that begins at element `base`, with `left` elements from there to the end."""
-    where = None
-    if SPEC.MASKED:
-        where = tl.arange(0, SPEC.BLOCK) < left
-    return Block(tensor_ptr, scalars_ptr, base, where)
-
-
-@triton.jit
-def locate_block(programs_ptr, tensors_ptr, scalars_ptr, SPEC: tl.constexpr):
-    """The number of this program's tensor, the number of its block there, and that block."""
-    index, part, tensor_ptr, own_scalars_ptr = locate(programs_ptr, tensors_ptr, scalars_ptr)
-    base = part * SPEC.BLOCK
-    left = tl.load(tensor_ptr + ENTRY.numel) - base
-    return index, part, block_at(tensor_ptr, own_scalars_ptr, base, left, SPEC)
+def block_of_tensor(tensor_ptr, number, SPEC: tl.constexpr):
+    """The first element of a block of a tensor, by its number, and which of its elements the tensor has."""
+    base = number * SPEC.BLOCK
+    return base, tl.arange(0, SPEC.BLOCK) < tl.load(tensor_ptr + ENTRY.numel) - base
 
 
 def block_count(numel: int, block: int) -> int:

@@ -29,7 +29,7 @@ import triton.language as tl
 
 from fused_merge.kernels import kth_largest, layout, memory, merge_stats, projection, scalars, step
 from fused_merge.kernels.kth_largest import SEARCH, SEARCH_COLUMNS
-from fused_merge.kernels.layout import ENTRY
+from fused_merge.kernels.layout import ENTRY, Block
 
 
 @triton.jit
@@ -46,15 +46,17 @@ def merging_adamw_kernel(
     SPEC: tl.constexpr,
 ):
     """The step; one program a block of elements, or a row."""
+    index, number, tensor_ptr, own_scalars_ptr = layout.locate(programs_ptr, tensors_ptr, scalars_ptr)
     if SPEC.ROW_PROGRAMS:
-        _, row, tensor_ptr, own_scalars_ptr = layout.locate(programs_ptr, tensors_ptr, scalars_ptr)
         if scalars.advances(own_scalars_ptr):
-            along = projection.row_products(tensor_ptr, own_scalars_ptr, row, SPEC)
+            along = projection.row_products(tensor_ptr, own_scalars_ptr, number, SPEC)
             for block in range(0, tl.cdiv(tl.load(tensor_ptr + ENTRY.row_length), SPEC.BLOCK)):
-                b = projection.block_of_row(tensor_ptr, own_scalars_ptr, row, block * SPEC.BLOCK, SPEC)
+                base, inside = projection.block_of_row(tensor_ptr, number, block * SPEC.BLOCK, SPEC)
+                b = Block(tensor_ptr, own_scalars_ptr, base, inside if SPEC.MASKED else None)
                 step.step_block(b, along, 0, (0, 0), SPEC)
     else:
-        index, number, b = layout.locate_block(programs_ptr, tensors_ptr, scalars_ptr, SPEC)
+        base, inside = layout.block_of_tensor(tensor_ptr, number, SPEC)
+        b = Block(tensor_ptr, own_scalars_ptr, base, inside if SPEC.MASKED else None)
         kth = 0
         if SPEC.RANKED:
             kth = tl.load(thresholds_ptr + index)

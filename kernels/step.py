@@ -45,7 +45,8 @@ def merge(b, u_kept, tau, SPEC: tl.constexpr):
     """F(u) ⊕ F(tau)."""
     update_weight = tl.load(b.scalars_ptr + SCALAR.update_weight)
     tau_weight = tl.load(b.scalars_ptr + SCALAR.tau_weight)
-    return consensus.merge(u_kept, tau, update_weight, tau_weight, SPEC.CONSENSUS)
+    CONSENSUS: tl.constexpr = SPEC.CONSENSUS
+    return consensus.merge(u_kept, tau, update_weight, tau_weight, CONSENSUS)
 
 
 @triton.jit

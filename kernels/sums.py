@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_merge.kernels import layout, memory
-from fused_merge.kernels.layout import Columns
+from fused_merge.kernels.layout import Block, Columns
 
 # Block sums that one program adds up.
 FAN_IN = 1024
@@ -88,7 +88,8 @@ def inner_products_kernel(
     """<s*x, y - z> of a block of elements: a node of the tree."""
     _, number, triple_ptr, _ = layout.locate(programs_ptr, triples_ptr, scale_ptr, TRIPLE_COLUMNS, 0)
     base = number * SPEC.BLOCK
-    b = layout.block_at(triple_ptr, scale_ptr, base, tl.load(triple_ptr + TRIPLE.numel) - base, SPEC)
+    inside = tl.arange(0, SPEC.BLOCK) < tl.load(triple_ptr + TRIPLE.numel) - base
+    b = Block(triple_ptr, scale_ptr, base, inside if SPEC.MASKED else None)
     x = tl.load(scale_ptr) * memory.load(b, TRIPLE.x, SPEC.X, SPEC).to(tl.float32)
     y = x
     if SPEC.Y is not None:
