@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_merge.checkpoints.plan import ALIGNMENT
+from fused_merge.io.headers import explained
 from fused_merge.io.writer import writing
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
@@ -30,13 +31,11 @@ class DirectFile:
     Args:
         path: what it will be called; messages name it.
         part: what it is called until then: replaced.
-        size: bytes that it has in the end.
     """
 
-    def __init__(self, path: Path, part: Path, size: int) -> None:
+    def __init__(self, path: Path, part: Path) -> None:
         self._path = path
         self._part = part
-        self._size = size
         self._direct = bool(_DIRECT)
 
     def __enter__(self) -> DirectFile:
@@ -65,33 +64,27 @@ class DirectFile:
                 try:
                     written = os.pwrite(self._handle, left, at)
                 except OSError as error:
-                    # Another thread may have left it since.
+                    # Another thread may have turned to the page cache since.
                     if error.errno != errno.EINVAL or not direct:
                         raise
-                    self._leave_direct()
+                    flags = fcntl.fcntl(self._handle, fcntl.F_GETFL)
+                    fcntl.fcntl(self._handle, fcntl.F_SETFL, flags & ~_DIRECT)
+                    self._direct = False
                     continue
                 left, at = left[written:], at + written
 
-    def finish(self) -> None:
+    def finish(self, size: int) -> None:
         """Cut the file to its size and wait until it is on the disk."""
         with writing(self._path):
-            os.ftruncate(self._handle, self._size)
+            os.ftruncate(self._handle, size)
             os.fsync(self._handle)
-
-    def _leave_direct(self) -> None:
-        """Go through the page cache from now on."""
-        flags = fcntl.fcntl(self._handle, fcntl.F_GETFL)
-        fcntl.fcntl(self._handle, fcntl.F_SETFL, flags & ~_DIRECT)
-        self._direct = False
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[int]:
     """Open a file to read from any place of it; what the operating system refuses becomes a sentence."""
-    try:
+    with explained(f"cannot read {path}", "put it back and run the same again"):
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise OSError(f"cannot read {path}: {error.strerror}; put it back and run the same again") from error
     try:
         yield handle
     finally:
@@ -101,10 +94,8 @@ def reading(path: Path) -> Iterator[int]:
 def read_into(handle: int, path: Path, view: memoryview, at: int) -> None:
     """Fill a view from a place of a file; OSError if that cannot be read or ends early."""
     while view:
-        try:
+        with explained(f"cannot read {path}", "check its disk and run the same again"):
             got = os.preadv(handle, [view], at)
-        except OSError as error:
-            raise OSError(f"cannot read {path}: {error.strerror}; check its disk and run the same again") from error
         if got == 0:
             raise OSError(f"{path} ends before byte {at + len(view)}: it changed while it was read; run the same again")
         view, at = view[got:], at + got

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 from torch import Tensor
 
 from fused_merge import functional
-from fused_merge.checkpoints.align import AlignedSegment, AlignedTensor, align, lay_out_files
+from fused_merge.checkpoints.align import align
 from fused_merge.checkpoints.folders import describe_source
 from fused_merge.checkpoints.job import Job, Output, job_of
 from fused_merge.checkpoints.options import InterpolateOptions, InterpolatePlanOptions, RunOptions, described
-from fused_merge.checkpoints.plan import CopyRule, Rule
+from fused_merge.checkpoints.plan import AlignedSegment, AlignedTensor, CopyRule, Rule, lay_out_files
 from fused_merge.eager.interpolate import interpolate_
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.options import documented, resolve, split

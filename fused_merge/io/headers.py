@@ -160,15 +160,22 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @contextmanager
+def explained(what: str, way_out: str) -> Iterator[None]:
+    """Say in one sentence what the operating system refuses: what could not be done, its reason, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{what}: {error.strerror or error}; {way_out}") from error
+
+
+@contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """Open a file that has an end, unlike pipes and devices; also yield its size."""
-    try:
+    with explained(f"{path} cannot be read", "make it readable or copy it again"):
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("it is not a regular file")
         with open(path, "rb") as file:
             yield file, os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise OSError(f"{path} cannot be read: {error.strerror or error}; make it readable or copy it again") from error
 
 
 def _levels(value: Any) -> int:

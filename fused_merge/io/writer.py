@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fused_merge.io.headers import CODES, Entry, encode_header
+from fused_merge.io.headers import CODES, Entry, encode_header, explained
 from fused_merge.io.sources import PathLike, bits
 from fused_merge.names import some
 
@@ -164,12 +164,6 @@ def stamp_of(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> AbstractContextManager[None]:
     """Name the file in what the operating system refuses."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            f"cannot write {path}: {error.strerror or error}; nothing of it is left, choose another place"
-        ) from error
+    return explained(f"cannot write {path}", "nothing of it is left, choose another place")

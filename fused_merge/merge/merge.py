@@ -16,12 +16,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from fused_merge.checkpoints.align import AlignedSegment, AlignedTensor, align, lay_out_files
+from fused_merge.checkpoints.align import align
 from fused_merge.checkpoints.engine import Resources, workers
 from fused_merge.checkpoints.folders import describe_source
 from fused_merge.checkpoints.job import Job, Output, job_of
 from fused_merge.checkpoints.options import StreamOptions, described
-from fused_merge.checkpoints.plan import CopyRule, OutputFile, Rule, Segment
+from fused_merge.checkpoints.plan import (
+    AlignedSegment,
+    AlignedTensor,
+    CopyRule,
+    OutputFile,
+    Rule,
+    Segment,
+    lay_out_files,
+)
 from fused_merge.eager.merge import mask_key, merge_block, slerp_coefficients
 from fused_merge.eager.precision import compute_dtype
 from fused_merge.eager.shard import ShardIndex

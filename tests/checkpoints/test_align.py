@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from fused_merge.checkpoints.align import AlignedTensor, align, lay_out_files
+from fused_merge.checkpoints.align import align
 from fused_merge.checkpoints.options import PlanOptions
-from fused_merge.checkpoints.plan import CopyRule
+from fused_merge.checkpoints.plan import AlignedTensor, CopyRule, lay_out_files
 from fused_merge.io.headers import read_header
 from fused_merge.io.sources import open_files
 from fused_merge.options import resolve
