@@ -8,6 +8,7 @@ with SHA-256 (hashlib). It finds what a disk or a copy damaged, and is no signat
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 
@@ -42,13 +43,11 @@ def verify_file(path: Path, expected: Sequence[str]) -> int:
 
 def _tensors_in(path: Path, pieces: Sequence[int]) -> list[str]:
     """Return the tensors of which something lies in these pieces; none if nothing can be said of them."""
-    try:
-        header = read_header(path)
-    except (ValueError, OSError):
-        return []
-    names = []
-    for name, entry in header.entries.items():
-        start, end = header.data + entry.start, header.data + entry.end
-        if any(max(start, k * PIECE) < min(end, (k + 1) * PIECE) for k in pieces):
-            names.append(name)
-    return names
+    with suppress(ValueError, OSError):
+        entries, _, data = read_header(path)
+        return [
+            name
+            for name, (*_, start, end) in entries.items()
+            if any(max(data + start, k * PIECE) < min(data + end, (k + 1) * PIECE) for k in pieces)
+        ]
+    return []

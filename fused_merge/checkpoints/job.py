@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from fused_merge._version import __version__
 from fused_merge.checkpoints import folders
@@ -49,8 +49,7 @@ class GlobalPass(Protocol):
         """Return one of all files with rules that know all they need."""
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """One folder that a job writes."""
 
     folder: Path  # its final name
@@ -84,13 +83,10 @@ class Job:
     whole_tensor_pass: GlobalPass | None = None
 
     def __post_init__(self) -> None:
-        for output in self.targets:
-            self._check_name(output.folder)
-            for path in self.stamps:
-                if output.folder.resolve() in path.resolve().parents:
-                    raise ValueError(
-                        f"{output.folder} holds the input {path}, which it would replace; choose another folder"
-                    )
+        for folder in self.outputs:
+            self._check_name(folder)
+            if held := next((path for path in self.stamps if folder.resolve() in path.resolve().parents), None):
+                raise ValueError(f"{folder} holds the input {held}, which it would replace; choose another folder")
         self._check_space()
         self._check_handles()
 
@@ -101,14 +97,14 @@ class Job:
             __version__,
             [HASH, PIECE],
             [[output.folder.name, output.recipe] for output in self.targets],
-            [[file.name, hashlib.sha256(file.header).hexdigest()] for file in self.files],
+            [[file.name, _sha256(file.header)] for file in self.files],
             [[str(path.absolute()), *stamp] for path, stamp in self.stamps.items()],
             [
-                [name, str(content.absolute()) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()]
+                [name, str(content.absolute()) if isinstance(content, Path) else _sha256(content)]
                 for name, content in self.sidecar_files.items()
             ],
         ]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+        return _sha256(json.dumps(content).encode())
 
     @property
     def outputs(self) -> list[Path]:
@@ -128,11 +124,9 @@ class Job:
     @property
     def bytes_written(self) -> int:
         """Bytes of all outputs together."""
-        beside = sum(
-            len(content) if isinstance(content, bytes) else content.stat().st_size
-            for content in self.sidecar_files.values()
-        )
-        return len(self.targets) * (sum(file.size for file in self.files) + beside)
+        beside = self.sidecar_files.values()
+        sizes = (each.stat().st_size if isinstance(each, Path) else len(each) for each in beside)
+        return len(self.targets) * (sum(file.size for file in self.files) + sum(sizes))
 
     def describe(self) -> dict[str, Any]:
         """Return the plan in plain numbers and strings."""
@@ -176,9 +170,8 @@ class Job:
                     return self.outputs
         with suppress(OSError, RuntimeError):
             self._work_folder.tidy()
-        if given["verify"]:
-            for folder in self.outputs:
-                folders.verify_checkpoint(folder)
+        for folder in self.outputs if given["verify"] else ():
+            folders.verify_checkpoint(folder)
         return self.outputs
 
     @cached_property
@@ -201,11 +194,10 @@ class Job:
         with progress_bar(self.operation, total, enabled=progress) as advance:
             for file in missing:
                 self._check_inputs(self.stamps)
-                completed = file
                 if self.whole_tensor_pass is not None:
-                    completed = self.whole_tensor_pass.complete(self.files, file, resources, advance)
+                    file = self.whole_tensor_pass.complete(self.files, file, resources, advance)
                 paths = [self._work_folder.staging(folder) / file.name for folder in self.outputs]
-                digests = write_file(completed, paths, resources, advance)
+                digests = write_file(file, paths, resources, advance)
                 # Nothing that was read while it changed goes into the journal.
                 self._check_inputs(self.stamps)
                 self._work_folder.record(file.name, digests)
@@ -213,10 +205,10 @@ class Job:
     def _finish(self, *, verify: bool) -> None:
         """Complete every output that has not got its name yet, and rename it."""
         self._check_inputs(content for content in self.sidecar_files.values() if isinstance(content, Path))
-        digests, unnamed = self._work_folder.journal(), self._work_folder.unnamed
+        journal, unnamed = self._work_folder.journal(), self._work_folder.unnamed
         for i, output in enumerate(self.targets):
             if output.folder in unnamed:
-                self._complete(output, {file: found[i] for file, found in digests.items()}, verify=verify)
+                self._complete(output, {file: digests[i] for file, digests in journal.items()}, verify=verify)
             elif verify:
                 folders.verify_checkpoint(output.folder)
         try:
@@ -236,10 +228,13 @@ class Job:
             except ValueError:
                 self._work_folder.forget(file)
                 raise
-        for name, content in self.sidecar_files.items():
+        beside = {
+            **self.sidecar_files,
+            folders.CARD: folders.card(output.title, output.text, output.recipe),
+            folders.MANIFEST: folders.manifest(output.recipe, self.identity, digests),
+        }
+        for name, content in beside.items():
             write_whole(folder / name, content)
-        write_whole(folder / folders.CARD, folders.card(output.title, output.text, output.recipe))
-        write_whole(folder / folders.MANIFEST, folders.manifest(output.recipe, self.identity, digests))
 
     def _check_name(self, folder: Path) -> None:
         """Verify that a folder may be replaced, if there is one."""
@@ -249,18 +244,16 @@ class Job:
     def _check_inputs(self, paths: Iterable[Path]) -> None:
         """Verify that inputs are still those that were planned with."""
         for path in paths:
-            try:
-                unchanged = stamp_of(path) == self.stamps[path]
-            except OSError:
-                unchanged = False
-            if not unchanged:
-                raise OSError(f"{path} vanished or changed after it was looked at; put it back and run the same again")
+            with suppress(OSError):
+                if stamp_of(path) == self.stamps[path]:
+                    continue
+            raise OSError(f"{path} vanished or changed after it was looked at; put it back and run the same again")
 
     def _check_handles(self) -> None:
         """Verify that this process may open as many files as are written at once."""
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        inputs = max(len({place.file for segment in file.segments for place in segment.inputs}) for file in self.files)
-        needed = sum(1 for _ in Path("/dev/fd").glob("*")) + len(self.targets) + inputs + _SPARE_HANDLES
+        inputs = max(len(file.inputs) for file in self.files)
+        needed = len(os.listdir("/dev/fd")) + len(self.targets) + inputs + _SPARE_HANDLES
         if needed > limit != resource.RLIM_INFINITY:
             raise OSError(
                 f"{len(self.targets)} outputs at once need {needed} open files, of which this process may have "
@@ -271,7 +264,9 @@ class Job:
         """Verify that the disk can be written to and holds what is still to be written."""
         if not self.overwrite and all(map(self._is_finished, self.outputs)):
             return
-        for place in (_existing(self.work.parent), _existing(self.work)):
+        # The nearest folders that exist.
+        for path in (self.work.parent, self.work):
+            place = next(place for place in (path, *path.absolute().parents) if place.exists())
             if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
                 raise OSError(
                     f"cannot write to {self.work.parent}: {place} is not a folder that you may write to; choose another"
@@ -313,12 +308,10 @@ def job_of(
             "weight_map": {name: file.name for file in files for name in file.entries},
         }
         beside[INDEX_FILE] = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
-    read = [path for source in sources for path in source.files()]
-    read += [content for content in beside.values() if isinstance(content, Path)]
-    stamps = {path: stamp_of(path) for path in read}
+    weights = [path for source in sources for path in source.files()]
+    stamps = {path: stamp_of(path) for path in (*weights, *beside.values()) if isinstance(path, Path)}
     return Job(operation, outputs, files, beside, stamps, work, options["overwrite"], whole_tensor_pass)
 
 
-def _existing(path: Path) -> Path:
-    """Return the path or the nearest folder above it that exists."""
-    return next(place for place in (path, *path.absolute().parents) if place.exists())
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -58,7 +58,7 @@ def match(
     changed = {name: text for name in common if (text := _difference(name, first, second, same_dtype, any_rows))}
     if changed:
         way_out = "both must be of one architecture" + " and one dtype" * same_dtype
-        if all(_other_vocabulary(first.shape(name), second.shape(name)) for name in changed):
+        if all(_rows_apart(first.shape(name), second.shape(name), dims=2) for name in changed):
             way_out = "resize one model to the vocabulary of the other"
         raise ValueError(f"{first.origin} and {second.origin} do not match: {some(changed.values())}; {way_out}")
 
@@ -74,9 +74,8 @@ def match(
     faults: list[str] = []
     for here, there in ((first, second), (second, first)):
         extra = [name for name in here if name not in there and name not in ignore]
-        tied = _find_tied(here, extra, names.values())
-        aliases |= tied
-        if missing := [name for name in extra if name not in tied]:
+        aliases |= _find_tied(here, extra, names.values())
+        if missing := [name for name in extra if name not in aliases]:
             unmatched += missing
             faults.append(f"{there.origin} lacks {some(map(repr, missing))} of {here.origin}")
     if faults and not partial:
@@ -87,8 +86,7 @@ def match(
 def _difference(name: str, first: TensorSource, second: TensorSource, same_dtype: bool, any_rows: bool) -> str | None:
     """Return how the two tensors called `name` differ in kind, or None."""
     shapes = first.shape(name), second.shape(name)
-    rows_apart = len(shapes[0]) == len(shapes[1]) > 0 and shapes[0][1:] == shapes[1][1:]
-    if shapes[0] != shapes[1] and not (any_rows and rows_apart):
+    if shapes[0] != shapes[1] and not (any_rows and _rows_apart(*shapes, dims=1)):
         return f"{name!r} is {list(shapes[0])} and {list(shapes[1])}"
     dtypes = first.dtype(name), second.dtype(name)
     if first.is_merged(name) != second.is_merged(name) or (same_dtype and dtypes[0] != dtypes[1]):
@@ -96,8 +94,9 @@ def _difference(name: str, first: TensorSource, second: TensorSource, same_dtype
     return None
 
 
-def _other_vocabulary(a: torch.Size, b: torch.Size) -> bool:
-    return len(a) > 1 and a[1:] == b[1:] and a[0] != b[0]
+def _rows_apart(a: torch.Size, b: torch.Size, *, dims: int) -> bool:
+    """Return whether two shapes of at least so many dimensions differ in the number of rows alone."""
+    return len(a) == len(b) >= dims and a[1:] == b[1:] and a != b
 
 
 def _find_tied(source: TensorSource, extra: Collection[str], common: Collection[str]) -> dict[str, str]:
@@ -107,10 +106,9 @@ def _find_tied(source: TensorSource, extra: Collection[str], common: Collection[
         candidates.setdefault(_fingerprint(source, name), []).append(name)
     tied = {}
     for name in extra:
-        for other in candidates.get(_fingerprint(source, name), ()):
-            if _are_tied(source, name, other):
-                tied[name] = other
-                break
+        alike = candidates.get(_fingerprint(source, name), ())
+        if owner := next((other for other in alike if _are_tied(source, name, other)), None):
+            tied[name] = owner
     return tied
 
 

@@ -3,15 +3,15 @@
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fused_merge.options import Option, definition
+from fused_merge.per_tensor import parse_dtype
 from fused_merge.progress import ProgressOption
 
 if TYPE_CHECKING:
     import torch
 
 
-def _check_dtype(name: str, dtype: Any) -> Any:
-    from fused_merge.per_tensor import parse_dtype
-
+def check_dtype(name: str, dtype: Any) -> Any:
+    """Return a dtype by its name; see `parse_dtype`."""
     return parse_dtype(dtype, what=name)
 
 
@@ -29,7 +29,7 @@ class ModelOptions(ProgressOption, total=False):
         "torch.dtype | str | None",
         Option(
             None,
-            _check_dtype,
+            check_dtype,
             cli={"type": str, "help": "bfloat16, float16, float32 or float64.", "show_default": "as stored"},
         ),
     ]

@@ -47,7 +47,7 @@ class TensorSource(Mapping[str, Tensor]):
 
     origin: str
     aliases: Mapping[str, str]
-    buffers: frozenset[str]
+    buffers: frozenset[str] = frozenset()
     _kinds: dict[str, tuple[torch.Size, torch.dtype]]
 
     def __contains__(self, name: object) -> bool:
@@ -110,7 +110,7 @@ class _MemorySource(TensorSource):
         self.origin = origin
         self.buffers = frozenset(map(canonical_name, buffers))
         self._tensors: dict[str, Tensor] = {}
-        aliases: dict[str, str] = {}
+        self.aliases = {}
         first: dict[tuple[object, ...], str] = {}
         for raw, tensor in named:
             if not isinstance(raw, str) or not isinstance(tensor, Tensor):
@@ -122,8 +122,7 @@ class _MemorySource(TensorSource):
             self._tensors[name] = tensor.detach()
             owner = first.setdefault(_location(tensor), name) if tensor.numel() else name
             if owner != name:
-                aliases[name] = owner
-        self.aliases = aliases
+                self.aliases[name] = owner
         self._kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in self._tensors.items()}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -132,9 +131,7 @@ class _MemorySource(TensorSource):
     def box(self, name: str, box: tuple[slice, ...] | None) -> Tensor:
         """Return a box of a tensor, None for all of it."""
         tensor = self._tensors[name]
-        if box is None or is_sharded(tensor):
-            return local_part(tensor)
-        return tensor[box]
+        return local_part(tensor) if box is None or is_sharded(tensor) else tensor[box]
 
 
 class FileRange(NamedTuple):
@@ -158,27 +155,22 @@ class FileSource(TensorSource):
         self.path = path
         self.origin = str(path)
         self.aliases = {}
-        self.buffers = frozenset()
         self.index: dict[str, Any] | None = None
-        folder = path
-        listed: dict[str, set[str]]
+        self._folder = path if path.is_dir() else path.parent
+        listed: dict[str, set[str]] = {path.name: set()}
         if path.is_dir():
             self.index, listed = _read_folder(path)
-        else:
-            folder, listed = path.parent, {path.name: set()}
-        self._folder = folder
-        self._opened = {file: open_safetensors(folder / file) for file in listed}
+        self._opened = {file: open_safetensors(self._folder / file) for file in listed}
         # Where each tensor is: its file, its name there, and what the header says of it.
         self._stored: dict[str, tuple[str, str, Entry]] = {}
         self.shards: dict[str, tuple[str, ...]] = {}
         for file, (_, header) in self._opened.items():
             if self.index is not None and header.entries.keys() != listed[file]:
-                _raise_index_mismatch(folder, file, listed[file], set(header.entries))
-            names = []
+                _raise_index_mismatch(path, file, listed[file], set(header.entries))
+            before = len(self._stored)
             for raw, entry in header.entries.items():
-                names.append(_new_name(raw, self._stored, self.origin))
-                self._stored[names[-1]] = (file, raw, entry)
-            self.shards[file] = tuple(names)
+                self._stored[_new_name(raw, self._stored, self.origin)] = (file, raw, entry)
+            self.shards[file] = tuple(self._stored)[before:]
         self._kinds = {name: (torch.Size(entry.shape), entry.dtype) for name, (*_, entry) in self._stored.items()}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -223,7 +215,7 @@ def open_source(source: SourceLike, *, role: str = "source") -> TensorSource:
     """
     if isinstance(source, nn.Module):
         buffers = {
-            f"{prefix}.{leaf}" if prefix else leaf: buffer
+            f"{prefix}.{leaf}".removeprefix("."): buffer
             for prefix, module in source.named_modules(remove_duplicate=False)
             for leaf, buffer in module._buffers.items()
             if buffer is not None and leaf not in module._non_persistent_buffers_set
@@ -247,9 +239,7 @@ def open_files(path: PathLike, *, role: str = "source") -> FileSource:
         raise TypeError(f"{role} must be the path of a safetensors file or a model folder, not a {type(path).__name__}")
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist; give a local .safetensors file or a downloaded Hugging Face folder"
-        )
+        raise FileNotFoundError(f"{path} does not exist; give a local .safetensors file or a downloaded model folder")
     if path.is_file() and path.suffix in _PICKLES:
         raise ValueError(f"{path} is not a safetensors file; {_NEVER_PICKLE}")
     return FileSource(path)
@@ -278,10 +268,10 @@ def _new_name(raw: str, known: Container[str], origin: str) -> str:
 
 
 def _location(tensor: Tensor) -> tuple[object, ...]:
-    # The address of a DTensor is that of what this process holds of it; an empty part has none but the object.
+    """Return what tied tensors have in common: of a sharded one what this process holds, if it holds anything."""
     part = local_part(tensor)
     place = part.data_ptr() if part.numel() else id(tensor)
-    return (tensor.device, place, tensor.dtype, tensor.shape, tensor.stride())
+    return tensor.device, place, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _leading(shape: torch.Size, n: int) -> tuple[slice, ...] | None:
@@ -326,9 +316,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, set[str
 
 def _raise_index_mismatch(folder: Path, file: str, listed: set[str], stored: set[str]) -> None:
     lacking, unlisted = ([f"{name!r:.200}" for name in sorted(names)] for names in (listed - stored, stored - listed))
-    fault = (
-        f"lists {some(lacking)} in {file}, which lacks it"
-        if lacking
-        else f"does not list {some(unlisted)}, which {file} holds"
-    )
+    fault = f"lists {some(lacking)} in {file}, which lacks it"
+    if not lacking:
+        fault = f"does not list {some(unlisted)}, which {file} holds"
     raise ValueError(f"{folder / INDEX_FILE} {fault}; index and shards must come from one download")

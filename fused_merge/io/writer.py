@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import TypeAlias
 
 import torch
@@ -93,22 +92,19 @@ class SafetensorsWriter:
             self._file.seek(self._room + start)
             self._file.write(bits(tensor.detach().cpu()).contiguous().numpy().data)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            with writing(self.path), self._file:
+            with writing(self.path):
+                with self._file:
+                    if kind is None:
+                        self._finish()
                 if kind is None:
-                    self._finish()
-            if kind is None:
-                with writing(self.path):
                     self._part.replace(self.path)
         finally:
             self._part.unlink(missing_ok=True)
 
     def _finish(self) -> None:
-        missing = [name for name in self._manifest if name not in self._entries]
-        if missing:
+        if missing := [name for name in self._manifest if name not in self._entries]:
             raise ValueError(f"{self.path} was closed without {some(map(repr, missing))} of its manifest")
         self._file.seek(0)
         self._file.write(encode_header(self._entries, self._metadata, multiple=self._room))
