@@ -42,33 +42,26 @@ _SCRATCH = 5
 
 
 class Resources(NamedTuple):
-    """What a stream may use.
+    """What a stream may use."""
 
-    Attributes:
-        threads: that read, compute and write.
-        computing: how many of them read and compute at a time.
-        memory: bytes for buffers.
-        device: that computes.
-        impl: `"eager"`, or as for `fused_merge.interpolate`.
-    """
-
-    threads: int
-    computing: int
-    memory: int
-    device: torch.device
-    impl: str
+    threads: int  # that read, compute and write
+    computing: int  # how many of them read and compute at a time
+    memory: int  # bytes for buffers
+    device: torch.device  # that computes
+    impl: str  # "eager", or as for `fused_merge.interpolate`
 
     @classmethod
     def of(cls, threads: int | None, max_memory: int | None, device: str | torch.device, impl: str) -> Resources:
         """Return what `RunOptions` allow; ValueError or RuntimeError if `impl` cannot run on `device`."""
         where = backend.check_device(device)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         impl = backend.check_impl(impl)
         if backend.resolve(impl, where) != "triton":
             # Compiled code would start threads of its own in each of a stream.
             impl = "eager"
-        threads = math.ceil(_THREADS_PER_CORE * _cores()) if threads is None else threads
+        threads = math.ceil(_THREADS_PER_CORE * cores) if threads is None else threads
         # Those that a GPU computes for wait for its copies meanwhile.
-        computing = threads if where.type == "cuda" else min(threads, _cores())
+        computing = threads if where.type == "cuda" else min(threads, cores)
         return cls(threads, computing, _MEMORY if max_memory is None else max_memory, where, impl)
 
     @property
@@ -77,20 +70,14 @@ class Resources(NamedTuple):
         return _SCRATCH if self.device.type == "cpu" else 0
 
     def block_size(self, outputs: int, input_bytes: float) -> int:
-        """Return the bytes of a block of one of R outputs; ValueError if not even the smallest fits.
-
-        Args:
-            outputs: R.
-            input_bytes: bytes of all inputs for each byte of an output, at most.
-        """
+        """Return the bytes of a block of one output, where a byte of it takes `input_bytes` of inputs, if any fits."""
         held = self.threads * outputs + self.computing * (input_bytes + self.scratch)
-        most = self.memory / held
-        if most < ALIGNMENT:
-            raise ValueError(
-                f"max_memory of {self.memory} bytes is too little for {self.threads} threads and {outputs} outputs; "
-                f"allow {math.ceil(held * ALIGNMENT / 1e6)} MB or take fewer threads"
-            )
-        return min(_LARGEST_BLOCK, int(most) // ALIGNMENT * ALIGNMENT)
+        if block := int(self.memory / held) // ALIGNMENT * ALIGNMENT:
+            return min(_LARGEST_BLOCK, block)
+        raise ValueError(
+            f"max_memory of {self.memory} bytes is too little for {self.threads} threads and {outputs} outputs; "
+            f"allow {math.ceil(held * ALIGNMENT / 1e6)} MB or take fewer threads"
+        )
 
 
 def write_file(
@@ -201,10 +188,12 @@ class _Stream:
 
     def _compute(self, segment: Segment, skipped: int, buffers: _InputBuffers, outs: Sequence[Tensor]) -> None:
         """Make elements of a segment: as many as fit `outs`, after those that are skipped."""
-        inputs = buffers.take([place.dtype for place in segment.inputs], outs[0].numel())
-        for tensor, place in zip(inputs, segment.inputs, strict=True):
-            offset = place.offset + skipped * place.dtype.itemsize
-            read_into(self.sources[place.file], place.file, bytes_of(tensor), offset)
+        inputs, left = [], buffers.inputs
+        for file, offset, dtype in segment.inputs:
+            nbytes = outs[0].numel() * dtype.itemsize
+            read_into(self.sources[file], file, bytes_of(left[:nbytes]), offset + skipped * dtype.itemsize)
+            inputs.append(left[:nbytes].view(dtype))
+            left = left[-(-nbytes // ALIGNMENT) * ALIGNMENT :]
         first, impl = segment.first + skipped, self.resources.impl
         if buffers.stream is None:
             segment.rule(inputs, outs, first, impl, buffers.scratch)
@@ -225,16 +214,6 @@ class _InputBuffers(NamedTuple):
     inputs: Tensor
     scratch: Tensor
     stream: torch.cuda.Stream | None
-
-    def take(self, dtypes: Sequence[torch.dtype], count: int) -> list[Tensor]:
-        """Return a vector of `count` elements of each dtype; they are overwritten by the next call."""
-        place = 0
-        taken = []
-        for dtype in dtypes:
-            nbytes = count * dtype.itemsize
-            taken.append(self.inputs[place : place + nbytes].view(dtype))
-            place += -(-nbytes // ALIGNMENT) * ALIGNMENT
-        return taken
 
 
 _T = TypeVar("_T")
@@ -260,8 +239,3 @@ def workers(threads: int) -> Iterator[ThreadPoolExecutor]:
         stack.callback(torch.set_num_threads, before)
         stack.callback(pool.shutdown, cancel_futures=True)
         yield pool
-
-
-def _cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -101,7 +101,10 @@ def plan_interpolation(
     labeled = dict(ratios) if isinstance(ratios, Mapping) and not isinstance(ratios, NamedRatios) else None
     given = check_ratios(ratios if labeled is None else labeled.values())  # type: ignore[arg-type]
     decided = [per_tensor(ratio, interpolated, what="ratio") for ratio in given]
-    labels = _labels(given, decided) if labeled is None else _check_labels(labeled)
+    labels = _labels(given, decided) if labeled is None else list(labeled)
+    for label in labels:
+        if not isinstance(label, str) or not label or Path(label).name != label or label.startswith("."):
+            raise ValueError(f"{label!r} cannot name the folder of a ratio; use a plain name such as 'low-layers'")
     copied_from = tuple(int(is_tuned(ratio, own)) for ratio, own in zip(given, decided, strict=True))
 
     def rule_of(tensor: AlignedTensor, segment: AlignedSegment) -> Rule:
@@ -154,11 +157,4 @@ def _labels(ratios: Sequence[PerTensor], decided: Sequence[Mapping[str, float]])
         if label in labels:
             raise ValueError(f"ratios {labels[label]!r} and {ratio!r} would share the folder {label}; drop one")
         labels[label] = ratio
-    return list(labels)
-
-
-def _check_labels(labels: Iterable[str]) -> list[str]:
-    for label in labels:
-        if not isinstance(label, str) or not label or Path(label).name != label or label.startswith("."):
-            raise ValueError(f"{label!r} cannot name the folder of a ratio; use a plain name such as 'low-layers'")
     return list(labels)

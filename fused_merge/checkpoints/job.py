@@ -60,27 +60,16 @@ class Output(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that is to be written, verified against the inputs and the disk before the first byte.
+    """Everything that is to be written, verified against the inputs and the disk before the first byte."""
 
-    Attributes:
-        operation: what the progress bar says.
-        targets: R folders.
-        files: the weights of each output.
-        sidecar_files: other files of each output, by name.
-        stamps: size and time of change of every file that is read.
-        work: where everything is until it is finished.
-        overwrite: replace folders that exist.
-        whole_tensor_pass: for methods that look at whole tensors first.
-    """
-
-    operation: str
+    operation: str  # what the progress bar says
     targets: Sequence[Output]
-    files: Sequence[OutputFile]
-    sidecar_files: Mapping[str, Path | bytes]
-    stamps: Mapping[Path, tuple[int, int]]
-    work: Path
-    overwrite: bool
-    whole_tensor_pass: GlobalPass | None = None
+    files: Sequence[OutputFile]  # the weights of each output
+    sidecar_files: Mapping[str, Path | bytes]  # other files of each output, by name
+    stamps: Mapping[Path, tuple[int, int]]  # size and time of change of every file that is read
+    work: Path  # where everything is until it is finished
+    overwrite: bool  # replace folders that exist
+    whole_tensor_pass: GlobalPass | None = None  # for methods that look at whole tensors first
 
     def __post_init__(self) -> None:
         for folder in self.outputs:
@@ -114,12 +103,8 @@ class Job:
     @property
     def bytes_read(self) -> int:
         """Bytes of the inputs, each counted once."""
-        return sum(
-            segment.numel * place.dtype.itemsize
-            for file in self.files
-            for segment in file.segments
-            for place in segment.inputs
-        )
+        segments = [segment for file in self.files for segment in file.segments]
+        return sum(segment.numel * place.dtype.itemsize for segment in segments for place in segment.inputs)
 
     @property
     def bytes_written(self) -> int:

@@ -22,17 +22,13 @@ ALIGNMENT = 4096
 
 
 class AlignedSegment(NamedTuple):
-    """Row-major elements of a tensor that come from the same inputs.
-
-    Attributes:
-        numel: number of elements.
-        inputs: where they lie in each checkpoint, in the order of the checkpoints, or in the only one that has them.
-        merged: whether all checkpoints hold them and they are floating.
-    """
+    """Row-major elements of a tensor that come from the same inputs."""
 
     numel: int
-    inputs: tuple[FileRange, ...]
-    merged: bool
+    inputs: tuple[
+        FileRange, ...
+    ]  # in each checkpoint, in the order of the checkpoints, or in the only one that has them
+    merged: bool  # whether all checkpoints hold them and they are floating
 
 
 class AlignedTensor(NamedTuple):
@@ -89,43 +85,25 @@ class CopyRule(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Row-major elements of a tensor of the output that are made alike.
+    """Row-major elements of a tensor of the output that are made alike."""
 
-    Attributes:
-        name: of the tensor.
-        dtype: of the tensor.
-        numel: how many elements.
-        inputs: what they are made of.
-        rule: how.
-        first: the index of the first of them in the tensor.
-        start: the byte of the file's data at which they begin.
-    """
-
-    name: str
+    name: str  # of the tensor, as is the dtype
     dtype: torch.dtype
     numel: int
-    inputs: tuple[FileRange, ...]
+    inputs: tuple[FileRange, ...]  # what they are made of
     rule: Rule
-    first: int
-    start: int
+    first: int  # the index of the first of them in the tensor
+    start: int  # the byte of the file's data at which they begin
 
 
 class OutputFile(NamedTuple):
-    """One safetensors file, the same in every output but for the values.
-
-    Attributes:
-        name: of the file.
-        header: its first bytes, a multiple of `ALIGNMENT`.
-        entries: what the header says.
-        segments: in the order of the data, without gaps.
-        nbytes: bytes of the data.
-    """
+    """One safetensors file, the same in every output but for the values."""
 
     name: str
-    header: bytes
-    entries: Mapping[str, Entry]
-    segments: tuple[Segment, ...]
-    nbytes: int
+    header: bytes  # a multiple of `ALIGNMENT`
+    entries: Mapping[str, Entry]  # what the header says
+    segments: tuple[Segment, ...]  # in the order of the data, without gaps
+    nbytes: int  # of the data
 
     @property
     def size(self) -> int:

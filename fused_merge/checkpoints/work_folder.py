@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fused_merge.checkpoints.checksum import PIECE
-from fused_merge.io.headers import load_json
+from fused_merge.io.headers import explained, load_json
 from fused_merge.io.writer import sync_folder, write_whole, writing
 
 logger = logging.getLogger("fused_merge")
@@ -68,7 +68,7 @@ class WorkFolder:
             finished = sum(plan == self._identity and self._entry(file).exists() for file in self._sizes)
             if not finished and plan in (None, self._identity):
                 with suppress(OSError):
-                    self.remove()
+                    self._empty()
             if finished and isinstance(error, OSError) and self.unnamed:
                 raise OSError(
                     f"{error}; {finished} of {len(self._sizes)} files are finished and kept in {self.path}: once that "
@@ -96,17 +96,15 @@ class WorkFolder:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
+                why = error.strerror
                 if error.errno in _NO_LOCKS:
-                    logger.warning(
-                        "%s cannot be locked (%s): let no second process write to it", self.path, error.strerror
-                    )
+                    logger.warning("%s cannot be locked (%s): let no second process write to it", self.path, why)
                     return handle
                 os.close(handle)
                 if isinstance(error, BlockingIOError):
-                    raise RuntimeError(
-                        f"another process is writing to {self.path}; wait for it, or choose another folder"
-                    ) from None
-                raise OSError(f"cannot lock {path}: {error.strerror}; choose another folder") from error
+                    busy = f"another process is writing to {self.path}; wait for it, or choose another folder"
+                    raise RuntimeError(busy) from None
+                raise OSError(f"cannot lock {path}: {why}; choose another folder") from error
             # Whoever held this file before may have removed it, and another process locked a new one.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), path.stat()):
@@ -129,10 +127,9 @@ class WorkFolder:
 
     def _plan(self) -> bytes | None:
         """Return the identity of the job that what is here belongs to, None if it is rubbish."""
-        try:
+        with suppress(FileNotFoundError, NotADirectoryError):
             return (self.path / "plan.json").read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        return None
 
     def enter(self, finished: Iterable[Path], *, overwrite: bool) -> None:
         """Go on with what this job left here, or begin; ValueError if it is of another job that may not be dropped.
@@ -147,17 +144,15 @@ class WorkFolder:
                 f"{self.path} is what another job, or this one with other inputs, left unfinished; run that one "
                 "again, pass overwrite=True to drop it, or choose another folder"
             )
-        if plan != self._identity or not self._can_go_on(finished):
+        # Outputs that are not here must be whole, since they cannot be written to any more.
+        named = set(self._outputs) - set(self.unnamed)
+        whole = named <= set(finished) and (not named or len(self.journal()) == len(self._sizes))
+        if plan != self._identity or not whole:
             with writing(self.path):
                 self._empty()
                 for folder in (self.path / "journal", *map(self.staging, self._outputs)):
                     folder.mkdir(parents=True)
             write_whole(self.path / "plan.json", self._identity)
-
-    def _can_go_on(self, finished: Iterable[Path]) -> bool:
-        """Return whether every output is here or has its name; those that have it cannot be written to any more."""
-        named = set(self._outputs) - set(self.unnamed)
-        return named <= set(finished) and (not named or len(self.journal()) == len(self._sizes))
 
     def record(self, file: str, digests: Digests) -> None:
         """Enter a file that is whole in every output into the journal."""
@@ -197,8 +192,8 @@ class WorkFolder:
     def restore(self) -> None:
         """Put back what was moved out of the way of outputs that did not come."""
         for folder in (self.path / "replaced").glob("*"):
-            if not (self.path.parent / folder.name).exists():
-                folder.replace(self.path.parent / folder.name)
+            if not (place := self.path.parent / folder.name).exists():
+                folder.replace(place)
 
     def tidy(self) -> None:
         """Remove what a run left here that was killed at its very beginning or end."""
@@ -209,12 +204,8 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Remove everything but the lock, which goes with the folder when that is left."""
-        try:
+        with explained(f"cannot remove {self.path}", "nothing in it is needed any more, remove it"):
             self._empty()
-        except OSError as error:
-            raise OSError(
-                f"cannot remove {self.path}: {error.strerror}; nothing in it is needed any more, remove it"
-            ) from error
 
     def _empty(self) -> None:
         self.restore()

@@ -12,17 +12,11 @@ from fused_merge.names import some
 
 
 class Match(NamedTuple):
-    """What two sources have in common.
+    """What two sources have in common."""
 
-    Attributes:
-        names: the tensors both hold, in the order of the first source, tied ones once.
-        aliases: every further name of either source -> the one of `names` that holds the same bits.
-        unmatched: names that only one of them holds; empty unless asked for.
-    """
-
-    names: tuple[str, ...]
-    aliases: dict[str, str]
-    unmatched: tuple[str, ...] = ()
+    names: tuple[str, ...]  # the tensors both hold, in the order of the first source, tied ones once
+    aliases: dict[str, str]  # every further name of either source -> the one of `names` that holds the same bits
+    unmatched: tuple[str, ...] = ()  # names that only one of them holds, if these may be
 
     def resolve(self, name: str) -> str:
         """Return the one of `names` that stands for `name`."""

@@ -70,17 +70,18 @@ class TensorSource(Mapping[str, Tensor]):
 
     @abstractmethod
     def box(self, name: str, box: tuple[slice, ...] | None) -> Tensor:
-        """Return a box of a tensor, None for all of it; nothing else is read.
-
-        Of a sharded tensor it returns what this process holds, whatever is asked.
-        """
+        """Return a box of a tensor, None for all of it, reading nothing else; of a sharded one what is held here."""
 
     def head(self, name: str, n: int) -> Tensor:
         """Return the first `n` row-major elements, or as many as there are, as a vector.
 
         Of a file only the rows that hold them are read. Of a sharded tensor they are those of this process.
         """
-        return self.box(name, _leading(self.shape(name), n)).reshape(-1)[:n]
+        shape, box = self.shape(name), None
+        if prod(shape) > n:
+            inner = (prod(shape[dim + 1 :]) for dim in range(len(shape)))
+            box = tuple(slice(0, min(size, -(-n // each))) for size, each in zip(shape, inner, strict=True))
+        return self.box(name, box).reshape(-1)[:n]
 
     def files(self) -> tuple[Path, ...]:
         """Return the safetensors files behind this source; none for tensors in memory."""
@@ -272,14 +273,6 @@ def _location(tensor: Tensor) -> tuple[object, ...]:
     part = local_part(tensor)
     place = part.data_ptr() if part.numel() else id(tensor)
     return tensor.device, place, tensor.dtype, tensor.shape, tensor.stride()
-
-
-def _leading(shape: torch.Size, n: int) -> tuple[slice, ...] | None:
-    """Return the smallest box that holds the first `n` row-major elements; None if that is everything."""
-    if prod(shape) <= n:
-        return None
-    inner = (prod(shape[dim + 1 :]) for dim in range(len(shape)))
-    return tuple(slice(0, min(size, -(-n // each))) for size, each in zip(shape, inner, strict=True))
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, set[str]]]:
