@@ -7,6 +7,7 @@ with SHA-256 (hashlib). It finds what a disk or a copy damaged, and is no signat
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import zip_longest
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import xxhash
 
-from fused_merge.checkpoints.disk import read_blocks
+from fused_merge.checkpoints.disk import aligned, bytes_of, read_into, reading
 from fused_merge.io.headers import read_header
 from fused_merge.names import some
 
@@ -32,13 +33,22 @@ def verify_file(path: Path, expected: Sequence[str]) -> int:
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing; write the folder again")
-    found = [hasher(block).hexdigest() for block in read_blocks(path, PIECE)]
+    found = []
+    buffer = bytes_of(aligned(PIECE, pinned=False))
+    with reading(path) as handle:
+        size = os.fstat(handle).st_size
+        if hasattr(os, "posix_fadvise"):
+            # So that the disk is read and not the page cache.
+            os.posix_fadvise(handle, 0, size, os.POSIX_FADV_DONTNEED)
+        for at in range(0, size, PIECE):
+            read_into(handle, path, buffer[: size - at], at)
+            found.append(hasher(buffer[: size - at]).hexdigest())
     changed = [k for k, (own, other) in enumerate(zip_longest(found, expected)) if own != other]
     if changed:
         names = _tensors_in(path, changed)
         where = f", in pieces that hold {some(map(repr, names))}" if names else ""
         raise ValueError(f"{path} is not what was written{where}; write the folder again")
-    return path.stat().st_size
+    return size
 
 
 def _tensors_in(path: Path, pieces: Sequence[int]) -> list[str]:

@@ -8,6 +8,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,31 +24,27 @@ _DIRECT = getattr(os, "O_DIRECT", 0)
 _HUGE_PAGE = 1 << 21
 
 
+@dataclass
 class DirectFile:
     """A file on its way, written at any place by any thread, past the page cache where that is possible.
 
     Used as a context manager, which opens and closes it and leaves its name as it is.
-
-    Args:
-        path: what it will be called; messages name it.
-        part: what it is called until then: replaced.
     """
 
-    def __init__(self, path: Path, part: Path) -> None:
-        self._path = path
-        self._part = part
-        self._direct = bool(_DIRECT)
+    path: Path  # what it will be called; messages name it
+    part: Path  # what it is called until then: replaced
 
     def __enter__(self) -> DirectFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        with writing(self._path):
+        self._direct = bool(_DIRECT)
+        with writing(self.path):
             try:
-                self._handle = os.open(self._part, flags | _DIRECT, 0o666)
+                self._handle = os.open(self.part, flags | _DIRECT, 0o666)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
                 self._direct = False
-                self._handle = os.open(self._part, flags, 0o666)
+                self._handle = os.open(self.part, flags, 0o666)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -58,7 +55,7 @@ class DirectFile:
     def write(self, block: memoryview, at: int, nbytes: int) -> None:
         """Write the first bytes of a block, and, since a disk takes only whole sectors, what follows them there."""
         left = block[: -(-nbytes // ALIGNMENT) * ALIGNMENT]
-        with writing(self._path):
+        with writing(self.path):
             while left:
                 direct = self._direct
                 try:
@@ -75,7 +72,7 @@ class DirectFile:
 
     def finish(self, size: int) -> None:
         """Cut the file to its size and wait until it is on the disk."""
-        with writing(self._path):
+        with writing(self.path):
             os.ftruncate(self._handle, size)
             os.fsync(self._handle)
 
@@ -104,19 +101,6 @@ def read_into(handle: int, path: Path, view: memoryview, at: int) -> None:
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor as bytes."""
     return tensor.view(torch.uint8).numpy().data
-
-
-def read_blocks(path: Path, nbytes: int) -> Iterator[memoryview]:
-    """Yield a file in blocks, the last one shorter, as the disk and not the page cache has them, in one buffer."""
-    buffer = bytes_of(aligned(nbytes, pinned=False))
-    with reading(path) as handle:
-        size = os.fstat(handle).st_size
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle, 0, size, os.POSIX_FADV_DONTNEED)
-        for at in range(0, size, nbytes):
-            block = buffer[: size - at]
-            read_into(handle, path, block, at)
-            yield block
 
 
 def aligned(nbytes: int, *, pinned: bool) -> Tensor:

@@ -161,7 +161,8 @@ class Job:
 
     @cached_property
     def _work_folder(self) -> WorkFolder:
-        return WorkFolder(self.work, self.identity, self.outputs, {file.name: file.size for file in self.files})
+        identity = json.dumps(self.identity).encode()
+        return WorkFolder(self.work, identity, self.outputs, {file.name: file.size for file in self.files})
 
     def _is_done(self) -> bool:
         return not self.overwrite and not self._work_folder.has_plan and all(map(self._is_finished, self.outputs))
@@ -185,7 +186,7 @@ class Job:
                 digests = write_file(file, paths, resources, advance)
                 # Nothing that was read while it changed goes into the journal.
                 self._check_inputs(self.stamps)
-                self._work_folder.record(file.name, digests)
+                write_whole(self._work_folder.entry(file.name), json.dumps(digests).encode())
 
     def _finish(self, *, verify: bool) -> None:
         """Complete every output that has not got its name yet, and rename it."""
@@ -211,7 +212,8 @@ class Job:
             try:
                 verify_file(folder / file, expected)
             except ValueError:
-                self._work_folder.forget(file)
+                # The next run writes it anew.
+                self._work_folder.entry(file).unlink(missing_ok=True)
                 raise
         beside = {
             **self.sidecar_files,

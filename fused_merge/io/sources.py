@@ -37,17 +37,11 @@ class TensorSource(Mapping[str, Tensor]):
 
     The mapping holds every name; `aliases` tells which names share one tensor. Treat the tensors as read-only: those of
     files are mapped and those of modules are the module's own.
-
-    Attributes:
-        origin: what messages call this source: a path, or what was passed.
-        aliases: name -> the first name of the tensor that both share (tied weights); names that share
-            nothing are absent.
-        buffers: the names that are a module's buffers; empty for other sources.
     """
 
-    origin: str
-    aliases: Mapping[str, str]
-    buffers: frozenset[str] = frozenset()
+    origin: str  # what messages call this source: a path, or what was passed
+    aliases: dict[str, str]  # name -> the first name of the tensor that both share (tied weights)
+    buffers: frozenset[str] = frozenset()  # the names that are a module's buffers
     _kinds: dict[str, tuple[torch.Size, torch.dtype]]
 
     def __contains__(self, name: object) -> bool:
@@ -167,7 +161,12 @@ class FileSource(TensorSource):
         self.shards: dict[str, tuple[str, ...]] = {}
         for file, (_, header) in self._opened.items():
             if self.index is not None and header.entries.keys() != listed[file]:
-                _raise_index_mismatch(path, file, listed[file], set(header.entries))
+                lacking = [f"{name!r:.200}" for name in sorted(listed[file] - header.entries.keys())]
+                unlisted = [f"{name!r:.200}" for name in sorted(header.entries.keys() - listed[file])]
+                fault = f"does not list {some(unlisted)}, which {file} holds"
+                if lacking:
+                    fault = f"lists {some(lacking)} in {file}, which lacks it"
+                raise ValueError(f"{path / INDEX_FILE} {fault}; index and shards must come from one download")
             before = len(self._stored)
             for raw, entry in header.entries.items():
                 self._stored[_new_name(raw, self._stored, self.origin)] = (file, raw, entry)
@@ -305,11 +304,3 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, set[str
         if not os.path.exists(folder / file):
             raise FileNotFoundError(f"{path} names {file:.200}, which is not there; download the missing shard")
     return index, dict(sorted(listed.items()))
-
-
-def _raise_index_mismatch(folder: Path, file: str, listed: set[str], stored: set[str]) -> None:
-    lacking, unlisted = ([f"{name!r:.200}" for name in sorted(names)] for names in (listed - stored, stored - listed))
-    fault = f"lists {some(lacking)} in {file}, which lacks it"
-    if not lacking:
-        fault = f"does not list {some(unlisted)}, which {file} holds"
-    raise ValueError(f"{folder / INDEX_FILE} {fault}; index and shards must come from one download")
