@@ -14,7 +14,7 @@ from torch import Tensor
 from fused_merge import functional
 from fused_merge.checkpoints.align import align
 from fused_merge.checkpoints.folders import describe_source
-from fused_merge.checkpoints.job import Job, Output, job_of
+from fused_merge.checkpoints.job import Job, Output
 from fused_merge.checkpoints.options import InterpolateOptions, InterpolatePlanOptions, RunOptions, described
 from fused_merge.checkpoints.plan import AlignedSegment, AlignedTensor, CopyRule, Rule, lay_out_files
 from fused_merge.eager.interpolate import interpolate_
@@ -132,12 +132,12 @@ def plan_interpolation(
         )
         for label, ratio, own in zip(labels, given, decided, strict=True)
     ]
-    return job_of(
+    return Job(
         "interpolating",
         outputs,
         sources,
         sources[config_source],
-        lambda max_shard_size: lay_out_files(tensors, sources[0], rule_of, max_shard_size),
+        lay_out_files(tensors, sources[0], rule_of, plan["max_shard_size"]),
         work=Path(out) / ".fused_merge.part",
         options=plan,
     )
