@@ -35,9 +35,7 @@ _SIDECAR_FILES = (
 def sidecar_files(source: FileSource, dtype: torch.dtype | None) -> dict[str, Path | bytes]:
     """Return the files of a folder that a model needs beside its weights: where they are, or what they become.
 
-    Args:
-        source: a folder, or a single file, which has none.
-        dtype: what the weights are converted to, which the configuration then says; None if they are not.
+    If the weights are converted to a dtype, the configuration says so. A single file has none.
     """
     if not source.path.is_dir():
         return {}

@@ -58,30 +58,19 @@ class Output(NamedTuple):
 
 
 class Job:
-    """Everything that is to be written, verified against the inputs and the disk before the first byte.
-
-    Args:
-        operation: what the progress bar says.
-        targets: R folders.
-        sources: the inputs.
-        config_source: the input whose configuration and tokenizer go along.
-        files: the weights of each output.
-        work: where everything is until it is finished.
-        options: `PlanOptions`, resolved.
-        whole_tensor_pass: for methods that look at whole tensors first.
-    """
+    """Everything that is to be written, verified against the inputs and the disk before the first byte."""
 
     def __init__(
         self,
-        operation: str,
+        operation: str,  # what the progress bar says
         targets: Sequence[Output],
         sources: Sequence[FileSource],
-        config_source: FileSource,
-        files: Sequence[OutputFile],
+        config_source: FileSource,  # whose configuration and tokenizer go along
+        files: Sequence[OutputFile],  # the weights of each output
         *,
-        work: Path,
-        options: Mapping[str, Any],
-        whole_tensor_pass: GlobalPass | None = None,
+        work: Path,  # where everything is until it is finished
+        options: Mapping[str, Any],  # `PlanOptions`, resolved
+        whole_tensor_pass: GlobalPass | None = None,  # for methods that look at whole tensors first
     ) -> None:
         self.operation, self._targets, self.files = operation, targets, files
         self._work, self._overwrite, self.whole_tensor_pass = work, options["overwrite"], whole_tensor_pass

@@ -24,26 +24,18 @@ class Match(NamedTuple):
 
 
 def match(
-    first: TensorSource,
+    first: TensorSource,  # gives the order of the result
     second: TensorSource,
     *,
-    same_dtype: bool = False,
-    any_rows: bool = False,
-    partial: bool = False,
-    ignore: Collection[str] = (),
+    same_dtype: bool = False,  # also require equal dtypes
+    any_rows: bool = False,  # accept tensors that differ along dim 0 only, as those of other vocabularies do
+    partial: bool = False,  # list the tensors that only one holds instead of refusing them
+    ignore: Collection[str] = (),  # names to leave out
 ) -> Match:
     """Pair the tensors of two sources by name and verify that they fit.
 
     A name that only one source holds is accepted if, there, it is bit-equal to a tensor that both hold: tied
     weights that one checkpoint writes out and the other does not. Reads data only to decide that.
-
-    Args:
-        first: gives the order of the result.
-        second: the other source.
-        same_dtype: also require equal dtypes.
-        any_rows: accept tensors that differ along dim 0 only, as those of other vocabularies do.
-        partial: list the tensors that only one holds instead of refusing them.
-        ignore: names to leave out.
 
     Raises:
         ValueError: for missing, extra, reshaped or differently typed tensors; one sentence that names them.

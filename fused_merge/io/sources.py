@@ -88,14 +88,12 @@ class TensorSource(Mapping[str, Tensor]):
             ValueError: for complex and 8-bit floating tensors, which cannot be merged.
         """
         dtype = self.dtype(name)
-        if dtype in _MERGED:
-            return True
-        if dtype.is_floating_point or dtype.is_complex:
+        if dtype not in _MERGED and (dtype.is_floating_point or dtype.is_complex):
             raise ValueError(
                 f"{name!r} of {self.origin} is {dtype}, which cannot be merged; "
                 "convert it to bfloat16, float16, float32 or float64 first"
             )
-        return False
+        return dtype in _MERGED
 
 
 class _MemorySource(TensorSource):
@@ -294,10 +292,8 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, set[str
         # Nothing that an index says may make us read, or later write, anywhere but in its own folder.
         plain = isinstance(file, str) and Path(file).name == file and "\\" not in file and file.isprintable()
         if not plain or not file.endswith(".safetensors"):
-            raise ValueError(
-                f"{path} puts {name!r:.200} into {file!r:.200}, which does not name a .safetensors file in its folder; "
-                "correct the index"
-            )
+            fault = f"puts {name!r:.200} into {file!r:.200}, which does not name a .safetensors file in its folder"
+            raise ValueError(f"{path} {fault}; correct the index")
         listed.setdefault(file, set()).add(name)
     for file in listed:
         # Not that of Path, which fails on names that are too long.
