@@ -7,13 +7,15 @@ with SHA-256 (hashlib). It finds what a disk or a copy damaged, and is no signat
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 
 import xxhash
 
-from fused_merge.checkpoints.disk import read_blocks
+from fused_merge.checkpoints.disk import aligned, bytes_of, read_into, reading
 from fused_merge.io.headers import read_header
 from fused_merge.names import some
 
@@ -31,24 +33,31 @@ def verify_file(path: Path, expected: Sequence[str]) -> int:
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing; write the folder again")
-    found = [hasher(block).hexdigest() for block in read_blocks(path, PIECE)]
+    found = []
+    buffer = bytes_of(aligned(PIECE, pinned=False))
+    with reading(path) as handle:
+        size = os.fstat(handle).st_size
+        if hasattr(os, "posix_fadvise"):
+            # So that the disk is read and not the page cache.
+            os.posix_fadvise(handle, 0, size, os.POSIX_FADV_DONTNEED)
+        for at in range(0, size, PIECE):
+            read_into(handle, path, buffer[: size - at], at)
+            found.append(hasher(buffer[: size - at]).hexdigest())
     changed = [k for k, (own, other) in enumerate(zip_longest(found, expected)) if own != other]
     if changed:
         names = _tensors_in(path, changed)
         where = f", in pieces that hold {some(map(repr, names))}" if names else ""
         raise ValueError(f"{path} is not what was written{where}; write the folder again")
-    return path.stat().st_size
+    return size
 
 
 def _tensors_in(path: Path, pieces: Sequence[int]) -> list[str]:
     """Return the tensors of which something lies in these pieces; none if nothing can be said of them."""
-    try:
-        header = read_header(path)
-    except (ValueError, OSError):
-        return []
-    names = []
-    for name, entry in header.entries.items():
-        start, end = header.data + entry.start, header.data + entry.end
-        if any(max(start, k * PIECE) < min(end, (k + 1) * PIECE) for k in pieces):
-            names.append(name)
-    return names
+    with suppress(ValueError, OSError):
+        entries, _, data = read_header(path)
+        return [
+            name
+            for name, (*_, start, end) in entries.items()
+            if any(max(data + start, k * PIECE) < min(data + end, (k + 1) * PIECE) for k in pieces)
+        ]
+    return []

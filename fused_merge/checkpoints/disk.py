@@ -8,12 +8,14 @@ import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fused_merge.checkpoints.plan import ALIGNMENT
+from fused_merge.io.headers import explained
 from fused_merge.io.writer import writing
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
@@ -22,33 +24,27 @@ _DIRECT = getattr(os, "O_DIRECT", 0)
 _HUGE_PAGE = 1 << 21
 
 
+@dataclass
 class DirectFile:
     """A file on its way, written at any place by any thread, past the page cache where that is possible.
 
     Used as a context manager, which opens and closes it and leaves its name as it is.
-
-    Args:
-        path: what it will be called; messages name it.
-        part: what it is called until then: replaced.
-        size: bytes that it has in the end.
     """
 
-    def __init__(self, path: Path, part: Path, size: int) -> None:
-        self._path = path
-        self._part = part
-        self._size = size
-        self._direct = bool(_DIRECT)
+    path: Path  # what it will be called; messages name it
+    part: Path  # what it is called until then: replaced
 
     def __enter__(self) -> DirectFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        with writing(self._path):
+        self._direct = bool(_DIRECT)
+        with writing(self.path):
             try:
-                self._handle = os.open(self._part, flags | _DIRECT, 0o666)
+                self._handle = os.open(self.part, flags | _DIRECT, 0o666)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
                 self._direct = False
-                self._handle = os.open(self._part, flags, 0o666)
+                self._handle = os.open(self.part, flags, 0o666)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -59,39 +55,33 @@ class DirectFile:
     def write(self, block: memoryview, at: int, nbytes: int) -> None:
         """Write the first bytes of a block, and, since a disk takes only whole sectors, what follows them there."""
         left = block[: -(-nbytes // ALIGNMENT) * ALIGNMENT]
-        with writing(self._path):
+        with writing(self.path):
             while left:
                 direct = self._direct
                 try:
                     written = os.pwrite(self._handle, left, at)
                 except OSError as error:
-                    # Another thread may have left it since.
+                    # Another thread may have turned to the page cache since.
                     if error.errno != errno.EINVAL or not direct:
                         raise
-                    self._leave_direct()
+                    flags = fcntl.fcntl(self._handle, fcntl.F_GETFL)
+                    fcntl.fcntl(self._handle, fcntl.F_SETFL, flags & ~_DIRECT)
+                    self._direct = False
                     continue
                 left, at = left[written:], at + written
 
-    def finish(self) -> None:
+    def finish(self, size: int) -> None:
         """Cut the file to its size and wait until it is on the disk."""
-        with writing(self._path):
-            os.ftruncate(self._handle, self._size)
+        with writing(self.path):
+            os.ftruncate(self._handle, size)
             os.fsync(self._handle)
-
-    def _leave_direct(self) -> None:
-        """Go through the page cache from now on."""
-        flags = fcntl.fcntl(self._handle, fcntl.F_GETFL)
-        fcntl.fcntl(self._handle, fcntl.F_SETFL, flags & ~_DIRECT)
-        self._direct = False
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[int]:
     """Open a file to read from any place of it; what the operating system refuses becomes a sentence."""
-    try:
+    with explained(f"cannot read {path}", "put it back and run the same again"):
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise OSError(f"cannot read {path}: {error.strerror}; put it back and run the same again") from error
     try:
         yield handle
     finally:
@@ -101,10 +91,8 @@ def reading(path: Path) -> Iterator[int]:
 def read_into(handle: int, path: Path, view: memoryview, at: int) -> None:
     """Fill a view from a place of a file; OSError if that cannot be read or ends early."""
     while view:
-        try:
+        with explained(f"cannot read {path}", "check its disk and run the same again"):
             got = os.preadv(handle, [view], at)
-        except OSError as error:
-            raise OSError(f"cannot read {path}: {error.strerror}; check its disk and run the same again") from error
         if got == 0:
             raise OSError(f"{path} ends before byte {at + len(view)}: it changed while it was read; run the same again")
         view, at = view[got:], at + got
@@ -113,19 +101,6 @@ def read_into(handle: int, path: Path, view: memoryview, at: int) -> None:
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor as bytes."""
     return tensor.view(torch.uint8).numpy().data
-
-
-def read_blocks(path: Path, nbytes: int) -> Iterator[memoryview]:
-    """Yield a file in blocks, the last one shorter, as the disk and not the page cache has them, in one buffer."""
-    buffer = bytes_of(aligned(nbytes, pinned=False))
-    with reading(path) as handle:
-        size = os.fstat(handle).st_size
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle, 0, size, os.POSIX_FADV_DONTNEED)
-        for at in range(0, size, nbytes):
-            block = buffer[: size - at]
-            read_into(handle, path, block, at)
-            yield block
 
 
 def aligned(nbytes: int, *, pinned: bool) -> Tensor:

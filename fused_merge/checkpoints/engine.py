@@ -17,9 +17,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,33 +42,26 @@ _SCRATCH = 5
 
 
 class Resources(NamedTuple):
-    """What a stream may use.
+    """What a stream may use."""
 
-    Attributes:
-        threads: that read, compute and write.
-        computing: how many of them read and compute at a time.
-        memory: bytes for buffers.
-        device: that computes.
-        impl: `"eager"`, or as for `fused_merge.interpolate`.
-    """
-
-    threads: int
-    computing: int
-    memory: int
-    device: torch.device
-    impl: str
+    threads: int  # that read, compute and write
+    computing: int  # how many of them read and compute at a time
+    memory: int  # bytes for buffers
+    device: torch.device  # that computes
+    impl: str  # "eager", or as for `fused_merge.interpolate`
 
     @classmethod
     def of(cls, threads: int | None, max_memory: int | None, device: str | torch.device, impl: str) -> Resources:
         """Return what `RunOptions` allow; ValueError or RuntimeError if `impl` cannot run on `device`."""
         where = backend.check_device(device)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         impl = backend.check_impl(impl)
         if backend.resolve(impl, where) != "triton":
             # Compiled code would start threads of its own in each of a stream.
             impl = "eager"
-        threads = math.ceil(_THREADS_PER_CORE * _cores()) if threads is None else threads
+        threads = math.ceil(_THREADS_PER_CORE * cores) if threads is None else threads
         # Those that a GPU computes for wait for its copies meanwhile.
-        computing = threads if where.type == "cuda" else min(threads, _cores())
+        computing = threads if where.type == "cuda" else min(threads, cores)
         return cls(threads, computing, _MEMORY if max_memory is None else max_memory, where, impl)
 
     @property
@@ -76,20 +70,14 @@ class Resources(NamedTuple):
         return _SCRATCH if self.device.type == "cpu" else 0
 
     def block_size(self, outputs: int, input_bytes: float) -> int:
-        """Return the bytes of a block of one of R outputs; ValueError if not even the smallest fits.
-
-        Args:
-            outputs: R.
-            input_bytes: bytes of all inputs for each byte of an output, at most.
-        """
+        """Return the bytes of a block of one output, where a byte of it takes `input_bytes` of inputs, if any fits."""
         held = self.threads * outputs + self.computing * (input_bytes + self.scratch)
-        most = self.memory / held
-        if most < ALIGNMENT:
-            raise ValueError(
-                f"max_memory of {self.memory} bytes is too little for {self.threads} threads and {outputs} outputs; "
-                f"allow {math.ceil(held * ALIGNMENT / 1e6)} MB or take fewer threads"
-            )
-        return min(_LARGEST_BLOCK, int(most) // ALIGNMENT * ALIGNMENT)
+        if block := int(self.memory / held) // ALIGNMENT * ALIGNMENT:
+            return min(_LARGEST_BLOCK, block)
+        raise ValueError(
+            f"max_memory of {self.memory} bytes is too little for {self.threads} threads and {outputs} outputs; "
+            f"allow {math.ceil(held * ALIGNMENT / 1e6)} MB or take fewer threads"
+        )
 
 
 def write_file(
@@ -116,15 +104,12 @@ def write_file(
                 # A disk need not hold both.
                 path.unlink(missing_ok=True)
         with ExitStack() as stack:
-            inputs = sorted({place.file for segment in file.segments for place in segment.inputs})
-            sources = {path: stack.enter_context(reading(path)) for path in inputs}
-            outputs = [
-                stack.enter_context(DirectFile(path, part, file.size)) for path, part in zip(paths, parts, strict=True)
-            ]
+            sources = {path: stack.enter_context(reading(path)) for path in file.inputs}
+            outputs = [stack.enter_context(DirectFile(*both)) for both in zip(paths, parts, strict=True)]
             stream = _Stream(file, sources, outputs, resources, advance)
             with workers(resources.threads) as pool:
                 digests = list(pool.map(stream.write_piece, range(0, file.size, PIECE)))
-                list(pool.map(DirectFile.finish, outputs))
+                list(pool.map(lambda output: output.finish(file.size), outputs))
         for part, path in zip(parts, paths, strict=True):
             with writing(path):
                 part.replace(path)
@@ -137,66 +122,59 @@ def write_file(
     return [list(own) for own in zip(*digests, strict=True)]
 
 
+@dataclass
 class _Stream:
     """One file on its way, written by many threads."""
 
-    def __init__(
-        self,
-        file: OutputFile,
-        sources: Mapping[Path, int],
-        outputs: Sequence[DirectFile],
-        resources: Resources,
-        advance: Callable[[int], None],
-    ) -> None:
-        self._file = file
-        self._sources = sources
-        self._outputs = outputs
-        self._resources = resources
-        self._advance = advance
-        input_bytes = max((_input_bytes(segment) for segment in file.segments), default=0.0)
-        self._block = block = resources.block_size(len(outputs), input_bytes)
+    file: OutputFile
+    sources: Mapping[Path, int]
+    outputs: Sequence[DirectFile]
+    resources: Resources
+    advance: Callable[[int], None]
+
+    def __post_init__(self) -> None:
+        resources, outputs, segments = self.resources, len(self.outputs), self.file.segments
+        # How many bytes of inputs a byte of an output takes.
+        input_bytes = max((sum(x.dtype.itemsize for x in s.inputs) / s.dtype.itemsize for s in segments), default=0.0)
+        self._block = block = resources.block_size(outputs, input_bytes)
         # Room for blocks of the outputs, `[R, block]`, for each thread; for inputs only for those that compute.
-        written = resources.threads * len(outputs) * block
-        most = max((len(segment.inputs) for segment in file.segments), default=0)
+        written = resources.threads * outputs * block
+        most = max((len(segment.inputs) for segment in segments), default=0)
         scratch = resources.scratch * block
-        computing = -(-int(input_bytes * block) // ALIGNMENT) * ALIGNMENT + most * ALIGNMENT + scratch
-        room = aligned(written + resources.computing * computing, pinned=resources.device.type == "cuda")
+        computing = scratch + (math.ceil(int(input_bytes * block) / ALIGNMENT) + most) * ALIGNMENT
+        cuda = resources.device.type == "cuda"
+        room = aligned(written + resources.computing * computing, pinned=cuda)
         self._output_buffers: SimpleQueue[Tensor] = SimpleQueue()
-        for own in room[:written].view(resources.threads, len(outputs), block):
+        for own in room[:written].view(resources.threads, outputs, block):
             self._output_buffers.put(own)
         self._input_buffers: SimpleQueue[_InputBuffers] = SimpleQueue()
         for own in room[written:].view(resources.computing, computing):
-            self._input_buffers.put(_InputBuffers(own, scratch, resources.device))
+            stream = torch.cuda.Stream(resources.device) if cuda else None  # type: ignore[no-untyped-call]
+            self._input_buffers.put(_InputBuffers(own[scratch:], own[:scratch], stream))
 
     def write_piece(self, start: int) -> list[str]:
         """Make and write the piece that begins at a byte of the file, block by block; returns its digests."""
-        hashers = [hasher() for _ in self._outputs]
-        end = min(start + PIECE, self._file.size)
-        made = self._output_buffers.get()
-        try:
+        hashers = [hasher() for _ in self.outputs]
+        end = min(start + PIECE, self.file.size)
+        with _taken(self._output_buffers) as made:
             for at in range(start, end, self._block):
                 blocks = [bytes_of(block)[: end - at] for block in made]
-                buffers = self._input_buffers.get()
-                try:
+                with _taken(self._input_buffers) as buffers:
                     self._fill(at, min(at + self._block, end), buffers, made)
                     for own, block in zip(hashers, blocks, strict=True):
                         own.update(block)
-                finally:
-                    self._input_buffers.put(buffers)
-                for output, block in zip(self._outputs, made, strict=True):
+                for output, block in zip(self.outputs, made, strict=True):
                     output.write(bytes_of(block), at, len(blocks[0]))
-                self._advance(len(blocks[0]) * len(blocks))
-        finally:
-            self._output_buffers.put(made)
+                self.advance(len(blocks[0]) * len(blocks))
         return [own.hexdigest() for own in hashers]
 
     def _fill(self, at: int, end: int, buffers: _InputBuffers, made: Tensor) -> None:
         """Fill `made`, a block of each output, with bytes [at, end) of the file."""
-        header = len(self._file.header)
+        header = len(self.file.header)
         if at < header:
-            text = torch.frombuffer(bytearray(self._file.header[at:end]), dtype=torch.uint8)
+            text = torch.frombuffer(bytearray(self.file.header[at:end]), dtype=torch.uint8)
             made[:, : len(text)] = text
-        segments, start, end = self._file.segments, at - header, end - header
+        segments, start, end = self.file.segments, at - header, end - header
         for segment in segments[max(0, bisect_right(segments, start, key=lambda segment: segment.start) - 1) :]:
             if segment.start >= end:
                 break
@@ -210,41 +188,45 @@ class _Stream:
 
     def _compute(self, segment: Segment, skipped: int, buffers: _InputBuffers, outs: Sequence[Tensor]) -> None:
         """Make elements of a segment: as many as fit `outs`, after those that are skipped."""
-        inputs = buffers.take([place.dtype for place in segment.inputs], outs[0].numel())
-        for tensor, place in zip(inputs, segment.inputs, strict=True):
-            offset = place.offset + skipped * place.dtype.itemsize
-            read_into(self._sources[place.file], place.file, bytes_of(tensor), offset)
-        first, impl = segment.first + skipped, self._resources.impl
+        inputs, left = [], buffers.inputs
+        for file, offset, dtype in segment.inputs:
+            nbytes = outs[0].numel() * dtype.itemsize
+            read_into(self.sources[file], file, bytes_of(left[:nbytes]), offset + skipped * dtype.itemsize)
+            inputs.append(left[:nbytes].view(dtype))
+            left = left[-(-nbytes // ALIGNMENT) * ALIGNMENT :]
+        first, impl = segment.first + skipped, self.resources.impl
         if buffers.stream is None:
             segment.rule(inputs, outs, first, impl, buffers.scratch)
             return
         # Other threads read, write and compute while this one waits for its copies.
         with torch.cuda.stream(buffers.stream):
-            there = [tensor.to(self._resources.device, non_blocking=True) for tensor in inputs]
-            points = [torch.empty_like(out, device=self._resources.device) for out in outs]
+            there = [tensor.to(self.resources.device, non_blocking=True) for tensor in inputs]
+            points = [torch.empty_like(out, device=self.resources.device) for out in outs]
             segment.rule(there, points, first, impl, None)
             for out, point in zip(outs, points, strict=True):
                 out.copy_(point, non_blocking=True)
             buffers.stream.synchronize()
 
 
-class _InputBuffers:
-    """What a thread holds while it computes: the inputs of a block, and room for temporaries."""
+class _InputBuffers(NamedTuple):
+    """What a thread holds while it computes: room for the inputs of a block and for temporaries; on a GPU a stream."""
 
-    def __init__(self, room: Tensor, scratch: int, device: torch.device) -> None:
-        self._inputs = room[scratch:]
-        self.scratch = room[:scratch]
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    inputs: Tensor
+    scratch: Tensor
+    stream: torch.cuda.Stream | None
 
-    def take(self, dtypes: Sequence[torch.dtype], count: int) -> list[Tensor]:
-        """Return a vector of `count` elements of each dtype; they are overwritten by the next call."""
-        place = 0
-        taken = []
-        for dtype in dtypes:
-            nbytes = count * dtype.itemsize
-            taken.append(self._inputs[place : place + nbytes].view(dtype))
-            place += -(-nbytes // ALIGNMENT) * ALIGNMENT
-        return taken
+
+_T = TypeVar("_T")
+
+
+@contextmanager
+def _taken(queue: SimpleQueue[_T]) -> Iterator[_T]:
+    """Take something from a queue, and put it back."""
+    item = queue.get()
+    try:
+        yield item
+    finally:
+        queue.put(item)
 
 
 @contextmanager
@@ -252,21 +234,8 @@ def workers(threads: int) -> Iterator[ThreadPoolExecutor]:
     """Run threads whose torch operations stay in them: each is a worker already."""
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    try:
+    with ExitStack() as stack:
+        # It also is what threads that are started from now on begin with.
+        stack.callback(torch.set_num_threads, before)
+        stack.callback(pool.shutdown, cancel_futures=True)
         yield pool
-    finally:
-        try:
-            pool.shutdown(cancel_futures=True)
-        finally:
-            # It also is what threads that are started from now on begin with.
-            torch.set_num_threads(before)
-
-
-def _cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _input_bytes(segment: Segment) -> float:
-    """Return how many bytes of inputs a byte of an output takes."""
-    return sum(place.dtype.itemsize for place in segment.inputs) / segment.dtype.itemsize

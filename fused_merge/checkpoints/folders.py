@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -25,28 +26,16 @@ CARD = "README.md"
 
 # What a model folder needs beside its weights, and nothing that only its training left there.
 _SIDECAR_FILES = (
-    "config.json",
-    "generation_config.json",
-    "*tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "*chat_template*",
-    "*processor_config.json",
-    "*.py",
+    *("config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("*tokenizer*", "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken"),
+    *("*chat_template*", "*processor_config.json", "*.py"),
 )
 
 
 def sidecar_files(source: FileSource, dtype: torch.dtype | None) -> dict[str, Path | bytes]:
     """Return the files of a folder that a model needs beside its weights: where they are, or what they become.
 
-    Args:
-        source: a folder, or a single file, which has none.
-        dtype: what the weights are converted to, which the configuration then says; None if they are not.
+    If the weights are converted to a dtype, the configuration says so. A single file has none.
     """
     if not source.path.is_dir():
         return {}
@@ -66,10 +55,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         return {}
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is not a JSON object; download it again")
-    return config
+    if isinstance(config := read_json(path), dict):
+        return config
+    raise ValueError(f"{path} is not a JSON object; download it again")
 
 
 def manifest(recipe: Mapping[str, Any], plan: str, digests: Mapping[str, Sequence[str]]) -> bytes:
@@ -85,11 +73,10 @@ def manifest(recipe: Mapping[str, Any], plan: str, digests: Mapping[str, Sequenc
 
 def made_by(folder: Path) -> str | None:
     """Return the identity of the job that made a folder, or None if no finished one did."""
-    try:
+    with suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
         plan = load_json((folder / MANIFEST).read_bytes())["plan"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        return None
-    return plan if isinstance(plan, str) else None
+        return plan if isinstance(plan, str) else None
+    return None
 
 
 def verify_checkpoint(folder: PathLike) -> int:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from torch import Tensor
 
 from fused_merge import functional
-from fused_merge.checkpoints.align import AlignedSegment, AlignedTensor, align, lay_out_files
+from fused_merge.checkpoints.align import align
 from fused_merge.checkpoints.folders import describe_source
-from fused_merge.checkpoints.job import Job, Output, job_of
+from fused_merge.checkpoints.job import Job, Output
 from fused_merge.checkpoints.options import InterpolateOptions, InterpolatePlanOptions, RunOptions, described
-from fused_merge.checkpoints.plan import CopyRule, Rule
+from fused_merge.checkpoints.plan import AlignedSegment, AlignedTensor, CopyRule, Rule, lay_out_files
 from fused_merge.eager.interpolate import interpolate_
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.options import documented, resolve, split
@@ -101,7 +101,10 @@ def plan_interpolation(
     labeled = dict(ratios) if isinstance(ratios, Mapping) and not isinstance(ratios, NamedRatios) else None
     given = check_ratios(ratios if labeled is None else labeled.values())  # type: ignore[arg-type]
     decided = [per_tensor(ratio, interpolated, what="ratio") for ratio in given]
-    labels = _labels(given, decided) if labeled is None else _check_labels(labeled)
+    labels = _labels(given, decided) if labeled is None else list(labeled)
+    for label in labels:
+        if not isinstance(label, str) or not label or Path(label).name != label or label.startswith("."):
+            raise ValueError(f"{label!r} cannot name the folder of a ratio; use a plain name such as 'low-layers'")
     copied_from = tuple(int(is_tuned(ratio, own)) for ratio, own in zip(given, decided, strict=True))
 
     def rule_of(tensor: AlignedTensor, segment: AlignedSegment) -> Rule:
@@ -129,12 +132,12 @@ def plan_interpolation(
         )
         for label, ratio, own in zip(labels, given, decided, strict=True)
     ]
-    return job_of(
+    return Job(
         "interpolating",
         outputs,
         sources,
         sources[config_source],
-        lambda max_shard_size: lay_out_files(tensors, sources[0], rule_of, max_shard_size),
+        lay_out_files(tensors, sources[0], rule_of, plan["max_shard_size"]),
         work=Path(out) / ".fused_merge.part",
         options=plan,
     )
@@ -154,11 +157,4 @@ def _labels(ratios: Sequence[PerTensor], decided: Sequence[Mapping[str, float]])
         if label in labels:
             raise ValueError(f"ratios {labels[label]!r} and {ratio!r} would share the folder {label}; drop one")
         labels[label] = ratio
-    return list(labels)
-
-
-def _check_labels(labels: Iterable[str]) -> list[str]:
-    for label in labels:
-        if not isinstance(label, str) or not label or Path(label).name != label or label.startswith("."):
-            raise ValueError(f"{label!r} cannot name the folder of a ratio; use a plain name such as 'low-layers'")
     return list(labels)

@@ -13,10 +13,9 @@ import resource
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from fused_merge._version import __version__
 from fused_merge.checkpoints import folders
@@ -49,8 +48,7 @@ class GlobalPass(Protocol):
         """Return one of all files with rules that know all they need."""
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """One folder that a job writes."""
 
     folder: Path  # its final name
@@ -59,38 +57,41 @@ class Output:
     text: str  # of the card
 
 
-@dataclass(frozen=True)
 class Job:
-    """Everything that is to be written, verified against the inputs and the disk before the first byte.
+    """Everything that is to be written, verified against the inputs and the disk before the first byte."""
 
-    Attributes:
-        operation: what the progress bar says.
-        targets: R folders.
-        files: the weights of each output.
-        sidecar_files: other files of each output, by name.
-        stamps: size and time of change of every file that is read.
-        work: where everything is until it is finished.
-        overwrite: replace folders that exist.
-        whole_tensor_pass: for methods that look at whole tensors first.
-    """
-
-    operation: str
-    targets: Sequence[Output]
-    files: Sequence[OutputFile]
-    sidecar_files: Mapping[str, Path | bytes]
-    stamps: Mapping[Path, tuple[int, int]]
-    work: Path
-    overwrite: bool
-    whole_tensor_pass: GlobalPass | None = None
-
-    def __post_init__(self) -> None:
-        for output in self.targets:
-            self._check_name(output.folder)
-            for path in self.stamps:
-                if output.folder.resolve() in path.resolve().parents:
-                    raise ValueError(
-                        f"{output.folder} holds the input {path}, which it would replace; choose another folder"
-                    )
+    def __init__(
+        self,
+        operation: str,  # what the progress bar says
+        targets: Sequence[Output],
+        sources: Sequence[FileSource],
+        config_source: FileSource,  # whose configuration and tokenizer go along
+        files: Sequence[OutputFile],  # the weights of each output
+        *,
+        work: Path,  # where everything is until it is finished
+        options: Mapping[str, Any],  # `PlanOptions`, resolved
+        whole_tensor_pass: GlobalPass | None = None,  # for methods that look at whole tensors first
+    ) -> None:
+        self.operation, self._targets, self.files = operation, targets, files
+        self._work, self._overwrite, self.whole_tensor_pass = work, options["overwrite"], whole_tensor_pass
+        self.outputs = [output.folder for output in targets]
+        # Other files of each output by name: where they are, or what they hold.
+        self._beside = folders.sidecar_files(config_source, options["dtype"])
+        if len(files) > 1 or files[0].name != SINGLE_FILE:
+            index = next((source.index for source in sources if source.index is not None), None) or {}
+            content = {
+                **index,
+                "metadata": {**index.get("metadata", {}), "total_size": sum(file.nbytes for file in files)},
+                "weight_map": {name: file.name for file in files for name in file.entries},
+            }
+            self._beside[INDEX_FILE] = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+        # Size and time of change of every file that is read.
+        weights = [path for source in sources for path in source.files()]
+        self._stamps = {path: stamp_of(path) for path in (*weights, *self._beside.values()) if isinstance(path, Path)}
+        for folder in self.outputs:
+            self._check_name(folder)
+            if held := next((path for path in self._stamps if folder.resolve() in path.resolve().parents), None):
+                raise ValueError(f"{folder} holds the input {held}, which it would replace; choose another folder")
         self._check_space()
         self._check_handles()
 
@@ -100,39 +101,28 @@ class Job:
         content = [
             __version__,
             [HASH, PIECE],
-            [[output.folder.name, output.recipe] for output in self.targets],
-            [[file.name, hashlib.sha256(file.header).hexdigest()] for file in self.files],
-            [[str(path.absolute()), *stamp] for path, stamp in self.stamps.items()],
+            [[output.folder.name, output.recipe] for output in self._targets],
+            [[file.name, _sha256(file.header)] for file in self.files],
+            [[str(path.absolute()), *stamp] for path, stamp in self._stamps.items()],
             [
-                [name, str(content.absolute()) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()]
-                for name, content in self.sidecar_files.items()
+                [name, str(content.absolute()) if isinstance(content, Path) else _sha256(content)]
+                for name, content in self._beside.items()
             ],
         ]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-    @property
-    def outputs(self) -> list[Path]:
-        """The folders that it writes."""
-        return [output.folder for output in self.targets]
+        return _sha256(json.dumps(content).encode())
 
     @property
     def bytes_read(self) -> int:
         """Bytes of the inputs, each counted once."""
-        return sum(
-            segment.numel * place.dtype.itemsize
-            for file in self.files
-            for segment in file.segments
-            for place in segment.inputs
-        )
+        segments = [segment for file in self.files for segment in file.segments]
+        return sum(segment.numel * place.dtype.itemsize for segment in segments for place in segment.inputs)
 
     @property
     def bytes_written(self) -> int:
         """Bytes of all outputs together."""
-        beside = sum(
-            len(content) if isinstance(content, bytes) else content.stat().st_size
-            for content in self.sidecar_files.values()
-        )
-        return len(self.targets) * (sum(file.size for file in self.files) + beside)
+        beside = self._beside.values()
+        sizes = (each.stat().st_size if isinstance(each, Path) else len(each) for each in beside)
+        return len(self._targets) * (sum(file.size for file in self.files) + sum(sizes))
 
     def describe(self) -> dict[str, Any]:
         """Return the plan in plain numbers and strings."""
@@ -170,23 +160,23 @@ class Job:
             with self._work_folder.held():
                 # Another process may have finished it meanwhile.
                 if not self._is_done():
-                    self._work_folder.enter(filter(self._is_finished, self.outputs), overwrite=self.overwrite)
+                    self._work_folder.enter(filter(self._is_finished, self.outputs), overwrite=self._overwrite)
                     self._write_files(resources, progress=given["progress"])
                     self._finish(verify=given["verify"])
                     return self.outputs
         with suppress(OSError, RuntimeError):
             self._work_folder.tidy()
-        if given["verify"]:
-            for folder in self.outputs:
-                folders.verify_checkpoint(folder)
+        for folder in self.outputs if given["verify"] else ():
+            folders.verify_checkpoint(folder)
         return self.outputs
 
     @cached_property
     def _work_folder(self) -> WorkFolder:
-        return WorkFolder(self.work, self.identity, self.outputs, {file.name: file.size for file in self.files})
+        identity = json.dumps(self.identity).encode()
+        return WorkFolder(self._work, identity, self.outputs, {file.name: file.size for file in self.files})
 
     def _is_done(self) -> bool:
-        return not self.overwrite and not self._work_folder.has_plan and all(map(self._is_finished, self.outputs))
+        return not self._overwrite and not self._work_folder.has_plan and all(map(self._is_finished, self.outputs))
 
     def _is_finished(self, folder: Path) -> bool:
         return folders.made_by(folder) == self.identity
@@ -195,28 +185,27 @@ class Job:
         """Write all files that the journal does not have."""
         whole = self._work_folder.journal()
         missing = [file for file in self.files if file.name not in whole]
-        total = len(self.targets) * sum(file.size for file in missing)
+        total = len(self._targets) * sum(file.size for file in missing)
         if self.whole_tensor_pass is not None:
             total += self.whole_tensor_pass.bytes_read(self.files, missing)
         with progress_bar(self.operation, total, enabled=progress) as advance:
             for file in missing:
-                self._check_inputs(self.stamps)
-                completed = file
+                self._check_inputs(self._stamps)
                 if self.whole_tensor_pass is not None:
-                    completed = self.whole_tensor_pass.complete(self.files, file, resources, advance)
+                    file = self.whole_tensor_pass.complete(self.files, file, resources, advance)
                 paths = [self._work_folder.staging(folder) / file.name for folder in self.outputs]
-                digests = write_file(completed, paths, resources, advance)
+                digests = write_file(file, paths, resources, advance)
                 # Nothing that was read while it changed goes into the journal.
-                self._check_inputs(self.stamps)
-                self._work_folder.record(file.name, digests)
+                self._check_inputs(self._stamps)
+                write_whole(self._work_folder.entry(file.name), json.dumps(digests).encode())
 
     def _finish(self, *, verify: bool) -> None:
         """Complete every output that has not got its name yet, and rename it."""
-        self._check_inputs(content for content in self.sidecar_files.values() if isinstance(content, Path))
-        digests, unnamed = self._work_folder.journal(), self._work_folder.unnamed
-        for i, output in enumerate(self.targets):
+        self._check_inputs(content for content in self._beside.values() if isinstance(content, Path))
+        journal, unnamed = self._work_folder.journal(), self._work_folder.unnamed
+        for i, output in enumerate(self._targets):
             if output.folder in unnamed:
-                self._complete(output, {file: found[i] for file, found in digests.items()}, verify=verify)
+                self._complete(output, {file: digests[i] for file, digests in journal.items()}, verify=verify)
             elif verify:
                 folders.verify_checkpoint(output.folder)
         try:
@@ -234,91 +223,56 @@ class Job:
             try:
                 verify_file(folder / file, expected)
             except ValueError:
-                self._work_folder.forget(file)
+                # The next run writes it anew.
+                self._work_folder.entry(file).unlink(missing_ok=True)
                 raise
-        for name, content in self.sidecar_files.items():
+        beside = {
+            **self._beside,
+            folders.CARD: folders.card(output.title, output.text, output.recipe),
+            folders.MANIFEST: folders.manifest(output.recipe, self.identity, digests),
+        }
+        for name, content in beside.items():
             write_whole(folder / name, content)
-        write_whole(folder / folders.CARD, folders.card(output.title, output.text, output.recipe))
-        write_whole(folder / folders.MANIFEST, folders.manifest(output.recipe, self.identity, digests))
 
     def _check_name(self, folder: Path) -> None:
         """Verify that a folder may be replaced, if there is one."""
-        if folder.exists() and not self._is_finished(folder) and not (self.overwrite and folder.is_dir()):
+        if folder.exists() and not self._is_finished(folder) and not (self._overwrite and folder.is_dir()):
             raise FileExistsError(f"{folder} exists; pass overwrite=True to replace a folder, or choose another")
 
     def _check_inputs(self, paths: Iterable[Path]) -> None:
         """Verify that inputs are still those that were planned with."""
         for path in paths:
-            try:
-                unchanged = stamp_of(path) == self.stamps[path]
-            except OSError:
-                unchanged = False
-            if not unchanged:
-                raise OSError(f"{path} vanished or changed after it was looked at; put it back and run the same again")
+            with suppress(OSError):
+                if stamp_of(path) == self._stamps[path]:
+                    continue
+            raise OSError(f"{path} vanished or changed after it was looked at; put it back and run the same again")
 
     def _check_handles(self) -> None:
         """Verify that this process may open as many files as are written at once."""
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        inputs = max(len({place.file for segment in file.segments for place in segment.inputs}) for file in self.files)
-        needed = sum(1 for _ in Path("/dev/fd").glob("*")) + len(self.targets) + inputs + _SPARE_HANDLES
+        inputs = max(len(file.inputs) for file in self.files)
+        needed = len(os.listdir("/dev/fd")) + len(self._targets) + inputs + _SPARE_HANDLES
         if needed > limit != resource.RLIM_INFINITY:
             raise OSError(
-                f"{len(self.targets)} outputs at once need {needed} open files, of which this process may have "
+                f"{len(self._targets)} outputs at once need {needed} open files, of which this process may have "
                 f"{limit}; allow more with `ulimit -n {needed}`, or write fewer outputs at once"
             )
 
     def _check_space(self) -> None:
         """Verify that the disk can be written to and holds what is still to be written."""
-        if not self.overwrite and all(map(self._is_finished, self.outputs)):
+        if not self._overwrite and all(map(self._is_finished, self.outputs)):
             return
-        for place in (_existing(self.work.parent), _existing(self.work)):
+        out = self._work.parent
+        for path in (out, self._work):
+            # The nearest folder that exists.
+            place = next(place for place in (path, *path.absolute().parents) if place.exists())
             if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-                raise OSError(
-                    f"cannot write to {self.work.parent}: {place} is not a folder that you may write to; choose another"
-                )
+                raise OSError(f"cannot write to {out}: {place} is not a folder that you may write to; choose another")
         needed, free = self.bytes_written - self._work_folder.size, shutil.disk_usage(place).free
         if free < needed:
-            raise OSError(
-                f"{self.work.parent} needs {needed / 1e9:.3g} GB of {free / 1e9:.3g} GB free; "
-                "make room or write less at once"
-            )
+            room = f"{needed / 1e9:.3g} GB of {free / 1e9:.3g} GB free"
+            raise OSError(f"{out} needs {room}; make room or write less at once")
 
 
-def job_of(
-    operation: str,
-    outputs: Sequence[Output],
-    sources: Sequence[FileSource],
-    config_source: FileSource,
-    lay_out: Callable[[int | None], Sequence[OutputFile]],
-    *,
-    work: Path,
-    options: Mapping[str, Any],
-    whole_tensor_pass: GlobalPass | None = None,
-) -> Job:
-    """Put a job together from outputs and checkpoints; what is not said here is said of `Job`.
-
-    Args:
-        sources: the inputs.
-        config_source: whose configuration and tokenizer go along.
-        lay_out: distributes the tensors over files of at most so many bytes, None as in the inputs.
-        options: `PlanOptions`, resolved.
-    """
-    files = lay_out(options["max_shard_size"])
-    beside = folders.sidecar_files(config_source, options["dtype"])
-    index = next((source.index for source in sources if source.index is not None), None) or {}
-    if len(files) > 1 or files[0].name != SINGLE_FILE:
-        content = {
-            **index,
-            "metadata": {**index.get("metadata", {}), "total_size": sum(file.nbytes for file in files)},
-            "weight_map": {name: file.name for file in files for name in file.entries},
-        }
-        beside[INDEX_FILE] = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
-    read = [path for source in sources for path in source.files()]
-    read += [content for content in beside.values() if isinstance(content, Path)]
-    stamps = {path: stamp_of(path) for path in read}
-    return Job(operation, outputs, files, beside, stamps, work, options["overwrite"], whole_tensor_pass)
-
-
-def _existing(path: Path) -> Path:
-    """Return the path or the nearest folder above it that exists."""
-    return next(place for place in (path, *path.absolute().parents) if place.exists())
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

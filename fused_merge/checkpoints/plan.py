@@ -6,18 +6,48 @@ inputs and the rule that makes it of them. Nothing here reads a tensor or writes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fused_merge.io.headers import Entry, encode_header
-from fused_merge.io.sources import SINGLE_FILE, FileRange
+from fused_merge.io.sources import SINGLE_FILE, FileRange, FileSource
 
 # Data begin and blocks are cut where every file system can write past its cache.
 ALIGNMENT = 4096
+
+
+class AlignedSegment(NamedTuple):
+    """Row-major elements of a tensor that come from the same inputs."""
+
+    numel: int
+    inputs: tuple[
+        FileRange, ...
+    ]  # in each checkpoint, in the order of the checkpoints, or in the only one that has them
+    merged: bool  # whether all checkpoints hold them and they are floating
+
+
+class AlignedTensor(NamedTuple):
+    """A tensor of the output; its segments follow one another and fill it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    segments: tuple[AlignedSegment, ...]
+
+    @property
+    def merged(self) -> bool:
+        """Whether all checkpoints hold it and it is floating; rows beyond a common vocabulary are copied even so."""
+        return self.segments[0].merged
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in each output."""
+        return prod(self.shape) * self.dtype.itemsize
 
 
 class Rule(Protocol):
@@ -55,65 +85,65 @@ class CopyRule(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Row-major elements of a tensor of the output that are made alike.
+    """Row-major elements of a tensor of the output that are made alike."""
 
-    Attributes:
-        name: of the tensor.
-        dtype: of the tensor.
-        numel: how many elements.
-        inputs: what they are made of.
-        rule: how.
-        first: the index of the first of them in the tensor.
-        start: the byte of the file's data at which they begin; `lay_out` sets both.
-    """
-
-    name: str
+    name: str  # of the tensor, as is the dtype
     dtype: torch.dtype
     numel: int
-    inputs: tuple[FileRange, ...]
+    inputs: tuple[FileRange, ...]  # what they are made of
     rule: Rule
-    first: int = 0
-    start: int = 0
-
-
-class PlannedTensor(NamedTuple):
-    """A tensor of the output; its segments follow one another and fill it."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    segments: tuple[Segment, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it takes in each output."""
-        return prod(self.shape) * self.dtype.itemsize
+    first: int  # the index of the first of them in the tensor
+    start: int  # the byte of the file's data at which they begin
 
 
 class OutputFile(NamedTuple):
-    """One safetensors file, the same in every output but for the values.
-
-    Attributes:
-        name: of the file.
-        header: its first bytes, a multiple of `ALIGNMENT`.
-        entries: what the header says.
-        segments: in the order of the data, without gaps.
-        nbytes: bytes of the data.
-    """
+    """One safetensors file, the same in every output but for the values."""
 
     name: str
-    header: bytes
-    entries: Mapping[str, Entry]
-    segments: tuple[Segment, ...]
-    nbytes: int
+    header: bytes  # a multiple of `ALIGNMENT`
+    entries: Mapping[str, Entry]  # what the header says
+    segments: tuple[Segment, ...]  # in the order of the data, without gaps
+    nbytes: int  # of the data
 
     @property
     def size(self) -> int:
         """Bytes of the whole file."""
         return len(self.header) + self.nbytes
 
+    @property
+    def inputs(self) -> list[Path]:
+        """The files that it is made of."""
+        return sorted({place.file for segment in self.segments for place in segment.inputs})
 
-def lay_out(name: str, tensors: Iterable[PlannedTensor], metadata: Mapping[str, str]) -> OutputFile:
+
+RuleOf: TypeAlias = Callable[[AlignedTensor, AlignedSegment], Rule]
+
+
+def lay_out_files(
+    tensors: Sequence[AlignedTensor], base: FileSource, rule_of: RuleOf, max_shard_size: int | None
+) -> list[OutputFile]:
+    """Distribute tensors over files as `base` does, or by size, and give each its place.
+
+    Args:
+        tensors: the tensors of the output.
+        base: the checkpoint whose files are mirrored; tensors that it lacks go to its last file.
+        rule_of: decides how the elements of a segment are made.
+        max_shard_size: size limit of a file in bytes; None mirrors `base`.
+    """
+    metadata = {"format": "pt"}
+    if max_shard_size is not None:
+        shards = _shard_by_size(tensors, max_shard_size)
+        return [_lay_out(name, shard, rule_of, metadata) for name, shard in shards.items()]
+    file_of = {name: file for file, names in base.shards.items() for name in names}
+    last = list(base.shards)[-1]
+    return [
+        _lay_out(SINGLE_FILE if base.index is None else file, shard, rule_of, metadata | base.metadata(file))
+        for file in base.shards
+        if (shard := [tensor for tensor in tensors if file_of.get(tensor.name, last) == file])
+    ]
+
+
+def _lay_out(name: str, tensors: Iterable[AlignedTensor], rule_of: RuleOf, metadata: Mapping[str, str]) -> OutputFile:
     """Give every tensor its place in one file: the widest dtype first, so that each is aligned."""
     entries: dict[str, Entry] = {}
     segments: list[Segment] = []
@@ -121,22 +151,18 @@ def lay_out(name: str, tensors: Iterable[PlannedTensor], metadata: Mapping[str, 
     for tensor in sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize):
         entries[tensor.name] = Entry(tensor.dtype, tensor.shape, place, place + tensor.nbytes)
         first = 0
-        for segment in tensor.segments:
-            if segment.numel:
-                start = place + first * tensor.dtype.itemsize
-                segments.append(segment._replace(first=first, start=start))
-            first += segment.numel
+        for each in tensor.segments:
+            if each.numel:
+                rule, start = rule_of(tensor, each), place + first * tensor.dtype.itemsize
+                segments.append(Segment(tensor.name, tensor.dtype, each.numel, each.inputs, rule, first, start))
+            first += each.numel
         place += tensor.nbytes
     return OutputFile(name, encode_header(entries, metadata, multiple=ALIGNMENT), entries, tuple(segments), place)
 
 
-def shard_by_size(tensors: Sequence[PlannedTensor], most: int) -> dict[str, list[PlannedTensor]]:
-    """Distribute tensors, in their order, over files of at most `most` bytes; a larger tensor gets one to itself.
-
-    Returns:
-        File names as Transformers gives them -> tensors.
-    """
-    shards: list[list[PlannedTensor]] = [[]]
+def _shard_by_size(tensors: Iterable[AlignedTensor], most: int) -> dict[str, list[AlignedTensor]]:
+    """Return files, named as by Transformers, of at most `most` bytes; a larger tensor gets one to itself."""
+    shards: list[list[AlignedTensor]] = [[]]
     size = 0
     for tensor in tensors:
         if shards[-1] and size + tensor.nbytes > most:

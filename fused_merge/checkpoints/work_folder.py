@@ -14,16 +14,16 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from fused_merge.checkpoints.checksum import PIECE
-from fused_merge.io.headers import load_json
+from fused_merge.io.headers import explained, load_json
 from fused_merge.io.writer import sync_folder, write_whole, writing
 
 logger = logging.getLogger("fused_merge")
@@ -35,43 +35,33 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 Digests = list[list[str]]
 
 
+@dataclass(frozen=True)
 class WorkFolder:
-    """The work folder of one job.
+    """The work folder of one job; there from `held` to `remove`."""
 
-    Args:
-        path: the folder; there from `held` to `remove`.
-        identity: jobs of one identity write the same bytes.
-        outputs: final names of R folders, in the order of digests.
-        sizes: name of each file that every output has -> its bytes.
-    """
-
-    def __init__(self, path: Path, identity: str, outputs: Sequence[Path], sizes: Mapping[str, int]) -> None:
-        self.path = path
-        self._identity = json.dumps(identity).encode()
-        self._outputs = outputs
-        self._sizes = sizes
+    path: Path
+    identity: bytes  # jobs of one identity write the same bytes
+    outputs: Sequence[Path]  # final names of R folders, in the order of digests
+    sizes: Mapping[str, int]  # name of each file that every output has -> its bytes
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Make the folder if there is none, and lock it for this process; leave no empty one behind.
+        """Make the folder if there is none, and lock it, or raise RuntimeError; leave no empty one behind.
 
         On failure, say what is finished and kept, or leave nothing if nothing is.
-
-        Raises:
-            RuntimeError: if another process holds it.
         """
         handle = self._take_lock()
         try:
             yield
         except BaseException as error:
             plan = self._plan()
-            finished = sum(plan == self._identity and self._entry(file).exists() for file in self._sizes)
-            if not finished and plan in (None, self._identity):
+            finished = sum(plan == self.identity and self.entry(file).exists() for file in self.sizes)
+            if not finished and plan in (None, self.identity):
                 with suppress(OSError):
-                    self.remove()
+                    self._empty()
             if finished and isinstance(error, OSError) and self.unnamed:
                 raise OSError(
-                    f"{error}; {finished} of {len(self._sizes)} files are finished and kept in {self.path}: once that "
+                    f"{error}; {finished} of {len(self.sizes)} files are finished and kept in {self.path}: once that "
                     "is mended run the same again to go on, or delete that folder"
                 ) from error
             raise
@@ -96,17 +86,15 @@ class WorkFolder:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
+                why = error.strerror
                 if error.errno in _NO_LOCKS:
-                    logger.warning(
-                        "%s cannot be locked (%s): let no second process write to it", self.path, error.strerror
-                    )
+                    logger.warning("%s cannot be locked (%s): let no second process write to it", self.path, why)
                     return handle
                 os.close(handle)
                 if isinstance(error, BlockingIOError):
-                    raise RuntimeError(
-                        f"another process is writing to {self.path}; wait for it, or choose another folder"
-                    ) from None
-                raise OSError(f"cannot lock {path}: {error.strerror}; choose another folder") from error
+                    busy = f"another process is writing to {self.path}; wait for it, or choose another folder"
+                    raise RuntimeError(busy) from None
+                raise OSError(f"cannot lock {path}: {why}; choose another folder") from error
             # Whoever held this file before may have removed it, and another process locked a new one.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(handle), path.stat()):
@@ -120,68 +108,56 @@ class WorkFolder:
     @property
     def unnamed(self) -> list[Path]:
         """The outputs that have not got their names."""
-        return [output for output in self._outputs if self.staging(output).is_dir()]
+        return [output for output in self.outputs if self.staging(output).is_dir()]
 
     @property
     def has_plan(self) -> bool:
         """Whether this job began here and has not removed what it left."""
-        return self._plan() == self._identity
+        return self._plan() == self.identity
 
     def _plan(self) -> bytes | None:
         """Return the identity of the job that what is here belongs to, None if it is rubbish."""
-        try:
+        with suppress(FileNotFoundError, NotADirectoryError):
             return (self.path / "plan.json").read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        return None
 
     def enter(self, finished: Iterable[Path], *, overwrite: bool) -> None:
-        """Go on with what this job left here, or begin; ValueError if it is of another job that may not be dropped.
+        """Go on with what this job left here, or begin, dropping what another job left only to `overwrite`.
 
-        Args:
-            finished: outputs that are already whole under their names.
-            overwrite: drop what another job left here.
+        `finished` are the outputs that are already whole under their names.
         """
         plan = self._plan()
-        if plan not in (None, self._identity) and not overwrite:
+        if plan not in (None, self.identity) and not overwrite:
             raise ValueError(
                 f"{self.path} is what another job, or this one with other inputs, left unfinished; run that one "
                 "again, pass overwrite=True to drop it, or choose another folder"
             )
-        if plan != self._identity or not self._can_go_on(finished):
+        # Outputs that are not here must be whole, since they cannot be written to any more.
+        named = set(self.outputs) - set(self.unnamed)
+        whole = named <= set(finished) and (not named or len(self.journal()) == len(self.sizes))
+        if plan != self.identity or not whole:
             with writing(self.path):
                 self._empty()
-                for folder in (self.path / "journal", *map(self.staging, self._outputs)):
+                for folder in (self.path / "journal", *map(self.staging, self.outputs)):
                     folder.mkdir(parents=True)
-            write_whole(self.path / "plan.json", self._identity)
-
-    def _can_go_on(self, finished: Iterable[Path]) -> bool:
-        """Return whether every output is here or has its name; those that have it cannot be written to any more."""
-        named = set(self._outputs) - set(self.unnamed)
-        return named <= set(finished) and (not named or len(self.journal()) == len(self._sizes))
-
-    def record(self, file: str, digests: Digests) -> None:
-        """Enter a file that is whole in every output into the journal."""
-        write_whole(self._entry(file), json.dumps(digests).encode())
-
-    def forget(self, file: str) -> None:
-        """Remove a file from the journal, so that the next run writes it anew."""
-        self._entry(file).unlink(missing_ok=True)
+            write_whole(self.path / "plan.json", self.identity)
 
     def journal(self) -> dict[str, Digests]:
         """Return the digests of the files that are whole; a torn or odd entry does not count, nor does a lost file."""
         found = {}
-        for file, size in self._sizes.items():
+        for file, size in self.sizes.items():
             try:
-                digests = load_json(self._entry(file).read_bytes())
+                digests = load_json(self.entry(file).read_bytes())
                 lengths = [len(own) if all(isinstance(each, str) for each in own) else 0 for own in digests]
                 whole = all((self.staging(output) / file).stat().st_size == size for output in self.unnamed)
             except (OSError, ValueError, RecursionError, TypeError):
                 continue
-            if whole and lengths == [-(-size // PIECE)] * len(self._outputs):
+            if whole and lengths == [-(-size // PIECE)] * len(self.outputs):
                 found[file] = digests
         return found
 
-    def _entry(self, file: str) -> Path:
+    def entry(self, file: str) -> Path:
+        """Return where the journal has the digests of a file."""
         return self.path / "journal" / f"{file}.json"
 
     def rename(self, output: Path) -> None:
@@ -197,8 +173,8 @@ class WorkFolder:
     def restore(self) -> None:
         """Put back what was moved out of the way of outputs that did not come."""
         for folder in (self.path / "replaced").glob("*"):
-            if not (self.path.parent / folder.name).exists():
-                folder.replace(self.path.parent / folder.name)
+            if not (place := self.path.parent / folder.name).exists():
+                folder.replace(place)
 
     def tidy(self) -> None:
         """Remove what a run left here that was killed at its very beginning or end."""
@@ -209,12 +185,8 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Remove everything but the lock, which goes with the folder when that is left."""
-        try:
+        with explained(f"cannot remove {self.path}", "nothing in it is needed any more, remove it"):
             self._empty()
-        except OSError as error:
-            raise OSError(
-                f"cannot remove {self.path}: {error.strerror}; nothing in it is needed any more, remove it"
-            ) from error
 
     def _empty(self) -> None:
         self.restore()

@@ -25,25 +25,11 @@ from safetensors import SafetensorError, safe_open
 
 # The codes of the format that torch can hold.
 DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2": torch.float8_e5m2},
+    **{"F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu, "C64": torch.complex64},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "BOOL": torch.bool},
+    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8},
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -85,9 +71,9 @@ def open_safetensors(path: Path) -> tuple[Any, Header]:
             length = int.from_bytes(file.read(8), "little")
             opened: Any = safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"{path} cannot be read as a safetensors file ({reason:.300}); copy or download it again"
+            f"{path} cannot be read as a safetensors file ({reason}); copy or download it again"
         ) from error
     entries: dict[str, Entry] = {}
     place = 0
@@ -113,10 +99,12 @@ def read_header(path: Path) -> Header:
 
 def encode_header(entries: Mapping[str, Entry], metadata: Mapping[str, str], *, multiple: int = 8) -> bytes:
     """Return the bytes that stand before the data: length, header, and spaces up to a `multiple` of bytes."""
-    listed: dict[str, object] = {METADATA: dict(metadata)} if metadata else {}
-    for name, (dtype, shape, start, end) in entries.items():
-        listed[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(listed, separators=(",", ":")).encode()
+    listed = {
+        name: {"dtype": CODES[dtype], "shape": shape, "data_offsets": (start, end)}
+        for name, (dtype, shape, start, end) in entries.items()
+    }
+    beside = {METADATA: dict(metadata)} if metadata else {}
+    text = json.dumps({**beside, **listed}, separators=(",", ":")).encode()
     length = -(-(8 + len(text)) // multiple) * multiple - 8
     return struct.pack("<Q", length) + text.ljust(length)
 
@@ -160,15 +148,22 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @contextmanager
+def explained(what: str, way_out: str) -> Iterator[None]:
+    """Say in one sentence what the operating system refuses: what could not be done, its reason, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{what}: {error.strerror or error}; {way_out}") from error
+
+
+@contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """Open a file that has an end, unlike pipes and devices; also yield its size."""
-    try:
+    with explained(f"{path} cannot be read", "make it readable or copy it again"):
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise ValueError("it is not a regular file")
         with open(path, "rb") as file:
             yield file, os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise OSError(f"{path} cannot be read: {error.strerror or error}; make it readable or copy it again") from error
 
 
 def _levels(value: Any) -> int:

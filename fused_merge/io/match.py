@@ -12,17 +12,11 @@ from fused_merge.names import some
 
 
 class Match(NamedTuple):
-    """What two sources have in common.
+    """What two sources have in common."""
 
-    Attributes:
-        names: the tensors both hold, in the order of the first source, tied ones once.
-        aliases: every further name of either source -> the one of `names` that holds the same bits.
-        unmatched: names that only one of them holds; empty unless asked for.
-    """
-
-    names: tuple[str, ...]
-    aliases: dict[str, str]
-    unmatched: tuple[str, ...] = ()
+    names: tuple[str, ...]  # the tensors both hold, in the order of the first source, tied ones once
+    aliases: dict[str, str]  # every further name of either source -> the one of `names` that holds the same bits
+    unmatched: tuple[str, ...] = ()  # names that only one of them holds, if these may be
 
     def resolve(self, name: str) -> str:
         """Return the one of `names` that stands for `name`."""
@@ -30,26 +24,18 @@ class Match(NamedTuple):
 
 
 def match(
-    first: TensorSource,
+    first: TensorSource,  # gives the order of the result
     second: TensorSource,
     *,
-    same_dtype: bool = False,
-    any_rows: bool = False,
-    partial: bool = False,
-    ignore: Collection[str] = (),
+    same_dtype: bool = False,  # also require equal dtypes
+    any_rows: bool = False,  # accept tensors that differ along dim 0 only, as those of other vocabularies do
+    partial: bool = False,  # list the tensors that only one holds instead of refusing them
+    ignore: Collection[str] = (),  # names to leave out
 ) -> Match:
     """Pair the tensors of two sources by name and verify that they fit.
 
     A name that only one source holds is accepted if, there, it is bit-equal to a tensor that both hold: tied
     weights that one checkpoint writes out and the other does not. Reads data only to decide that.
-
-    Args:
-        first: gives the order of the result.
-        second: the other source.
-        same_dtype: also require equal dtypes.
-        any_rows: accept tensors that differ along dim 0 only, as those of other vocabularies do.
-        partial: list the tensors that only one holds instead of refusing them.
-        ignore: names to leave out.
 
     Raises:
         ValueError: for missing, extra, reshaped or differently typed tensors; one sentence that names them.
@@ -58,7 +44,7 @@ def match(
     changed = {name: text for name in common if (text := _difference(name, first, second, same_dtype, any_rows))}
     if changed:
         way_out = "both must be of one architecture" + " and one dtype" * same_dtype
-        if all(_other_vocabulary(first.shape(name), second.shape(name)) for name in changed):
+        if all(_rows_apart(first.shape(name), second.shape(name), dims=2) for name in changed):
             way_out = "resize one model to the vocabulary of the other"
         raise ValueError(f"{first.origin} and {second.origin} do not match: {some(changed.values())}; {way_out}")
 
@@ -74,9 +60,8 @@ def match(
     faults: list[str] = []
     for here, there in ((first, second), (second, first)):
         extra = [name for name in here if name not in there and name not in ignore]
-        tied = _find_tied(here, extra, names.values())
-        aliases |= tied
-        if missing := [name for name in extra if name not in tied]:
+        aliases |= _find_tied(here, extra, names.values())
+        if missing := [name for name in extra if name not in aliases]:
             unmatched += missing
             faults.append(f"{there.origin} lacks {some(map(repr, missing))} of {here.origin}")
     if faults and not partial:
@@ -87,8 +72,7 @@ def match(
 def _difference(name: str, first: TensorSource, second: TensorSource, same_dtype: bool, any_rows: bool) -> str | None:
     """Return how the two tensors called `name` differ in kind, or None."""
     shapes = first.shape(name), second.shape(name)
-    rows_apart = len(shapes[0]) == len(shapes[1]) > 0 and shapes[0][1:] == shapes[1][1:]
-    if shapes[0] != shapes[1] and not (any_rows and rows_apart):
+    if shapes[0] != shapes[1] and not (any_rows and _rows_apart(*shapes, dims=1)):
         return f"{name!r} is {list(shapes[0])} and {list(shapes[1])}"
     dtypes = first.dtype(name), second.dtype(name)
     if first.is_merged(name) != second.is_merged(name) or (same_dtype and dtypes[0] != dtypes[1]):
@@ -96,8 +80,9 @@ def _difference(name: str, first: TensorSource, second: TensorSource, same_dtype
     return None
 
 
-def _other_vocabulary(a: torch.Size, b: torch.Size) -> bool:
-    return len(a) > 1 and a[1:] == b[1:] and a[0] != b[0]
+def _rows_apart(a: torch.Size, b: torch.Size, *, dims: int) -> bool:
+    """Return whether two shapes of at least so many dimensions differ in the number of rows alone."""
+    return len(a) == len(b) >= dims and a[1:] == b[1:] and a != b
 
 
 def _find_tied(source: TensorSource, extra: Collection[str], common: Collection[str]) -> dict[str, str]:
@@ -107,10 +92,9 @@ def _find_tied(source: TensorSource, extra: Collection[str], common: Collection[
         candidates.setdefault(_fingerprint(source, name), []).append(name)
     tied = {}
     for name in extra:
-        for other in candidates.get(_fingerprint(source, name), ()):
-            if _are_tied(source, name, other):
-                tied[name] = other
-                break
+        alike = candidates.get(_fingerprint(source, name), ())
+        if owner := next((other for other in alike if _are_tied(source, name, other)), None):
+            tied[name] = owner
     return tied
 
 

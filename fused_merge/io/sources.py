@@ -37,17 +37,11 @@ class TensorSource(Mapping[str, Tensor]):
 
     The mapping holds every name; `aliases` tells which names share one tensor. Treat the tensors as read-only: those of
     files are mapped and those of modules are the module's own.
-
-    Attributes:
-        origin: what messages call this source: a path, or what was passed.
-        aliases: name -> the first name of the tensor that both share (tied weights); names that share
-            nothing are absent.
-        buffers: the names that are a module's buffers; empty for other sources.
     """
 
-    origin: str
-    aliases: Mapping[str, str]
-    buffers: frozenset[str]
+    origin: str  # what messages call this source: a path, or what was passed
+    aliases: dict[str, str]  # name -> the first name of the tensor that both share (tied weights)
+    buffers: frozenset[str] = frozenset()  # the names that are a module's buffers
     _kinds: dict[str, tuple[torch.Size, torch.dtype]]
 
     def __contains__(self, name: object) -> bool:
@@ -70,17 +64,18 @@ class TensorSource(Mapping[str, Tensor]):
 
     @abstractmethod
     def box(self, name: str, box: tuple[slice, ...] | None) -> Tensor:
-        """Return a box of a tensor, None for all of it; nothing else is read.
-
-        Of a sharded tensor it returns what this process holds, whatever is asked.
-        """
+        """Return a box of a tensor, None for all of it, reading nothing else; of a sharded one what is held here."""
 
     def head(self, name: str, n: int) -> Tensor:
         """Return the first `n` row-major elements, or as many as there are, as a vector.
 
         Of a file only the rows that hold them are read. Of a sharded tensor they are those of this process.
         """
-        return self.box(name, _leading(self.shape(name), n)).reshape(-1)[:n]
+        shape, box = self.shape(name), None
+        if prod(shape) > n:
+            inner = (prod(shape[dim + 1 :]) for dim in range(len(shape)))
+            box = tuple(slice(0, min(size, -(-n // each))) for size, each in zip(shape, inner, strict=True))
+        return self.box(name, box).reshape(-1)[:n]
 
     def files(self) -> tuple[Path, ...]:
         """Return the safetensors files behind this source; none for tensors in memory."""
@@ -93,14 +88,12 @@ class TensorSource(Mapping[str, Tensor]):
             ValueError: for complex and 8-bit floating tensors, which cannot be merged.
         """
         dtype = self.dtype(name)
-        if dtype in _MERGED:
-            return True
-        if dtype.is_floating_point or dtype.is_complex:
+        if dtype not in _MERGED and (dtype.is_floating_point or dtype.is_complex):
             raise ValueError(
                 f"{name!r} of {self.origin} is {dtype}, which cannot be merged; "
                 "convert it to bfloat16, float16, float32 or float64 first"
             )
-        return False
+        return dtype in _MERGED
 
 
 class _MemorySource(TensorSource):
@@ -110,7 +103,7 @@ class _MemorySource(TensorSource):
         self.origin = origin
         self.buffers = frozenset(map(canonical_name, buffers))
         self._tensors: dict[str, Tensor] = {}
-        aliases: dict[str, str] = {}
+        self.aliases = {}
         first: dict[tuple[object, ...], str] = {}
         for raw, tensor in named:
             if not isinstance(raw, str) or not isinstance(tensor, Tensor):
@@ -122,8 +115,7 @@ class _MemorySource(TensorSource):
             self._tensors[name] = tensor.detach()
             owner = first.setdefault(_location(tensor), name) if tensor.numel() else name
             if owner != name:
-                aliases[name] = owner
-        self.aliases = aliases
+                self.aliases[name] = owner
         self._kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in self._tensors.items()}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -132,9 +124,7 @@ class _MemorySource(TensorSource):
     def box(self, name: str, box: tuple[slice, ...] | None) -> Tensor:
         """Return a box of a tensor, None for all of it."""
         tensor = self._tensors[name]
-        if box is None or is_sharded(tensor):
-            return local_part(tensor)
-        return tensor[box]
+        return local_part(tensor) if box is None or is_sharded(tensor) else tensor[box]
 
 
 class FileRange(NamedTuple):
@@ -158,27 +148,27 @@ class FileSource(TensorSource):
         self.path = path
         self.origin = str(path)
         self.aliases = {}
-        self.buffers = frozenset()
         self.index: dict[str, Any] | None = None
-        folder = path
-        listed: dict[str, set[str]]
+        self._folder = path if path.is_dir() else path.parent
+        listed: dict[str, set[str]] = {path.name: set()}
         if path.is_dir():
             self.index, listed = _read_folder(path)
-        else:
-            folder, listed = path.parent, {path.name: set()}
-        self._folder = folder
-        self._opened = {file: open_safetensors(folder / file) for file in listed}
+        self._opened = {file: open_safetensors(self._folder / file) for file in listed}
         # Where each tensor is: its file, its name there, and what the header says of it.
         self._stored: dict[str, tuple[str, str, Entry]] = {}
         self.shards: dict[str, tuple[str, ...]] = {}
         for file, (_, header) in self._opened.items():
             if self.index is not None and header.entries.keys() != listed[file]:
-                _raise_index_mismatch(folder, file, listed[file], set(header.entries))
-            names = []
+                lacking = [f"{name!r:.200}" for name in sorted(listed[file] - header.entries.keys())]
+                unlisted = [f"{name!r:.200}" for name in sorted(header.entries.keys() - listed[file])]
+                fault = f"does not list {some(unlisted)}, which {file} holds"
+                if lacking:
+                    fault = f"lists {some(lacking)} in {file}, which lacks it"
+                raise ValueError(f"{path / INDEX_FILE} {fault}; index and shards must come from one download")
+            before = len(self._stored)
             for raw, entry in header.entries.items():
-                names.append(_new_name(raw, self._stored, self.origin))
-                self._stored[names[-1]] = (file, raw, entry)
-            self.shards[file] = tuple(names)
+                self._stored[_new_name(raw, self._stored, self.origin)] = (file, raw, entry)
+            self.shards[file] = tuple(self._stored)[before:]
         self._kinds = {name: (torch.Size(entry.shape), entry.dtype) for name, (*_, entry) in self._stored.items()}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -223,7 +213,7 @@ def open_source(source: SourceLike, *, role: str = "source") -> TensorSource:
     """
     if isinstance(source, nn.Module):
         buffers = {
-            f"{prefix}.{leaf}" if prefix else leaf: buffer
+            f"{prefix}.{leaf}".removeprefix("."): buffer
             for prefix, module in source.named_modules(remove_duplicate=False)
             for leaf, buffer in module._buffers.items()
             if buffer is not None and leaf not in module._non_persistent_buffers_set
@@ -247,9 +237,7 @@ def open_files(path: PathLike, *, role: str = "source") -> FileSource:
         raise TypeError(f"{role} must be the path of a safetensors file or a model folder, not a {type(path).__name__}")
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist; give a local .safetensors file or a downloaded Hugging Face folder"
-        )
+        raise FileNotFoundError(f"{path} does not exist; give a local .safetensors file or a downloaded model folder")
     if path.is_file() and path.suffix in _PICKLES:
         raise ValueError(f"{path} is not a safetensors file; {_NEVER_PICKLE}")
     return FileSource(path)
@@ -278,18 +266,10 @@ def _new_name(raw: str, known: Container[str], origin: str) -> str:
 
 
 def _location(tensor: Tensor) -> tuple[object, ...]:
-    # The address of a DTensor is that of what this process holds of it; an empty part has none but the object.
+    """Return what tied tensors have in common: of a sharded one what this process holds, if it holds anything."""
     part = local_part(tensor)
     place = part.data_ptr() if part.numel() else id(tensor)
-    return (tensor.device, place, tensor.dtype, tensor.shape, tensor.stride())
-
-
-def _leading(shape: torch.Size, n: int) -> tuple[slice, ...] | None:
-    """Return the smallest box that holds the first `n` row-major elements; None if that is everything."""
-    if prod(shape) <= n:
-        return None
-    inner = (prod(shape[dim + 1 :]) for dim in range(len(shape)))
-    return tuple(slice(0, min(size, -(-n // each))) for size, each in zip(shape, inner, strict=True))
+    return tensor.device, place, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, set[str]]]:
@@ -312,23 +292,11 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, set[str
         # Nothing that an index says may make us read, or later write, anywhere but in its own folder.
         plain = isinstance(file, str) and Path(file).name == file and "\\" not in file and file.isprintable()
         if not plain or not file.endswith(".safetensors"):
-            raise ValueError(
-                f"{path} puts {name!r:.200} into {file!r:.200}, which does not name a .safetensors file in its folder; "
-                "correct the index"
-            )
+            fault = f"puts {name!r:.200} into {file!r:.200}, which does not name a .safetensors file in its folder"
+            raise ValueError(f"{path} {fault}; correct the index")
         listed.setdefault(file, set()).add(name)
     for file in listed:
         # Not that of Path, which fails on names that are too long.
         if not os.path.exists(folder / file):
             raise FileNotFoundError(f"{path} names {file:.200}, which is not there; download the missing shard")
     return index, dict(sorted(listed.items()))
-
-
-def _raise_index_mismatch(folder: Path, file: str, listed: set[str], stored: set[str]) -> None:
-    lacking, unlisted = ([f"{name!r:.200}" for name in sorted(names)] for names in (listed - stored, stored - listed))
-    fault = (
-        f"lists {some(lacking)} in {file}, which lacks it"
-        if lacking
-        else f"does not list {some(unlisted)}, which {file} holds"
-    )
-    raise ValueError(f"{folder / INDEX_FILE} {fault}; index and shards must come from one download")

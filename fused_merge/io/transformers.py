@@ -29,15 +29,13 @@ def import_function(text: str, *, what: str) -> Callable[..., Any]:
     try:
         module = import_module(module_name)
     except Exception as error:
-        raise ImportError(
-            f"{what} {text!r} cannot be imported ({type(error).__name__}: {error}); correct its module"
-        ) from error
-    function = getattr(module, name, None)
+        why = f"{type(error).__name__}: {error}"
+        raise ImportError(f"{what} {text!r} cannot be imported ({why}); correct its module") from error
+    function: Callable[..., Any] | None = getattr(module, name, None)
     if not callable(function):
         found = getattr(module, "__file__", "built in")
         raise ValueError(f"module {module_name!r} ({found}) has no function {name!r}; correct the {what} {text!r}")
-    result: Callable[..., Any] = function
-    return result
+    return function
 
 
 def check_transformers() -> Any:
@@ -65,8 +63,8 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None) ->
     """
     transformers = check_transformers()
     transformers.utils.logging.disable_progress_bar()
-    model = _pretrained(transformers.AutoModelForCausalLM, folder, dtype=dtype or "auto").to(device)
-    return model.requires_grad_(False)
+    model = _pretrained(transformers.AutoModelForCausalLM, folder, dtype=dtype or "auto")
+    return model.to(device).requires_grad_(False)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -78,7 +76,5 @@ def _pretrained(kind: Any, folder: Path, **options: Any) -> Any:
     try:
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:
-        raise ValueError(
-            f"{kind.__name__} of Transformers cannot load {folder} ({type(error).__name__}: {error}); "
-            "give the folder of a whole model"
-        ) from error
+        failed = f"{kind.__name__} of Transformers cannot load {folder} ({type(error).__name__}: {error})"
+        raise ValueError(f"{failed}; give the folder of a whole model") from error

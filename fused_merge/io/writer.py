@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from fused_merge.io.headers import CODES, Entry, encode_header
+from fused_merge.io.headers import CODES, Entry, encode_header, explained
 from fused_merge.io.sources import PathLike, bits
 from fused_merge.names import some
 
@@ -93,22 +92,19 @@ class SafetensorsWriter:
             self._file.seek(self._room + start)
             self._file.write(bits(tensor.detach().cpu()).contiguous().numpy().data)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            with writing(self.path), self._file:
+            with writing(self.path):
+                with self._file:
+                    if kind is None:
+                        self._finish()
                 if kind is None:
-                    self._finish()
-            if kind is None:
-                with writing(self.path):
                     self._part.replace(self.path)
         finally:
             self._part.unlink(missing_ok=True)
 
     def _finish(self) -> None:
-        missing = [name for name in self._manifest if name not in self._entries]
-        if missing:
+        if missing := [name for name in self._manifest if name not in self._entries]:
             raise ValueError(f"{self.path} was closed without {some(map(repr, missing))} of its manifest")
         self._file.seek(0)
         self._file.write(encode_header(self._entries, self._metadata, multiple=self._room))
@@ -164,12 +160,6 @@ def stamp_of(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> AbstractContextManager[None]:
     """Name the file in what the operating system refuses."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            f"cannot write {path}: {error.strerror or error}; nothing of it is left, choose another place"
-        ) from error
+    return explained(f"cannot write {path}", "nothing of it is left, choose another place")

@@ -16,12 +16,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from fused_merge.checkpoints.align import AlignedSegment, AlignedTensor, align, lay_out_files
+from fused_merge.checkpoints.align import align
 from fused_merge.checkpoints.engine import Resources, workers
 from fused_merge.checkpoints.folders import describe_source
-from fused_merge.checkpoints.job import Job, Output, job_of
+from fused_merge.checkpoints.job import Job, Output
 from fused_merge.checkpoints.options import StreamOptions, described
-from fused_merge.checkpoints.plan import CopyRule, OutputFile, Rule, Segment
+from fused_merge.checkpoints.plan import (
+    AlignedSegment,
+    AlignedTensor,
+    CopyRule,
+    OutputFile,
+    Rule,
+    Segment,
+    lay_out_files,
+)
 from fused_merge.eager.merge import mask_key, merge_block, slerp_coefficients
 from fused_merge.eager.precision import compute_dtype
 from fused_merge.eager.shard import ShardIndex
@@ -245,12 +253,12 @@ def merge_job(
     about = f"A merge of {len(models)} models by `{method.name}` ({method.paper}), in fp32 and rounded once."
     folder = Path(out).absolute()
     needs_whole_tensors = method.spherical or method.sparsify == "magnitude"
-    return job_of(
+    return Job(
         "merging",
         [Output(Path(out), whole_recipe, folder.name, about)],
         sources,
         sources[config_source],
-        lambda max_shard_size: lay_out_files(tensors, sources[0], rule_of, max_shard_size),
+        lay_out_files(tensors, sources[0], rule_of, options["max_shard_size"]),
         work=folder.with_name(f".{folder.name}.part"),
         options=options,
         whole_tensor_pass=WholeTensorPass(options["trim"]) if needs_whole_tensors else None,

@@ -21,24 +21,10 @@ import fused_merge as fm
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 import bench_checkpoints as bench
-import checkpoint_runs
+import checkpoint_runs as runs
 from checkpoint_pair import DELTA, MOST_OFF, SIGMA, Failure, compare, make_pair, ordered, pair_at, rounded_once
 from checkpoint_rows import filesystem, machine
-from checkpoint_runs import (
-    CALL,
-    COMMAND,
-    DD,
-    NAIVE,
-    OURS,
-    PER_RATIO,
-    Provider,
-    interpolate_command,
-    linear,
-    measure,
-    memory_of,
-    providers,
-    settings,
-)
+from checkpoint_runs import CALL, COMMAND, DD, NAIVE, OURS, PER_RATIO, Provider, interpolate_command, measure, memory_of
 
 # There is a `kernels` in that folder, and one that others look for.
 sys.path.pop(0)
@@ -49,6 +35,15 @@ pytestmark = pytest.mark.skipif(
 
 SIZE = 0.0003
 RATIOS = [0.0, 0.3, 1.0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Of tensors as small as these, more would only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +68,7 @@ def pair(work):
 @pytest.fixture
 def run(work, monkeypatch, capsys):
     """Run the benchmark in this process, which does not wait for the disk; its children are as ever."""
-    monkeypatch.setattr(checkpoint_runs, "settle", lambda folder: None)
+    monkeypatch.setattr(runs, "settle", lambda folder: None)
 
     def run(*options):
         """Return the exit code, what was printed, and what was said on standard error."""
@@ -89,12 +84,40 @@ def run(work, monkeypatch, capsys):
     return run
 
 
+@pytest.fixture
+def measured_once(monkeypatch):
+    """Measure each provider once, for memory, and have that again in the turns that are timed."""
+    found = {}
+
+    def once(provider, pair, out, watch):
+        if provider.name not in found:
+            assert watch
+            found[provider.name] = measure(provider, pair, out, watch)
+        return found[provider.name]._replace(memory=found[provider.name].memory if watch else None)
+
+    monkeypatch.setattr(bench, "measure", once)
+
+
+@pytest.fixture
+def measured_by_nobody(monkeypatch):
+    """Have numbers without a process; returns the list of those who would have written."""
+    asked = []
+
+    def nothing(provider, pair, out, watch):
+        asked.append(provider)
+        return runs.Measurement(0.5, 0.6, provider.ratios * pair.bytes, runs.Memory(1, 2))
+
+    monkeypatch.setattr(bench, "measure", nothing)
+    return asked
+
+
+@pytest.mark.usefixtures("measured_once")
 def test_a_tiny_run_gives_rows_a_plot_and_a_table(run, work, pair, tmp_path):
-    code, printed, _ = run("--only", "dd,fused_merge c,naive", "--write", tmp_path)
+    code, printed, _ = run("--only", "dd,fused_merge call", "--write", tmp_path)
     assert code == 0, printed
     (file,) = tmp_path.glob("*-0.0003B-3-*.json")
     rows = {row["provider"]: row for row in json.loads(file.read_text())}
-    assert list(rows) == [DD, CALL, COMMAND, NAIVE]
+    assert list(rows) == [DD, CALL]
     where = machine(work, None)
     for name, row in rows.items():
         assert where.items() <= row.items()
@@ -110,36 +133,56 @@ def test_a_tiny_run_gives_rows_a_plot_and_a_table(run, work, pair, tmp_path):
 
 
 def test_every_ratio_alone_is_the_command_for_each(pair, work):
-    by_name = {provider.name: provider for provider in providers(pair, RATIOS, work, None)}
+    by_name = {provider.name: provider for provider in runs.providers(pair, RATIOS, work, None)}
     out = work / "out"
     commands = by_name[PER_RATIO].commands(out)
     assert commands == [interpolate_command(pair, [ratio], out) for ratio in RATIOS]
     assert by_name[COMMAND].commands(out) == [interpolate_command(pair, RATIOS, out)]
 
 
-def test_the_call_under_other_settings_is_timed_beside_itself(run, pair, tmp_path):
+def test_the_command_interpolates(pair, tmp_path, monkeypatch):
+    _, _, _, main, *arguments = map(str, interpolate_command(pair, RATIOS, tmp_path))
+    monkeypatch.setattr(sys, "argv", ["-c", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        exec(main, {})
+    assert not ended.value.code
+    assert compare(pair, RATIOS, tmp_path).compared == pair.parameters
+
+
+def test_what_one_writes_without_a_library(pair, work, tmp_path):
+    (provider,) = [provider for provider in runs.providers(pair, RATIOS, work, None) if provider.name == NAIVE]
+    ((_, script, _, name, *arguments),) = provider.commands(tmp_path)
+    assert script == Path(bench.__file__)
+    bench.CHILDREN[name](*map(str, arguments))
+    assert compare(pair, RATIOS, tmp_path).compared == pair.parameters
+
+
+def test_the_call_under_other_settings_is_timed_beside_itself(run, pair, measured_by_nobody, tmp_path):
+    others = runs.settings(pair, RATIOS)
     name = f"{CALL} with 4 KiB pages"
-    assert [each.name for each in settings(pair, RATIOS)] == [*(f"{CALL} with {n} threads" for n in (3, 4, 6)), name]
+    assert [each.name for each in others] == [*(f"{CALL} with {n} threads" for n in (3, 4, 6)), name]
+    assert measure(others[-1], pair, tmp_path / "out", watch=False).bytes >= 3 * pair.bytes
     code, printed, _ = run("--settings", "--only", name, "--write", tmp_path)
     assert code == 0, printed
+    assert [provider.name for provider in measured_by_nobody] == [name, name]
     (file,) = tmp_path.glob("*-0.0003B-3-settings-*")
     (row,) = json.loads(file.read_text())
-    assert row["provider"] == name
-    assert row["bytes"] >= 3 * pair.bytes
+    assert (row["provider"], row["bytes"]) == (name, 3 * pair.bytes)
 
 
-def test_memory_is_watched_for_more_ratios_and_a_larger_pair(run, work, pair, tmp_path):
+def test_memory_is_watched_for_more_ratios_and_a_larger_pair(run, work, pair, measured_by_nobody, tmp_path):
     code, printed, _ = run("--memory", "--write", tmp_path)
     assert code == 0, printed
     (file,) = tmp_path.glob("*-memory-0.0003B-*.json")
+    large = pair_at(work, 4 * SIZE)
+    assert large[2]
+    cases = [(pair.parameters, 3), (pair.parameters, 9), (large[0].parameters, 3)]
     rows = json.loads(file.read_text())
-    large = pair_at(work, 4 * SIZE)[0].parameters
-    assert [(row["parameters"], row["ratios"]) for row in rows] == [
-        (pair.parameters, 3),
-        (pair.parameters, 9),
-        (large, 3),
+    assert [(row["parameters"], row["ratios"]) for row in rows] == cases
+    assert [(provider.name, provider.ratios) for provider in measured_by_nobody] == [
+        (CALL, count) for _, count in cases
     ]
-    assert all(row["resident"] > row["anonymous"] > 0 for row in rows)
+    assert {(row["anonymous"], row["resident"], row["seconds"]) for row in rows} == {(1, 2, 0.5)}
 
 
 def test_one_that_fails_stops_no_other(run, tmp_path):
@@ -227,8 +270,8 @@ def test_a_provider_may_time_itself_and_has_to_write_everything(pair, tmp_path):
     assert inside.seconds == 0.5 < inside.on_disk
     assert inside.bytes == sum(file.stat().st_size for file in pair.files()[:2])
     assert inside.memory is None
-    slow = measure(provider(copy + "; sleep 0.6"), pair, tmp_path / "outside", watch=False)
-    assert slow.seconds > 0.6
+    slow = measure(provider(copy + "; sleep 0.1"), pair, tmp_path / "outside", watch=False)
+    assert slow.seconds > 0.1
     with pytest.raises(Failure, match=rf"someone wrote 0 bytes, fewer than 1 x {pair.bytes}"):
         measure(provider("mkdir {out}"), pair, tmp_path / "nothing", watch=False)
 
@@ -259,18 +302,10 @@ def test_memory_is_what_no_file_holds_in_a_process_and_its_children():
 
 
 def test_rounding_once_by_hand():
-    tie = 1 + 2.0**-8
-    cases = {
-        1.0: 1.0,
-        tie: 1.0,
-        # What a stop at float32 would make a tie of.
-        tie + 2.0**-40: 1 + 2.0**-7,
-        tie - 2.0**-40: 1.0,
-        1 + 3 * 2.0**-8: 1 + 2.0**-6,
-        -tie - 2.0**-40: -1 - 2.0**-7,
-        2 - 2.0**-20: 2.0,
-        0.0: 0.0,
-    }
+    tie, up = 1 + 2.0**-8, 1 + 2.0**-7
+    # Beside a tie lies what a stop at float32 would make one of.
+    cases = {1.0: 1.0, tie: 1.0, tie + 2.0**-40: up, tie - 2.0**-40: 1.0, -tie - 2.0**-40: -up}
+    cases |= {1 + 3 * 2.0**-8: 1 + 2.0**-6, 2 - 2.0**-20: 2.0, 0.0: 0.0}
     made = rounded_once(torch.tensor(list(cases), dtype=torch.float64))
     assert made.dtype == torch.bfloat16
     assert made.tolist() == list(cases.values())
@@ -282,15 +317,22 @@ def test_distances_by_hand():
     assert steps == [1, 0x3F7F, 0, 0x3F7F, 1]
 
 
+@pytest.fixture(scope="module")
+def made(work, tmp_path_factory):
+    """A folder of ratios."""
+    pair, out = pair_at(work, SIZE)[0], tmp_path_factory.mktemp("line")
+    fm.interpolate_checkpoints(pair.base, pair.tuned, RATIOS, out, progress=False)
+    return out
+
+
 @pytest.fixture
-def line(pair, tmp_path):
-    """A folder of ratios, and a way to change a tensor in one of them."""
-    fm.interpolate_checkpoints(pair.base, pair.tuned, RATIOS, tmp_path / "line", progress=False)
+def line(made, tmp_path):
+    """A copy of that folder, and a way to change a tensor in one of its ratios."""
+    shutil.copytree(made, tmp_path / "line")
 
     def change(ratio, function):
         file = min((tmp_path / "line" / f"r{ratio:.2f}").glob("*.safetensors"))
-        tensors = load_file(file)
-        save_file(function(tensors), file)
+        save_file(function(load_file(file)), file)
 
     return tmp_path / "line", change
 
@@ -323,11 +365,7 @@ def test_one_wrong_bit_between_the_ends_is_counted(pair, line):
     [
         (0.0, lambda tensors: last_bit(tensors, 1), rf"'{NAME}' of .*r0.00 is not a copy"),
         (1.0, lambda tensors: last_bit(tensors, 1), rf"'{NAME}' of .*r1.00 is not a copy"),
-        (
-            0.3,
-            lambda tensors: last_bit(tensors, 2),
-            r"rounded once, by at most 2 ulp.*: more than docs/numerics.md allo",
-        ),
+        (0.3, lambda tensors: last_bit(tensors, 2), r"once, by at most 2 ulp.*: more than docs/numerics.md allows"),
         (0.3, lambda tensors: {n: x * 1.01 for n, x in tensors.items()}, r"more than docs/numerics.md allows"),
         (0.3, lambda tensors: {n: x for n, x in tensors.items() if n != NAME}, r"r0.30 does not hold the tensors of"),
     ],
@@ -348,7 +386,7 @@ def test_an_output_that_is_missing_fails(pair, line):
 
 
 def test_a_configuration_of_mergekit_weighs_both_ends(pair):
-    config = json.loads(linear(pair, 0.25, name="r0.25"))
+    config = json.loads(runs.linear(pair, 0.25, name="r0.25"))
     assert [model["model"] for model in config["models"]] == [str(pair.base), str(pair.tuned)]
     assert [model["parameters"]["weight"] for model in config["models"]] == [0.75, 0.25]
     assert (config["merge_method"], config["dtype"], config["name"]) == ("linear", "bfloat16", "r0.25")

@@ -10,31 +10,45 @@ from jobs import RATIOS, contents, write_model
 from fused_merge.checkpoints.interpolate import interpolate_checkpoints
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("small")
-    return write_model(folder / "base", 0, 40), write_model(folder / "tuned", 1, 40)
+def pair(folder, rows):
+    return write_model(folder / "base", 0, rows), write_model(folder / "tuned", 1, rows)
 
 
-@pytest.fixture(scope="session")
-def big(tmp_path_factory):
-    """Files of two and three pieces."""
-    folder = tmp_path_factory.mktemp("big")
-    return write_model(folder / "base", 0, 5000), write_model(folder / "tuned", 1, 5000)
-
-
-@pytest.fixture(scope="session")
-def expected(models, tmp_path_factory):
-    out = tmp_path_factory.mktemp("expected")
+def line(models, out):
     interpolate_checkpoints(*models, RATIOS, out, threads=1)
     return contents(out)
 
 
 @pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    return pair(tmp_path_factory.mktemp("small"), 40)
+
+
+@pytest.fixture(scope="session")
+def big(tmp_path_factory):
+    """Files of two and three pieces."""
+    return pair(tmp_path_factory.mktemp("big"), 5000)
+
+
+@pytest.fixture(scope="session")
+def expected(models, tmp_path_factory):
+    return line(models, tmp_path_factory.mktemp("expected"))
+
+
+@pytest.fixture(scope="session")
 def expected_big(big, tmp_path_factory):
-    out = tmp_path_factory.mktemp("expected")
-    interpolate_checkpoints(*big, RATIOS, out, threads=1)
-    return contents(out)
+    return line(big, tmp_path_factory.mktemp("expected"))
+
+
+@pytest.fixture
+def finish(models, expected, tmp_path):
+    """Run the job to its end, which is always the same."""
+
+    def finish(out=tmp_path, **options):
+        interpolate_checkpoints(*models, RATIOS, out, **options)
+        assert contents(out) == expected
+
+    return finish
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import xxhash
-from jobs import FILES, flip, write_model
+from jobs import FILES, flip
 
 from fused_merge.checkpoints.folders import verify_checkpoint
 from fused_merge.checkpoints.interpolate import interpolate_checkpoints
@@ -70,9 +70,8 @@ def test_every_bit_of_every_file_is_in_the_checksums(line):
     assert verify_checkpoint(line) == total
 
 
-def test_the_tensors_of_the_pieces_that_changed_are_named(tmp_path):
-    models = [write_model(tmp_path / name, seed, 5000) for seed, name in enumerate(("base", "tuned"))]
-    (folder,) = interpolate_checkpoints(*models, [0.3], tmp_path / "out")
+def test_the_tensors_of_the_pieces_that_changed_are_named(big, tmp_path):
+    (folder,) = interpolate_checkpoints(*big, [0.3], tmp_path / "out")
     path = folder / FILES[1]
     header = read_header(path)
     # Its last tensor begins in its first piece.

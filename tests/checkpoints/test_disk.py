@@ -50,19 +50,17 @@ def test_a_file_system_that_goes_through_the_page_cache(at, threads, big, expect
     assert contents(tmp_path) == expected_big
 
 
-def test_a_write_that_is_refused_in_any_way(models, tmp_path):
+def test_a_write_that_is_refused_in_any_way(finish, tmp_path):
     def refuse(original, handle, data, offset):
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    with (
-        patched(os, "pwrite", refuse),
-        pytest.raises(OSError, match=r"cannot write .*a\.safetensors: Invalid argument"),
-    ):
-        interpolate_checkpoints(*models, RATIOS, tmp_path)
+    message = r"cannot write .*a\.safetensors: Invalid argument"
+    with patched(os, "pwrite", refuse), pytest.raises(OSError, match=message):
+        finish()
     assert os.listdir(tmp_path) == []
 
 
-def test_reads_and_writes_of_only_a_part(models, expected, tmp_path):
+def test_reads_and_writes_of_only_a_part(finish):
     rng, lock = random.Random(3), threading.Lock()
 
     def some(data) -> int:
@@ -73,18 +71,13 @@ def test_reads_and_writes_of_only_a_part(models, expected, tmp_path):
         patched(os, "pwrite", lambda pwrite, handle, data, at: pwrite(handle, data[: some(data)], at)),
         patched(os, "preadv", lambda preadv, handle, views, at: preadv(handle, [views[0][: some(views[0])]], at)),
     ):
-        interpolate_checkpoints(*models, RATIOS, tmp_path, verify=True)
-    assert contents(tmp_path) == expected
+        finish(verify=True)
 
 
-def test_an_input_that_ends_while_it_is_read(models, tmp_path):
-    with (
-        patched(os, "preadv", lambda preadv, handle, views, at: 0),
-        pytest.raises(
-            OSError, match=r"base/a\.safetensors ends before byte \d+: it changed while it was read; run the s"
-        ),
-    ):
-        interpolate_checkpoints(*models, RATIOS, tmp_path)
+def test_an_input_that_ends_while_it_is_read(finish, tmp_path):
+    message = r"base/a\.safetensors ends before byte \d+: it changed while it was read; run the s"
+    with patched(os, "preadv", lambda *_: 0), pytest.raises(OSError, match=message):
+        finish()
     assert os.listdir(tmp_path) == []
 
 
@@ -93,25 +86,21 @@ def test_an_input_that_ends_while_it_is_read(models, tmp_path):
     [
         ("", r"cannot write to .*out: .*out is not a folder that you may write to; choose another"),
         (WORK, r"cannot write to .*out: .*\.part is not a folder that you may write to; choose another"),
-        (
-            f"{WORK}/outputs/{NAMES[1]}",
-            r"cannot write .*r0\.30/b\.safetensors: Permission denied; .*; 1 of 2 files are",
-        ),
+        (f"{WORK}/outputs/{NAMES[1]}", r"cannot write .*r0\.30/b\.safetensors: Permission denied; .*; 1 of 2 files"),
         (f"{WORK}/journal", r"cannot write .*journal/b\.safetensors\.json: Permission denied; .*; 1 of 2 files are"),
     ],
 )
-def test_folders_that_may_only_be_read(place, message, models, expected, tmp_path):
+def test_folders_that_may_only_be_read(place, message, models, finish, tmp_path):
     out = tmp_path / "out"
     leave_unfinished(models, RATIOS, out)
     (out / place).chmod(0o555)
     if os.access(out / place, os.W_OK):
         pytest.skip("this user may write anywhere")
     with pytest.raises(OSError, match=message):
-        interpolate_checkpoints(*models, RATIOS, out)
+        finish(out)
     assert os.listdir(out) == [WORK]
     (out / place).chmod(0o755)
-    interpolate_checkpoints(*models, RATIOS, out)
-    assert contents(out) == expected
+    finish(out)
 
 
 # --- what a job may use
@@ -124,13 +113,11 @@ def test_threads_and_memory_change_no_byte(threads, memory, big, expected_big, t
 
 
 @pytest.mark.parametrize("lacking", ["the name", "the pages"])
-def test_a_system_without_huge_pages_writes_the_same(lacking, models, expected, tmp_path, monkeypatch):
+def test_a_system_without_huge_pages_writes_the_same(lacking, finish, monkeypatch):
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 12345, raising=False)
     if lacking == "the name":
-        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
-    else:
-        monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 12345, raising=False)
-    interpolate_checkpoints(*models, RATIOS, tmp_path)
-    assert contents(tmp_path) == expected
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE")
+    finish()
 
 
 def test_too_little_memory_says_how_much_is_enough(models, tmp_path):
@@ -157,9 +144,8 @@ def test_more_outputs_than_a_process_may_open(models, expected, tmp_path):
         with pytest.raises(OSError, match=r"^50 outputs at once need \d+ open files, of which this process") as caught:
             interpolate_checkpoints(*models, ratios, tmp_path / "out", threads=2)
         assert not (tmp_path / "out").exists()
-        found = re.search(
-            r"may have \d+; allow more with `ulimit -n (\d+)`, or write fewer outputs at once$", str(caught.value)
-        )
+        advice = r"may have \d+; allow more with `ulimit -n (\d+)`, or write fewer outputs at once$"
+        found = re.search(advice, str(caught.value))
         resource.setrlimit(resource.RLIMIT_NOFILE, (int(found[1]), limits[1]))
         with unhurried():
             made = interpolate_checkpoints(*models, ratios, tmp_path / "out", threads=2, max_memory="16MB")

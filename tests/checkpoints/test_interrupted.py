@@ -78,7 +78,7 @@ def test_a_job_that_drops_another_puts_back_what_that_had_moved_away(models, tmp
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_an_interruption_while_threads_write(threads, models, expected, tmp_path):
+def test_an_interruption_while_threads_write(threads, finish, tmp_path):
     """The signal arrives when the last file is on its way."""
     written, seen = [], threading.Event()
 
@@ -99,7 +99,7 @@ def test_an_interruption_while_threads_write(threads, models, expected, tmp_path
     others = threading.enumerate()
     try:
         with patched(os, "pwrite", interrupt), pytest.raises(KeyboardInterrupt):
-            interpolate_checkpoints(*models, RATIOS, tmp_path, threads=threads)
+            finish(threads=threads)
     finally:
         signal.signal(signal.SIGINT, before)
     for thread in set(threading.enumerate()) - set(others):
@@ -107,8 +107,7 @@ def test_an_interruption_while_threads_write(threads, models, expected, tmp_path
         assert not thread.is_alive()
     assert (open_handles(), torch.get_num_threads()) == held
     assert [path.name for path in tmp_path.rglob("*.safetensors.part")] == []
-    interpolate_checkpoints(*models, RATIOS, tmp_path)
-    assert contents(tmp_path) == expected
+    finish()
 
 
 def test_the_first_fault_of_any_thread_is_what_is_said(big, tmp_path):
@@ -119,9 +118,7 @@ def test_the_first_fault_of_any_thread_is_what_is_said(big, tmp_path):
             raise OSError(errno.EIO, "Input/output error")
         return preadv(handle, views, at)
 
-    with (
-        patched(os, "preadv", fail),
-        pytest.raises(OSError, match=r"cannot read .*a\.safetensors: Input/output error"),
-    ):
+    message = r"cannot read .*a\.safetensors: Input/output error"
+    with patched(os, "preadv", fail), pytest.raises(OSError, match=message):
         interpolate_checkpoints(*big, RATIOS, tmp_path, threads=4, max_memory="2MB")
     assert os.listdir(tmp_path) == []

@@ -77,7 +77,7 @@ def test_a_configuration_that_vanishes_before_it_is_copied(own, expected, tmp_pa
 # --- folders that are in the way, and jobs that are done
 
 
-def test_a_folder_that_came_to_be_in_the_meantime(models, expected, tmp_path):
+def test_a_folder_that_came_to_be_in_the_meantime(finish, tmp_path):
     own = tmp_path / NAMES[1] / "own"
 
     def make(original, *arguments):
@@ -86,23 +86,24 @@ def test_a_folder_that_came_to_be_in_the_meantime(models, expected, tmp_path):
         return original(*arguments)
 
     with patched(job, "write_file", make), pytest.raises(OSError, match=r"r0\.30 exists; pass overwrite=True .*2 of 2"):
-        interpolate_checkpoints(*models, RATIOS, tmp_path)
+        finish()
     assert own.read_text() == "mine"
     shutil.rmtree(own.parent)
-    interpolate_checkpoints(*models, RATIOS, tmp_path)
-    assert contents(tmp_path) == expected
+    finish()
 
 
 def test_a_finished_job_is_done_again_at_once(models, tmp_path):
     made = interpolate_checkpoints(*models, RATIOS, tmp_path)
-    stamps = {path: path.stat() for path in tmp_path.rglob("*")}
+
+    def stamps():
+        found = {path: path.stat() for path in tmp_path.rglob("*") if path.is_file()}
+        return {path: (each.st_ino, each.st_mtime_ns) for path, each in found.items()}
+
+    before = stamps()
     with patched(job, "write_file", lambda *_: 1 / 0):
         for options in ({}, {"verify": True}):
             assert interpolate_checkpoints(*models, RATIOS, tmp_path, **options) == made
-    after = {path: path.stat() for path in tmp_path.rglob("*")}
-    assert {path: (each.st_ino, each.st_mtime_ns) for path, each in after.items() if path.is_file()} == {
-        path: (each.st_ino, each.st_mtime_ns) for path, each in stamps.items() if path.is_file()
-    }
+    assert stamps() == before
     flip(made[1] / FILES[1], 5000)
     interpolate_checkpoints(*models, RATIOS, tmp_path)
     with pytest.raises(ValueError, match=r"r0\.30/b\.safetensors is not what was written, .*; write the folder again"):
@@ -137,13 +138,11 @@ def test_a_plan_writes_nothing_and_says_what_will_be_written(models, tmp_path):
     assert os.listdir(tmp_path) == []
     assert plan.run() == [out / name for name in NAMES]
     assert described["outputs"] == [str(out / name) for name in NAMES]
-    assert {each["path"]: each["bytes"] for each in described["files"]} == {
-        str(path): path.stat().st_size for path in out.rglob("*.safetensors")
-    }
-    left = {"README.md", "fused_merge.json"}
-    assert described["bytes_written"] == sum(
-        path.stat().st_size for path in out.rglob("*") if path.is_file() and path.name not in left
-    )
+    sizes = {str(path): path.stat().st_size for path in out.rglob("*") if path.is_file()}
+    weights = {path: size for path, size in sizes.items() if path.endswith(".safetensors")}
+    assert {each["path"]: each["bytes"] for each in described["files"]} == weights
+    left = ("README.md", "fused_merge.json")
+    assert described["bytes_written"] == sum(size for path, size in sizes.items() if not path.endswith(left))
     assert described["tensors"] == 8
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from jobs import NAMES, RATIOS, WORK, contents, open_handles, patched, unhurried
+from jobs import NAMES, RATIOS, contents, open_handles, patched, unhurried
 
 from fused_merge.checkpoints.interpolate import interpolate_checkpoints
 
@@ -74,10 +74,8 @@ def steps(changes, happens: Callable[[int, str], None]) -> Iterator[None]:
 
     def stepping(original, name, half):
         def step(*args, **options):
-            how = args[1] if name == "open" else None
-            if isinstance(how, int) and not how & (os.O_CREAT | os.O_TRUNC):
-                return original(*args, **options)
-            if isinstance(how, str) and not set(how) & set("wax+"):
+            how = args[1] if name == "open" else ""
+            if name == "open" and not (set(how) & set("wax+") if isinstance(how, str) else how & os.O_CREAT):
                 return original(*args, **options)
             with lock:
                 number = next(numbers)
@@ -107,15 +105,14 @@ REASONS = {"preadv": errno.EIO, "flock": errno.EIO}
 
 def not_whole(out: Path, expected: dict[str, bytes], old: dict[str, bytes]) -> list[str]:
     """The names of folders that are neither the new one nor the old one."""
-    found = {path.name: contents(path) for path in out.iterdir() if path.name != WORK} if out.exists() else {}
-    wanted = {
-        name: [
-            {path.partition("/")[2]: held for path, held in whole.items() if path.startswith(f"{name}/")}
-            for whole in (expected, old)
+    wrong = []
+    for folder in out.glob("[!.]*"):
+        held = {f"{folder.name}/{name}": held for name, held in contents(folder).items()}
+        wholes = [
+            {name: whole[name] for name in whole if name.startswith(f"{folder.name}/")} for whole in (expected, old)
         ]
-        for name in NAMES
-    }
-    return [name for name, held in found.items() if held not in wanted.get(name, []) or not held]
+        wrong += [folder.name] * (not held or held not in wholes)
+    return wrong
 
 
 def write_anew(models, out) -> None:

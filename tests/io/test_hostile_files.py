@@ -171,6 +171,15 @@ class Place:
         assert time.process_time() - start < 5
         return result
 
+    def put(self, files_of) -> None:
+        """Write the files of both models, of which each has its seed."""
+        for seed, folder in enumerate((self.base, self.tuned)):
+            put(folder, files_of(seed))
+
+    def refuse(self, message: str) -> None:
+        assert not self.use()
+        assert re.search(message, self.refusal), self.refusal
+
     def use(self) -> bool:
         """Put the two models to use; return whether folders were written."""
         shutil.rmtree(self.out, ignore_errors=True)
@@ -223,8 +232,7 @@ def shared_place(tmp_path_factory):
         patch.chdir(place.outside)
         # Thousands of small files need not survive a power cut.
         patch.setattr(os, "fsync", lambda descriptor: None)
-        put(place.base, single(0))
-        put(place.tuned, single(1))
+        place.put(single)
         # Once unwatched: the first calls import modules.
         fm.interpolate_checkpoints(place.base, place.tuned, RATIOS, place.out)
         fm.ReferenceDelta.from_checkpoints(place.base, place.tuned)
@@ -235,8 +243,7 @@ def shared_place(tmp_path_factory):
 
 @pytest.fixture
 def place(shared_place):
-    put(shared_place.base, single(0))
-    put(shared_place.tuned, single(1))
+    shared_place.put(single)
     shared_place.out.mkdir(exist_ok=True)
     shared_place.refusal = ""
     return shared_place
@@ -255,9 +262,8 @@ def test_whatever_a_header_says(model, place):
     @settings(fuzz, max_examples=200)
     @given(blob=bad_files(header, data, texts), sides=st.sampled_from([(0,), (1,), (0, 1)]))
     def use(blob, sides):
-        for seed, folder in enumerate((place.base, place.tuned)):
-            blob = blob if seed == 0 else blob.removesuffix(data) + layout(1, codes)[1]
-            put(folder, {**model(seed), **({file: blob} if seed in sides else {})})
+        blobs = blob, blob.removesuffix(data) + layout(1, codes)[1]
+        place.put(lambda seed: {**model(seed), **({file: blobs[seed]} if seed in sides else {})})
         written.append(place.use())
 
     use()
@@ -277,8 +283,7 @@ def test_whatever_an_index_says(place):
         text=nearly(INDEXED, texts) | damaged(json.dumps(INDEXED).encode()), sides=st.sampled_from([(0,), (1,), (0, 1)])
     )
     def use(text, sides):
-        for seed, folder in enumerate((place.base, place.tuned)):
-            put(folder, {**sharded(seed), **({INDEX: text} if seed in sides else {})})
+        place.put(lambda seed: {**sharded(seed), **({INDEX: text} if seed in sides else {})})
         written.append(place.use())
 
     use()
@@ -308,10 +313,8 @@ def header_text(name: str = "none", **changes: object) -> bytes:
     ],
 )
 def test_headers_that_are_wrong_in_both_models(text, message, place):
-    for seed, folder in enumerate((place.base, place.tuned)):
-        put(folder, {SINGLE: struct.pack("<Q", len(text)) + text + layout(seed, ONE)[1]})
-    assert not place.use()
-    assert re.search(message, place.refusal), place.refusal
+    place.put(lambda seed: {SINGLE: struct.pack("<Q", len(text)) + text + layout(seed, ONE)[1]})
+    place.refuse(message)
 
 
 def index(weight_map: dict[str, object] | None = None, **more: object) -> bytes:
@@ -326,7 +329,8 @@ FOREIGN = "which does not name a .safetensors file in its folder; correct the in
     [
         *((index({"flag": file}), rf"index\.json puts 'flag' into .*, {FOREIGN}")
           for file in [f"../outside/{FIRST}", f"./{FIRST}", f"{FIRST}/", f"sub/../{FIRST}", f"..\\outside\\{FIRST}",
-                       f"a\0{FIRST}", f"a\n{FIRST}", "", ".", "..", "/dev/zero", None, 1, True, [FIRST], {FIRST: 1}]),
+                       f"a\0{FIRST}", f"a\n{FIRST}", "", ".", "..", "/dev/zero", f"/etc/{FIRST}", "config.json",
+                       None, 1, True, [FIRST], {FIRST: 1}]),
         (index({"flag": FIRST.upper()}), "does not name a .safetensors file in its folder"),
         (index({"flag": "x" * 300 + SINGLE}), "names x+, which is not there; download the missing shard"),
         (index({"flag": SECOND}), f"does not list 'flag', which {FIRST} holds"),
@@ -337,6 +341,7 @@ FOREIGN = "which does not name a .safetensors file in its folder; correct the in
         (b"\xef\xbb\xbf" + index(), r"is not JSON \(.*BOM"),
         (b"[" * 10**6, r"is not JSON \(.*(recursion depth|Stack overflow)"),
         (b"", r"is not JSON \(Expecting value"),
+        (b"[]", "has no 'weight_map' from tensor names to files"),
         *((index(more=float(number)), r"is not JSON \(Out of range float") for number in ["nan", "inf"]),
         (index(more=json.loads("[" * 100 + "]" * 100)), r"is not JSON \(it is nested too deeply\)"),
         (index({f"t{i}": f"{i}.safetensors" for i in range(10_000)}), r"names 0\.safetensors, which is not"),
@@ -346,50 +351,33 @@ FOREIGN = "which does not name a .safetensors file in its folder; correct the in
     ],
 )  # fmt: skip
 def test_an_index_that_is_wrong_in_both_models(text, message, place):
-    for seed, folder in enumerate((place.base, place.tuned)):
-        put(folder, {**sharded(seed), INDEX: text})
-    assert not place.use()
-    assert re.search(message, place.refusal), place.refusal
+    place.put(lambda seed: {**sharded(seed), INDEX: text})
+    place.refuse(message)
     assert len(place.refusal) < 1000
 
 
-def loop(path: Path) -> None:
-    path.unlink()
-    path.symlink_to(path)
-
-
-def pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def device(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("/dev/zero")
+def huge(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 2**40)
 
 
 @pytest.mark.parametrize("file", [SINGLE, FIRST, INDEX])
 @pytest.mark.parametrize(
     ("become", "message"),
     [
-        (Path.unlink, "holds neither|which is not there"),
-        (loop, "holds neither|which is not there"),
-        (pipe, "it is not a regular file"),
-        (folder, "it is not a regular file"),
-        (device, "it is not a regular file"),
-        (lambda path: os.truncate(path, 2**40), "it has 1099511627776 bytes|cannot be read as a safetensors file"),
+        (lambda path: None, "holds neither|which is not there"),
+        (lambda path: path.symlink_to(path), "holds neither|which is not there"),
+        (os.mkfifo, "it is not a regular file"),
+        (Path.mkdir, "it is not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "it is not a regular file"),
+        (huge, "it has 1099511627776 bytes|cannot be read as a safetensors file"),
     ],
 )
 def test_what_stands_where_a_file_should(file, become, message, place):
     put(place.base, single(0) if file == SINGLE else sharded(0))
+    (place.base / file).unlink()
     become(place.base / file)
-    assert not place.use()
-    assert re.search(message, place.refusal), place.refusal
+    place.refuse(message)
     # The names of shards stand in their index.
     assert str(place.base / file) in place.refusal or file in place.refusal
 
@@ -423,23 +411,18 @@ def test_shards_whose_names_differ_in_case_only(place):
 def test_one_file_under_two_names(place):
     put(place.base, {**sharded(0), INDEX: index({"flag": "link.safetensors"})})
     (place.base / "link.safetensors").symlink_to(place.base / FIRST)
-    assert not place.use()
-    assert re.search("does not list 'flag'|does not list 'model.odd'", place.refusal), place.refusal
+    place.refuse("does not list 'flag'|does not list 'model.odd'")
 
 
 def test_the_witness_sees_what_it_should(place):
     """Else the tests above could not fail."""
     inside, outside = place.base / "config.json", place.outside / SINGLE
     native = [lambda: safe_open(outside, "pt"), lambda: safe_open(SINGLE, "pt")] if sys.platform == "linux" else []
-    for act in (
-        *native,
-        lambda: outside.read_bytes(),
-        lambda: os.listdir(place.outside),
-        lambda: Path("../stray").touch(),
-        lambda: inside.touch(),
-        lambda: Path("/dev/null").read_bytes(),
-        lambda: pickle.loads(pickle.dumps(Path)),
-    ):
+    others = [
+        *(lambda: outside.read_bytes(), lambda: os.listdir(place.outside), lambda: Path("../stray").touch()),
+        *(inside.touch, lambda: Path("/dev/null").read_bytes(), lambda: pickle.loads(pickle.dumps(Path))),
+    ]
+    for act in native + others:
         with pytest.raises(AssertionError), place.witness.watching():
             act()
     with place.witness.watching():

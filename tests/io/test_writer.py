@@ -6,8 +6,9 @@ import os
 
 import pytest
 import torch
+from bad_json import fuzz
 from bits import same_bits
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -27,7 +28,7 @@ def write_file(path, manifest, tensors, metadata=None):
             writer.write(name, tensor)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(fuzz, max_examples=60)
 @given(
     specs=st.dictionaries(
         st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__"),
@@ -72,10 +73,7 @@ def test_an_existing_file_stays_until_the_new_one_is_whole(tmp_path):
     ("write", "message"),
     [
         ([], r"x\.safetensors was closed without 'a' of its manifest"),
-        (
-            [("a", torch.ones(3))],
-            r"'a' is torch.float32 of \[3\], but the manifest of .*x\.safetensors says .* of \[2\]",
-        ),
+        ([("a", torch.ones(3))], r"'a' is torch.float32 of \[3\], but the manifest of .*x\.safetensors says .* of \[2"),
         ([("a", torch.ones(2).half())], r"'a' is torch.float16 of \[2\], but"),
         ([("a", torch.ones(2)), ("a", torch.ones(2))], "'a' is written to .* a second time"),
     ],
