@@ -1,7 +1,7 @@
 """Projection of a gradient or an update onto the SFT delta, or out of conflict with it.
 
-The projection of gradients on one another is PCGrad's (Yu et al. 2020, arXiv 2001.06782, algorithm 1); onto the flat
-reference delta, per tensor or per row, before the moments or after them, it is this library's own.
+The projection of gradients on one another is PCGrad's (Yu et al. 2020, arXiv 2001.06782, algorithm 1); onto the
+reference delta it is this library's own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The one way in which this library adds up many numbers: a binary tree over neighbours.
 
 The row-major elements, padded with zeros to a power of two, are added in adjacent pairs, the sums in adjacent pairs
-again, until one is left. The order is fixed by the number of elements alone, so that a sum does not depend on
-threads, block sizes or launch plans: the sum of an aligned block of 2^k elements is a node of the same tree.
+again, until one is left: the sum of an aligned block of 2^k elements is a node of the same tree.
 """
 
 from __future__ import annotations
