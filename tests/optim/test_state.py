@@ -7,8 +7,21 @@ import pickle
 
 import pytest
 import torch
+from bits import assert_same_bits
 from device import DEVICE
-from models import IMPLS, STATEFUL, Model, assert_same, every_state, fill_gradients, optimizer_of, run, trained
+from models import (
+    IMPLS,
+    STATEFUL,
+    Model,
+    assert_same,
+    every_state,
+    fill_gradients,
+    optimizer_of,
+    run,
+    snapshot,
+    trained,
+    training,
+)
 from torch import nn
 
 import fused_merge as fm
@@ -52,23 +65,6 @@ def test_the_probe_of_a_state_dict_moves_no_weight(lr, delta):
     assert all(optimizer.state[p]["step"] == 1 for p in model.parameters())
 
 
-def test_distributed_checkpoint_reads_and_writes_the_state(delta):
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-
-    model, other = trained(), trained()
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, lr=1e-2)
-    run(optimizer, model, 2)
-    saved = get_optimizer_state_dict(model, optimizer)
-    before = copy.deepcopy(other.state_dict())
-    fresh = fm.OnDAREAdamW(other.named_parameters(), reference_delta=delta, lr=1e-2)
-    set_optimizer_state_dict(other, fresh, saved)
-    assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
-    other.load_state_dict(model.state_dict())
-    run(optimizer, model, 1, first=2)
-    run(fresh, other, 1, first=2)
-    assert_same(optimizer, fresh)
-
-
 def test_the_delta_follows_a_moved_parameter(delta):
     model = trained()
     optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta)
@@ -77,27 +73,8 @@ def test_the_delta_follows_a_moved_parameter(delta):
     assert optimizer._binding.of("head.weight", elsewhere).tau.device == elsewhere
 
 
-# Every kind of state: moments, masters of both kinds, anchors.
 def unpickled(pair):
     return pickle.loads(pickle.dumps(pair))
-
-
-def snapshot(optimizer):
-    """Every bit that an optimizer owns: parameters and states."""
-    return [
-        (p.detach().clone(), {key: value.clone() for key, value in optimizer.state[p].items()})
-        for group in optimizer.param_groups
-        for p in group["params"]
-    ]
-
-
-def assert_unmoved(optimizer, before):
-    after = snapshot(optimizer)
-    assert len(after) == len(before)
-    for (p, state), (old_p, old_state) in zip(after, before, strict=True):
-        assert torch.equal(p, old_p)
-        assert state.keys() == old_state.keys()
-        assert all(torch.equal(state[key], old_state[key]) for key in state)
 
 
 @every_state
@@ -106,8 +83,7 @@ def test_distributed_checkpoint_keeps_every_bit_in_a_folder(dtype, options, delt
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    straight, resumed = trained().to(dtype), trained().to(dtype)
-    one, two = (optimizer_of(model, delta, **options) for model in (straight, resumed))
+    (straight, one), (resumed, two) = (training(delta, dtype=dtype, **options) for _ in range(2))
     run(one, straight, 7)
     run(two, resumed, 4)
     weights, state = get_state_dict(resumed, two)
@@ -132,8 +108,7 @@ def test_distributed_checkpoint_gathers_every_form_of_state_dict(how, dtype, opt
     """As torchtitan (flattened) and Accelerate (full, on the CPU) ask for it."""
     from torch.distributed.checkpoint import state_dict as dcp
 
-    model, other = trained().to(dtype), trained().to(dtype)
-    one, two = (optimizer_of(m, delta, **options) for m in (model, other))
+    (model, one), (other, two) = (training(delta, dtype=dtype, **options) for _ in range(2))
     run(one, model, 4)
     saved = dcp.get_optimizer_state_dict(model, one, options=dcp.StateDictOptions(**how))
     other.load_state_dict(model.state_dict())
@@ -181,7 +156,7 @@ def test_a_copy_goes_on_with_the_same_bits(copied, dtype, options, delta):
     run(twin, twin_model, 3, first=4)
     untouched = snapshot(optimizer)
     run(twin, twin_model, 1, first=7)
-    assert_unmoved(optimizer, untouched)
+    assert_same_bits(snapshot(optimizer), untouched)
     run(optimizer, model, 4, first=4)
     assert_same(optimizer, twin)
 
@@ -226,7 +201,7 @@ def test_what_a_state_was_made_with_is_fixed_from_then_on(option, other, delta):
     fill_gradients(model, 1)
     with pytest.raises(ValueError, match=sentence):
         optimizer.step()
-    assert_unmoved(optimizer, before)
+    assert_same_bits(snapshot(optimizer), before)
     optimizer.param_groups[0][option] = default
     optimizer.step()
 
@@ -290,7 +265,7 @@ def test_an_overflow_moves_nothing_and_drops_the_scale(bad, impl, dtype, options
     model.norm.bias.grad[3] = bad
     scaler.step(optimizer)
     scaler.update()
-    assert_unmoved(optimizer, before)
+    assert_same_bits(snapshot(optimizer), before)
     assert scaler.get_scale() == 2.0**3
     # And the next step is the one that was not taken.
     straight = trained().to(dtype)
