@@ -21,7 +21,7 @@ _BASE, _TUNED, _DELTA, _PRODUCT, _POINT = range(5)
 
 
 def interpolate(base: Tensor, tuned: Tensor, ratio: float) -> Tensor:
-    """Return one point of the path from `base` (r = 0) to `tuned` (r = 1).
+    """Return one point of the path from `base` (r = 0) to `tuned` (r = 1), in the dtype of `base`.
 
     Computed in fp32 (fp64 if either end is) from the nearer end and rounded once; r = 0 and r = 1 copy bits.
 
@@ -29,9 +29,6 @@ def interpolate(base: Tensor, tuned: Tensor, ratio: float) -> Tensor:
         base: theta0, floating, any shape.
         tuned: theta1, of the same shape.
         ratio: r, finite; r and 1 - r are each rounded once to the dtype of the computation.
-
-    Returns:
-        A tensor of the dtype of `base`.
     """
     if ratio == 0.0:
         return base.clone()

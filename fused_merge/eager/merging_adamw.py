@@ -77,10 +77,7 @@ def merging_adamw_(
         key: of the tensor's random numbers at this step.
         anchor: for merges at every K-th step; mutated. None merges at every step. Unused without a delta.
         master: fp32 copy of a 16-bit `param`, or int16 low halves of a bf16 one; mutated.
-        keep_terms: also return what was merged.
-
-    Returns:
-        What was merged, if asked for and there is a delta.
+        keep_terms: return what was merged, if there is a delta.
     """
     compute = compute_dtype(param.dtype)
     anchor = anchor if delta is not None else None

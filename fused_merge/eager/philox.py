@@ -60,19 +60,15 @@ def _philox4x32(
     return c0, c1, c2, c3
 
 
-def _dtype_of_draw(threshold: int) -> torch.dtype:
-    return torch.int64 if threshold < 0 else torch.bool
-
-
 @custom_op(
     "(SymInt numel, int threshold, Tensor step, SymInt seed, SymInt tensor_id, int domain, SymInt[] shard) -> Tensor",
-    lambda numel, threshold, step, *_: step.new_empty((numel,), dtype=_dtype_of_draw(threshold)),
+    lambda numel, threshold, step, *_: step.new_empty((numel,), dtype=torch.int64 if threshold < 0 else torch.bool),
 )
 def _draw(
     numel: int, threshold: int, step: Tensor, seed: int, tensor_id: int, domain: int, shard: Sequence[int]
 ) -> Tensor:
     """Return which words are below `threshold`, or the words where it is negative, on the device of `step`."""
-    out = torch.zeros(numel, dtype=_dtype_of_draw(threshold), device=step.device)
+    out = torch.zeros(numel, dtype=torch.int64 if threshold < 0 else torch.bool, device=step.device)
     if numel == 0:
         return out
     key = (seed & _MASK32, (seed >> 32) & _MASK32)

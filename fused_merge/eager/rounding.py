@@ -34,11 +34,8 @@ def stochastic(x: Tensor, error: Tensor, dtype: torch.dtype, key: MaskKey) -> Te
     Args:
         x: fp32 or fp64.
         error: what is missing in x, of the same shape and dtype.
-        dtype: what is stored.
+        dtype: of the result; NaN and infinities are rounded to nearest.
         key: of the tensor at this step.
-
-    Returns:
-        A tensor of `dtype`; NaN and infinities are rounded to nearest.
     """
     random = random_words(x.numel(), key._replace(domain=DOMAIN_ROUNDING), device=x.device).view(x.shape) & 0xFFFF
     if dtype == torch.bfloat16:

@@ -39,19 +39,12 @@ def packed_nbytes(numel: int, kept: int, itemsize: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class SparseTensor:
-    """A tensor of which only some elements are stored; see the module for the format.
+    """A tensor of which only some elements are stored; see the module for the format."""
 
-    Attributes:
-        mask: int32, `[32 * blocks]`.
-        values: `[kept]`, any floating dtype.
-        offsets: int32 or int64, `[blocks]`.
-        shape: of the tensor that it stands for.
-    """
-
-    mask: Tensor
-    values: Tensor
-    offsets: Tensor
-    shape: torch.Size
+    mask: Tensor  # int32, `[32 * blocks]`
+    values: Tensor  # `[kept]`, any floating dtype
+    offsets: Tensor  # int32 or int64, `[blocks]`
+    shape: torch.Size  # of the tensor that it stands for
 
     @classmethod
     def pack(cls, dense: Tensor, keep: Tensor) -> SparseTensor:

@@ -27,16 +27,10 @@ def tree_sum(x: Tensor) -> Tensor:
 
 
 def inner_product(x: Tensor, y: Tensor, *, rows: bool = False) -> Tensor:
-    """Return <x, y> of two tensors of one shape and dtype.
+    """Return <x, y> of two tensors of one shape and dtype, fp32 or fp64, as a 0-d tensor.
 
-    Args:
-        x: fp32 or fp64.
-        y: the same.
-        rows: one inner product for each index along dim 0, shaped to broadcast against `x`; tensors of fewer
-            than two dimensions are one row.
-
-    Returns:
-        A 0-d tensor, or `[rows, 1, ...]` with as many dimensions as `x`.
+    With `rows` it is one for each index along dim 0, `[rows, 1, ...]` with as many dimensions as `x`; tensors of fewer
+    than two dimensions are one row.
     """
     product = x * y
     if not rows or x.ndim < 2:
