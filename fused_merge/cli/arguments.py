@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from typer import BadParameter
 
@@ -46,7 +45,9 @@ def read_ratios(path: Path) -> dict[str, Ratio]:
         ImportError: for YAML without PyYAML.
         OSError: if it cannot be read.
     """
-    content = _read(path)
+    from fused_merge.io.plain import read_plain
+
+    content = read_plain(path)
     if not isinstance(content, dict) or not content:
         raise ValueError(f"{path} must map folder names to ratios, such as 'half: 0.5'; correct it")
     for folder, ratio in content.items():
@@ -58,23 +59,6 @@ def read_ratios(path: Path) -> dict[str, Ratio]:
                 "expressions to numbers"
             )
     return content
-
-
-def _read(path: Path) -> Any:
-    text = path.read_bytes()
-    if path.suffix == ".json":
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}); correct it") from error
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError(f"{path} needs PyYAML: pip install 'fused_merge[cli]', or write a .json file") from error
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML ({error}); correct it") from error
 
 
 def _is_number(value: object) -> bool:

@@ -150,7 +150,7 @@ def test_a_yaml_file_without_pyyaml(run, job, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
     code, _, errors = run("interpolate", "a", "b", "--ratios-file", tmp_path / "r.yaml", "--out", "x")
     assert code == 1
-    assert errors.endswith("r.yaml needs PyYAML: pip install 'fused_merge[cli]', or write a .json file\n")
+    assert errors.endswith("r.yaml needs PyYAML: pip install 'fused_merge[cli]', or take a .json file\n")
 
 
 @pytest.mark.parametrize(
