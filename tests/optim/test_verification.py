@@ -44,13 +44,20 @@ def corrupt(monkeypatch):
     return corrupt
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1, "maximize": True}, {"reserve_rate": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.float32, {}),
+        (torch.bfloat16, {"max_grad_norm": 0.1, "maximize": True}),
+        (torch.bfloat16, {"reserve_rate": 1.0}),
+    ],
+    ids=str,
+)
 def test_the_kernels_pass_and_the_run_is_unchanged(dtype, options, delta):
     (model, verified), (peer, plain) = (triton_run(delta, dtype=dtype, **options) for _ in range(2))
-    fm.verify(verified, steps=3)
-    run(verified, model, 4)
-    run(plain, peer, 4)
+    fm.verify(verified, steps=2)
+    run(verified, model, 3)
+    run(plain, peer, 3)
     assert_same(verified, plain)
     assert torch.equal(torch.as_tensor(verified.grad_norm or 0), torch.as_tensor(plain.grad_norm or 0))
 
