@@ -22,25 +22,22 @@ def linear(u: Tensor, tau: Tensor, update_weight: Weight, tau_weight: Weight) ->
 def sign_reference(u: Tensor, tau: Tensor, update_weight: Weight, tau_weight: Weight) -> Tensor:
     """Return the weighted sum of what has the sign of u + tau.
 
-    The vote is the sign of the *unweighted* sum, a tie counting as +, as in the authors' published code, with
-    which their tables were made. What opposes the vote is dropped, then the weighted sum is taken. A NaN
-    opposes nothing and stays.
+    The vote is the sign of the *unweighted* sum, a tie counting as +, as in the authors' published code, with which
+    their tables were made. A NaN opposes nothing and stays.
     """
     positive = u + tau >= 0
-    u = torch.where(torch.where(positive, u < 0, u > 0), torch.zeros_like(u), u)
-    tau = torch.where(torch.where(positive, tau < 0, tau > 0), torch.zeros_like(tau), tau)
+    u = torch.where(torch.where(positive, u < 0, u > 0), 0.0, u)
+    tau = torch.where(torch.where(positive, tau < 0, tau > 0), 0.0, tau)
     return linear(u, tau, update_weight, tau_weight)
 
 
 def sign_paper(u: Tensor, tau: Tensor, update_weight: Weight, tau_weight: Weight) -> Tensor:
     """Return a + b where the signs of a = (1 - alpha) * u and b = alpha * tau agree, else the larger one.
 
-    This is the vote as printed (equations 5-7): the elected sign is that of a + b, so of two opposite terms
-    the one of larger magnitude stays, and two of equal magnitude cancel.
+    This is the vote as printed (equations 5-7): two opposite terms of equal magnitude cancel.
     """
     a, b = update_weight * u, tau_weight * tau
     conflict = ((a > 0) & (b < 0)) | ((a < 0) & (b > 0))
-    zero = torch.zeros_like(a)
-    a_kept = torch.where(conflict & (a.abs() < b.abs()), zero, a)
-    b_kept = torch.where(conflict & (b.abs() < a.abs()), zero, b)
+    a_kept = torch.where(conflict & (a.abs() < b.abs()), 0.0, a)
+    b_kept = torch.where(conflict & (b.abs() < a.abs()), 0.0, b)
     return a_kept + b_kept

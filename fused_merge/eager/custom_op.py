@@ -1,7 +1,4 @@
-"""Functions that `torch.compile` calls as they are instead of looking into them.
-
-Loops whose length depends on the data's size would be unrolled anew for every size.
-"""
+"""Functions that `torch.compile` calls as they are: it would unroll their loops anew for every size of data."""
 
 from __future__ import annotations
 
@@ -13,8 +10,6 @@ import torch
 from torch import Tensor
 
 Arguments = ParamSpec("Arguments")
-
-_LIBRARY: Any = torch.library.Library("fused_merge", "DEF")  # type: ignore[no-untyped-call]
 
 
 def custom_op(
@@ -28,17 +23,14 @@ def custom_op(
     """
 
     def register(function: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
-        name = function.__name__.lstrip("_")
-        _LIBRARY.define(name + schema)
-        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fused_merge::{name}", shape, lib=_LIBRARY)
+        name = f"fused_merge::{function.__name__.lstrip('_')}"
+        operator: Any = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
+        operator.register_fake(shape)
 
         @wraps(function)
         def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
-            if torch.compiler.is_compiling():
-                result: Tensor = getattr(torch.ops.fused_merge, name)(*args, **kwargs)
-                return result
-            return function(*args, **kwargs)
+            result: Tensor = (operator if torch.compiler.is_compiling() else function)(*args, **kwargs)
+            return result
 
         return call
 

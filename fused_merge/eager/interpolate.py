@@ -14,14 +14,14 @@ from torch import Tensor
 
 from fused_merge.eager.precision import compute_dtype
 
-# Bytes of temporaries for each thread of torch: with fewer, blocks cost more in calls than they gain by the caches.
+# Bytes of temporaries a thread of torch: with fewer, blocks cost more in calls than they gain by the caches.
 _SCRATCH = 5 << 19
 # The temporaries of a block, rows of scratch: both ends, their difference, its product with a weight, and a point.
 _BASE, _TUNED, _DELTA, _PRODUCT, _POINT = range(5)
 
 
 def interpolate(base: Tensor, tuned: Tensor, ratio: float) -> Tensor:
-    """Return one point of the path from `base` (r = 0) to `tuned` (r = 1).
+    """Return one point of the path from `base` (r = 0) to `tuned` (r = 1), in the dtype of `base`.
 
     Computed in fp32 (fp64 if either end is) from the nearer end and rounded once; r = 0 and r = 1 copy bits.
 
@@ -29,9 +29,6 @@ def interpolate(base: Tensor, tuned: Tensor, ratio: float) -> Tensor:
         base: theta0, floating, any shape.
         tuned: theta1, of the same shape.
         ratio: r, finite; r and 1 - r are each rounded once to the dtype of the computation.
-
-    Returns:
-        A tensor of the dtype of `base`.
     """
     if ratio == 0.0:
         return base.clone()
@@ -52,8 +49,8 @@ def interpolate_(
 ) -> None:
     """Write R points of the path: the bits of `interpolate`, from one read of the ends.
 
-    Goes by blocks that stay in a cache: b - a is taken once, its product with a weight once for the two points that
-    lie as far from either end, and each point passes through the cache once.
+    Goes by blocks that stay in a cache: b - a is taken once, and its product with a weight once for the two points
+    that lie as far from either end.
 
     Args:
         base: theta0, a vector.
@@ -64,20 +61,20 @@ def interpolate_(
             larger the blocks. None allocates.
     """
     wide = compute_dtype(base.dtype, tuned.dtype)
+    copies: list[tuple[Tensor, Tensor]] = []
     # Of each weight the points that are so far from an end, and whether that end is base.
     points: dict[float, list[tuple[bool, Tensor]]] = {}
     for ratio, out in zip(ratios, outs, strict=True):
-        weight, from_base = nearer_end(ratio, wide)
-        if ratio not in (0.0, 1.0):
+        if ratio in (0.0, 1.0):
+            copies.append(((base, tuned)[int(ratio)], out))
+        else:
+            weight, from_base = nearer_end(ratio, wide)
             points.setdefault(weight, []).append((from_base, out))
-    copies = [((base, tuned)[int(ratio)], out) for ratio, out in zip(ratios, outs, strict=True) if ratio in (0.0, 1.0)]
-    delta_at, product_at, point_at = _DELTA, _PRODUCT, _POINT
-    rows = 5
-    match list(points.values()):
-        case [[(from_base, _)]]:
-            # The end that a single point does not start from makes room for all that follows.
-            delta_at = product_at = point_at = _TUNED if from_base else _BASE
-            rows = 2
+    rows, delta_at, product_at, point_at = 5, _DELTA, _PRODUCT, _POINT
+    if len(points) == 1 and len(same_weight := next(iter(points.values()))) == 1:
+        # The end that a single point does not start from makes room for all that follows.
+        rows = 2
+        delta_at = product_at = point_at = _TUNED if same_weight[0][0] else _BASE
     if scratch is None:
         nbytes = rows * base.numel() * wide.itemsize
         if base.device.type == "cpu":
@@ -98,17 +95,13 @@ def interpolate_(
             for end, at in ((base, _BASE), (tuned, _TUNED))
         )
         torch.sub(b, a, out=room[delta_at])
-        for weight, alike in points.items():
+        for weight, same_weight in points.items():
             product = torch.mul(room[delta_at], weight, out=room[product_at])
-            for from_base, out in alike:
-                place = out[here]
-                point = place if out.dtype == wide else room[point_at]
-                if from_base:
-                    torch.add(a, product, out=point)
-                else:
-                    torch.sub(b, product, out=point)
-                if point is not place:
-                    place.copy_(point)
+            for from_base, out in same_weight:
+                point = out[here] if out.dtype == wide else room[point_at]
+                torch.add(a, product, out=point) if from_base else torch.sub(b, product, out=point)
+                if out.dtype != wide:
+                    out[here].copy_(point)
 
 
 def nearer_end(ratio: float, wide: torch.dtype) -> tuple[float, bool]:

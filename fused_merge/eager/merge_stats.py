@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fused_merge.eager.merging_adamw import CONSENSUS, Terms
-from fused_merge.eager.precision import sqrt_rn
+from fused_merge.eager.precision import compute_dtype, sqrt_rn
 from fused_merge.eager.scalars import Scalars
 from fused_merge.eager.sums import inner_product
 from fused_merge.methods import MergeRule
@@ -42,14 +42,7 @@ class MergeSums(NamedTuple):
 
 
 def merge_sums(terms: Terms, s: Scalars, rule: MergeRule, stored: torch.dtype) -> MergeSums:
-    """Add up one merge.
-
-    Args:
-        terms: what was merged.
-        s: the scalars of the step.
-        rule: how it was merged.
-        stored: dtype of the weight, or of its master where it has one.
-    """
+    """Add up one merge; `stored` is the dtype of the weight, or of its master where it has one."""
     u, tau = terms.u, terms.tau
     both, kept_tau = (u != 0) & (tau != 0), tau != 0
     without = CONSENSUS[rule.consensus](terms.u_kept, tau, s.update_weight, 0.0)
@@ -84,7 +77,7 @@ def merge_stats(sums: MergeSums, numel: int) -> MergeStats:
 
 
 def lost_share(param: Tensor, tau: Tensor, tau_weight: float, stored: torch.dtype) -> Tensor:
-    """Return the share of the kept entries of tau that, added alone, would change no bit of `param`.
+    """Return the share of the kept entries of F(tau) that, added alone, would change no bit of `param`.
 
     Args:
         param: the weights.
@@ -92,7 +85,7 @@ def lost_share(param: Tensor, tau: Tensor, tau_weight: float, stored: torch.dtyp
         tau_weight: what it is multiplied by.
         stored: dtype of the weight, or of its master.
     """
-    wide = param.to(torch.promote_types(param.dtype, torch.float32))
+    wide = param.to(compute_dtype(param.dtype))
     unchanged = (wide + tau_weight * tau.to(wide.dtype)).to(stored) == wide.to(stored)
     kept = tau != 0
     return (kept & unchanged).sum() / kept.sum().clamp(min=1)

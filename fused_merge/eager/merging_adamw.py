@@ -1,7 +1,6 @@
 """One step of a merging optimizer for one tensor: theta += F(u) ⊕ F(tau).
 
-Source: Lu et al. 2024 (arXiv 2405.17931), algorithm 1 and, for merges at every K-th step, its step-K variant, with
-the AdamW convention of `torch.optim.AdamW`.
+Source: Lu et al. 2024 (arXiv 2405.17931), algorithm 1 and its step-K variant.
 """
 
 from __future__ import annotations
@@ -78,62 +77,54 @@ def merging_adamw_(
         key: of the tensor's random numbers at this step.
         anchor: for merges at every K-th step; mutated. None merges at every step. Unused without a delta.
         master: fp32 copy of a 16-bit `param`, or int16 low halves of a bf16 one; mutated.
-        keep_terms: also return what was merged.
-
-    Returns:
-        What was merged, if asked for and there is a delta.
+        keep_terms: return what was merged, if there is a delta.
     """
     compute = compute_dtype(param.dtype)
     anchor = anchor if delta is not None else None
-    g = s.grad_factor * grad.to(compute)
-    tau_dense = None if delta is None or delta.tau_dense is None else delta.tau_dense.to(compute)
-    if tau_dense is not None and rule.project and rule.project_on == "gradient":
-        g = _projected(g, tau_dense, rule, ascent=True)
+    flags = (s.advances, s.advances * s.moves, s.merges)
+    advances, moves, merges = (torch.as_tensor(flag, device=param.device) != 0 for flag in flags)
+    g = _projected(s.grad_factor * grad.to(compute), delta, rule, "gradient")
     m, v = adamw.moments(g, exp_avg.to(compute), exp_avg_sq.to(compute), s)
-    u = adamw.update(m, v, s)
-    if tau_dense is not None and rule.project and rule.project_on == "update":
-        u = _projected(u, tau_dense, rule, ascent=False)
-
-    theta = _load(param, master, compute)
-    start, merged, terms = theta * s.decay, u, None
+    u = _projected(adamw.update(m, v, s), delta, rule, "update")
+    start, merged, terms = _load(param, master, compute) * s.decay, u, None
     if delta is not None:
         if anchor is not None:
-            start, u = _since_anchor(start, u, anchor, s)
+            # A merge starts from c*anchor and takes what came since; between merges this is plain AdamW.
+            origin = (anchor.decay * s.decay) * anchor.weights.to(compute)
+            start, u = torch.where(merges, origin, start), torch.where(merges, start + u - origin, u)
         tau = delta.tau.to(compute)
         u_kept = SPARSIFY[rule.update](u, rule.reserve_rate, key)
         merged = CONSENSUS[rule.consensus](u_kept, tau, s.update_weight, s.tau_weight)
         if anchor is not None:
-            merged = torch.where(_flag(s.merges, param), merged, u)
+            merged = torch.where(merges, merged, u)
         if keep_terms:
             terms = Terms(u, u_kept, tau, merged, start)
 
-    advances = _flag(s.advances, param)
-    moves = advances & _flag(s.moves, param)
     _write(exp_avg, m, advances)
     _write(exp_avg_sq, v, advances)
-    _store(param, master, start, merged, rule, key, moves)
+    # Nothing to add changes no bit, not even that of -0: such weights need not be written at all.
+    theta = torch.where(merged == 0, start, start + merged)
+    stored, stored_master = theta, theta
+    if master is not None and master.dtype == torch.int16:
+        stored, stored_master = rounding.split(theta)
+    elif rule.rounding == "stochastic":
+        _, error = rounding.two_sum(start, merged)
+        stored = rounding.stochastic(theta, error, param.dtype, key)
+    _write(param, stored, moves)
+    if master is not None:
+        _write(master, stored_master, moves)
     if anchor is not None:
-        merges = moves & _flag(s.merges, param)
-        _write(anchor.weights, _load(param, master, compute), merges)
+        _write(anchor.weights, _load(param, master, compute), moves & merges)
         _write(anchor.decay, torch.where(merges, 1.0, anchor.decay * s.decay), moves)
     return terms
 
 
-def _projected(x: Tensor, tau: Tensor, rule: MergeRule, *, ascent: bool) -> Tensor:
-    assert rule.project is not None
-    return project(
-        x, tau, rule.project, strength=rule.project_strength, rows=rule.project_over == "rows", ascent=ascent
-    )
-
-
-def _since_anchor(decayed: Tensor, u: Tensor, anchor: Anchor, s: Scalars) -> tuple[Tensor, Tensor]:
-    """Return where the next merge starts, c*anchor, and the update since then, theta_decayed + u - c*anchor.
-
-    Between merges the two are the weights and the update of this step: plain AdamW.
-    """
-    origin = (anchor.decay * s.decay) * anchor.weights.to(u.dtype)
-    merges = _flag(s.merges, u)
-    return torch.where(merges, origin, decayed), torch.where(merges, decayed + u - origin, u)
+def _projected(x: Tensor, delta: Delta | None, rule: MergeRule, on: str) -> Tensor:
+    """Return a gradient or an update, projected if the rule projects it."""
+    if delta is None or delta.tau_dense is None or rule.project is None or rule.project_on != on:
+        return x
+    tau, rows = delta.tau_dense.to(x.dtype), rule.project_over == "rows"
+    return project(x, tau, rule.project, strength=rule.project_strength, rows=rows, ascent=on == "gradient")
 
 
 def _load(param: Tensor, master: Tensor | None, compute: torch.dtype) -> Tensor:
@@ -143,35 +134,6 @@ def _load(param: Tensor, master: Tensor | None, compute: torch.dtype) -> Tensor:
     if master.dtype == torch.int16:
         return rounding.join(param, master)
     return torch.where(master.to(param.dtype) == param, master, param.to(compute))
-
-
-def _store(
-    param: Tensor,
-    master: Tensor | None,
-    start: Tensor,
-    merged: Tensor,
-    rule: MergeRule,
-    key: MaskKey,
-    moves: Tensor,
-) -> None:
-    """Write start + merged where the weights move, rounded once."""
-    # Nothing to add changes no bit, not even that of -0: such weights need not be written at all.
-    theta = torch.where(merged == 0, start, start + merged)
-    if master is not None and master.dtype == torch.int16:
-        high, low = rounding.split(theta)
-        _write(param, high, moves)
-        _write(master, low, moves)
-    elif rule.rounding == "stochastic":
-        _, error = rounding.two_sum(start, merged)
-        _write(param, rounding.stochastic(theta, error, param.dtype, key), moves)
-    else:
-        _write(param, theta, moves)
-        if master is not None:
-            _write(master, theta, moves)
-
-
-def _flag(scalar: float | Tensor, like: Tensor) -> Tensor:
-    return torch.as_tensor(scalar, device=like.device) != 0
 
 
 def _write(out: Tensor, value: Tensor, where: Tensor) -> None:

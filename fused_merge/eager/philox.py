@@ -1,8 +1,7 @@
 """Random masks that depend on (seed, step, name, element) and on nothing else.
 
-Philox4x32-10 is a counter-based generator: word `e & 3` of the block at counter `e >> 2` belongs to element `e`
-of the *unsharded* tensor. A mask is therefore the same on every device, for every block size and for every
-way of cutting the tensor into shards.
+Word `e & 3` of the block of Philox4x32-10 at counter `e >> 2` belongs to element `e` of the *unsharded* tensor. A mask
+is therefore the same on every device, for every block size and for every way of cutting the tensor into shards.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 """
@@ -28,7 +27,7 @@ DOMAIN_TAU = 1
 DOMAIN_ROUNDING = 2
 
 _MASK32 = 0xFFFFFFFF
-# Blocks drawn at once: enough to wake torch's threads, few enough for the intermediates to stay in a cache.
+# Blocks drawn at once: enough to wake torch's threads, few enough to stay in a cache.
 _BLOCKS_PER_CHUNK = 1 << 15
 
 
@@ -45,12 +44,7 @@ class MaskKey(NamedTuple):
 def _philox4x32(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the four 32-bit output words of Philox4x32-10, as int64 tensors in [0, 2^32).
-
-    Args:
-        counter: four int64 tensors of one shape (or broadcastable), each word in [0, 2^32).
-        key: two ints in [0, 2^32).
-    """
+    """Return the four words of Philox4x32-10, int64 in [0, 2^32), of a counter and a key of such words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
@@ -66,34 +60,18 @@ def _philox4x32(
     return c0, c1, c2, c3
 
 
-def _block_words(block: Tensor, key: MaskKey) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the four words of the Philox blocks `block` (int64), each in the shape of `block`."""
-    step = torch.as_tensor(key.step, device=block.device).to(torch.int64)
-    counter = (
-        block & _MASK32,
-        (key.domain << 24) | (block >> 32),
-        step.expand_as(block),
-        torch.full_like(block, key.tensor_id),
-    )
-    return _philox4x32(counter, (key.seed & _MASK32, (key.seed >> 32) & _MASK32))
-
-
-def _dtype_of_draw(threshold: int) -> torch.dtype:
-    return torch.int64 if threshold < 0 else torch.bool
-
-
 @custom_op(
     "(SymInt numel, int threshold, Tensor step, SymInt seed, SymInt tensor_id, int domain, SymInt[] shard) -> Tensor",
-    lambda numel, threshold, step, *_: step.new_empty((numel,), dtype=_dtype_of_draw(threshold)),
+    lambda numel, threshold, step, *_: step.new_empty((numel,), dtype=torch.int64 if threshold < 0 else torch.bool),
 )
 def _draw(
     numel: int, threshold: int, step: Tensor, seed: int, tensor_id: int, domain: int, shard: Sequence[int]
 ) -> Tensor:
-    """Return the words of `numel` elements below `threshold`, or the words where it is negative, beside `step`."""
-    out = torch.zeros(numel, dtype=_dtype_of_draw(threshold), device=step.device)
+    """Return which words are below `threshold`, or the words where it is negative, on the device of `step`."""
+    out = torch.zeros(numel, dtype=torch.int64 if threshold < 0 else torch.bool, device=step.device)
     if numel == 0:
         return out
-    key = MaskKey(seed, step, tensor_id, domain)
+    key = (seed & _MASK32, (seed >> 32) & _MASK32)
     offset, inner, global_inner = shard
     inner = min(inner, numel)
     if numel % inner:
@@ -108,7 +86,9 @@ def _draw(
         start = (offset + columns + run * global_inner)[:, None]
         blocks = (start >> 2) + torch.arange((piece.shape[1] + 6) // 4, device=out.device)
         lanes = (start & 3) + torch.arange(piece.shape[1], device=out.device)
-        words = _block_words(blocks, key)
+        name = torch.full_like(blocks, tensor_id)
+        counter = (blocks & _MASK32, (domain << 24) | (blocks >> 32), step.long().expand_as(blocks), name)
+        words = _philox4x32(counter, key)
         values = words if threshold < 0 else tuple(word < threshold for word in words)
         piece.copy_(torch.stack(values, dim=-1).flatten(-2).gather(1, lanes))
     return out
@@ -134,11 +114,7 @@ def keep_threshold(rate: float) -> int:
 def keep_mask(numel: int, rate: float, key: MaskKey, *, device: torch.device | str = "cpu") -> Tensor:
     """Return which of `numel` local, row-major elements a random drop keeps, as bool `[numel]` on `device`.
 
-    Args:
-        numel: number of local elements.
-        rate: probability of keeping an element, in (0, 1]; 1 keeps all without drawing a number.
-        key: what the mask depends on.
-        device: where it is made.
+    `rate` is the probability of keeping one, in (0, 1]; 1 keeps all without drawing a number.
     """
     if rate == 1.0:
         return torch.ones(numel, dtype=torch.bool, device=device)

@@ -1,7 +1,7 @@
 """Projection of a gradient or an update onto the SFT delta, or out of conflict with it.
 
-The projection of gradients on one another is PCGrad's (Yu et al. 2020, arXiv 2001.06782, algorithm 1); onto the flat
-reference delta, per tensor or per row, before the moments or after them, it is this library's own.
+The projection of gradients on one another is PCGrad's (Yu et al. 2020, arXiv 2001.06782, algorithm 1); onto the
+reference delta it is this library's own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ RESIDUE = 2.0**-20
 
 
 def project(x: Tensor, tau: Tensor, how: str, *, strength: float, rows: bool, ascent: bool) -> Tensor:
-    """Project x with c = <x, tau> / <tau, tau>, over the whole tensor or over each row.
+    """Project x with c = <x, tau> / <tau, tau>, over the whole tensor or over each row; no change where tau is 0.
 
     Args:
         x: a gradient or an update, fp32 or fp64, any shape.
@@ -26,9 +26,6 @@ def project(x: Tensor, tau: Tensor, how: str, *, strength: float, rows: bool, as
         strength: s of `"onto"`.
         rows: one coefficient for each index along dim 0; tensors of fewer than two dimensions are one row.
         ascent: x points uphill, as a gradient does: the step goes along -x.
-
-    Returns:
-        A tensor of the shape of `x`; where <tau, tau> = 0 it is `x`.
     """
     dot, norm = inner_product(x, tau, rows=rows), inner_product(tau, tau, rows=rows)
     direction = norm > 0

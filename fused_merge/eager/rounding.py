@@ -1,8 +1,7 @@
 """From the fp32 result of a step to what is stored: nearest, stochastic, or with a master copy.
 
-Sources: stochastic rounding of weights: Gupta et al. 2015 (arXiv 1502.02551); the exact error of a sum:
-Knuth, The Art of Computer Programming, vol. 2, section 4.2.2, theorem B; an fp32 master as a bf16 weight and its low
-half: defined at `split`.
+Sources: stochastic rounding of weights: Gupta et al. 2015 (arXiv 1502.02551); the exact error of a sum: Knuth, The Art
+of Computer Programming, vol. 2, section 4.2.2, theorem B.
 """
 
 from __future__ import annotations
@@ -23,24 +22,20 @@ def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def stochastic(x: Tensor, error: Tensor, dtype: torch.dtype, key: MaskKey) -> Tensor:
-    """Round x + error to `dtype`, up or down with the probability of its distance from either neighbour.
+    """Round x + error to `dtype`, up or down with the probability of its distance from either neighbor.
 
     The random number is the low 16 bits of the element's own Philox word in the domain of rounding.
 
-    - bf16: added to the low half of the pattern of `x`, which is then cut off; `error`, below those bits, plays no
-      part.
-    - fp16: the nearest fp16 number moves to its neighbour on the side of x iff the random number is below 65536
-      times the distance to x over the distance to that neighbour.
+    - bf16: added to the low half of the pattern of `x`, which is then cut off; `error` lies below those bits.
+    - fp16: the nearest fp16 number moves to its neighbor on the side of x iff the random number is below 65536
+      times the distance to x over the distance to that neighbor.
     - fp32 and fp64, where `dtype` is that of `x`: the same with `error`, what the sum x itself has lost.
 
     Args:
         x: fp32 or fp64.
         error: what is missing in x, of the same shape and dtype.
-        dtype: what is stored.
+        dtype: of the result; NaN and infinities are rounded to nearest.
         key: of the tensor at this step.
-
-    Returns:
-        A tensor of `dtype`; NaN and infinities are rounded to nearest.
     """
     random = random_words(x.numel(), key._replace(domain=DOMAIN_ROUNDING), device=x.device).view(x.shape) & 0xFFFF
     if dtype == torch.bfloat16:
@@ -53,10 +48,10 @@ def stochastic(x: Tensor, error: Tensor, dtype: torch.dtype, key: MaskKey) -> Te
     # One pattern up is one step away from zero; from zero itself the step has the sign of the error.
     away = ((error > 0) == (nearest > 0)).to(pattern.dtype)
     smallest = torch.ones_like(pattern).view(dtype).copysign(error.to(dtype))
-    neighbour = torch.where(nearest == 0, smallest, (pattern + 2 * away - 1).view(dtype))
-    gap = (neighbour.to(x.dtype) - nearest.to(x.dtype)).abs()
+    neighbor = torch.where(nearest == 0, smallest, (pattern + 2 * away - 1).view(dtype))
+    gap = (neighbor.to(x.dtype) - nearest.to(x.dtype)).abs()
     moves = (random < 65536 * (error / gap).abs()) & (error != 0) & x.isfinite()
-    return torch.where(moves, neighbour, nearest)
+    return torch.where(moves, neighbor, nearest)
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,16 +10,12 @@ import torch
 from torch import Tensor
 
 Scalar = float | Tensor
-
 # Step counts are fp32, exact up to 2^24.
 STEP_BITS = 25
 
 
 class Scalars(NamedTuple):
-    """What a step needs to know besides its tensors, in the order of the kernels' scalar table.
-
-    Python floats, or tensors where the step count or the learning rate lives in one.
-    """
+    """What a step needs to know besides its tensors, in the order of the kernels' scalar table."""
 
     step: Scalar  # t, counted from 1; also the Philox step of the masks of u
     beta1: Scalar
@@ -39,7 +35,7 @@ class Scalars(NamedTuple):
 
 
 class Hyper(NamedTuple):
-    """The hyper-parameters that the scalars are derived from."""
+    """What the scalars are derived from."""
 
     lr: Scalar  # a float, or a 0-d tensor that the host never reads
     betas: tuple[float, float]
@@ -59,6 +55,7 @@ def derive_scalars(step: Scalar, hyper: Hyper) -> Scalars:
         step = step.double()
     lr = hyper.lr.double() if isinstance(hyper.lr, Tensor) else hyper.lr
     beta1, beta2 = hyper.betas
+    bias2 = 1 - power(beta2, step)
     return Scalars(
         step=step,
         beta1=beta1,
@@ -66,7 +63,7 @@ def derive_scalars(step: Scalar, hyper: Hyper) -> Scalars:
         beta2=beta2,
         one_minus_beta2=1 - beta2,
         step_size=lr / (1 - power(beta1, step)),
-        inv_sqrt_bias2=_inv_sqrt(1 - power(beta2, step)),
+        inv_sqrt_bias2=bias2.sqrt().reciprocal() if isinstance(bias2, Tensor) else 1 / math.sqrt(bias2),
         eps=hyper.eps,
         decay=1 - lr * hyper.weight_decay,
         update_weight=(1 - hyper.alpha) * hyper.update_scale,
@@ -79,27 +76,23 @@ def derive_scalars(step: Scalar, hyper: Hyper) -> Scalars:
 
 
 def power(base: float, exponent: Scalar) -> Scalar:
-    """Return base^exponent, a whole number from 0 to 2^24, by squaring: one order of multiplications everywhere.
+    """Return base^exponent for a whole number from 0 to 2^24, by squaring.
 
-    Libraries differ in the last place of their powers, and so would hosts and devices.
+    Libraries differ in the last place of their powers; this has one order of multiplications everywhere.
     """
     if isinstance(exponent, Tensor):
         bits = exponent.to(torch.int64)
         result = torch.ones_like(bits, dtype=torch.float64)
         for bit in range(STEP_BITS):
             result = torch.where((bits >> bit) & 1 == 1, result * base, result)
-            base = base * base
+            base *= base
         return result
     number = 1.0
     for bit in range(STEP_BITS):
         if int(exponent) >> bit & 1:
             number *= base
-        base = base * base
+        base *= base
     return number
-
-
-def _inv_sqrt(x: Scalar) -> Scalar:
-    return x.sqrt().reciprocal() if isinstance(x, Tensor) else 1 / math.sqrt(x)
 
 
 def _flag(condition: bool | Tensor) -> Scalar:
@@ -112,21 +105,14 @@ def scalar_table(steps: Sequence[Tensor], hyper: Hyper, device: torch.device) ->
     Rounding the table to fp32 rounds each scalar once. Nothing waits for a device: step counts are read by the
     host only where they lie on the CPU and no hyper-parameter is a tensor.
     """
-    on_host = not any(isinstance(value, Tensor) for value in (hyper.lr, hyper.grad_factor, hyper.found_inf))
+    on_host = not any(isinstance(value, Tensor) for value in hyper)
     if on_host and all(step.device.type == "cpu" for step in steps):
         counts = [float(step) for step in steps]
         rows = {t: derive_scalars(t, hyper) for t in set(counts)}
         return torch.tensor([rows[t] for t in counts], dtype=torch.float64).to(device, non_blocking=True)
     columns = derive_scalars(torch.stack([step.to(device, non_blocking=True) for step in steps]), hyper)
-    # Filled and not copied: a copy of a number from the host would wait for the device.
-    return torch.stack(
-        [
-            (
-                column.to(device, torch.float64)
-                if isinstance(column, Tensor)
-                else torch.full((), column, dtype=torch.float64, device=device)
-            ).expand(len(steps))
-            for column in columns
-        ],
-        1,
-    )
+    table = torch.empty(len(steps), len(columns), dtype=torch.float64, device=device)
+    for place, column in zip(table.unbind(1), columns, strict=True):
+        # Numbers are filled in: a copy from the host would wait for the device.
+        place.copy_(column) if isinstance(column, Tensor) else place.fill_(column)
+    return table

@@ -9,18 +9,12 @@ class ShardIndex(NamedTuple):
     """The map from a local row-major element index to the global one.
 
     Local element `i` is global element `offset + (i // local_inner) * global_inner + i % local_inner`: runs of
-    `local_inner` neighbours that lie `global_inner` apart in the unsharded tensor. A whole tensor or a shard
-    of rows is a single run; a shard of columns has one run a row.
-
-    Attributes:
-        offset: global index of local element 0.
-        local_inner: elements in a run, at least 1.
-        global_inner: global distance between the starts of neighbouring runs.
+    neighbors. A whole tensor or a shard of rows is a single run; a shard of columns has one run a row.
     """
 
-    offset: int
-    local_inner: int
-    global_inner: int
+    offset: int  # global index of local element 0
+    local_inner: int  # elements in a run, at least 1
+    global_inner: int  # global distance between the starts of neighboring runs
 
     @classmethod
     def whole(cls, numel: int) -> ShardIndex:

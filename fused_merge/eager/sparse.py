@@ -1,18 +1,14 @@
 """The storage of a sparsified tensor: one bit an element, and the kept values packed.
 
-The elements are taken in row-major order and cut into blocks of 1024, at least one block; the last is padded
-with zero bits.
+The elements, in row-major order, are cut into blocks of 1024, at least one; the last is padded with zero bits.
 
-* `mask`: int32 words, 32 to a block. Bit i of word j (bit 0 is the lowest) tells whether element 32*j + i is
-  kept.
-* `values`: the kept values in row-major order, in the dtype of the tensor. Exact zeros are never kept, so
-  −0.0 comes back as 0.0.
-* `offsets`: for each block, how many values stand before it: where a decoder of that block starts to read.
-  int32, or int64 from 2^31 kept values on. It follows from `mask` and is not stored in files.
+* `mask`: int32 words, 32 to a block. Bit i of word j (bit 0 is the lowest) tells whether element 32*j + i is kept.
+* `values`: the kept values in row-major order, in the dtype of the tensor. Exact zeros are never kept, so −0.0 comes
+  back as 0.0.
+* `offsets`: for each block, how many values stand before it. int32, or int64 from 2^31 kept values on. It follows from
+  `mask` and is not stored in files.
 
-An element that is kept has the value number
-`offsets[e >> 10] + popcount(bits of its block before bit e & 1023)`.
-Bytes: numel/8 + kept * itemsize + numel/256.
+A kept element e is value number `offsets[e >> 10] + popcount(bits of its block before bit e & 1023)`.
 """
 
 from __future__ import annotations
@@ -43,19 +39,12 @@ def packed_nbytes(numel: int, kept: int, itemsize: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class SparseTensor:
-    """A tensor of which only some elements are stored; see the module for the format.
+    """A tensor of which only some elements are stored; see the module for the format."""
 
-    Attributes:
-        mask: int32, `[32 * blocks]`.
-        values: `[kept]`, any floating dtype.
-        offsets: int32 or int64, `[blocks]`.
-        shape: of the tensor that it stands for.
-    """
-
-    mask: Tensor
-    values: Tensor
-    offsets: Tensor
-    shape: torch.Size
+    mask: Tensor  # int32, `[32 * blocks]`
+    values: Tensor  # `[kept]`, any floating dtype
+    offsets: Tensor  # int32 or int64, `[blocks]`
+    shape: torch.Size  # of the tensor that it stands for
 
     @classmethod
     def pack(cls, dense: Tensor, keep: Tensor) -> SparseTensor:
@@ -130,16 +119,6 @@ class SparseTensor:
     def device(self) -> torch.device:
         """Where the three tensors lie."""
         return self.values.device
-
-    @property
-    def numel_kept(self) -> int:
-        """How many elements are stored."""
-        return self.values.numel()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of mask, values and offsets."""
-        return packed_nbytes(prod(self.shape), self.numel_kept, self.values.element_size())
 
 
 def _offset_dtype(kept: int) -> torch.dtype:

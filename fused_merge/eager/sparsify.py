@@ -36,8 +36,7 @@ def random(x: Tensor, rate: float, key: MaskKey) -> Tensor:
 def magnitude(x: Tensor, rate: float, key: MaskKey) -> Tensor:
     """Keep where |x| is at least the k-th largest |x| of the tensor, k = max(1, floor(p*n)).
 
-    All ties at the threshold stay, so that the choice does not depend on any order. Magnitudes compare as the integer
-    patterns of |x|, which order finite values as themselves and NaN above infinity.
+    All ties at the threshold stay, so that the choice does not depend on any order. NaN counts as above infinity.
     """
     if rate == 1.0 or x.numel() == 0:
         return x
@@ -47,8 +46,8 @@ def magnitude(x: Tensor, rate: float, key: MaskKey) -> Tensor:
 def soft_threshold(x: Tensor, rate: float, key: MaskKey) -> Tensor:
     """Shrink every |x| by the k-th largest |x|, k = max(1, floor(p*n)), and drop what would change its sign.
 
-    Source: Donoho 1995, "De-noising by soft-thresholding", with the threshold at a quantile; as a merge
-    it is the nearswap of model-merging tools, which thresholds the difference of two models. NaN stays NaN.
+    Source: Donoho 1995, "De-noising by soft-thresholding", with the threshold at a quantile; as a merge it is the
+    nearswap of model-merging tools. NaN stays NaN.
     """
     if rate == 1.0 or x.numel() == 0:
         return x
@@ -79,7 +78,7 @@ def sparsify_tau(tau: Tensor, *, name: str, method: str, reserve_rate: float, se
         name: the tensor's name; its canonical form keys the random mask.
         method: a key of `SPARSIFY`.
         reserve_rate: share to keep, in (0, 1].
-        seed: of the random mask; the mask of tau is drawn in a domain of its own, at step 0.
+        seed: of the random mask, which is drawn in a domain of its own, at step 0.
 
     Raises:
         ValueError: if there is no such method.

@@ -1,8 +1,7 @@
 """The one way in which this library adds up many numbers: a binary tree over neighbours.
 
 The row-major elements, padded with zeros to a power of two, are added in adjacent pairs, the sums in adjacent pairs
-again, until one is left. The order is fixed by the number of elements alone, so that a sum does not depend on
-threads, block sizes or launch plans: the sum of an aligned block of 2^k elements is a node of the same tree.
+again, until one is left: the sum of an aligned block of 2^k elements is a node of the same tree.
 """
 
 from __future__ import annotations
@@ -28,16 +27,10 @@ def tree_sum(x: Tensor) -> Tensor:
 
 
 def inner_product(x: Tensor, y: Tensor, *, rows: bool = False) -> Tensor:
-    """Return <x, y> of two tensors of one shape and dtype.
+    """Return <x, y> of two tensors of one shape and dtype, fp32 or fp64, as a 0-d tensor.
 
-    Args:
-        x: fp32 or fp64.
-        y: the same.
-        rows: one inner product for each index along dim 0, shaped to broadcast against `x`; tensors of fewer
-            than two dimensions are one row.
-
-    Returns:
-        A 0-d tensor, or `[rows, 1, ...]` with as many dimensions as `x`.
+    With `rows` it is one for each index along dim 0, `[rows, 1, ...]` with as many dimensions as `x`; tensors of fewer
+    than two dimensions are one row.
     """
     product = x * y
     if not rows or x.ndim < 2:

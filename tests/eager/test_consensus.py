@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from one_tensor import draw
 
 from fused_merge.eager.consensus import linear, sign_paper, sign_reference
 
@@ -11,8 +12,7 @@ NAN = float("nan")
 
 
 def merged(function, u, tau, alpha):
-    result = function(torch.tensor([u]), torch.tensor([tau]), 1 - alpha, alpha)
-    return result.item()
+    return function(torch.tensor([u]), torch.tensor([tau]), 1 - alpha, alpha).item()
 
 
 def test_linear_by_hand():
@@ -66,9 +66,7 @@ def test_a_nan_update_stays(function):
 
 
 def test_with_a_small_alpha_the_two_votes_are_two_optimizers():
-    generator = torch.Generator().manual_seed(0)
-    u = 1e-6 * torch.randn(10_000, generator=generator)
-    tau = 1e-3 * torch.randn(10_000, generator=generator)
+    u, tau = draw(10_000, 1e-6), draw(10_000, 1e-3, 1)
     opposed = u * tau < 0
     alpha = 1e-7
     by_code = sign_reference(u, tau, 1 - alpha, alpha)[opposed]

@@ -6,9 +6,9 @@ import logging
 
 import pytest
 import torch
-from torch import nn
+from bits import assert_same_bits
+from one_tensor import optimizer_of, parameter, run, states
 
-import fused_merge as fm
 from fused_merge.eager.merge_stats import lost_share, merge_stats, merge_sums
 from fused_merge.eager.merging_adamw import Terms
 from fused_merge.eager.scalars import Hyper, derive_scalars
@@ -102,118 +102,100 @@ def test_lost_share_by_hand():
     assert lost_share(param, torch.zeros(4), 0.5, torch.bfloat16) == 0.0
 
 
-def optimizer_of(values, tau, dtype=torch.float32, **options):
-    param, tau = nn.Parameter(torch.tensor(values, dtype=dtype)), torch.tensor(tau)
-    delta = fm.ReferenceDelta.from_models({"w": torch.zeros_like(tau)}, {"w": tau})
-    base = {"betas": (0.0, 0.0), "eps": 0.0, "lr": 0.5, "alpha": 0.5, "reserve_rate": 1.0, "impl": "eager"}
-    return param, fm.MergingAdamW([("w", param)], reference_delta=delta, **base | options)
+def of(values, tau, dtype=torch.float32, **options):
+    """An optimizer whose u is -lr * sign(g)."""
+    base = {"betas": (0.0, 0.0), "eps": 0.0, "lr": 0.5, "alpha": 0.5, "weight_decay": 0.0, "reserve_rate": 1.0}
+    return optimizer_of(parameter(values, dtype), tau, **base | options)
 
 
-def step(param, optimizer, g=(2.0, 3.0, -1.0, -4.0)):
-    param.grad = torch.tensor(g, dtype=param.dtype)
+def step(optimizer):
+    """Take a step; returns the statistics after it of the only tensor."""
+    (param,) = optimizer.param_groups[0]["params"]
+    param.grad = torch.tensor((2.0, 3.0, -1.0, -4.0), dtype=param.dtype)
     optimizer.step()
+    return optimizer.merge_stats().get("w", {})
 
 
 def test_the_optimizer_reports_its_step():
     # u = -lr * sign(g) = (-0.5, -0.5, 0.5, 0.5).
-    param, optimizer = optimizer_of([1.0, 1.0, 1.0, 2.0**25], [0.0, 2.0, 2.0, 1.0], stats_every=1)
-    step(param, optimizer)
-    assert optimizer.merge_stats() == {
-        "w": {
-            "cosine": pytest.approx(0.5 / 3),
-            "kept_u": 1.0,
-            "kept_tau": 0.75,
-            "conflicts": pytest.approx(1 / 3),
-            "norm_u": 1.0,
-            "norm_tau": 3.0,
-            # (-0.25, 0.75, 1.25, 0.75)
-            "norm_merged": pytest.approx(2.75**0.5),
-            "lost": pytest.approx(1 / 3),
-        }
+    stats = step(of([1.0, 1.0, 1.0, 2.0**25], [0.0, 2.0, 2.0, 1.0], stats_every=1))
+    assert stats == {
+        "cosine": pytest.approx(0.5 / 3),
+        "kept_u": 1.0,
+        "kept_tau": 0.75,
+        "conflicts": pytest.approx(1 / 3),
+        "norm_u": 1.0,
+        "norm_tau": 3.0,
+        # (-0.25, 0.75, 1.25, 0.75)
+        "norm_merged": pytest.approx(2.75**0.5),
+        "lost": pytest.approx(1 / 3),
     }
-    assert all(isinstance(value, float) for value in optimizer.merge_stats()["w"].values())
+    assert all(isinstance(value, float) for value in stats.values())
 
 
 @pytest.mark.parametrize(("master", "lost"), [("none", 1.0), ("fp32", 0.0), ("split", 0.0)])
 def test_a_master_loses_less(master, lost):
     # alpha * tau = 2^-10, where the neighbours of 1 in bf16 are at least 2^-8 away.
-    param, optimizer = optimizer_of(
-        [1.0] * 4, [2.0**-4] * 4, torch.bfloat16, alpha=2.0**-6, lr=2.0**-12, master=master, stats_every=1
-    )
-    step(param, optimizer)
-    assert optimizer.merge_stats()["w"]["lost"] == lost
+    options = {"alpha": 2.0**-6, "lr": 2.0**-12, "stats_every": 1}
+    optimizer = of([1.0] * 4, [2.0**-4] * 4, torch.bfloat16, master=master, **options)
+    assert step(optimizer)["lost"] == lost
 
 
 def test_the_density_that_ties_leave_is_reported():
     # p = 0.5 asks for two of four; all of |u| and three of |tau| are equal.
-    param, optimizer = optimizer_of([1.0] * 4, [2.0, -2.0, 2.0, 1.0], method="onties", reserve_rate=0.5, stats_every=1)
-    step(param, optimizer)
-    stats = optimizer.merge_stats()["w"]
+    stats = step(of([1.0] * 4, [2.0, -2.0, 2.0, 1.0], method="onties", reserve_rate=0.5, stats_every=1))
     assert (stats["kept_u"], stats["kept_tau"]) == (1.0, 0.75)
 
 
 def test_only_every_nth_step_is_looked_at():
-    param, optimizer = optimizer_of([1.0] * 4, [1.0] * 4, stats_every=3)
-    seen = []
+    optimizer, seen = of([1.0] * 4, [1.0] * 4, stats_every=3), []
     for i in range(1, 8):
         optimizer.param_groups[0]["lr"] = float(i)
-        step(param, optimizer)
         # |u| = lr on four elements.
-        seen.append(optimizer.merge_stats().get("w", {}).get("norm_u"))
+        seen.append(step(optimizer).get("norm_u"))
     assert seen == [None, None, 6.0, 6.0, 6.0, 12.0, 12.0]
 
 
 def test_between_merges_there_is_nothing_to_look_at():
-    param, optimizer = optimizer_of([1.0] * 4, [1.0] * 4, merge_every=3, stats_every=1, weight_decay=0.0)
-    norms = []
-    for _ in range(7):
-        step(param, optimizer)
-        norms.append(optimizer.merge_stats().get("w", {}).get("norm_u"))
+    optimizer = of([1.0] * 4, [1.0] * 4, merge_every=3, stats_every=1)
+    norms = [step(optimizer).get("norm_u") for _ in range(7)]
     # A window of three steps of lr = 0.5 each on four elements.
     assert norms == [None, None, 3.0, 3.0, 3.0, 3.0, 3.0]
 
 
 def test_a_skipped_merge_has_no_stats():
-    param, optimizer = optimizer_of([1.0] * 4, [1.0] * 4, stats_every=1, lr=0.0)
-    step(param, optimizer)
-    assert optimizer.merge_stats() == {}
+    optimizer = of([1.0] * 4, [1.0] * 4, stats_every=1, lr=0.0)
+    assert step(optimizer) == {}
     optimizer.param_groups[0]["lr"] = 0.5
     optimizer.found_inf = torch.tensor(1.0)
-    step(param, optimizer)
-    assert optimizer.merge_stats() == {}
+    assert step(optimizer) == {}
     optimizer.found_inf = torch.tensor(0.0)
-    step(param, optimizer)
-    assert optimizer.merge_stats()["w"]["norm_u"] == 1.0
+    assert step(optimizer)["norm_u"] == 1.0
 
 
 def test_statistics_change_no_bit():
     ends = []
     for every in (0, 1):
-        param, optimizer = optimizer_of([1.0, 2.0, 3.0, 4.0], [0.1, -0.2, 0.3, 0.4], stats_every=every)
-        for _ in range(3):
-            step(param, optimizer)
-        ends.append(param.detach())
-    assert torch.equal(*ends)
+        optimizer = of([1.0, 2.0, 3.0, 4.0], [0.1, -0.2, 0.3, 0.4], stats_every=every)
+        run(optimizer, 3)
+        ends.append(states(optimizer))
+    assert_same_bits(*ends)
 
 
 def test_a_tensor_without_a_delta_has_no_stats():
-    param, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    delta = fm.ReferenceDelta.from_models({"w": torch.zeros(2)}, {"w": torch.ones(2)})
-    optimizer = fm.OnDAREAdamW(
-        [("w", param), ("head", other)], reference_delta=delta, missing="plain", stats_every=1, impl="eager", lr=0.5
-    )
-    param.grad = other.grad = torch.ones(2)
+    optimizer = of([1.0] * 2, [1.0] * 2, stats_every=1)
+    optimizer.add_param_group({"params": [("head", parameter([1.0] * 2))], "missing": "plain"})
+    for group in optimizer.param_groups:
+        group["params"][0].grad = torch.ones(2)
     optimizer.step()
     assert set(optimizer.merge_stats()) == {"w"}
 
 
 def test_asking_without_collecting_is_refused():
-    param, optimizer = optimizer_of([1.0] * 4, [1.0] * 4)
-    step(param, optimizer)
     with pytest.raises(ValueError, match="no statistics are collected; pass stats_every=n to look at every n-th step"):
-        optimizer.merge_stats()
+        step(of([1.0] * 4, [1.0] * 4))
     with pytest.raises(ValueError, match="stats_every must be at least 0, got -1"):
-        optimizer_of([1.0], [1.0], stats_every=-1)
+        of([1.0], [1.0], stats_every=-1)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +220,7 @@ def test_asking_without_collecting_is_refused():
     ids=str,
 )
 def test_binding_warns_of_what_rounding_will_lose(dtype, options, lost, caplog):
-    _, optimizer = optimizer_of([1.0] * 200, [2.0**-4] * 200, dtype, **{"alpha": 2.0**-6} | options)
+    optimizer = of([1.0] * 200, [2.0**-4] * 200, dtype, **{"alpha": 2.0**-6} | options)
     with caplog.at_level(logging.WARNING, logger="fused_merge"):
         optimizer.bind()
         optimizer.bind()
@@ -252,7 +234,7 @@ def test_binding_warns_of_what_rounding_will_lose(dtype, options, lost, caplog):
 @pytest.mark.parametrize(("large", "warned"), [(1, False), (2, True)])
 def test_a_fifth_may_be_lost(large, warned, caplog):
     # 0.5 * tau is lost in a weight of 512 and not in one of 1.
-    _, optimizer = optimizer_of([512.0] * large + [1.0] * (5 - large), [2.0] * 5, torch.bfloat16)
+    optimizer = of([512.0] * large + [1.0] * (5 - large), [2.0] * 5, torch.bfloat16)
     with caplog.at_level(logging.WARNING, logger="fused_merge"):
         optimizer.bind()
     assert bool(caplog.records) == warned

@@ -11,9 +11,9 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_tensor import draw, optimizer_of, parameter
 from torch import nn
 
-import fused_merge as fm
 from fused_merge.eager.philox import DOMAIN_UPDATE, MaskKey
 from fused_merge.eager.rounding import join, split, stochastic, two_sum
 from fused_merge.names import tensor_id
@@ -24,10 +24,6 @@ HALVES = [torch.bfloat16, torch.float16]
 
 def random16(n, key=KEY):
     return (reference.words(n, key.seed, key.step, "a.weight", 2) & np.uint64(0xFFFF)).astype(np.int64)
-
-
-def draw(n, scale=1.0, seed=0):
-    return scale * torch.randn(n, generator=torch.Generator().manual_seed(seed))
 
 
 def every_pattern(dtype):
@@ -219,21 +215,15 @@ def test_a_weight_set_from_outside_survives_any_low_half():
         assert torch.equal(split(restored)[0], weight)
 
 
-HYPER = {"betas": (0.9, 0.95), "alpha": 1e-4, "reserve_rate": 0.5, "weight_decay": 0.1, "impl": "eager"}
-
-
-def optimizer_of(param, tau, **options):
-    tau = torch.as_tensor(tau, dtype=torch.float32)
-    delta = fm.ReferenceDelta.from_models({"w": torch.zeros_like(tau)}, {"w": tau})
-    return fm.OnDAREAdamW([("w", param)], reference_delta=delta, **HYPER | options)
+SLOW = {"lr": 5e-6, "betas": (0.9, 0.95), "alpha": 1e-4, "reserve_rate": 0.5}
 
 
 @cache
 def trained(dtype, gradient, n=64, tau=1e-4, steps=200, **options):
     """Train bf16 numbers; the gradients are bf16 numbers too, so that every dtype gets the same."""
     start = draw(n).bfloat16().float()
-    param = nn.Parameter(start.to(dtype, copy=True))
-    optimizer = optimizer_of(param, draw(n, tau, 1), **{"lr": 5e-6} | options)
+    param = parameter(start, dtype)
+    optimizer = optimizer_of(param, draw(n, tau, 1), **SLOW | options)
     for step in range(steps):
         param.grad = gradient(step, n).bfloat16().to(dtype)
         optimizer.step()
@@ -272,7 +262,7 @@ def test_without_a_master_bf16_weights_stay_where_they_are():
 
 
 def test_on_average_stochastic_bf16_drifts_as_fp32_does():
-    n, steps = 16_384, 100
+    n, steps = 4096, 100
     start, fp32, _ = trained(torch.float32, uphill, n, steps=steps, lr=1e-5)
     _, weight, _ = trained(torch.bfloat16, uphill, n, steps=steps, lr=1e-5, rounding="stochastic")
     drift, expected = (weight.float() - start).double(), (fp32 - start).double()
@@ -313,7 +303,8 @@ def test_stochastic_weights_are_a_run_that_can_be_repeated(dtype):
 def test_a_weight_changed_from_outside_overrules_its_fp32_master():
     weights = torch.tensor([1.0, 2.0, 3.0, torch.nan], dtype=torch.bfloat16)
     param = nn.Parameter(weights.clone())
-    optimizer = optimizer_of(param, torch.zeros(4), lr=2.0**-12, weight_decay=0.0, reserve_rate=1.0, master="fp32")
+    options = SLOW | {"lr": 2.0**-12, "weight_decay": 0.0, "reserve_rate": 1.0}
+    optimizer = optimizer_of(param, torch.zeros(4), master="fp32", **options)
     param.grad = torch.ones(4, dtype=torch.bfloat16)
     optimizer.step()
     state = optimizer.state[param]
@@ -334,7 +325,7 @@ def test_a_weight_changed_from_outside_overrules_its_fp32_master():
 
 def test_a_weight_set_to_zero_under_a_split_master_goes_on_from_there():
     param = nn.Parameter(draw(200).bfloat16())
-    optimizer = optimizer_of(param, draw(200, 1e-3, 1), lr=1e-4, master="split")
+    optimizer = optimizer_of(param, draw(200, 1e-3, 1), master="split", **SLOW | {"lr": 1e-4})
     param.grad = torch.ones(200, dtype=torch.bfloat16)
     optimizer.step()
     assert (optimizer.state[param]["master_low"] < 0).any()

@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 import reference
 import torch
+import triton.language as tl
 from device import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
+from one_tensor import draw
+from tensors import Tensors
 
 from fused_merge import functional
 from fused_merge.eager.philox import DOMAIN_UPDATE, MaskKey
-from fused_merge.eager.scalars import Hyper
 from fused_merge.eager.sparsify import SPARSIFY, kept_count, magnitude, none, random, soft_threshold, sparsify_tau
-from fused_merge.methods import merge_rule
 from fused_merge.names import tensor_id
 
 NAN, INF = float("nan"), float("inf")
@@ -27,33 +28,29 @@ def shrunk(values, rate):
     return soft_threshold(torch.tensor(values), rate, KEY).tolist()
 
 
-def test_top_of_five_by_hand():
-    # k = floor(0.4 * 5) = 2: the magnitudes 4 and 3.
-    assert top([1.0, -4.0, 0.5, 3.0, -2.0], 0.4) == [0.0, -4.0, 0.0, 3.0, 0.0]
-
-
-def test_ties_at_the_threshold_all_stay():
-    # k = 1, and three elements share the largest magnitude.
-    assert top([2.0, -2.0, 1.0, 2.0], 0.25) == [2.0, -2.0, 0.0, 2.0]
-    # k = 3 reaches the ones.
-    assert top([2.0, -2.0, 1.0, -1.0], 0.75) == [2.0, -2.0, 1.0, -1.0]
-
-
-def test_a_small_tensor_keeps_at_least_one():
-    assert kept_count(5, 0.01) == 1
-    assert top([1.0, -4.0, 3.0], 0.01) == [0.0, -4.0, 0.0]
-    assert top([0.25], 0.01) == [0.25]
+@pytest.mark.parametrize(
+    ("values", "rate", "kept"),
+    [
+        # k = floor(0.4 * 5) = 2: the magnitudes 4 and 3.
+        ([1.0, -4.0, 0.5, 3.0, -2.0], 0.4, [0.0, -4.0, 0.0, 3.0, 0.0]),
+        # k = 1, and three elements share the largest magnitude; k = 3 reaches the ones.
+        ([2.0, -2.0, 1.0, 2.0], 0.25, [2.0, -2.0, 0.0, 2.0]),
+        ([2.0, -2.0, 1.0, -1.0], 0.75, [2.0, -2.0, 1.0, -1.0]),
+        ([3.0, -3.0, 3.0], 0.34, [3.0, -3.0, 3.0]),
+        # At least one.
+        ([1.0, -4.0, 3.0], 0.01, [0.0, -4.0, 0.0]),
+        ([0.25], 0.01, [0.25]),
+        ([1.0, INF, -INF, -5.0], 0.5, [0.0, INF, -INF, 0.0]),
+    ],
+)
+def test_top_by_hand(values, rate, kept):
+    assert top(values, rate) == kept
 
 
 def test_nan_is_larger_than_infinity():
     kept = magnitude(torch.tensor([1.0, NAN, INF, -5.0]), 0.25, KEY)
     assert kept.isnan().tolist() == [False, True, False, False]
     assert kept[2] == 0.0
-    assert top([1.0, INF, -INF, -5.0], 0.5) == [0.0, INF, -INF, 0.0]
-
-
-def test_all_equal_stay_whole():
-    assert top([3.0, -3.0, 3.0], 0.34) == [3.0, -3.0, 3.0]
 
 
 def test_soft_threshold_by_hand():
@@ -134,40 +131,44 @@ def test_an_unknown_way_is_named():
 
 def kept_by_the_kernels(x, rate, starts=()):
     """Return F(u) of a step with u = -x, searched for from nowhere, and again from each of these last thresholds."""
-    workspace = functional.Workspace()
-    x, kept = x.to(DEVICE), []
-    # The same tensors again and again, or else the last thresholds would not be theirs.
-    param, exp_avg, exp_avg_sq, tau = (torch.zeros_like(x) for _ in range(4))
-    step = torch.zeros((), device=DEVICE)
+    workspace, tensors, kept = functional.Workspace(), Tensors(x.shape), []
+    tensors.grads, tensors.taus = [x.to(DEVICE)], [torch.zeros_like(x, device=DEVICE)]
+    tensors.start()
     for start in (None, *starts):
+        tensors.params[0].zero_()
         if start is not None:
-            (plan,) = workspace._kept.values()
-            (launch,) = plan._launches
+            (launch,) = workspace.keep(("step", DEVICE), None)._launches
             launch.thresholds.fill_(start)
-        param.zero_()
         # With eps so large that it is the denominator: u = -x * lr / eps = -x.
-        functional.merging_adamw_(
-            [param], [x], [exp_avg], [exp_avg_sq], [step], [tau], rule=merge_rule("onties", rate), tensor_ids=[0],
-            workspace=workspace, impl="triton",
-            hyper=Hyper(lr=2.0**40, betas=(0.0, 0.0), eps=2.0**40, weight_decay=0.0, alpha=0.0),
+        tensors.step(
+            "triton", workspace=workspace, method="onties", reserve_rate=rate, lr=2.0**40, eps=2.0**40,
+            betas=(0.0, 0.0), weight_decay=0.0, alpha=0.0,
         )  # fmt: skip
-        kept.append(param.to("cpu", copy=True))
+        kept.append(tensors.params[0].to("cpu", copy=True))
     return kept
 
 
 SEARCHED = {
-    "normal": torch.randn(1500, generator=torch.Generator().manual_seed(0)),
+    "normal": draw(1500),
     "ties": torch.randint(-3, 4, (1500,), generator=torch.Generator().manual_seed(1)).float() / 4,
     "constant": torch.full((1500,), 0.5),
     "zeros": torch.zeros(1500),
-    "subnormal": torch.randn(1500, generator=torch.Generator().manual_seed(2)) * 1e-40,
-    "wide": torch.randn(1500, generator=torch.Generator().manual_seed(3)) * 2.0 ** torch.linspace(-120, 14, 1500),
+    "subnormal": draw(1500, 1e-40, 2),
+    "wide": draw(1500, 1.0, 3) * 2.0 ** torch.linspace(-120, 14, 1500),
 }
 
 
-@pytest.mark.parametrize("x", SEARCHED.values(), ids=SEARCHED)
-@pytest.mark.parametrize("k", [1, 2, 15, 750, 1499])
-def test_the_search_finds_the_kth_largest_from_wherever_it_starts(x, k):
+@pytest.mark.parametrize(
+    ("name", "k"),
+    [
+        *(("normal", k) for k in (1, 2, 15, 750, 1499)),
+        *((name, k) for name in ("ties", "subnormal", "wide") for k in (1, 750, 1499)),
+        # All thresholds of these are one.
+        *((name, 15) for name in ("constant", "zeros")),
+    ],
+)
+def test_the_search_finds_the_kth_largest_from_wherever_it_starts(name, k):
+    x = SEARCHED[name]
     # Half a step above k/n, so that floor(rate * n) is k.
     rate = (k + 0.5) / x.numel()
     kth = int(x.abs().view(torch.int32).kthvalue(x.numel() - k + 1).values)
@@ -219,6 +220,8 @@ def test_a_search_goes_through_every_block_of_a_tensor(monkeypatch):
 
     prepare, block = launch.prepare, 1024
     monkeypatch.setattr(launch, "prepare", lambda *args, **kwargs: prepare(*args, **kwargs, block=block))
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(kth_largest, "SEARCH_BLOCKS", tl.constexpr(2))
     n = 2 * block * kth_largest.SEARCH_BLOCKS.value + 100
     # Ascending: the k largest lie in the last blocks, or reach from there far down.
     x = torch.linspace(1e-3, 1.0, n)

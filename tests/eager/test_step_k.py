@@ -6,54 +6,16 @@ import numpy as np
 import pytest
 import reference
 import torch
-from torch import nn
+from bits import assert_same_bits
+from one_tensor import ADAMW, HYPER, assert_near, draw, joined, optimizer_of, parameter, run, states
 
-import fused_merge as fm
 from fused_merge.eager.rounding import join
 
-HYPER = {"lr": 1e-2, "betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 0.1, "alpha": 0.05}
+THETA, TAU = draw(300, dtype=torch.float64), draw(300, 1e-2, 1, torch.float64)
 
 
-def parameter(values, dtype=torch.float32):
-    return nn.Parameter(torch.as_tensor(values, dtype=dtype).clone())
-
-
-def delta_of(tau, name="w"):
-    tau = torch.as_tensor(tau)
-    return fm.ReferenceDelta.from_models({name: torch.zeros_like(tau)}, {name: tau})
-
-
-def optimizer_of(param, tau, method="ondare", **options):
-    return fm.MergingAdamW(
-        [("w", param)], reference_delta=delta_of(tau), method=method, impl="eager", **HYPER | options
-    )
-
-
-def plain(param, **options):
-    """The same class where it has nothing to merge."""
-    return fm.MergingAdamW(
-        [("w", param)], reference_delta=delta_of([1.0], "other"), missing="plain", impl="eager", **HYPER | options
-    )
-
-
-def draw(shape, scale=1.0, seed=0):
-    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def run(optimizer, steps, first=0):
-    (param,) = optimizer.param_groups[0]["params"]
-    for step in range(first, first + steps):
-        param.grad = draw(param.shape, seed=1000 + step).to(param.dtype)
-        optimizer.step()
-
-
-def assert_same(a, b):
-    (p,), (q,) = a.param_groups[0]["params"], b.param_groups[0]["params"]
-    assert torch.equal(p, q)
-    assert a.state[p].keys() == b.state[q].keys()
-    for key, value in a.state[p].items():
-        assert value.dtype == b.state[q][key].dtype
-        assert torch.equal(value, b.state[q][key])
+def torch_adamw(param):
+    return torch.optim.AdamW([param], **ADAMW)
 
 
 def test_two_steps_and_one_merge_by_hand():
@@ -86,99 +48,76 @@ ROWS = [
     {"method": "ondare", "reserve_rate": 1.0},
     {"method": "onties", "reserve_rate": 0.3},
     {"method": "onties", "reserve_rate": 0.3, "vote": "paper"},
+    {"method": "onties", "reserve_rate": 1.0},
     {"method": "onproj", "project": "conflict", "project_on": "update", "project_over": "rows"},
     {"method": "onsoft", "reserve_rate": 0.3},
 ]
 
 
-@pytest.mark.parametrize("options", ROWS, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize("options", ROWS, ids=joined)
 @pytest.mark.parametrize("every", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_it_equals_an_independent_calculation(options, every, dtype):
-    theta, tau = draw((15, 20)).float().numpy(), draw((15, 20), 1e-2, 1).float().numpy()
-    param = parameter(theta, dtype)
-    optimizer = optimizer_of(param, torch.from_numpy(tau), merge_every=every, **options)
     # Mid-run: in Adam's first step every |u| is lr, and rounding would choose the top. 3 is no multiple of 2.
-    m, v = draw(theta.shape, 0.1, 2).float(), draw(theta.shape, 0.1, 3).float().square()
+    theta, tau, m, root = (draw((15, 20), scale, seed) for seed, scale in enumerate((1.0, 1e-2, 0.1, 0.1)))
+    v = root.square()
+    param = parameter(theta, dtype)
+    optimizer = optimizer_of(param, tau, merge_every=every, **options)
     optimizer.state[param].update(step=torch.tensor(3.0), exp_avg=m.to(dtype), exp_avg_sq=v.to(dtype))
-    expected = reference.Run(theta, m.numpy(), v.numpy(), 3, tau, "w", merge_every=every, **HYPER, **options)
+    arrays = (x.numpy() for x in (theta, m, v))
+    expected = reference.Run(*arrays, 3, tau.numpy(), "w", merge_every=every, **HYPER, **options)
     for step in range(8):
-        g = draw(theta.shape, seed=1000 + step).float()
+        g = draw(theta.shape, seed=1000 + step)
         param.grad = g.to(dtype)
         expected.step(g.numpy())
         optimizer.step()
-    tolerance = 1e-6 if dtype == torch.float32 else 1e-13
-    for ours, theirs in (
-        (param.detach(), expected.theta),
-        *([] if every == 1 else [(optimizer.state[param]["anchor"], expected.anchor)]),
-    ):
-        assert np.abs(ours.double().numpy() - theirs).max() <= tolerance * np.abs(theirs).max()
+    ours = states(optimizer)
+    assert_near(param, expected.theta)
+    assert_near(ours["exp_avg"], expected.m)
+    assert_near(ours["exp_avg_sq"], expected.v)
+    if every > 1:
+        assert_near(ours["anchor"], expected.anchor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_between_merges_it_is_plain_adamw_bit_for_bit(dtype):
-    param, other = parameter(draw(300), dtype), parameter(draw(300), dtype)
-    ours, theirs = optimizer_of(param, draw(300, 1e-2, 1), merge_every=4, reserve_rate=0.5), plain(other)
-
-    def equal():
-        return all(
-            torch.equal(a, b)
-            for a, b in (
-                (param, other),
-                *((ours.state[param][key], theirs.state[other][key]) for key in ("step", "exp_avg", "exp_avg_sq")),
-            )
-        )
-
-    for step in range(3):
+    param, other = parameter(THETA, dtype), parameter(THETA, dtype)
+    ours = optimizer_of(param, TAU, merge_every=4, reserve_rate=0.5)
+    # The same class where it has nothing to merge.
+    theirs = optimizer_of(other, {"other": torch.ones(1)}, missing="plain")
+    for step in range(7):
         run(ours, 1, step)
         run(theirs, 1, step)
-        assert equal()
-    run(ours, 1, 3)
-    run(theirs, 1, 3)
-    assert not torch.equal(param, other)
-    # A merge changes the weights and not how AdamW goes on from them.
-    other.detach().copy_(param.detach())
-    for step in range(4, 7):
-        run(ours, 1, step)
-        run(theirs, 1, step)
-        assert equal()
+        if step == 3:
+            # A merge changes the weights and not how AdamW goes on from them.
+            assert not torch.equal(param, other)
+            other.detach().copy_(param.detach())
+        assert_same_bits({key: states(ours)[key] for key in states(theirs)}, states(theirs))
 
 
 def test_without_a_merge_in_the_run_it_is_torch_adamw():
-    param, other = parameter(draw(300)), parameter(draw(300))
-    ours = optimizer_of(param, draw(300, 1e-2, 1), merge_every=100)
-    theirs = torch.optim.AdamW([other], **{key: HYPER[key] for key in ("lr", "betas", "eps", "weight_decay")})
-    run(ours, 20)
-    run(theirs, 20)
-    assert (param - other).abs().max() <= 1e-6 * other.abs().max()
+    param, other = parameter(THETA), parameter(THETA)
+    run(optimizer_of(param, TAU, merge_every=100), 20)
+    run(torch_adamw(other), 20)
+    assert_near(param, other.detach().numpy())
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"method": "ondare", "reserve_rate": 0.3},
-        {"method": "onties", "reserve_rate": 0.3},
-        {"method": "onties", "reserve_rate": 0.3, "vote": "paper"},
-    ],
-    ids=lambda o: "-".join(map(str, o.values())),
-)
+@pytest.mark.parametrize("options", [ROWS[0], ROWS[3], ROWS[4]], ids=joined)
 def test_one_merge_at_the_end_is_a_merge_of_two_models(options):
-    theta, tau, steps = draw(300), draw(300, 1e-2, 1), 12
-    param, other = parameter(theta, torch.float64), parameter(theta, torch.float64)
-    run(optimizer_of(param, tau, merge_every=steps, **options), steps)
-    adamw = torch.optim.AdamW([other], **{key: HYPER[key] for key in ("lr", "betas", "eps", "weight_decay")})
-    run(adamw, steps)
+    steps = 12
+    param, other = parameter(THETA, torch.float64), parameter(THETA, torch.float64)
+    run(optimizer_of(param, TAU, merge_every=steps, **options), steps)
+    run(torch_adamw(other), steps)
     # Offline: from the decayed start to the end of plain AdamW, sparsified once and merged with F(tau).
-    start = (1 - HYPER["lr"] * HYPER["weight_decay"]) ** steps * theta.numpy()
-    u, full, p = other.detach().numpy() - start, tau.numpy(), options["reserve_rate"]
+    start = (1 - HYPER["lr"] * HYPER["weight_decay"]) ** steps * THETA.numpy()
+    u, full, p = other.detach().numpy() - start, TAU.numpy(), options["reserve_rate"]
     if options["method"] == "ondare":
         kept_u = np.where(reference.keep(300, p, 0, steps, "w", 0), u, 0) / p
         kept_tau = np.where(reference.keep(300, p, 0, 0, "w", 1), full, 0) / p
     else:
         kept_u, kept_tau = (np.where(reference.top(x, p), x, 0) for x in (u, full))
     consensus = options.get("vote", "reference") if options["method"] == "onties" else "linear"
-    expected = start + reference.merged(kept_u, kept_tau, 1 - HYPER["alpha"], HYPER["alpha"], consensus)
-    assert np.abs(param.detach().numpy() - expected).max() <= 1e-13 * np.abs(expected).max()
+    assert_near(param, start + reference.merged(kept_u, kept_tau, 1 - HYPER["alpha"], HYPER["alpha"], consensus))
 
 
 def test_the_delta_is_added_once_a_merge():
@@ -194,44 +133,38 @@ def test_the_delta_is_added_once_a_merge():
 
 @pytest.mark.parametrize("method", ["ondare", "onties", "onsoft"])
 def test_a_merge_at_lr_zero_is_skipped_and_the_next_takes_both_windows(method):
-    theta, tau = draw(300), draw(300, 1e-2, 1)
-    param = parameter(theta, torch.float64)
-    optimizer = optimizer_of(param, tau, method, merge_every=3, reserve_rate=0.5)
-    expected = reference.Run(
-        theta.numpy(), 0 * theta.numpy(), 0 * theta.numpy(), 0, tau.numpy(), "w", method=method, merge_every=3,
-        reserve_rate=0.5, **HYPER,
-    )  # fmt: skip
+    param, zeros = parameter(THETA, torch.float64), np.zeros(300)
+    options = {"method": method, "merge_every": 3, "reserve_rate": 0.5}
+    optimizer = optimizer_of(param, TAU, **options)
+    expected = reference.Run(THETA.numpy(), zeros, zeros, 0, TAU.numpy(), "w", **HYPER, **options)
     state = optimizer.state[param]
     for step, lr in enumerate((1e-2, 2e-2, 0.0, 1e-2, 1e-2, 3e-2), start=1):
         optimizer.param_groups[0]["lr"] = expected.o["lr"] = lr
         before = param.detach().clone()
-        param.grad = draw(300, seed=step)
+        param.grad = draw(300, seed=step, dtype=torch.float64)
         expected.step(param.grad.numpy())
         optimizer.step()
         if lr == 0:
             assert torch.equal(param, before)
         if step < 6:
-            assert torch.equal(state["anchor"], theta)
+            assert torch.equal(state["anchor"], THETA)
             assert abs(state["anchor_decay"].item() - expected.since) < 1e-15
     assert torch.equal(state["anchor"], param)
     assert state["anchor_decay"] == 1.0
-    assert np.abs(param.detach().numpy() - expected.theta).max() <= 1e-13 * np.abs(expected.theta).max()
+    assert_near(param, expected.theta)
 
 
 def test_an_overflow_at_a_merge_moves_nothing_and_the_merge_comes_next():
-    param, other = parameter(draw(300)), parameter(draw(300))
-    ours, without = (optimizer_of(p, draw(300, 1e-2, 1), merge_every=3) for p in (param, other))
+    ours, without = (optimizer_of(parameter(THETA), TAU, merge_every=3) for _ in range(2))
     run(ours, 2)
     run(without, 3)
     ours.found_inf = torch.tensor(1.0)
-    before = {key: value.clone() for key, value in ours.state[param].items()}
-    weights = param.detach().clone()
+    before = {key: value.clone() for key, value in states(ours).items()}
     run(ours, 1, 99)
-    assert torch.equal(param, weights)
-    assert all(torch.equal(ours.state[param][key], value) for key, value in before.items())
+    assert_same_bits(states(ours), before)
     ours.found_inf = torch.tensor(0.0)
     run(ours, 1, 2)
-    assert_same(ours, without)
+    assert_same_bits(states(ours), states(without))
 
 
 STORAGE = [
@@ -264,8 +197,8 @@ def test_states_are_there_only_where_they_are_used(dtype, master, special, every
 def test_with_a_master_bf16_weights_merge_as_fp32_weights_do(master):
     runs = {}
     for dtype, kind in ((torch.float32, "none"), (torch.bfloat16, master)):
-        param = parameter(draw(300).bfloat16(), dtype)
-        optimizer = optimizer_of(param, draw(300, 1e-2, 1).float(), merge_every=3, reserve_rate=0.5, master=kind)
+        param = parameter(THETA.bfloat16(), dtype)
+        optimizer = optimizer_of(param, TAU.float(), merge_every=3, reserve_rate=0.5, master=kind)
         for step in range(7):
             param.grad = draw(300, seed=step).bfloat16().to(dtype)
             optimizer.step()
@@ -277,47 +210,41 @@ def test_with_a_master_bf16_weights_merge_as_fp32_weights_do(master):
 
 
 def test_what_is_never_merged_has_no_anchor():
-    param = parameter(draw(5))
-    optimizer = plain(param, merge_every=4)
+    optimizer = optimizer_of(parameter(THETA), {"other": TAU}, missing="plain", merge_every=4)
     run(optimizer, 2)
-    assert set(optimizer.state[param]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert set(states(optimizer)) == {"param", "step", "exp_avg", "exp_avg_sq"}
 
 
 @pytest.mark.parametrize(("dtype", "master"), [entry[:2] for entry in STORAGE], ids=str)
 def test_a_run_resumed_between_merges_is_the_same_run(dtype, master, tmp_path):
     options = {"merge_every": 4, "master": master, "reserve_rate": 0.5}
-    param, other = parameter(draw(300), dtype), parameter(draw(300), dtype)
-    tau = draw(300, 1e-2, 1)
-    straight, first = (optimizer_of(p, tau, **options) for p in (param, other))
+    straight, first = (optimizer_of(parameter(THETA, dtype), TAU, **options) for _ in range(2))
     run(straight, 10)
     run(first, 6)
-    torch.save((other.detach(), first.state_dict()), tmp_path / "checkpoint.pt")
+    torch.save((states(first)["param"], first.state_dict()), tmp_path / "checkpoint.pt")
     weights, saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    fresh = parameter(weights, dtype)
-    resumed = optimizer_of(fresh, tau, **options)
+    resumed = optimizer_of(parameter(weights, dtype), TAU, **options)
     resumed.load_state_dict(saved)
-    assert_same(first, resumed)
+    assert_same_bits(states(first), states(resumed))
     run(resumed, 4, 6)
-    assert_same(straight, resumed)
+    assert_same_bits(states(straight), states(resumed))
 
 
 def test_a_state_of_torch_adamw_begins_its_window_where_it_is_loaded():
-    theta, tau = draw(300), draw(300, 1e-2, 1)
-    param, other = parameter(theta, torch.float64), parameter(theta, torch.float64)
-    adamw = torch.optim.AdamW([other], **{key: HYPER[key] for key in ("lr", "betas", "eps", "weight_decay")})
+    param, other = parameter(THETA, torch.float64), parameter(THETA, torch.float64)
+    adamw = torch_adamw(other)
     run(adamw, 3)
-    optimizer = optimizer_of(param, tau, merge_every=5, reserve_rate=0.5)
+    options = {"method": "ondare", "merge_every": 5, "reserve_rate": 0.5}
+    optimizer = optimizer_of(param, TAU, **options)
     optimizer.load_state_dict(adamw.state_dict())
     param.detach().copy_(other.detach())
     assert optimizer.param_groups[0]["merge_every"] == 5
-    m, v = (adamw.state[other][key].numpy() for key in ("exp_avg", "exp_avg_sq"))
-    expected = reference.Run(
-        other.detach().numpy(), m, v, 3, tau.numpy(), "w", method="ondare", merge_every=5, reserve_rate=0.5, **HYPER
-    )
+    theta, m, v = (states(adamw)[key].numpy() for key in ("param", "exp_avg", "exp_avg_sq"))
+    expected = reference.Run(theta, m, v, 3, TAU.numpy(), "w", **HYPER, **options)
     for step in range(3, 10):
         run(optimizer, 1, step)
         expected.step(param.grad.numpy())
-        assert np.abs(param.detach().numpy() - expected.theta).max() <= 1e-13 * np.abs(expected.theta).max()
+        assert_near(param, expected.theta)
     assert torch.equal(optimizer.state[param]["anchor"], param)
 
 
@@ -328,8 +255,8 @@ def test_a_window_is_a_whole_number_of_steps(every):
 
 
 def test_the_window_is_fixed_once_a_step_is_taken():
-    param = parameter(draw(5))
-    optimizer = optimizer_of(param, draw(5), merge_every=4)
+    param = parameter(THETA)
+    optimizer = optimizer_of(param, TAU, merge_every=4)
     optimizer.param_groups[0]["merge_every"] = 3
     run(optimizer, 1)
     optimizer.param_groups[0]["merge_every"] = 2

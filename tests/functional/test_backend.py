@@ -69,26 +69,12 @@ def test_the_environment_overrides(monkeypatch):
         backend.resolve("eager", CPU)
 
 
-def test_triton_that_cannot_run_says_why():
-    code = """
-import torch
-from fused_merge.functional import backend
-try:
-    backend.resolve("triton", torch.device("cpu"))
-except RuntimeError as error:
-    print(error)
-"""
-    sentence = python(code)
-    assert sentence.startswith("impl='triton' cannot run on cpu: Triton drives no cpu device; use impl='eager'")
-    assert "TRITON_INTERPRET=1" in sentence
-
-
 def test_without_triton_the_reason_is_its_absence(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert backend.why_not_triton(CPU).startswith("Triton is not installed; install a torch build that brings it")
 
 
-def test_importing_the_library_imports_neither_triton_nor_extras():
+def test_importing_imports_neither_triton_nor_extras_and_triton_that_cannot_run_says_why():
     code = """
 import sys
 import fused_merge
@@ -97,8 +83,16 @@ import torch
 before = set(sys.modules)
 fused_merge.OnDAREAdamW
 print(sorted({name.split(".")[0] for name in set(sys.modules) - before} & {"triton", "rich", "typer", "transformers"}))
+from fused_merge.functional import backend
+try:
+    backend.resolve("triton", torch.device("cpu"))
+except RuntimeError as error:
+    print(error)
 """
-    assert python(code) == "False\n[]"
+    already, extras, sentence = python(code).split("\n", 2)
+    assert (already, extras) == ("False", "[]")
+    assert sentence.startswith("impl='triton' cannot run on cpu: Triton drives no cpu device; use impl='eager'")
+    assert "TRITON_INTERPRET=1" in sentence
 
 
 def test_it_works_without_triton():

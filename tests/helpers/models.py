@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bits import same_bits
+from bits import assert_same_bits
 from device import DEVICE
 from torch import nn
 
@@ -64,17 +64,27 @@ def run(optimizer, model, steps, first=0):
         optimizer.step()
 
 
+def snapshot(optimizer):
+    """Every bit that an optimizer owns: parameters and states."""
+    return [
+        {key: value.detach().clone() for key, value in ({"param": p} | optimizer.state[p]).items()}
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
+
+
 def assert_same(a, b):
     """Same bits in parameters and in every state tensor."""
-    for group_a, group_b in zip(a.param_groups, b.param_groups, strict=True):
-        for p, q in zip(group_a["params"], group_b["params"], strict=True):
-            assert same_bits(p, q)
-            assert a.state[p].keys() == b.state[q].keys()
-            for key in a.state[p]:
-                assert same_bits(a.state[p][key], b.state[q][key]), key
+    assert_same_bits(snapshot(a), snapshot(b))
 
 
-def optimizer_of(model, delta, **options):
-    """OnDARE whose merges move every tensor, dense enough to see."""
-    options = {"lr": 1e-2, "alpha": 0.1, "reserve_rate": 0.5} | options
-    return fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, **options)
+def optimizer_of(model, delta, method="ondare", **options):
+    """An optimizer whose merges move every tensor, dense enough to see."""
+    options = {"lr": 1e-2, "alpha": 0.1} | ({} if method == "onproj" else {"reserve_rate": 0.5}) | options
+    return fm.MergingAdamW(model.named_parameters(), reference_delta=delta, method=method, **options)
+
+
+def training(delta, method="ondare", dtype=torch.float32, **options):
+    """A model and the optimizer that trains it."""
+    model = trained().to(dtype)
+    return model, optimizer_of(model, delta, method, **options)

@@ -32,9 +32,9 @@ def name_id(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8")).digest()[:4], "little")
 
 
-def words(n: int, seed: int, step: int, name: str, domain: int) -> Array:
-    """The random number of each element: word e & 3 of block e >> 2."""
-    e = np.arange(n, dtype=np.uint64)
+def words(n: int, seed: int, step: int, name: str, domain: int, first: int = 0) -> Array:
+    """The random number of each element from the first on: word e & 3 of block e >> 2."""
+    e = np.arange(first, first + n, dtype=np.uint64)
     block = e >> np.uint64(2)
     counter = (
         block & np.uint64(2**32 - 1),

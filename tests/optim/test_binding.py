@@ -9,19 +9,16 @@ import warnings
 import pytest
 import torch
 from device import DEVICE
-from models import Model, assert_same, fill_gradients, run, trained
+from models import Model, assert_same, fill_gradients, optimizer_of, run, trained, training
 from torch import nn
 
 import fused_merge as fm
 from fused_merge.eager.sparse import SparseTensor
 
-CLASSES = [fm.OnDAREAdamW, fm.OnTIESAdamW]
-
 
 def test_wrapped_names_are_the_same_names(delta):
-    plain, wrapped = trained(), nn.ModuleDict({"module": trained()})
-    one = fm.OnDAREAdamW(plain.named_parameters(), reference_delta=delta, reserve_rate=0.5)
-    two = fm.OnDAREAdamW(wrapped.named_parameters(), reference_delta=delta, reserve_rate=0.5)
+    (plain, one), wrapped = training(delta), nn.ModuleDict({"module": trained()})
+    two = optimizer_of(wrapped, delta)
     assert two.param_groups[0]["param_names"][0] == "module.embed.weight"
     run(one, plain, 2)
     run(two, wrapped, 2)
@@ -32,9 +29,8 @@ def test_wrapped_names_are_the_same_names(delta):
 
 
 def test_unnamed_parameters_are_bound_in_the_models_order(delta):
-    named, unnamed = trained(), trained()
-    one = fm.OnDAREAdamW(named.named_parameters(), reference_delta=delta, reserve_rate=0.5)
-    two = fm.OnDAREAdamW(unnamed.parameters(), reference_delta=delta, reserve_rate=0.5)
+    (named, one), unnamed = training(delta), trained()
+    two = fm.OnDAREAdamW(unnamed.parameters(), reference_delta=delta, lr=1e-2, alpha=0.1, reserve_rate=0.5)
     run(one, named, 2)
     run(two, unnamed, 2)
     assert_same(one, two)
@@ -59,15 +55,13 @@ def test_unnamed_parameters_are_refused_by_a_delta_of_files(tmp_path):
         optimizer.bind()
 
 
-@pytest.mark.parametrize("cls", CLASSES)
-def test_a_saved_delta_by_path_gives_the_same_run(cls, delta, tmp_path):
-    method = {fm.OnDAREAdamW: "random", fm.OnTIESAdamW: "magnitude"}[cls]
+@pytest.mark.parametrize(("method", "stored"), [("ondare", "random"), ("onties", "magnitude")])
+def test_a_saved_delta_by_path_gives_the_same_run(method, stored, delta, tmp_path):
     delta.save(tmp_path / "dense.safetensors")
-    delta.save(tmp_path / "sparse.safetensors", reserve_rate=0.5, method=method, seed=3)
+    delta.save(tmp_path / "sparse.safetensors", reserve_rate=0.5, method=stored, seed=3)
     runs = []
     for source in (delta, tmp_path / "dense.safetensors", str(tmp_path / "sparse.safetensors")):
-        model = trained()
-        optimizer = cls(model.named_parameters(), reference_delta=source, reserve_rate=0.5, seed=3, lr=1e-2)
+        model, optimizer = training(source, method, seed=3)
         run(optimizer, model, 2)
         runs.append(optimizer)
     assert_same(runs[0], runs[1])
@@ -79,14 +73,13 @@ def test_a_saved_delta_by_path_gives_the_same_run(cls, delta, tmp_path):
 @pytest.mark.parametrize("asked", [{"reserve_rate": 0.25}, {"reserve_rate": 1.0}, {"reserve_rate": 0.5, "seed": 4}])
 def test_a_sparse_delta_must_match_what_is_asked_for(asked, delta, tmp_path):
     path = delta.save(tmp_path / "sparse.safetensors", reserve_rate=0.5, method="random", seed=3)
-    optimizer = fm.OnDAREAdamW(trained().named_parameters(), reference_delta=path, **{"seed": 3} | asked)
+    _, optimizer = training(path, **{"seed": 3} | asked)
     with pytest.raises(ValueError, match=r"was saved with method='random', reserve_rate=0.5, seed=3"):
         optimizer.bind()
 
 
 def test_a_later_reserve_rate_acts_on_the_update_only(delta):
-    model, resumed = trained(), trained()
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, reserve_rate=0.5, lr=1e-2)
+    model, optimizer = training(delta)
     run(optimizer, model, 1)
 
     def kept_of(optimizer):
@@ -96,7 +89,7 @@ def test_a_later_reserve_rate_acts_on_the_update_only(delta):
     optimizer.param_groups[0]["reserve_rate"] = 0.1
     run(optimizer, model, 1, first=1)
     # The same after a resume, where tau is sparsified anew.
-    other = fm.OnDAREAdamW(resumed.named_parameters(), reference_delta=delta)
+    _, other = training(delta)
     other.load_state_dict(optimizer.state_dict())
     other.bind()
     for name, tau in kept.items():
@@ -107,7 +100,7 @@ def test_a_later_reserve_rate_acts_on_the_update_only(delta):
 def test_a_missing_parameter_is_named(delta):
     model = trained()
     model.value_head = nn.Linear(16, 1).to(DEVICE)
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta)
+    optimizer = optimizer_of(model, delta)
     fill_gradients(model, 0)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"lacks 'value_head.weight', 'value_head.bias'; .* missing='plain'"):
@@ -120,7 +113,7 @@ def test_a_missing_parameter_may_step_plainly(delta, caplog):
     model = trained()
     model.value_head = nn.Linear(16, 1).to(DEVICE)
     peer = copy.deepcopy(model.value_head)
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, missing="plain", lr=1e-2)
+    optimizer = optimizer_of(model, delta, missing="plain")
     theirs = torch.optim.AdamW(peer.parameters(), lr=1e-2, weight_decay=0.0)
     with caplog.at_level(logging.WARNING, "fused_merge"):
         for step in range(3):
@@ -148,7 +141,7 @@ def test_missing_may_differ_by_group(delta):
 def test_a_reshaped_parameter_is_named(delta):
     model = trained()
     model.head = nn.Linear(16, 4, bias=False).to(DEVICE)
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta)
+    optimizer = optimizer_of(model, delta)
     with pytest.raises(ValueError, match=r"'head.weight' has shape \(4, 16\) and its reference delta \(3, 16\)"):
         optimizer.bind()
 
@@ -164,20 +157,16 @@ def test_tied_weights_are_one_tensor_under_their_first_name():
     assert "embed.weight" in delta.names
     assert "head.weight" not in delta.names
     model = tied(1)
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta)
+    optimizer = optimizer_of(model, delta)
     run(optimizer, model, 1)
     assert optimizer.state[model.embed.weight]["step"] == 1
 
 
 def test_only_what_drops_anything_is_held_sparse(delta):
-    model = trained()
-    sparse = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, reserve_rate=0.01)
-    dense = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, reserve_rate=1.0)
-    sparse.bind()
-    dense.bind()
-    for name in delta.names:
-        assert isinstance(sparse._binding.of(name, DEVICE).tau, SparseTensor)
-        assert isinstance(dense._binding.of(name, DEVICE).tau, torch.Tensor)
+    for rate, kind in ((0.01, SparseTensor), (1.0, torch.Tensor)):
+        _, optimizer = training(delta, reserve_rate=rate)
+        optimizer.bind()
+        assert all(isinstance(optimizer._binding.of(name, DEVICE).tau, kind) for name in delta.names)
 
 
 def test_two_parameters_of_one_name_are_refused(delta):

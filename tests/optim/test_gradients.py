@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from device import DEVICE
-from models import IMPLS, assert_same, fill_gradients, optimizer_of, run, trained
+from models import IMPLS, assert_same, fill_gradients, run, trained, training
 from torch import nn
 
 import fused_merge as fm
@@ -15,9 +15,7 @@ import fused_merge as fm
 @pytest.mark.parametrize("unscaled_first", [False, True], ids=["scaled", "unscale_"])
 def test_a_scaled_run_is_the_unscaled_run(unscaled_first, impl, delta):
     """A power of two changes no digit: bit for bit."""
-    model, scaled = trained(), trained()
-    plain = optimizer_of(model, delta, impl=impl)
-    optimizer = optimizer_of(scaled, delta, impl=impl)
+    (model, plain), (scaled, optimizer) = (training(delta, impl=impl) for _ in range(2))
     scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**12, growth_interval=1)
     for step in range(2):
         run(plain, model, 1, first=step)
@@ -35,8 +33,7 @@ def test_a_scaled_run_is_the_unscaled_run(unscaled_first, impl, delta):
 
 
 def test_a_scale_that_is_no_power_of_two_is_taken_out_up_to_rounding(delta):
-    model, scaled = trained(), trained()
-    plain, optimizer = optimizer_of(model, delta), optimizer_of(scaled, delta)
+    (model, plain), (scaled, optimizer) = (training(delta) for _ in range(2))
     scaler = torch.amp.GradScaler(DEVICE.type, init_scale=1000.0)
     for step in range(3):
         run(plain, model, 1, first=step)

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import reference
 import torch
+from bits import assert_same_bits
 from device import DEVICE
-from models import assert_same, fill_gradients, run, trained
+from models import assert_same, fill_gradients, optimizer_of, run, trained, training
+from one_tensor import assert_near
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_merge as fm
 from fused_merge.eager.sparse import SparseTensor
-
-CLASSES = [fm.OnDAREAdamW, fm.OnTIESAdamW]
 
 
 @pytest.mark.parametrize(
@@ -47,40 +47,21 @@ def test_from_names_to_weights_it_equals_an_independent_calculation(cls, options
             expected[name].step(p.grad.cpu().double().numpy().reshape(-1))
         optimizer.step()
     for name, p in model.named_parameters():
-        ours, theirs = p.detach().cpu().double().numpy().reshape(-1), expected[name].theta
-        assert np.abs(ours - theirs).max() <= 1e-6 * np.abs(theirs).max()
-
-
-def test_without_merging_it_is_torch_adamw(delta):
-    model, peer = trained(), trained()
-    options = {"lr": 1e-2, "weight_decay": 0.1}
-    ours = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, alpha=0.0, reserve_rate=1.0, **options)
-    theirs = torch.optim.AdamW(peer.parameters(), **options)
-    for step in range(20):
-        fill_gradients(model, step)
-        fill_gradients(peer, step)
-        ours.step()
-        theirs.step()
-    for p, q in zip(model.parameters(), peer.parameters(), strict=True):
-        assert (p - q).abs().max() <= 1e-6 * q.abs().max()
+        assert_near(p.reshape(-1), expected[name].theta)
 
 
 def test_order_and_grouping_of_parameters_do_not_show(delta):
-    straight, shuffled = trained(), trained()
-    options = {"reference_delta": delta, "reserve_rate": 0.5, "lr": 1e-2}
-    one = fm.OnDAREAdamW(straight.named_parameters(), **options)
+    (straight, one), shuffled = training(delta), trained()
     pairs = list(shuffled.named_parameters())[::-1]
-    two = fm.OnDAREAdamW([{"params": pairs[:2]}, {"params": pairs[2:]}], **options)
+    groups = [{"params": pairs[:2]}, {"params": pairs[2:]}]
+    two = fm.OnDAREAdamW(groups, reference_delta=delta, lr=1e-2, alpha=0.1, reserve_rate=0.5)
     run(one, straight, 3)
     run(two, shuffled, 3)
-    for (name, p), (other, q) in zip(straight.named_parameters(), shuffled.named_parameters(), strict=True):
-        assert name == other
-        assert torch.equal(p, q)
+    assert_same_bits(straight.state_dict(), shuffled.state_dict())
 
 
 def test_parameters_without_gradient_rest(delta):
-    model = trained()
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, alpha=0.5, reserve_rate=1.0)
+    model, optimizer = training(delta, alpha=0.5, reserve_rate=1.0)
     fill_gradients(model, 0)
     model.head.weight.grad = None
     before = model.head.weight.clone()
@@ -95,10 +76,8 @@ def test_parameters_without_gradient_rest(delta):
 
 
 def test_schedulers_and_changed_options_act_on_the_next_step(delta):
-    model, peer = trained(), trained()
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, lr=1e-2)
+    (model, optimizer), (peer, by_hand) = (training(delta) for _ in range(2))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-    by_hand = fm.OnDAREAdamW(peer.named_parameters(), reference_delta=delta, lr=1e-2)
     for step in range(3):
         run(optimizer, model, 1, first=step)
         scheduler.step()
@@ -108,8 +87,7 @@ def test_schedulers_and_changed_options_act_on_the_next_step(delta):
 
 
 def test_a_closure_sees_gradients_and_returns_its_loss(delta):
-    model = trained()
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, lr=1e-2)
+    model, optimizer = training(delta)
     tokens = torch.tensor([1, 2, 3], device=DEVICE)
 
     def closure():
@@ -124,8 +102,7 @@ def test_a_closure_sees_gradients_and_returns_its_loss(delta):
 
 
 def test_step_hooks_fire(delta):
-    model = trained()
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta)
+    model, optimizer = training(delta)
     calls = []
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
     optimizer.register_step_post_hook(lambda *_: calls.append("after"))
@@ -159,8 +136,7 @@ def test_permuted_and_tiny_parameters(delta):
 
     delta = fm.ReferenceDelta.from_models(model_of(False), model_of(False))
     one_model, two_model = model_of(False), model_of(True)
-    one = fm.OnTIESAdamW(one_model.named_parameters(), reference_delta=delta, reserve_rate=0.5, lr=1e-2)
-    two = fm.OnTIESAdamW(two_model.named_parameters(), reference_delta=delta, reserve_rate=0.5, lr=1e-2)
+    one, two = (optimizer_of(model, delta, "onties") for model in (one_model, two_model))
     run(one, one_model, 2)
     run(two, two_model, 2)
     assert_same(one, two)
@@ -168,14 +144,13 @@ def test_permuted_and_tiny_parameters(delta):
 
 
 def test_sparse_gradients_are_refused_and_nothing_moves(delta):
-    model = trained()
+    model, optimizer = training(delta)
     model.embed.sparse = True
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta)
     model(torch.tensor([1, 2], device=DEVICE)).sum().backward()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"the gradient of 'embed.weight' is sparse .* nn.Embedding\(sparse=False\)"):
         optimizer.step()
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert_same_bits(before, model.state_dict())
     assert not optimizer.state
 
 
@@ -203,11 +178,9 @@ def test_reading_a_tensor_on_the_host_is_noticed():
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}, {"merge_every": 2}], ids=str)
 @pytest.mark.parametrize("method", ["ondare", "onties", "onproj", "onsoft"])
 def test_a_tensor_lr_is_a_float_lr_that_the_host_never_reads(method, options, delta):
-    model, peer = trained(), trained()
-    options |= {"reference_delta": delta, "method": method, "alpha": 0.1, "impl": "eager"}
     # A power of two is the same number as a tensor in fp32 and as a float.
-    ours = fm.MergingAdamW(model.named_parameters(), lr=torch.tensor(2.0**-6), **options)
-    theirs = fm.MergingAdamW(peer.named_parameters(), lr=2.0**-6, **options)
+    model, ours = training(delta, method, lr=torch.tensor(2.0**-6), impl="eager", **options)
+    peer, theirs = training(delta, method, lr=2.0**-6, impl="eager", **options)
     ours.bind()
     # Decoding a sparse delta on the CPU reads its offsets.
     for name in delta.names:
@@ -227,10 +200,8 @@ def test_a_tensor_lr_is_a_float_lr_that_the_host_never_reads(method, options, de
 
 
 def test_a_scheduler_moves_a_tensor_lr(delta):
-    model, peer = trained(), trained()
     lr = torch.tensor(2.0**-6)
-    ours = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, lr=lr)
-    theirs = fm.OnDAREAdamW(peer.named_parameters(), reference_delta=delta, lr=2.0**-6)
+    (model, ours), (peer, theirs) = training(delta, lr=lr), training(delta, lr=2.0**-6)
     schedulers = [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5) for optimizer in (ours, theirs)]
     for step in range(3):
         for optimizer, its_model, scheduler in zip((ours, theirs), (model, peer), schedulers, strict=True):
@@ -246,9 +217,7 @@ def test_a_scheduler_moves_a_tensor_lr(delta):
 def test_gradients_may_have_another_dtype_than_their_parameters(dtype, impl, delta):
     """As torch allows since `grad_dtype`: they are taken as they are and not cast to the weights' dtype."""
     other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
-    model, peer = trained().to(dtype), trained()
-    ours = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, impl=impl, lr=1e-2)
-    theirs = fm.OnDAREAdamW(peer.named_parameters(), reference_delta=delta, impl=impl, lr=1e-2)
+    (model, ours), (peer, theirs) = training(delta, dtype=dtype, impl=impl), training(delta, impl=impl)
     for step in range(2):
         fill_gradients(peer, step)
         for p, q in zip(model.parameters(), peer.parameters(), strict=True):
@@ -265,8 +234,7 @@ def test_gradients_may_have_another_dtype_than_their_parameters(dtype, impl, del
 
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float16])
 def test_moments_of_another_dtype_are_rounded_once_a_step(state_dtype, delta):
-    model = trained()
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, state_dtype=state_dtype, lr=1e-2)
+    model, optimizer = training(delta, state_dtype=state_dtype)
     expected = {name: (torch.zeros_like(p, dtype=torch.float64),) * 2 for name, p in model.named_parameters()}
     for step in range(3):
         run(optimizer, model, 1, first=step)
@@ -283,15 +251,7 @@ def test_moments_of_another_dtype_are_rounded_once_a_step(state_dtype, delta):
 
 
 def test_fp64_parameters_are_stepped_in_fp64(delta):
-    model = trained().double()
-    optimizer = fm.OnDAREAdamW(
-        model.named_parameters(),
-        reference_delta=delta,
-        lr=1e-2,
-        alpha=0.1,
-        reserve_rate=1.0,
-        state_dtype=torch.bfloat16,
-    )
+    model, optimizer = training(delta, dtype=torch.float64, reserve_rate=1.0, state_dtype=torch.bfloat16)
     theta = {name: p.detach().cpu().numpy().copy() for name, p in model.named_parameters()}
     run(optimizer, model, 1)
     for name, p in model.named_parameters():
@@ -371,8 +331,7 @@ def test_the_layout_of_a_parameter_does_not_show(layout, options, delta):
         room = torch.zeros(16, 16, dtype=dtype, device=DEVICE)
         room[:, ::2] = weight
         odd.hidden.weight = nn.Parameter(room[:, ::2])
-    options |= {"reference_delta": delta, "lr": 1e-2, "alpha": 0.1}
-    one, two = (fm.MergingAdamW(model.named_parameters(), **options) for model in (plain, odd))
+    one, two = (optimizer_of(model, delta, **options) for model in (plain, odd))
     for step in range(3):
         for model, optimizer in ((plain, one), (odd, two)):
             fill_gradients(model, step)
@@ -395,5 +354,5 @@ def test_what_one_group_cannot_do_no_group_does(delta):
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(RuntimeError, match=rf"impl='triton' cannot serve {named[3][0]}: torch.float64 weights have no"):
         optimizer.step()
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert_same_bits(before, model.state_dict())
     assert not optimizer.state

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bits import assert_same_bits
 from device import DEVICE
-from models import assert_same, fill_gradients, run, trained
+from models import assert_same, fill_gradients, run, snapshot, trained, training
 from torch import nn
 
 import fused_merge as fm
@@ -27,25 +28,24 @@ import fused_merge as fm
         ({"impl": "cuda"}, "impl must be one of"),
         ({"method": "dare"}, "unknown method 'dare'"),
         ({"vote": "paper"}, "method 'ondare' has no option 'vote'"),
+        ({"method": "onties", "rescale": False}, "method 'onties' has no option 'rescale'"),
     ],
 )
 def test_options_out_of_range_are_refused(options, sentence, delta):
     with pytest.raises(ValueError, match=sentence):
-        fm.MergingAdamW(trained().named_parameters(), reference_delta=delta, **options)
+        training(delta, **options)
 
 
 def test_an_option_that_a_class_lacks_is_refused(delta):
-    with pytest.raises(ValueError, match="method 'onties' has no option 'rescale'"):
-        fm.MergingAdamW(trained().named_parameters(), reference_delta=delta, method="onties", rescale=False)
     with pytest.raises(TypeError, match="gamma"):
         fm.OnDAREAdamW(trained().named_parameters(), reference_delta=delta, gamma=1)
 
 
 def test_the_general_form_is_its_subclasses(delta):
-    for cls, method in ((fm.OnDAREAdamW, "ondare"), (fm.OnTIESAdamW, "onties")):
-        one_model, two_model = trained(), trained()
-        one = cls(one_model.named_parameters(), reference_delta=delta, reserve_rate=0.5)
-        two = fm.MergingAdamW(two_model.named_parameters(), reference_delta=delta, reserve_rate=0.5, method=method)
+    for cls, method in ((fm.OnDAREAdamW, "ondare"), (fm.OnTIESAdamW, "onties"), (fm.OnProjAdamW, "onproj")):
+        one_model, (two_model, two) = trained(), training(delta, method)
+        options = {"lr": 1e-2, "alpha": 0.1} | ({} if method == "onproj" else {"reserve_rate": 0.5})
+        one = cls(one_model.named_parameters(), reference_delta=delta, **options)
         run(one, one_model, 2)
         run(two, two_model, 2)
         assert_same(one, two)
@@ -54,11 +54,9 @@ def test_the_general_form_is_its_subclasses(delta):
 @pytest.mark.parametrize("impl", ["eager", "triton"])
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1}], ids=str)
 def test_to_maximize_is_to_minimize_the_negated_gradient(options, impl, delta):
-    model, peer = trained(), trained()
-    options |= {"reference_delta": delta, "lr": 1e-2, "reserve_rate": 0.5, "impl": impl}
-    ours = fm.OnDAREAdamW(model.named_parameters(), maximize=True, **options)
-    theirs = fm.OnDAREAdamW(peer.named_parameters(), **options)
-    for step in range(3):
+    model, ours = training(delta, maximize=True, impl=impl, **options)
+    peer, theirs = training(delta, impl=impl, **options)
+    for step in range(2):
         fill_gradients(model, step)
         fill_gradients(peer, step)
         for p in peer.parameters():
@@ -126,35 +124,23 @@ def test_an_option_of_one_group_is_that_of_an_optimizer_of_its_own(method, optio
         fill_gradients(peer, step)
         for optimizer in apart:
             optimizer.step()
-    for group, optimizer in zip(together.param_groups, apart, strict=True):
-        for p, q in zip(group["params"], optimizer.param_groups[0]["params"], strict=True):
-            assert torch.equal(p, q)
-            assert together.state[p].keys() == optimizer.state[q].keys()
-            assert all(torch.equal(together.state[p][key], optimizer.state[q][key]) for key in together.state[p])
+    assert_same_bits(snapshot(together), [each for optimizer in apart for each in snapshot(optimizer)])
     if option == "missing":
         return
     # And the option shows.
     plain = fm.MergingAdamW(third, **options)
     run(plain, plain_model, 3)
-    shown = [
-        set(together.state[p]) != set(plain.state[q])
-        or not torch.equal(p, q)
-        or together.state[p]["exp_avg"].dtype != plain.state[q]["exp_avg"].dtype
-        for p, q in zip(together.param_groups[1]["params"], plain.param_groups[0]["params"], strict=True)
-    ]
-    assert any(shown)
+    with pytest.raises(AssertionError):
+        assert_same_bits(snapshot(together)[len(together.param_groups[0]["params"]) :], snapshot(plain))
 
 
 def test_the_strength_of_a_projection_may_differ_by_group(delta):
-    def optimizer_of(model, strengths):
-        named = list(model.named_parameters())
-        groups = [{"params": [pair], "project_strength": s} for pair, s in zip(named, strengths, strict=True)]
-        return fm.OnProjAdamW(groups, reference_delta=delta, project="onto", lr=1e-2)
-
     runs = []
     for strengths in ([0.25] * 6, [0.75] * 6, [0.25, 0.75] * 3):
         model = trained()
-        run(optimizer_of(model, strengths), model, 2)
+        pairs = zip(model.named_parameters(), strengths, strict=True)
+        groups = [{"params": [pair], "project_strength": strength} for pair, strength in pairs]
+        run(fm.OnProjAdamW(groups, reference_delta=delta, project="onto", lr=1e-2), model, 2)
         runs.append(list(model.parameters()))
     for i, (quarter, half, mixed) in enumerate(zip(*runs, strict=True)):
         assert torch.equal(mixed, (quarter, half)[i % 2])

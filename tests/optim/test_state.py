@@ -7,23 +7,34 @@ import pickle
 
 import pytest
 import torch
+from bits import assert_same_bits
 from device import DEVICE
-from models import IMPLS, STATEFUL, Model, assert_same, every_state, fill_gradients, optimizer_of, run, trained
+from models import (
+    IMPLS,
+    STATEFUL,
+    Model,
+    assert_same,
+    every_state,
+    fill_gradients,
+    optimizer_of,
+    run,
+    snapshot,
+    trained,
+    training,
+)
 from torch import nn
 
-import fused_merge as fm
 from fused_merge.eager.sparse import SparseTensor
 from fused_merge.optim import merging_adamw
 
-CLASSES = [fm.OnDAREAdamW, fm.OnTIESAdamW]
 
-
-@pytest.mark.parametrize("cls", CLASSES)
-def test_state_holds_three_tensors_and_no_delta(cls, delta):
-    model = trained()
-    optimizer = cls(model.named_parameters(), reference_delta=delta)
-    run(optimizer, model, 1)
+@pytest.mark.parametrize("method", ["ondare", "onties"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_state_holds_three_tensors_and_no_delta(method, dtype, delta):
+    model, optimizer = training(delta, method, dtype)
+    run(optimizer, model, 2)
     for p in model.parameters():
+        assert p.dtype == dtype
         state = optimizer.state[p]
         assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
         assert state["step"].shape == ()
@@ -31,19 +42,9 @@ def test_state_holds_three_tensors_and_no_delta(cls, delta):
         assert state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_weights_have_fp32_moments(dtype, delta):
-    model = trained().to(dtype)
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, lr=1e-2)
-    run(optimizer, model, 2)
-    assert all(p.dtype == dtype for p in model.parameters())
-    assert all(optimizer.state[p]["exp_avg"].dtype == torch.float32 for p in model.parameters())
-
-
 @pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["float", "tensor"])
 def test_the_probe_of_a_state_dict_moves_no_weight(lr, delta):
-    model = trained()
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, lr=lr, alpha=0.5)
+    model, optimizer = training(delta, lr=lr, alpha=0.5)
     before = copy.deepcopy(model.state_dict())
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -52,52 +53,15 @@ def test_the_probe_of_a_state_dict_moves_no_weight(lr, delta):
     assert all(optimizer.state[p]["step"] == 1 for p in model.parameters())
 
 
-def test_distributed_checkpoint_reads_and_writes_the_state(delta):
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-
-    model, other = trained(), trained()
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, lr=1e-2)
-    run(optimizer, model, 2)
-    saved = get_optimizer_state_dict(model, optimizer)
-    before = copy.deepcopy(other.state_dict())
-    fresh = fm.OnDAREAdamW(other.named_parameters(), reference_delta=delta, lr=1e-2)
-    set_optimizer_state_dict(other, fresh, saved)
-    assert all(torch.equal(before[name], value) for name, value in other.state_dict().items())
-    other.load_state_dict(model.state_dict())
-    run(optimizer, model, 1, first=2)
-    run(fresh, other, 1, first=2)
-    assert_same(optimizer, fresh)
-
-
 def test_the_delta_follows_a_moved_parameter(delta):
-    model = trained()
-    optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta)
+    _, optimizer = training(delta)
     optimizer.bind()
     elsewhere = torch.device("meta")
     assert optimizer._binding.of("head.weight", elsewhere).tau.device == elsewhere
 
 
-# Every kind of state: moments, masters of both kinds, anchors.
 def unpickled(pair):
     return pickle.loads(pickle.dumps(pair))
-
-
-def snapshot(optimizer):
-    """Every bit that an optimizer owns: parameters and states."""
-    return [
-        (p.detach().clone(), {key: value.clone() for key, value in optimizer.state[p].items()})
-        for group in optimizer.param_groups
-        for p in group["params"]
-    ]
-
-
-def assert_unmoved(optimizer, before):
-    after = snapshot(optimizer)
-    assert len(after) == len(before)
-    for (p, state), (old_p, old_state) in zip(after, before, strict=True):
-        assert torch.equal(p, old_p)
-        assert state.keys() == old_state.keys()
-        assert all(torch.equal(state[key], old_state[key]) for key in state)
 
 
 @every_state
@@ -106,8 +70,7 @@ def test_distributed_checkpoint_keeps_every_bit_in_a_folder(dtype, options, delt
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    straight, resumed = trained().to(dtype), trained().to(dtype)
-    one, two = (optimizer_of(model, delta, **options) for model in (straight, resumed))
+    (straight, one), (resumed, two) = (training(delta, dtype=dtype, **options) for _ in range(2))
     run(one, straight, 7)
     run(two, resumed, 4)
     weights, state = get_state_dict(resumed, two)
@@ -132,8 +95,7 @@ def test_distributed_checkpoint_gathers_every_form_of_state_dict(how, dtype, opt
     """As torchtitan (flattened) and Accelerate (full, on the CPU) ask for it."""
     from torch.distributed.checkpoint import state_dict as dcp
 
-    model, other = trained().to(dtype), trained().to(dtype)
-    one, two = (optimizer_of(m, delta, **options) for m in (model, other))
+    (model, one), (other, two) = (training(delta, dtype=dtype, **options) for _ in range(2))
     run(one, model, 4)
     saved = dcp.get_optimizer_state_dict(model, one, options=dcp.StateDictOptions(**how))
     other.load_state_dict(model.state_dict())
@@ -170,8 +132,7 @@ def test_the_probe_of_a_distributed_checkpoint_moves_nothing(dtype, options, del
 @every_state
 @pytest.mark.parametrize("copied", [copy.deepcopy, unpickled])
 def test_a_copy_goes_on_with_the_same_bits(copied, dtype, options, delta):
-    model = trained().to(dtype)
-    optimizer = optimizer_of(model, delta, **options)
+    model, optimizer = training(delta, dtype=dtype, **options)
     run(optimizer, model, 4)
     # Model and optimizer together: the copy's parameters are those of the copied model.
     twin_model, twin = copied((model, optimizer))
@@ -181,14 +142,13 @@ def test_a_copy_goes_on_with_the_same_bits(copied, dtype, options, delta):
     run(twin, twin_model, 3, first=4)
     untouched = snapshot(optimizer)
     run(twin, twin_model, 1, first=7)
-    assert_unmoved(optimizer, untouched)
+    assert_same_bits(snapshot(optimizer), untouched)
     run(optimizer, model, 4, first=4)
     assert_same(optimizer, twin)
 
 
 def test_a_copy_keeps_hyper_parameters_and_what_is_fixed(delta):
-    model = trained()
-    optimizer = optimizer_of(model, delta, impl="eager", stats_every=1, max_grad_norm=1.0, seed=3)
+    model, optimizer = training(delta, impl="eager", stats_every=1, max_grad_norm=1.0, seed=3)
     run(optimizer, model, 1)
     _, twin = pickle.loads(pickle.dumps((model, optimizer)))
     assert (twin.impl, twin.stats_every, twin.grad_norm) == ("eager", 1, optimizer.grad_norm)
@@ -226,7 +186,7 @@ def test_what_a_state_was_made_with_is_fixed_from_then_on(option, other, delta):
     fill_gradients(model, 1)
     with pytest.raises(ValueError, match=sentence):
         optimizer.step()
-    assert_unmoved(optimizer, before)
+    assert_same_bits(snapshot(optimizer), before)
     optimizer.param_groups[0][option] = default
     optimizer.step()
 
@@ -245,8 +205,8 @@ def test_what_a_state_was_made_with_is_fixed_from_then_on(option, other, delta):
 @pytest.mark.parametrize("options", [{}, {"merge_every": 3}, {"master": "split"}, {"project": "conflict"}])
 def test_delta_and_states_follow_a_moved_parameter(options, delta, monkeypatch):
     """The meta device stands for another one: it has no data and nothing may be read there."""
-    model = trained().to(torch.bfloat16 if "master" in options else torch.float32)
-    optimizer = optimizer_of(model, delta, **options)
+    dtype = torch.bfloat16 if "master" in options else torch.float32
+    model, optimizer = training(delta, dtype=dtype, **options)
     run(optimizer, model, 2)
     elsewhere = torch.device("meta")
     p = model.hidden.weight
@@ -278,9 +238,8 @@ def test_delta_and_states_follow_a_moved_parameter(options, delta, monkeypatch):
     ],
 )
 def test_an_overflow_moves_nothing_and_drops_the_scale(bad, impl, dtype, options, delta):
-    model = trained().to(dtype)
     options = options | {"impl": impl, "max_grad_norm": None if impl == "triton" else 1.0}
-    optimizer = optimizer_of(model, delta, **options)
+    model, optimizer = training(delta, dtype=dtype, **options)
     scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**4)
     scaler.scale(torch.ones((), device=DEVICE))
     run(optimizer, model, 2)
@@ -290,11 +249,10 @@ def test_an_overflow_moves_nothing_and_drops_the_scale(bad, impl, dtype, options
     model.norm.bias.grad[3] = bad
     scaler.step(optimizer)
     scaler.update()
-    assert_unmoved(optimizer, before)
+    assert_same_bits(snapshot(optimizer), before)
     assert scaler.get_scale() == 2.0**3
     # And the next step is the one that was not taken.
-    straight = trained().to(dtype)
-    other = optimizer_of(straight, delta, **options)
+    straight, other = training(delta, dtype=dtype, **options)
     run(other, straight, 3)
     run(optimizer, model, 1, first=2)
     assert_same(optimizer, other)
@@ -302,8 +260,7 @@ def test_an_overflow_moves_nothing_and_drops_the_scale(bad, impl, dtype, options
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_an_overflow_in_the_very_first_step_leaves_step_zero(impl, delta):
-    model, straight = trained(), trained()
-    optimizer, other = (optimizer_of(m, delta, impl=impl) for m in (model, straight))
+    (model, optimizer), (straight, other) = (training(delta, impl=impl) for _ in range(2))
     scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0)
     scaler.scale(torch.ones((), device=DEVICE))
     fill_gradients(model, 0)
