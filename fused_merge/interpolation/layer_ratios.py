@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -56,15 +56,14 @@ class LayerRatios(NamedRatios):
     def __init__(
         self, parts: Mapping[str, Iterable[str]], ratios: Iterable[float], *, history: Iterable[Mapping[str, Any]] = ()
     ) -> None:
-        self._parts: dict[str, tuple[str, ...]] = {}
-        self._by_name: dict[str, float] = {}
         given = _listed(ratios)
         if len(given) != len(parts):
             raise ValueError(f"{len(parts)} parts need as many ratios, got {len(given)}")
-        numbers = zip(parts, given, strict=True)
-        self._ratios = tuple(finite(ratio, what=f"ratio of {label!r}") for label, ratio in numbers)
-        for (label, listed), ratio in zip(parts.items(), self._ratios, strict=True):
-            names = _canonical(listed)
+        self._ratios = tuple(finite(r, what=f"ratio of {label!r}") for label, r in zip(parts, given, strict=True))
+        self._parts: dict[str, tuple[str, ...]] = {}
+        self._by_name: dict[str, float] = {}
+        for label, ratio in zip(parts, self._ratios, strict=True):
+            names = _canonical(parts[label])
             if not isinstance(label, str):
                 raise TypeError(f"a part must be called by a string, got {label!r}")
             if not names:
@@ -142,13 +141,13 @@ class LayerRatios(NamedRatios):
         parts: dict[str, list[str]] = {kind: [] for kind in ratios}
         for name in _names_of(model_or_names):
             kind = kind_of(name)
-            if kind not in parts and "other" not in parts:
+            if (members := parts.get(kind or "other", parts.get("other"))) is None:
                 raise ValueError(
-                    f"cannot tell what kind {name!r} is; give a ratio for 'other', or use by_patterns"
-                    if kind is None
-                    else f"{name!r} is of the kind {kind!r}, which has no ratio; add it, or 'other' for all not listed"
+                    f"{name!r} is of the kind {kind!r}, which has no ratio; add it, or 'other' for all not listed"
+                    if kind
+                    else f"cannot tell what kind {name!r} is; give a ratio for 'other', or use by_patterns"
                 )
-            parts["other" if kind is None or kind not in parts else kind].append(name)
+            members.append(name)
         if idle := [kind for kind, members in parts.items() if not members]:
             raise ValueError(f"no tensor is of the kind {' or '.join(map(repr, idle))}; leave it out")
         return cls(parts, ratios.values())
@@ -182,7 +181,7 @@ class LayerRatios(NamedRatios):
     @property
     def mean(self) -> float:
         """The mean of the ratios over the parts, each counted once whatever its size, as in the paper."""
-        return math.fsum(self._ratios) / len(self._ratios)
+        return fmean(self._ratios)
 
     def replace(self, ratios: Iterable[float]) -> LayerRatios:
         """Return the same parts with other ratios, and without history."""
@@ -200,14 +199,8 @@ class LayerRatios(NamedRatios):
             OSError: if the file cannot be written.
         """
         path = Path(path)
-        content: dict[str, Any] = {
-            "parts": {
-                label: {"ratio": ratio, "tensors": list(names)}
-                for (label, names), ratio in zip(self._parts.items(), self._ratios, strict=True)
-            }
-        }
-        if self.history:
-            content["history"] = self.history
+        parts = {label: {"ratio": ratio, "tensors": list(names)} for label, names, ratio in self._rows()}
+        content = {"parts": parts} | ({"history": self.history} if self.history else {})
         try:
             text = plain_text(path, content)
         except TypeError as error:
@@ -235,21 +228,14 @@ class LayerRatios(NamedRatios):
         parts, history = content["parts"], content.get("history", [])
         if not isinstance(parts, dict) or not parts:
             raise ValueError(f"{path} has no mapping from parts to their ratio and tensors under 'parts'; correct it")
-        for label, part in parts.items():
-            if (
-                not isinstance(part, dict)
-                or part.keys() != {"ratio", "tensors"}
-                or not isinstance(part["tensors"], list)
-            ):
+        for label, row in parts.items():
+            if not isinstance(row, dict) or row.keys() != {"ratio", "tensors"} or not isinstance(row["tensors"], list):
                 raise ValueError(f"{path} gives part {label!r} not just a ratio and a list of tensors; correct it")
         if not isinstance(history, list) or not all(isinstance(step, dict) for step in history):
             raise ValueError(f"{path} has a history that is no list of mappings; correct it")
         try:
-            return cls(
-                {label: part["tensors"] for label, part in parts.items()},
-                [_number(part["ratio"], label) for label, part in parts.items()],
-                history=history,
-            )
+            ratios = [_number(row["ratio"], label) for label, row in parts.items()]
+            return cls({label: row["tensors"] for label, row in parts.items()}, ratios, history=history)
         except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -263,24 +249,27 @@ class LayerRatios(NamedRatios):
         return len(self._by_name)
 
     def __eq__(self, other: object) -> bool:
-        # The order of tensors within a part is that of where the names came from, and says nothing.
         return isinstance(other, LayerRatios) and self._content() == other._content()
 
     def __hash__(self) -> int:
-        return hash(tuple(self._content()))
+        return hash(self._content())
 
-    def _content(self) -> list[tuple[str, frozenset[str], float]]:
-        parts = zip(self._parts.items(), self._ratios, strict=True)
-        return [(label, frozenset(names), ratio) for (label, names), ratio in parts]
+    def _content(self) -> tuple[tuple[str, frozenset[str], float], ...]:
+        # The order of tensors within a part is that of where the names came from, and says nothing.
+        return tuple((label, frozenset(names), ratio) for label, names, ratio in self._rows())
+
+    def _rows(self) -> Iterator[tuple[str, tuple[str, ...], float]]:
+        return zip(self._parts, self._parts.values(), self._ratios, strict=True)
 
     def __repr__(self) -> str:
-        shown = some(f"{label!r}: {ratio:.6g}" for label, ratio in zip(self._parts, self._ratios, strict=True))
+        shown = some(f"{label!r}: {ratio:.6g}" for label, _, ratio in self._rows())
         return f"<LayerRatios of {len(self)} tensors: {shown}>"
 
     def __str__(self) -> str:
-        table = [("part", "holds", "tensors", "ratio")]
-        for (label, names), ratio in zip(self._parts.items(), self._ratios, strict=True):
-            table.append((label, some(summarize(names)), str(len(names)), f"{ratio:.6g}"))
+        rows = (
+            (label, some(summarize(names)), str(len(names)), f"{ratio:.6g}") for label, names, ratio in self._rows()
+        )
+        table = [("part", "holds", "tensors", "ratio"), *rows]
         part, holds, tensors, number = (max(map(len, column)) for column in zip(*table, strict=True))
         return "\n".join(f"{a:<{part}}  {b:<{holds}}  {c:>{tensors}}  {d:>{number}}" for a, b, c, d in table)
 

@@ -63,14 +63,20 @@ class RatioSweep(Generic[Model]):
         self._source_names: dict[str, str] = {}
         for name in weights:
             source_name = ends.resolve(with_model.resolve(name))
-            owner = weights.aliases.get(name, name)
             stored = self._base.dtype(source_name)
             if weights.dtype(name) != stored and not weights.is_merged(name):
                 raise ValueError(
                     f"{name!r} is {weights.dtype(name)} in the model and {stored} in {self._base.origin}; integers "
                     "are copied as they are, so both must have one dtype"
                 )
-            self._check_tie(owner, name, self._source_names.setdefault(owner, source_name), source_name)
+            owner = weights.aliases.get(name, name)
+            first = self._source_names.setdefault(owner, source_name)
+            for source in (self._base, self._tuned):
+                if first != source_name and not same_bits(source[first], source[source_name]):
+                    raise ValueError(
+                        f"the model ties {name!r} to {owner!r}, but {source.origin} holds other values for it; "
+                        "untie them in the model (tie_word_embeddings=False)"
+                    )
         self.names = tuple(name for name in self._source_names if weights.is_merged(name))
         """The tensors that have a ratio, tied ones once under the model's first name."""
 
@@ -97,10 +103,7 @@ class RatioSweep(Generic[Model]):
         originals: dict[str, Tensor | TensorSource] = {}
         self._ratio = ratio
         try:
-            for name in self._source_names:
-                ends = self.ends_of(name, weights[name])
-                originals[name] = self._original(weights[name], ends)
-                self._write(weights[name], name, ends, ratio, decided)
+            self._write(weights, ratio, decided, originals)
             yield self.model
         finally:
             self._ratio = None
@@ -124,9 +127,7 @@ class RatioSweep(Generic[Model]):
         if self._ratio is None:
             raise RuntimeError("call move_to() inside `with sweep.at(ratio):`")
         decided = per_tensor(ratio, self.names, what="ratio")
-        weights = self._open_model()
-        for name in self._source_names:
-            self._write(weights[name], name, self.ends_of(name, weights[name]), ratio, decided)
+        self._write(self._open_model(), ratio, decided, None)
         self._ratio = ratio
 
     def ends_of(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,31 +141,31 @@ class RatioSweep(Generic[Model]):
         return self._base.box(source_name, box).to(device), self._tuned.box(source_name, box).to(device)
 
     def _write(
-        self, weight: Tensor, name: str, ends: tuple[Tensor, Tensor], ratio: PerTensor, decided: Mapping[str, float]
+        self,
+        weights: TensorSource,
+        ratio: PerTensor,
+        decided: Mapping[str, float],
+        originals: dict[str, Tensor | TensorSource] | None,
     ) -> None:
-        (base, tuned), local = ends, local_part(weight)
-        if name not in decided:
-            local.copy_(ends[is_tuned(ratio, decided)])
-        elif decided[name] in (0.0, 1.0):
-            local.copy_(ends[int(decided[name])])
-        elif local.dtype == base.dtype:
-            functional.interpolate([base], [tuned], [decided[name]], [[local]], impl=self._impl)
-        else:
-            # Contiguous all of them: with other strides the point would be rounded to the dtype of the ends first.
-            point = local.contiguous()
-            functional.interpolate(
-                [base.contiguous()], [tuned.contiguous()], [decided[name]], [[point]], impl=self._impl
-            )
-            if point is not local:
-                local.copy_(point)
-
-    def _original(self, weight: Tensor, ends: tuple[Tensor, Tensor]) -> Tensor | TensorSource:
-        """Return what brings back the bits of a weight: the source that holds them, or a copy."""
-        local = local_part(weight)
-        for source, end in zip((self._base, self._tuned), ends, strict=True):
-            if same_bits(local, end):
-                return source
-        return local.to("cpu", copy=True)
+        """Write a point of the path; `originals` gets what brings back the bits of each weight: a source or a copy."""
+        for name in self._source_names:
+            base, tuned = ends = self.ends_of(name, weights[name])
+            local = local_part(weights[name])
+            if originals is not None:
+                held = (s for s, end in zip((self._base, self._tuned), ends, strict=True) if same_bits(local, end))
+                originals[name] = next(held, None) or local.to("cpu", copy=True)
+            if name not in decided:
+                local.copy_(ends[is_tuned(ratio, decided)])
+            elif decided[name] in (0.0, 1.0):
+                local.copy_(ends[int(decided[name])])
+            elif local.dtype == base.dtype:
+                functional.interpolate([base], [tuned], [decided[name]], [[local]], impl=self._impl)
+            else:
+                # Contiguous all: with other strides the point would be rounded to the dtype of the ends first.
+                base, tuned, point = base.contiguous(), tuned.contiguous(), local.contiguous()
+                functional.interpolate([base], [tuned], [decided[name]], [[point]], impl=self._impl)
+                if point is not local:
+                    local.copy_(point)
 
     def _open_model(self) -> TensorSource:
         reshard(self.model)
@@ -176,14 +177,6 @@ class RatioSweep(Generic[Model]):
                     "pass a deep copy or a saved checkpoint"
                 )
         return weights
-
-    def _check_tie(self, owner: str, name: str, first: str, second: str) -> None:
-        for source in (self._base, self._tuned):
-            if first != second and not same_bits(source[first], source[second]):
-                raise ValueError(
-                    f"the model ties {name!r} to {owner!r}, but {source.origin} holds other values for it; "
-                    "untie them in the model (tie_word_embeddings=False)"
-                )
 
 
 def _storages(source: TensorSource) -> set[int]:
