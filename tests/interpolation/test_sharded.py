@@ -9,9 +9,7 @@ import sharded
 import torch
 from processes import Pair
 from safetensors.torch import save_file
-from sharded import OPTIONS, PARTS, Network, batch_of, ends, loss_of, points_of
-
-from fused_merge import adapt_ratios
+from sharded import OPTIONS, PARTS, Network, batch_of, loss_of, points_of
 
 KINDS = ["fsdp", "fsdp that keeps gathered weights", "ddp"]
 
@@ -23,14 +21,22 @@ def pair(tmp_path_factory):
     pair.stop()
 
 
+def assert_stopped(answers, first, error, message):
+    """Assert that one process raised an error of its own, and the other one because of it."""
+    with pytest.raises(error, match=message):
+        raise answers[first]
+    with pytest.raises(RuntimeError, match="stopped because another process failed; see its error"):
+        raise answers[1 - first]
+
+
 # --- RatioSweep
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "where"), [(torch.float64, "memory"), (torch.bfloat16, "files")])
 def test_each_process_holds_the_bits_of_its_part(kind, dtype, where, pair, tmp_path):
-    for name, seed in (("base", 0), ("tuned", 1)):
-        save_file(Network(seed, dtype).state_dict(), tmp_path / f"{name}.safetensors")
+    for name, end in zip(("base", "tuned"), sharded.ends(dtype), strict=True):
+        save_file(end.state_dict(), tmp_path / f"{name}.safetensors")
     empty = pair.both(sharded.sweep, kind, dtype, tmp_path if where == "files" else None)
     # Of a single element the second process has nothing to write.
     assert [any(found) for found in empty] == [False, kind != "ddp"]
@@ -69,8 +75,7 @@ def test_a_search_without_gradients_is_the_same_on_both(kind, pair):
 
 def test_replicas_that_nothing_ties_together_do_not_wait_for_one_another(pair):
     _, ratios = pair.both(sharded.adapt_alone)
-    expected = adapt_ratios(Network(2), *ends(), loss_of, [batch_of(1)], **OPTIONS).ratios
-    assert ratios == pytest.approx(expected, abs=1e-13)
+    assert ratios == pytest.approx(sharded.adapted(Network(2), [batch_of(1)]).ratios, abs=1e-13)
 
 
 def test_ddp_reduces_no_gradient_meanwhile_and_all_afterwards(pair):
@@ -93,11 +98,7 @@ def test_ddp_reduces_no_gradient_meanwhile_and_all_afterwards(pair):
 )
 def test_what_stops_one_process_stops_both(kind, fault, first, error, message, pair, tmp_path):
     (tmp_path / "file").touch()
-    answers = pair(sharded.adapt_badly, kind, fault, tmp_path)
-    with pytest.raises(error, match=message):
-        raise answers[first]
-    with pytest.raises(RuntimeError, match="stopped because another process failed; see its error"):
-        raise answers[1 - first]
+    assert_stopped(pair(sharded.adapt_badly, kind, fault, tmp_path), first, error, message)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,8 +149,4 @@ def test_scores_are_the_first_processs_and_written_by_it_alone(kind, pair, tmp_p
 def test_what_stops_one_process_of_a_sweep_stops_both(kind, fault, first, error, message, pair, tmp_path):
     if fault is None:
         (tmp_path / "out").touch()
-    answers = pair(sharded.evaluate, kind, tmp_path, fault)
-    with pytest.raises(error, match=message):
-        raise answers[first]
-    with pytest.raises(RuntimeError, match="stopped because another process failed"):
-        raise answers[1 - first]
+    assert_stopped(pair(sharded.evaluate, kind, tmp_path, fault), first, error, message)
