@@ -26,17 +26,19 @@ def models():
 
 
 @pytest.mark.parametrize(
-    ("base", "tuned", "stored"),
+    "dtypes",
     [
-        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
-        (torch.float16, torch.float16, torch.float16),
-        (torch.bfloat16, torch.float32, torch.float32),
-        (torch.bfloat16, torch.float16, torch.float32),
-        (torch.float32, torch.float32, torch.float32),
-        (torch.float64, torch.float32, torch.float64),
+        "bfloat16 bfloat16 bfloat16",
+        "float16 float16 float16",
+        "bfloat16 float32 float32",
+        "bfloat16 float16 float32",
+        "float32 float32 float32",
+        "float64 float32 float64",
     ],
 )
-def test_tau_is_the_difference_rounded_once(base, tuned, stored):
+def test_tau_is_the_difference_rounded_once(dtypes):
+    """In the wider dtype of base and tuned."""
+    base, tuned, stored = (getattr(torch, dtype) for dtype in dtypes.split())
     torch.manual_seed(0)
     a, b = torch.randn(5, 7).to(base), torch.randn(5, 7).to(tuned)
     delta = ReferenceDelta.from_models({"w": a}, {"w": b})
@@ -118,16 +120,8 @@ def test_identity_sees_names_dtypes_shapes_and_heads():
 
     x = torch.arange(4096.0)
     late, early = x.clone(), x.clone()
-    early[1023] += 1
-    late[1024] += 1
-    seen = {
-        identity(a=x),
-        identity(b=x),
-        identity(a=x.reshape(2, 2048)),
-        identity(a=x.double()),
-        identity(a=early),
-        identity(a=x, b=x),
-    }
+    early[1023], late[1024] = -1, -1
+    seen = {identity(a=a) for a in (x, x.reshape(2, 2048), x.double(), early)} | {identity(b=x), identity(a=x, b=x)}
     assert len(seen) == 6
     assert identity(a=late) == identity(a=x)
     assert identity(b=x, a=early) == identity(a=early, b=x)
@@ -150,29 +144,21 @@ def test_nbytes_len_and_repr(models, tmp_path):
 
 @pytest.mark.parametrize(
     ("bad", "dtype"),
-    [
-        (float("nan"), torch.float32),
-        (float("inf"), torch.bfloat16),
-        (float("nan"), torch.float16),
-        (-float("inf"), torch.float64),
-    ],
+    [("nan", torch.float32), ("inf", torch.bfloat16), ("nan", torch.float16), ("-inf", torch.float64)],
 )
 def test_tau_that_is_not_finite(bad, dtype, tmp_path):
     base = {"fine": torch.ones(3, dtype=dtype), "odd": torch.ones(3, 2, dtype=dtype)}
     tuned = {name: tensor.clone() for name, tensor in base.items()}
-    tuned["odd"][1, 1] = bad
+    tuned["odd"][1, 1] = float(bad)
     message = "the reference delta of 'odd' has a NaN or infinite element; check both checkpoints"
     with pytest.raises(ValueError, match=message):
         ReferenceDelta.from_models(base, tuned)
 
     delta = checkpoints(tmp_path, base, tuned)
     assert delta.tensor("fine").tolist() == [0, 0, 0]
-    with pytest.raises(ValueError, match=message):
-        delta.tensor("odd")
-    with pytest.raises(ValueError, match=message):
-        delta.sparse("odd", RANDOM)
-    with pytest.raises(ValueError, match=message):
-        delta.save(tmp_path / "tau.safetensors")
+    for call, *arguments in ((delta.tensor, "odd"), (delta.sparse, "odd", RANDOM), (delta.save, tmp_path / "tau")):
+        with pytest.raises(ValueError, match=message):
+            call(*arguments)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["base.safetensors", "tuned.safetensors"]
 
 
@@ -228,9 +214,8 @@ def test_a_pickled_delta_is_the_same_delta(kind, models, tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     again = pickle.loads(pickled)
-    assert again.ordered == delta.ordered
-    assert again.sparsity == delta.sparsity
-    assert again.nbytes == delta.nbytes
+    for attribute in ("ordered", "sparsity", "nbytes"):
+        assert getattr(again, attribute) == getattr(delta, attribute)
     monkeypatch.chdir(tmp_path)
     assert_same(delta, again)
     # Only a delta in memory has tensors to carry.
