@@ -107,8 +107,6 @@ def adapted(model, batches, loss_fn=loss_of, **options):
     return adapt_ratios(model, *ends(), loss_fn, batches, **OPTIONS | options)
 
 
-# --- RatioSweep
-
 RATIOS = [0.0, 0.3, PARTS, 1.0, 1.2]
 
 
@@ -154,9 +152,6 @@ def forward_after_moving(rank, kind):
         raise KeyboardInterrupt
     assert_held(model, Network(2).state_dict())
     assert torch.equal(model(batch), expected[-1])
-
-
-# --- adapt_ratios
 
 
 def adapt(rank, kind, options):
@@ -247,9 +242,6 @@ def adapt_twice(rank, kind, folder):
     assert seen == order[:4] + order[3:]
     whole = adapted(wrapped(kind), batches)
     return found, found.history, whole, whole.history
-
-
-# --- evaluate_ratios
 
 
 def evaluate(rank, kind, folder, fault):

@@ -8,7 +8,6 @@ import math
 import pickle
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,9 +26,6 @@ from fused_merge.per_tensor import per_tensor
 
 def layers(count: int, rest: tuple[str, ...] = ("self_attn.q_proj.weight",)) -> list[str]:
     return [f"model.layers.{i}.{name}" for i in range(count) for name in rest]
-
-
-# --- what names are taken from
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -54,8 +50,6 @@ def test_integers_have_no_ratio_and_floating_buffers_have():
     with pytest.raises(FileNotFoundError, match="no/where does not exist"):
         LayerRatios.by_parts("no/where", [0.5])
 
-
-# --- by pattern, kind and tensor
 
 NAMES = [
     "model.embed_tokens.weight",
@@ -112,9 +106,6 @@ KINDS = {"embeddings": 1, "attention": 2, "mlp": 3, "norm": 4}
 def test_settings_that_do_not_fit(make, more, ratios, sentence):
     with pytest.raises(ValueError, match=sentence):
         getattr(LayerRatios, make)([*NAMES, more] if more else NAMES, ratios)
-
-
-# --- the value
 
 
 def test_a_mapping_that_does_not_change():
@@ -186,8 +177,6 @@ def test_the_table():
     assert repr(ratios) == "<LayerRatios of 12 tensors: '.*mlp.*': 0.333333, 'model.*': -0.5, '.*': 1>"
     assert repr(LayerRatios.per_tensor(list("abcde"), 0.5).replace([1, 2, 3, 4, 5])).endswith("'c': 3 and 2 more>")
 
-
-# --- the text form
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
 PLAIN = st.recursive(
@@ -326,9 +315,6 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, request):
     assert dict(LayerRatios.load(path)) == {"x": 0.5}
 
 
-# --- wherever a ratio is taken
-
-
 def test_a_setting_is_looked_up_by_name():
     ratios = LayerRatios({".*": ["a"], "rest": ["b", "c.*"]}, [0.1, 0.2])
     assert per_tensor(ratios, ["c.*", "a"], what="ratio") == {"c.*": 0.2, "a": 0.1}
@@ -340,28 +326,24 @@ def test_a_setting_is_looked_up_by_name():
 
 
 @pytest.fixture
-def ends(tmp_path) -> tuple[Path, Path]:
-    base, tuned = (save(llama(seed, dtype=torch.bfloat16), tmp_path / f"model{seed}") for seed in range(2))
-    return base, tuned
+def ends(tmp_path):
+    return tuple(save(llama(seed, dtype=torch.bfloat16), tmp_path / f"model{seed}") for seed in range(2))
 
 
 def test_checkpoints_have_each_tensor_at_its_own_ratio(ends, tmp_path):
     thirds = LayerRatios.by_parts(ends[0], [0.2, 0.9])
     more = LayerRatios({**thirds.parts, "not stored": ["lm_head.weight"]}, [0.2, 0.9, 0.5])
     made = interpolate_checkpoints(*ends, [0.5, thirds], tmp_path / "out")
-    mean = math.fsum(thirds.values()) / len(thirds)
     assert made[0].name == "r0.50"
-    assert re.fullmatch(rf"r{mean:.2f}-[0-9a-f]{{6}}", made[1].name)
-    base, tuned = (load_file(folder / "model.safetensors") for folder in ends)
-    written = load_file(made[1] / "model.safetensors")
+    assert re.fullmatch(rf"r{math.fsum(thirds.values()) / len(thirds):.2f}-[0-9a-f]{{6}}", made[1].name)
+    base, tuned, written = (load_file(folder / "model.safetensors") for folder in (*ends, made[1]))
     assert written.keys() == base.keys()
     for name, tensor in written.items():
         expected = torch.empty_like(tensor)
         functional.interpolate([base[name]], [tuned[name]], [thirds[name]], [[expected]])
         assert same_bits(tensor, expected), name
     assert {thirds[name] for name in written} == {0.2, 0.9}
-    recipe = json.loads((made[1] / "fused_merge.json").read_text())["recipe"]
-    assert recipe["ratio"] == dict(thirds)
+    assert json.loads((made[1] / "fused_merge.json").read_text())["recipe"]["ratio"] == dict(thirds)
 
     (again,) = interpolate_checkpoints(*ends, {"thirds": more}, tmp_path / "out")
     assert again.name == "thirds"
@@ -372,7 +354,7 @@ def test_checkpoints_have_each_tensor_at_its_own_ratio(ends, tmp_path):
 
 def test_weights_of_a_merge(ends, tmp_path):
     weights = LayerRatios.by_kind(ends[0], {"attention": 0.25, "other": 0.75})
-    merged, patterns = tmp_path / "merged", tmp_path / "patterns"
-    for out, setting in ((merged, weights), (patterns, {".*attn.*": 0.25, ".*": 0.75})):
-        merge_checkpoints(None, {ends[0]: 1.0, ends[1]: setting}, "linear", out)
-    assert (merged / "model.safetensors").read_bytes() == (patterns / "model.safetensors").read_bytes()
+    for out, setting in (("kinds", weights), ("patterns", {".*attn.*": 0.25, ".*": 0.75})):
+        merge_checkpoints(None, {ends[0]: 1.0, ends[1]: setting}, "linear", tmp_path / out)
+    kinds, patterns = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("kinds", "patterns"))
+    assert kinds == patterns

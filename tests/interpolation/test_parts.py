@@ -66,8 +66,6 @@ def kinds_of(names: list[str]) -> dict[str, str]:
     return {name: KINDS[int(ratios[name])] for name in names}
 
 
-# --- where everything goes, tensor by tensor
-
 LLAMA = {
     r"model\.embed_tokens\.weight": (0, "embeddings", 1),
     r"model\.layers\.(\d)\.self_attn\.[qkvo]_proj\.weight": (None, "attention", 12),
@@ -189,9 +187,6 @@ def test_where_other_names_belong(part, kind, name):
     ratios = LayerRatios.by_parts([*layers(3), name], [0.0, 1.0, 2.0])
     assert ratios[name] == part % 3
     assert kinds_of([*layers(3), name])[name] == kind
-
-
-# --- by depth
 
 
 @pytest.mark.parametrize("depth", [1, 2, 7, 12, 26, 32])

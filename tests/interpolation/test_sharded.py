@@ -29,9 +29,6 @@ def assert_stopped(answers, first, error, message):
         raise answers[1 - first]
 
 
-# --- RatioSweep
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "where"), [(torch.float64, "memory"), (torch.bfloat16, "files")])
 def test_each_process_holds_the_bits_of_its_part(kind, dtype, where, pair, tmp_path):
@@ -47,30 +44,20 @@ def test_a_forward_pass_uses_the_weights_that_were_just_written(kind, pair):
     pair.both(sharded.forward_after_moving, kind)
 
 
-# --- adapt_ratios
-
-
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_with_a_batch_each_are_one_with_both(kind, accumulate, pair):
-    answers = pair.both(sharded.adapt, kind, {"accumulate": accumulate})
+@pytest.mark.parametrize("options", [{"accumulate": 1}, {"accumulate": 2}, {"gradients": False, "steps": 10}], ids=str)
+def test_two_processes_with_a_batch_each_are_one_with_both(kind, options, pair):
+    answers = pair.both(sharded.adapt, kind, options)
     assert answers[0] == answers[1]
     ratios, history, alone, alone_history = answers[0]
     assert ratios.ratios != PARTS.ratios
-    # The sums, in fp64, are those of other orders, and six steps make little of that.
+    assert len(history) == options.get("steps", OPTIONS["steps"])
+    # The sums, in fp64, are those of other orders, and few steps make little of that.
     assert ratios.ratios == pytest.approx(alone.ratios, rel=0, abs=1e-13)
     for one, other in zip(history, alone_history, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-13)
-        assert one["gradient"] == pytest.approx(other["gradient"], rel=1e-11, abs=1e-13)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_search_without_gradients_is_the_same_on_both(kind, pair):
-    answers = pair.both(sharded.adapt, kind, {"gradients": False, "steps": 10})
-    assert answers[0] == answers[1]
-    ratios, history, alone, _ = answers[0]
-    assert len(history) == 10
-    assert ratios.ratios == pytest.approx(alone.ratios, abs=1e-12)
+        assert ("gradient" in one) is options.get("gradients", True)
+        assert one.get("gradient", []) == pytest.approx(other.get("gradient", []), rel=1e-11, abs=1e-13)
 
 
 def test_replicas_that_nothing_ties_together_do_not_wait_for_one_another(pair):
@@ -109,9 +96,6 @@ def test_the_journal_of_the_first_process_is_that_of_both(kind, pair, tmp_path):
     assert (found, history) == (whole, whole_history)
     assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.json*")] == ["rank0/journal.json"]
     assert len(json.loads((tmp_path / "rank0/journal.json").read_text())["history"]) == OPTIONS["steps"]
-
-
-# --- evaluate_ratios
 
 
 @pytest.mark.parametrize("kind", KINDS)
