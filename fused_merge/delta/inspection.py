@@ -57,25 +57,16 @@ def inspect_delta(
         _check_same(delta, "the base", {name: weights.shape(name) for name in weights})
     if other is not None:
         _check_same(delta, "the other reference delta", {name: other.shape(name) for name in other.names})
-        if extra := sorted(set(other.names) - set(delta.names)):
-            raise ValueError(
-                f"only the other reference delta holds {some(map(repr, extra))}; both must be of one model"
-            )
-    scopes: dict[str, dict[str, defaultdict[str, float]]] = {
-        "tensor": {},
-        "layer": {},
-        "all": {"all": defaultdict(int)},
-    }
+        if extra := some(map(repr, sorted(set(other.names) - set(delta.names)))):
+            raise ValueError(f"only the other reference delta holds {extra}; both must be of one model")
+    scopes: dict[str, dict[str, defaultdict[str, float]]] = {"tensor": {}, "layer": {}, "all": {}}
+    scopes["all"]["all"] = defaultdict(int)
     nbytes = {name: delta.shape(name).numel() * delta.dtype(name).itemsize for name in delta.names}
     with progress_bar("inspecting the reference delta", sum(nbytes.values())) as advance:
         for name in delta.names:
-            sums = _measure(
-                name,
-                delta.tensor(name),
-                None if weights is None else weights[name],
-                None if other is None else other.tensor(name),
-                reserve_rate,
-            )
+            its_base = None if weights is None else weights[name]
+            its_other = None if other is None else other.tensor(name)
+            sums = _measure(name, delta.tensor(name), its_base, its_other, reserve_rate)
             for scope, group in (("tensor", name), ("layer", layer_name(name)), ("all", "all")):
                 total = scopes[scope].setdefault(group, defaultdict(int))
                 for key, value in sums.items():

@@ -54,8 +54,7 @@ class ReferenceDelta:
         """Compute tau now, one tensor after the other; nothing of the two models is kept.
 
         Args:
-            base: theta_base: a module (its parameters) or a state dict (its floating tensors), or a path.
-                The order of a module's parameters is kept.
+            base: theta_base: a module (its parameters, in their order), a state dict (its floating tensors), or a path.
             tuned: theta_SFT: the same.
 
         Raises:
@@ -79,7 +78,7 @@ class ReferenceDelta:
 
     @classmethod
     def load(cls, path: PathLike) -> ReferenceDelta:
-        """Open a saved delta; headers are read now and each tensor when it is asked for.
+        """Open a saved delta: headers are read now and each tensor when it is asked for.
 
         Raises:
             FileNotFoundError: if the file is not there.
@@ -95,7 +94,7 @@ class ReferenceDelta:
         seed: int = 0,
         dtype: torch.dtype | str | None = None,
     ) -> Path:
-        """Write the delta to one safetensors file, tensor by tensor, beside `path` first and then renamed.
+        """Write the delta to one safetensors file, tensor by tensor, and return `path`.
 
         For a delta made by `from_checkpoints` the file names the files it was made of, with their SHA-256 as they are
         now. That costs one more read of both checkpoints.
@@ -111,12 +110,8 @@ class ReferenceDelta:
                 `from_checkpoints` computes anew, and then sparsified. A delta in memory or in a file that holds
                 16-bit numbers, or a sparse one, takes no other dtype.
 
-        Returns:
-            `path`.
-
         Raises:
-            ValueError: for options that do not fit, a tau that is not finite in its dtype, or a `path` that is one
-                of the files that the delta is read from.
+            ValueError: if options do not fit, tau is not finite in its dtype, or the delta is made of the file `path`.
             OSError: if the disk is full or refuses.
         """
         asked, path = parse_dtype(dtype), Path(path)
@@ -158,10 +153,8 @@ class ReferenceDelta:
     def identity(self) -> str:
         """SHA-256 over the names, dtypes, shapes and first 4 KiB of every tensor of the dense delta.
 
-        A delta and its saved forms, dense and sparse, share it. A delta saved in another dtype is another delta, since
-        its numbers are rounded: a run that began with one is not resumed with the other. Its identity is that of the
-        rounded numbers, which its own dense and sparse forms share. Computed when first asked for, from the heads of
-        the tensors alone.
+        A delta and its saved forms, dense and sparse, share it; saved in another dtype, with other numbers, it is
+        another delta. Computed when first asked for, from the heads of the tensors alone.
         """
         if self._source.identity is not None and self._specs == self._source.specs:
             return self._source.identity
@@ -203,20 +196,15 @@ class ReferenceDelta:
     def tensor(self, name: str) -> Tensor:
         """Return one tensor, dense and unscaled; for a sparse delta with zeros where nothing was kept.
 
-        Raises:
-            KeyError: if there is none of that name.
-            ValueError: if an element is NaN or infinite.
+        Raises KeyError if there is none of that name, ValueError if an element is NaN or infinite.
         """
         stored = self._read(name)
         return stored.unpack() if isinstance(stored, SparseTensor) else stored
 
     def sparse(self, name: str, sparsity: Sparsity) -> SparseTensor:
-        """Return F(tau) of one tensor: as stored, or sparsified now.
+        """Return F(tau) of one tensor, as stored or sparsified now.
 
-        Raises:
-            KeyError: if there is none of that name.
-            ValueError: if an element is NaN or infinite, `sparsity` is out of range, or the delta was stored
-                with another.
+        Raises as `tensor`; ValueError also if `sparsity` is out of range, or the delta was stored with another.
         """
         self._check_sparsity(Sparsity.checked(*sparsity))
         stored = self._read(name)

@@ -31,13 +31,7 @@ class TensorSpec(NamedTuple):
 
 
 class Sparsity(NamedTuple):
-    """How tau was sparsified.
-
-    Attributes:
-        method: F: a key of `fused_merge.eager.sparsify.SPARSIFY`.
-        reserve_rate: p, the share of elements that F keeps.
-        seed: of the random mask; without meaning for magnitudes.
-    """
+    """How tau was sparsified: F, a key of SPARSIFY; p, the share of elements it keeps; the seed of random masks."""
 
     method: str
     reserve_rate: float
@@ -59,31 +53,21 @@ class Sparsity(NamedTuple):
 
 
 class TauSource(ABC):
-    """The tensors of tau by canonical name. It is pickled as its tensors if they are in memory, else as its paths.
-
-    Attributes:
-        specs: dtype and shape of each.
-        ordered: whether `specs` is known to follow the model's own order of parameters.
-        files: base and tuned -> the files that tau is computed from.
-        origin: the paths that it is read from, for error messages.
-
-    Of a saved file only:
-        path: the file.
-        sparsity: how it was sparsified; None for a dense one.
-        packed_nbytes: bytes of all tensors as stored; None for a dense one.
-        identity: as the file gives it.
-        sources: which files it was made of, as JSON.
-    """
+    """The tensors of tau by canonical name. It is pickled as its tensors if they are in memory, else as its paths."""
 
     specs: Mapping[str, TensorSpec]
+    # Whether `specs` is known to follow the model's own order of parameters.
     ordered: bool = False
+    # Base and tuned -> the files that tau is computed from, and the paths that it is read from, for error messages.
     files: Mapping[str, tuple[Path, ...]] = {}
     origin: str = "memory"
+    # What a saved file tells: its path, its identity, which files it was made of, as JSON, and, if it is sparse, how it
+    # was made so and how many bytes all tensors take as stored.
     path: str | None = None
-    sparsity: Sparsity | None = None
-    packed_nbytes: int | None = None
     identity: str | None = None
     sources: str | None = None
+    sparsity: Sparsity | None = None
+    packed_nbytes: int | None = None
 
     @abstractmethod
     def read(self, name: str, dtype: torch.dtype, first: int | None = None) -> Tensor | SparseTensor:

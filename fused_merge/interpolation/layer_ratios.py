@@ -35,6 +35,9 @@ class LayerRatios(NamedRatios):
     `print` shows it as a table; two are equal if their parts and ratios are. Source: Lin et al. 2024
     (arXiv 2309.06256), who average the low, middle and high layers of two models at ratios of their own.
 
+    Its constructors take as `model_or_names` a module, a state dict, the path of a checkpoint, or names. Tied weights
+    count under their first name, and integers have no ratio; of a list of names all have.
+
     ```python
     low_to_high = fm.LayerRatios.by_parts("sft/", [0.2, 0.5, 0.9])
     fm.interpolate_checkpoints("sft/", "rlhf/", [0.5, low_to_high], "out/")
@@ -43,10 +46,7 @@ class LayerRatios(NamedRatios):
     Args:
         parts: label -> names of the tensors, each in one part only. Names are made canonical.
         ratios: one finite number for each part; below 0 or above 1 they extrapolate.
-        history: what an optimizer recorded, one mapping of plain data for each step.
-
-    Attributes:
-        history: as given, a tuple of dicts.
+        history: what an optimizer recorded, one mapping of plain data for each step; kept as a tuple of dicts.
 
     Raises:
         ValueError: if a part is empty, a tensor stands in two, a ratio is not finite, or their numbers differ.
@@ -91,8 +91,6 @@ class LayerRatios(NamedRatios):
         `encoder.block`. Layers of several stacks are counted through: towers, encoders, decoders.
 
         Args:
-            model_or_names: a module, a state dict, the path of a checkpoint, or names. Tied weights count under their
-                first name, and integers have no ratio; of a list of names all have.
             ratios: K numbers, for the lowest layers first.
             boundaries: the first layers of parts 2 to K, instead of equal parts: `[8, 16]` for layers 0-7, 8-15 and
                 all above.
@@ -109,15 +107,10 @@ class LayerRatios(NamedRatios):
 
     @classmethod
     def by_patterns(cls, model_or_names: Names, ratios: Mapping[str, float]) -> LayerRatios:
-        """Make a part of all tensors that belong to one key.
+        """Make a part of all tensors that belong to one key, a name or a regular expression on whole names.
 
-        Args:
-            model_or_names: as for `by_parts`.
-            ratios: name or regular expression on whole names -> number. A name that is a key is in its part; any other
-                in that of the first key that matches it.
-
-        Raises:
-            ValueError: if a tensor has no key, or a key no tensor, or is no regular expression.
+        A name that is a key is in its part; any other in that of the first key that matches it. Raises ValueError if a
+        tensor has no key, or a key no tensor, or is no regular expression.
         """
         names = _names_of(model_or_names)
         keys = match_keys(ratios, names, what="ratio")
@@ -127,14 +120,10 @@ class LayerRatios(NamedRatios):
     def by_kind(cls, model_or_names: Names, ratios: Mapping[str, float]) -> LayerRatios:
         """Make a part of all tensors of a kind.
 
-        Args:
-            model_or_names: as for `by_parts`.
-            ratios: kind -> number. Kinds are `"embeddings"`; `"attention"`, `"mlp"` and `"norm"` of the layers, where
-                norms within attention count as norms; `"norm"` also of the final norms; `"head"`, which is also that
-                of a classifier, and the pooler; and `"other"`, which is everything that is not listed.
-
-        Raises:
-            ValueError: if the kind of a tensor has no ratio, or a kind that has one does not occur.
+        Kinds are `"embeddings"`; `"attention"`, `"mlp"` and `"norm"` of the layers, where norms within attention count
+        as norms; `"norm"` also of the final norms; `"head"`, which is also that of a classifier, and the pooler; and
+        `"other"`, which is everything that is not listed. Raises ValueError if the kind of a tensor has no ratio, or a
+        kind that has one does not occur.
         """
         if odd := [kind for kind in ratios if kind not in _KINDS]:
             raise ValueError(f"there is no kind {odd[0]!r}; kinds are {', '.join(map(repr, _KINDS))}")
@@ -156,17 +145,11 @@ class LayerRatios(NamedRatios):
     def per_tensor(cls, model_or_names: Names, ratio: PerTensor) -> LayerRatios:
         """Make each tensor a part of its own.
 
-        Args:
-            model_or_names: as for `by_parts`.
-            ratio: a number for all; or a mapping from names or regular expressions on whole names to numbers; or other
-                `LayerRatios`, whose parts are taken apart.
-
-        Raises:
-            ValueError: if a tensor has no ratio, or a key no tensor.
+        `ratio` is a number for all, or a mapping from names or regular expressions on whole names to numbers, or other
+        `LayerRatios`, whose parts are taken apart. Raises ValueError if a tensor has no ratio, or a key no tensor.
         """
-        names = _names_of(model_or_names)
-        decided = per_tensor(ratio, names, what="ratio")
-        return cls({name: (name,) for name in names}, decided.values())
+        decided = per_tensor(ratio, _names_of(model_or_names), what="ratio")
+        return cls({name: (name,) for name in decided}, decided.values())
 
     @property
     def parts(self) -> Mapping[str, tuple[str, ...]]:
@@ -190,13 +173,8 @@ class LayerRatios(NamedRatios):
     def save(self, path: PathLike) -> None:
         """Write parts, ratios and history as text to read and edit: JSON if the path ends in `.json`, else YAML.
 
-        Args:
-            path: the file; an existing one is replaced when the new one is whole.
-
-        Raises:
-            ImportError: for YAML without PyYAML.
-            TypeError: if the history is not plain data.
-            OSError: if the file cannot be written.
+        An existing file is replaced when the new one is whole. Raises ImportError for YAML without PyYAML, TypeError
+        if the history is not plain data, OSError if the file cannot be written.
         """
         path = Path(path)
         parts = {label: {"ratio": ratio, "tensors": list(names)} for label, names, ratio in self._rows()}
@@ -209,15 +187,10 @@ class LayerRatios(NamedRatios):
 
     @classmethod
     def load(cls, path: PathLike) -> LayerRatios:
-        """Read what `save` wrote, edited or not.
+        """Read what `save` wrote, edited or not: `{parts: {label: {ratio: 0.2, tensors: [...]}}}`.
 
-        Args:
-            path: of a file `{parts: {label: {ratio: 0.2, tensors: [...]}}}`, JSON if it ends in `.json`, else YAML.
-
-        Raises:
-            FileNotFoundError: if it is not there.
-            ValueError: if it says something else; the sentence names the file.
-            ImportError: for YAML without PyYAML.
+        Raises FileNotFoundError if the file is not there, ValueError if it says something else, ImportError for YAML
+        without PyYAML.
         """
         path = Path(path)
         if not path.is_file():

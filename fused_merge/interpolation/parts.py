@@ -114,11 +114,9 @@ def summarize(names: Iterable[str]) -> list[str]:
 
 
 def _place(name: str) -> tuple[str, int] | None:
-    """Return stack and number of the layer that a tensor is in, or None for one outside the layers.
-
-    `classifier.0.weight` is in no layer, and neither is `v_head.layers.0.weight`.
-    """
+    """Return stack and number of the layer that a tensor is in, or None for one outside the layers."""
     place = layer_of(name)
+    # `classifier.0.weight` is in no layer, and neither is `v_head.layers.0.weight`.
     if place is None or not _LISTS.fullmatch(place[0].rpartition(".")[2]):
         return None
     return None if _described(place[0], _OUTSIDE) == "head" else place
@@ -151,10 +149,7 @@ def _rank(stack: str) -> int:
 
 
 def _nearest(name: str, stacks: Mapping[str, range]) -> str:
-    """Return the stack with which a norm outside the layers shares most of its path; of several one in the same module.
-
-    If there is still a choice it is the last.
-    """
+    """Return the stack that shares most of its path with a norm outside the layers; of several that beside it."""
     path = name.split(".")[:-1]
     found, best = "", (-1, False)
     for stack in stacks:
