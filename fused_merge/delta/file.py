@@ -1,16 +1,7 @@
 """The file of a saved reference delta: a plain safetensors file, dense or sparse.
 
 Dense, it holds tau under the canonical names. Sparse, it holds `NAME.mask` and `NAME.values` for each tensor, in the
-format of `fused_merge.eager.sparse`. docs/reference_delta.md has the layout and a reader in numpy. Its metadata:
-
-* `format`: `"pt"`.
-* `fused_merge.reference_delta`: version of this layout, `"1"`.
-* `identity`: of the dense delta, whatever the file holds; see `ReferenceDelta.identity`.
-* `method`, `reserve_rate`, `seed`: how a sparse delta was made; absent in dense ones.
-* `tensors`: JSON, `[[name, dtype, shape], ...]`, dtypes by their safetensors code.
-* `ordered`: `"true"` if that is the model's own order of parameters.
-* `sources`: JSON, `{"base": {file name: SHA-256}, "tuned": {...}}`, the files that it was made of; absent where it
-  was made of models in memory.
+format of `fused_merge.eager.sparse`. docs/reference_delta.md has the layout, the metadata, and a reader in numpy.
 """
 
 from __future__ import annotations
@@ -64,8 +55,8 @@ class SavedDelta(TauSource):
             tensors = json.loads(metadata["tensors"])
             self.specs = {name: TensorSpec(DTYPES[code], torch.Size(shape)) for name, code, shape in tensors}
             if "method" in metadata:
-                options = metadata["method"], float(metadata["reserve_rate"]), int(metadata["seed"])
-                self.sparsity = Sparsity.checked(*options)
+                rate, seed = float(metadata["reserve_rate"]), int(metadata["seed"])
+                self.sparsity = Sparsity.checked(metadata["method"], rate, seed)
             self._check_stored()
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} contradicts its own metadata ({error}); save the delta again") from error

@@ -149,7 +149,7 @@ def _rank(stack: str) -> int:
 
 
 def _nearest(name: str, stacks: Mapping[str, range]) -> str:
-    """Return the stack that shares most of its path with a norm outside the layers; of several that beside it."""
+    """Return the stack that shares most of its path with a final norm; of several one beside it, else the last."""
     path = name.split(".")[:-1]
     found, best = "", (-1, False)
     for stack in stacks:

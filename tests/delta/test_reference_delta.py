@@ -115,9 +115,8 @@ def test_nbytes_len_and_repr(models, tmp_path):
     delta = ReferenceDelta.from_models(*models)
     elements = sum(parameter.numel() for parameter in models[0].parameters())
     assert delta.nbytes == 2 * elements
+    assert re.fullmatch(f"<ReferenceDelta: {len(delta.names)} tensors, .* MB, dense>", repr(delta))
     assert len(delta) == len(delta.names)
-    assert repr(delta).startswith(f"<ReferenceDelta: {len(delta)} tensors, ")
-    assert repr(delta).endswith("MB, dense>")
     sparse = ReferenceDelta.load(delta.save(tmp_path / "tau.safetensors", *RANDOM[1::-1], seed=7))
     assert sparse.nbytes == sum(sparse.sparse(name, RANDOM).nbytes for name in sparse.names)
     assert "random at 0.1, from" in repr(sparse)

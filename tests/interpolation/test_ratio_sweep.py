@@ -129,13 +129,11 @@ def test_a_model_of_another_dtype_gets_points_rounded_once(dtype, transposed):
 
 
 def test_integers_of_another_dtype_are_refused():
-    def counter(dtype):
-        module = nn.Linear(1, 1)
+    model, base, tuned = (nn.Linear(1, 1) for _ in range(3))
+    for module, dtype in ((model, torch.int32), (base, torch.int64), (tuned, torch.int64)):
         module.register_buffer("count", torch.tensor([300], dtype=dtype))
-        return module
-
     with pytest.raises(ValueError, match=r"'count' is torch.int32 in the model and torch.int64 in base .*one dtype"):
-        RatioSweep(counter(torch.int32), counter(torch.int64), counter(torch.int64))
+        RatioSweep(model, base, tuned)
 
 
 def test_a_tied_model_and_a_checkpoint_that_writes_both_out():
@@ -204,12 +202,18 @@ def test_storage_shared_with_an_end():
 
 def test_models_that_do_not_fit():
     base, tuned = llama(0), llama(1)
-    with pytest.raises(ValueError, match=r"model \(module\) and base \(module\) do not match: .* \[50, 16\] and \[48,"):
-        RatioSweep(llama(2, vocabulary=50), base, tuned)
-    with pytest.raises(ValueError, match=r"is torch.bfloat16 and torch.float32.*; both must be of one arch.*one dtype"):
-        RatioSweep(llama(2), llama(0, dtype=torch.bfloat16), tuned)
-    without_head = [{n: t for n, t in m.state_dict().items() if n != "lm_head.weight"} for m in (base, tuned)]
-    with pytest.raises(ValueError, match=r"base \(state dict\) lacks 'lm_head.weight' of model \(module\)"):
-        RatioSweep(llama(2, tied=False), *without_head)
+    headless = [{n: t for n, t in m.state_dict().items() if n != "lm_head.weight"} for m in (base, tuned)]
+    half = llama(0, dtype=torch.bfloat16)
+    for model, ends, message in (
+        (
+            llama(2, vocabulary=50),
+            (base, tuned),
+            r"model \(module\) and base \(module\) do not .* \[50, 16\] and \[48,",
+        ),
+        (llama(2), (half, tuned), r"is torch.bfloat16 and torch.float32.*; both must be of one arch.*one dtype"),
+        (llama(2, tied=False), headless, r"base \(state dict\) lacks 'lm_head.weight' of model \(module\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RatioSweep(model, *ends)
     with pytest.raises(TypeError, match="tuned must be a module, a state dict or a path, got a NoneType"):
         RatioSweep(llama(2), base, None)
