@@ -69,14 +69,11 @@ def sum_over(values: Tensor, groups: tuple[Any, ...]) -> Tensor:
 
 
 class Processes(NamedTuple):
-    """The processes that share a model: those of DDP, and of the meshes that its weights are sharded over.
+    """The processes that share a model: those of DDP, and of the meshes that its weights are sharded over."""
 
-    Attributes:
-        groups: in the same order on all of them; none for a single process.
-        device: where the model is, and what they exchange.
-    """
-
+    # In the same order on all processes; none for a single one.
     groups: tuple[Any, ...]
+    # Where the model is, and what they exchange.
     device: torch.device
 
     @classmethod

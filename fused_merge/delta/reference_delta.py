@@ -80,9 +80,7 @@ class ReferenceDelta:
     def load(cls, path: PathLike) -> ReferenceDelta:
         """Open a saved delta: headers are read now and each tensor when it is asked for.
 
-        Raises:
-            FileNotFoundError: if the file is not there.
-            ValueError: if it is not a saved delta, is broken, or contradicts itself.
+        Raises FileNotFoundError if it is not there, ValueError if it is no saved delta, broken, or contradicts itself.
         """
         return cls(SavedDelta(path))
 

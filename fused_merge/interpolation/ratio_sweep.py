@@ -145,17 +145,13 @@ class RatioSweep(Generic[Model]):
     def _open_model(self) -> TensorSource:
         reshard(self.model)
         weights = open_source(self.model, role="model")
-        for source in self._ends:
-            if _storages(weights) & _storages(source):
+        addresses = {local_part(tensor).untyped_storage().data_ptr() for tensor in weights.values()} - {0}
+        for end in self._ends:
+            # What is mapped from files is private to the source.
+            tensors = () if end.files() else end.values()
+            if any(local_part(tensor).untyped_storage().data_ptr() in addresses for tensor in tensors):
                 raise ValueError(
-                    f"the model shares storage with {source.origin}, which writing to it would change; "
+                    f"the model shares storage with {end.origin}, which writing to it would change; "
                     "pass a deep copy or a saved checkpoint"
                 )
         return weights
-
-
-def _storages(source: TensorSource) -> set[int]:
-    """Return the addresses of the memory behind a source; what is mapped from files is private to it."""
-    if source.files():
-        return set()
-    return {local_part(tensor).untyped_storage().data_ptr() for tensor in source.values()} - {0}

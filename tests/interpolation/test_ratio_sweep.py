@@ -30,11 +30,9 @@ def test_a_model_goes_there_and_back(kind, tmp_path):
     if kind in ("module", "state dict"):
         ends = (base, tuned) if kind == "module" else (base.state_dict(), tuned.state_dict())
     else:
-        ends = (
-            save(base, tmp_path / "base", shard="4KB" if kind == "shards" else "5GB"),
-            save(tuned, tmp_path / "tuned"),
-        )
-        ends = [end / "model.safetensors" if kind == "file" else str(end) for end in ends]
+        shard = "4KB" if kind == "shards" else "5GB"
+        ends = save(base, tmp_path / "base", shard), str(save(tuned, tmp_path / "tuned"))
+        ends = [f"{end}/model.safetensors" for end in ends] if kind == "file" else ends
     points = interpolate(base.state_dict(), tuned.state_dict(), RATIOS)
     sweep = RatioSweep(model, *ends)
     before, pointers = state(model), [parameter.data_ptr() for parameter in model.parameters()]
