@@ -23,17 +23,13 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local_part(tensor: Tensor) -> Tensor:
     """Return the elements that this process holds: a view of a DTensor, any other tensor itself."""
-    if not is_sharded(tensor):
-        return tensor
-    found: Tensor = tensor.to_local()  # type: ignore[attr-defined]
-    return found
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def local_box(tensor: Tensor) -> tuple[slice, ...] | None:
     """Return the box of the logical tensor that this process holds, None for all of it.
 
-    Raises:
-        ValueError: for a DTensor that is neither sharded along dimensions nor replicated.
+    Raises ValueError for a DTensor that is neither sharded along dimensions nor replicated.
     """
     if not is_sharded(tensor):
         return None
@@ -59,9 +55,9 @@ def sharding_groups(tensor: Tensor) -> tuple[Any, ...]:
 
 def reshard(model: nn.Module) -> None:
     """Make FSDP2 drop the whole weights that it may keep after a forward pass, so that the next one gathers anew."""
-    module = sys.modules.get("torch.distributed.fsdp")
-    for part in model.modules():
-        if module is not None and isinstance(part, module.FSDPModule):
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for part in model.modules() if fsdp else ():
+        if isinstance(part, fsdp.FSDPModule):  # type: ignore[union-attr]
             part.reshard()
 
 
@@ -73,23 +69,20 @@ def sum_over(values: Tensor, groups: tuple[Any, ...]) -> Tensor:
 
 
 class Processes(NamedTuple):
-    """The processes that share a model: those of DDP, and of the meshes that its weights are sharded over.
+    """The processes that share a model: those of DDP, and of the meshes that its weights are sharded over."""
 
-    Attributes:
-        groups: in the same order on all of them; none for a single process.
-        device: where the model is, and what they exchange.
-    """
-
+    # In the same order on all processes; none for a single one.
     groups: tuple[Any, ...]
+    # Where the model is, and what they exchange.
     device: torch.device
 
     @classmethod
     def of(cls, model: nn.Module) -> Processes:
         """Return the processes that share a model; weights that FSDP2 has gathered are sharded again, to show them."""
         reshard(model)
-        wrappers = (part for part in model.modules() if isinstance(part, nn.parallel.DistributedDataParallel))
+        ddp = nn.parallel.DistributedDataParallel
+        groups = [part.process_group for part in model.modules() if isinstance(part, ddp)]
         meshes = (p.device_mesh for p in model.parameters() if is_sharded(p))  # type: ignore[attr-defined]
-        groups = [wrapper.process_group for wrapper in wrappers]
         groups += [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         return cls(tuple(dict.fromkeys(groups)), device)
@@ -117,12 +110,9 @@ class Processes(NamedTuple):
 
     @contextmanager
     def raising_together(self) -> Iterator[None]:
-        """Raise on every process if the block raises on one, so that none waits for one that has failed.
+        """Raise on every process if the block raises on one: RuntimeError where the block itself ended well.
 
-        Every process must come here, and the block must contain no collective operation.
-
-        Raises:
-            RuntimeError: where the block itself ended well.
+        So none waits for one that has failed. All must come here, and the block must contain no collective operation.
         """
         try:
             yield

@@ -15,10 +15,9 @@ _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoi
 
 @cache
 def canonical_name(name: str) -> str:
-    """Return `name` without the components that DDP, torch.compile, FSDP and checkpointing insert.
+    """Return `name` without what DDP, torch.compile, FSDP and checkpointing insert: `module._orig_mod.w` becomes `w`.
 
-    `"module._orig_mod.layers.0.weight"` becomes `"layers.0.weight"`. The last component is the tensor's own
-    name and always stays.
+    The last component is the tensor's own name and always stays.
     """
     *path, last = name.split(".")
     return ".".join([part for part in path if part not in _WRAPPERS] + [last])
@@ -26,19 +25,17 @@ def canonical_name(name: str) -> str:
 
 @cache
 def tensor_id(name: str) -> int:
-    """Return the 32-bit number that keys the random masks of the tensor called `name`.
+    """Return the number that keys the random masks of a tensor, so that they depend on nothing about the run.
 
-    It is the first four bytes, little endian, of the SHA-256 of the canonical name, so that a mask depends on
-    the tensor's name and on nothing about the run.
+    It is the first four bytes, little endian, of the SHA-256 of the canonical name.
     """
     return int.from_bytes(hashlib.sha256(canonical_name(name).encode()).digest()[:4], "little")
 
 
 def layer_of(name: str) -> tuple[str, int] | None:
-    """Return the stack of layers that a tensor belongs to and its number there, or None if its name has no number.
+    """Return what comes before the first component of a name that is a number, and the number; None if there is none.
 
-    The number is the first component that is one, the stack is what comes before it: `"model.layers.7.mlp.up.weight"`
-    is in layer 7 of `"model.layers"`, and `"0.weight"` in layer 0 of `""`.
+    `"model.layers.7.mlp.up.weight"` is in layer 7 of `"model.layers"`, and `"0.weight"` in layer 0 of `""`.
     """
     parts = name.split(".")
     return next(((".".join(parts[:i]), int(part)) for i, part in enumerate(parts) if part.isdecimal()), None)

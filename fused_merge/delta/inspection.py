@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from math import prod
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from fused_merge.delta.reference_delta import ReferenceDelta
 from fused_merge.eager.sparsify import sparsify_tau
-from fused_merge.io.sources import SourceLike, TensorSource, open_source
+from fused_merge.io.sources import SourceLike, open_source
 from fused_merge.names import layer_of, some
 from fused_merge.progress import progress_bar
 
@@ -54,30 +53,27 @@ def inspect_delta(
     if reserve_rate is not None and not 0.0 < reserve_rate <= 1.0:
         raise ValueError(f"reserve_rate must lie in (0, 1], got {reserve_rate}")
     weights = None if base is None else open_source(base, role="base")
-    _check_same(delta, weights, other)
-    tensors: dict[str, Mapping[str, float]] = {}
-    layers: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(int))
-    everything: defaultdict[str, float] = defaultdict(int)
-    nbytes = {name: prod(delta.shape(name)) * delta.dtype(name).itemsize for name in delta.names}
+    if weights is not None:
+        _check_same(delta, "the base", {name: weights.shape(name) for name in weights})
+    if other is not None:
+        _check_same(delta, "the other reference delta", {name: other.shape(name) for name in other.names})
+        if extra := some(map(repr, sorted(set(other.names) - set(delta.names)))):
+            raise ValueError(f"only the other reference delta holds {extra}; both must be of one model")
+    scopes: dict[str, dict[str, defaultdict[str, float]]] = {"tensor": {}, "layer": {}, "all": {}}
+    scopes["all"]["all"] = defaultdict(int)
+    nbytes = {name: delta.shape(name).numel() * delta.dtype(name).itemsize for name in delta.names}
     with progress_bar("inspecting the reference delta", sum(nbytes.values())) as advance:
         for name in delta.names:
-            tensors[name] = sums = _measure(
-                name,
-                delta.tensor(name),
-                None if weights is None else weights[name],
-                None if other is None else other.tensor(name),
-                reserve_rate,
-            )
-            for key, value in sums.items():
-                layers[layer_name(name)][key] += value
-                everything[key] += value
+            its_base = None if weights is None else weights[name]
+            its_other = None if other is None else other.tensor(name)
+            sums = _measure(name, delta.tensor(name), its_base, its_other, reserve_rate)
+            for scope, group in (("tensor", name), ("layer", layer_name(name)), ("all", "all")):
+                total = scopes[scope].setdefault(group, defaultdict(int))
+                for key, value in sums.items():
+                    total[key] += value
             advance(nbytes[name])
-    asked = {"relative_norm": base is not None, "kept": reserve_rate is not None}
-    asked |= dict.fromkeys(("cosine", "sign_agreement"), other is not None)
     return [
-        {"scope": scope, "name": name} | {key: value for key, value in _measures(sums).items() if asked.get(key, True)}
-        for scope, group in (("tensor", tensors), ("layer", dict(layers)), ("all", {"all": everything}))
-        for name, sums in group.items()
+        {"scope": scope, "name": name} | _quantities(sums) for scope in scopes for name, sums in scopes[scope].items()
     ]
 
 
@@ -86,25 +82,17 @@ def layer_name(name: str) -> str:
     place = layer_of(name)
     if place is None:
         return name.rpartition(".")[0] or name
-    stack, number = place
-    return f"{stack}.{number}" if stack else str(number)
+    return ".".join(map(str, place)).removeprefix(".")
 
 
-def _check_same(delta: ReferenceDelta, base: TensorSource | None, other: ReferenceDelta | None) -> None:
-    for what, source in (("the base", base), ("the other reference delta", other)):
-        if source is None:
-            continue
-        names = set(source.names if isinstance(source, ReferenceDelta) else source)
-        if missing := [name for name in delta.names if name not in names]:
-            raise ValueError(f"{what} lacks {some(map(repr, missing))}; both must be of one model")
-        for name in delta.names:
-            if source.shape(name) != delta.shape(name):
-                raise ValueError(
-                    f"{name!r} is {list(delta.shape(name))} and in {what} {list(source.shape(name))}; "
-                    "both must be of one model"
-                )
-    if other is not None and (extra := [name for name in other.names if name not in set(delta.names)]):
-        raise ValueError(f"only the other reference delta holds {some(map(repr, extra))}; both must be of one model")
+def _check_same(delta: ReferenceDelta, what: str, shapes: Mapping[str, torch.Size]) -> None:
+    if missing := [name for name in delta.names if name not in shapes]:
+        raise ValueError(f"{what} lacks {some(map(repr, missing))}; both must be of one model")
+    for name in delta.names:
+        if shapes[name] != delta.shape(name):
+            raise ValueError(
+                f"{name!r} is {list(delta.shape(name))} and in {what} {list(shapes[name])}; both must be of one model"
+            )
 
 
 def _measure(name: str, tau: Tensor, base: Tensor | None, other: Tensor | None, rate: float | None) -> dict[str, float]:
@@ -113,9 +101,9 @@ def _measure(name: str, tau: Tensor, base: Tensor | None, other: Tensor | None, 
     if rate is not None:
         kept = sparsify_tau(tau, name=name, method="magnitude", reserve_rate=rate, seed=0)
         sums["top"] = int(kept.count_nonzero())
-    chunks = [_chunks(tensor) for tensor in (tau, base, other)]
-    for i, part in enumerate(chunks[0]):
-        x = part.double()
+    chunks = [() if tensor is None else torch.split(tensor.reshape(-1), _CHUNK) for tensor in (tau, base, other)]
+    for i, chunk in enumerate(chunks[0]):
+        x = chunk.double()
         sums["tau_squares"] += float(x.dot(x))
         sums["nonzero"] += int(x.count_nonzero())
         if base is not None:
@@ -131,22 +119,18 @@ def _measure(name: str, tau: Tensor, base: Tensor | None, other: Tensor | None, 
     return sums
 
 
-def _measures(sums: Mapping[str, float]) -> dict[str, float | None]:
-    numel = sums["numel"]
-    norm, base, other = (math.sqrt(sums.get(f"{of}_squares", 0.0)) for of in ("tau", "base", "other"))
-    return {
-        "numel": numel,
-        "norm": norm,
-        "density": _quotient(sums.get("nonzero", 0), numel),
-        "relative_norm": _quotient(norm, base),
-        "kept": _quotient(sums.get("top", 0), numel),
-        "cosine": _quotient(sums.get("dot", 0), norm * other),
-        "sign_agreement": _quotient(sums.get("agree", 0), sums.get("both", 0)),
-    }
-
-
-def _chunks(tensor: Tensor | None) -> tuple[Tensor, ...]:
-    return () if tensor is None else torch.split(tensor.reshape(-1), _CHUNK)
+def _quantities(sums: Mapping[str, float]) -> dict[str, float | None]:
+    """Return what a row tells, of the sums that there are."""
+    norm = math.sqrt(sums["tau_squares"])
+    row = {"numel": sums["numel"], "norm": norm, "density": _quotient(sums["nonzero"], sums["numel"])}
+    if "base_squares" in sums:
+        row["relative_norm"] = _quotient(norm, math.sqrt(sums["base_squares"]))
+    if "top" in sums:
+        row["kept"] = _quotient(sums["top"], sums["numel"])
+    if "other_squares" in sums:
+        row["cosine"] = _quotient(sums["dot"], norm * math.sqrt(sums["other_squares"]))
+        row["sign_agreement"] = _quotient(sums["agree"], sums["both"])
+    return row
 
 
 def _quotient(a: float, b: float) -> float | None:

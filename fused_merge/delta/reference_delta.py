@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_merge.delta.file import SavedDelta, delta_writer, describe_files, identity_of, write_tau
+from fused_merge.delta.file import SavedDelta, describe_files, write_delta
 from fused_merge.delta.tensors import Sparsity, TauInMemory, TauOfCheckpoints, TauSource, TensorSpec, check_finite
-from fused_merge.eager.sparse import SparseTensor, packed_nbytes
+from fused_merge.eager.sparse import SparseTensor
 from fused_merge.eager.sparsify import sparsify_tau
-from fused_merge.io.sources import PathLike, SourceLike
+from fused_merge.io.headers import CODES
+from fused_merge.io.sources import PathLike, SourceLike, bits
 from fused_merge.per_tensor import parse_dtype
 from fused_merge.progress import progress_bar
+
+# Bytes of each tensor that the identity of a delta depends on.
+_HEAD_BYTES = 4096
 
 
 class ReferenceDelta:
@@ -42,23 +46,15 @@ class ReferenceDelta:
         self._source = source
         self._specs = {name: TensorSpec(dtype or spec.dtype, spec.shape) for name, spec in source.specs.items()}
         self.names = tuple(self._specs)
-        self.ordered = source.ordered
-        self.path = source.path
-        self.sparsity = source.sparsity
-        self.nbytes = sum(
-            self._dense_nbytes(name)
-            if source.value_counts is None
-            else packed_nbytes(prod(spec.shape), source.value_counts[name], spec.dtype.itemsize)
-            for name, spec in self._specs.items()
-        )
+        self.ordered, self.path, self.sparsity = source.ordered, source.path, source.sparsity
+        self.nbytes = source.packed_nbytes or sum(spec.nbytes for spec in self._specs.values())
 
     @classmethod
     def from_models(cls, base: SourceLike, tuned: SourceLike) -> ReferenceDelta:
         """Compute tau now, one tensor after the other; nothing of the two models is kept.
 
         Args:
-            base: theta_base: a module (its parameters) or a state dict (its floating tensors), or a path.
-                The order of a module's parameters is kept.
+            base: theta_base: a module (its parameters, in their order), a state dict (its floating tensors), or a path.
             tuned: theta_SFT: the same.
 
         Raises:
@@ -82,11 +78,9 @@ class ReferenceDelta:
 
     @classmethod
     def load(cls, path: PathLike) -> ReferenceDelta:
-        """Open a saved delta; headers are read now and each tensor when it is asked for.
+        """Open a saved delta: headers are read now and each tensor when it is asked for.
 
-        Raises:
-            FileNotFoundError: if the file is not there.
-            ValueError: if it is not a saved delta, is broken, or contradicts itself.
+        Raises FileNotFoundError if it is not there, ValueError if it is no saved delta, broken, or contradicts itself.
         """
         return cls(SavedDelta(path))
 
@@ -98,7 +92,7 @@ class ReferenceDelta:
         seed: int = 0,
         dtype: torch.dtype | str | None = None,
     ) -> Path:
-        """Write the delta to one safetensors file, tensor by tensor, beside `path` first and then renamed.
+        """Write the delta to one safetensors file, tensor by tensor, and return `path`.
 
         For a delta made by `from_checkpoints` the file names the files it was made of, with their SHA-256 as they are
         now. That costs one more read of both checkpoints.
@@ -114,64 +108,62 @@ class ReferenceDelta:
                 `from_checkpoints` computes anew, and then sparsified. A delta in memory or in a file that holds
                 16-bit numbers, or a sparse one, takes no other dtype.
 
-        Returns:
-            `path`.
-
         Raises:
-            ValueError: for options that do not fit, a tau that is not finite in its dtype, or a `path` that is one
-                of the files that the delta is read from.
+            ValueError: if options do not fit, tau is not finite in its dtype, or the delta is made of the file `path`.
             OSError: if the disk is full or refuses.
         """
-        return self._in(dtype)._save(Path(path), reserve_rate, method, seed)
-
-    def _save(self, path: Path, reserve_rate: float | None, method: str | None, seed: int) -> Path:
-        sparsity = self._sparsity_to_save(reserve_rate, method, seed)
-        files = self._source.files
-        made_of = [file for paths in files.values() for file in paths]
-        if path.resolve() in [file.resolve() for file in made_of]:
+        asked, path = parse_dtype(dtype), Path(path)
+        if others := [name for name in self.names if asked not in (None, self.dtype(name))]:
+            if self.sparsity is not None:
+                raise ValueError(
+                    f"{self.path} holds a sparse delta, which takes no other dtype; save the dense delta anew"
+                )
+            rounded = [name for name in others if self.dtype(name).itemsize < 4]
+            if rounded and not self._source.files:
+                raise ValueError(
+                    f"{rounded[0]!r} was rounded to {self.dtype(rounded[0])} before and takes no other dtype; make the "
+                    "delta with ReferenceDelta.from_checkpoints(base, tuned) and save that"
+                )
+            return ReferenceDelta(self._source, asked).save(path, reserve_rate, method, seed)
+        sparsity = self.sparsity
+        if reserve_rate is None and method is not None:
+            raise ValueError(f"method {method!r} needs a reserve_rate below 1; leave both out to save densely")
+        if reserve_rate is not None and (reserve_rate != 1.0 or sparsity is not None):
+            sparsity = Sparsity.checked(method, reserve_rate, seed)
+            self._check_sparsity(sparsity)
+        files = [file for paths in self._source.files.values() for file in paths]
+        if path.resolve() in [file.resolve() for file in files]:
             raise ValueError(f"{path} is a file that the delta is made of, which it would replace; choose another")
-        total = sum(map(self._dense_nbytes, self.names)) + sum(file.stat().st_size for file in made_of)
+        total = sum(spec.nbytes for spec in self._specs.values()) + sum(file.stat().st_size for file in files)
         with progress_bar("saving the reference delta", total) as advance:
             metadata = {
                 "identity": self.identity,
                 "ordered": json.dumps(self.ordered),
-                "sources": describe_files(files, advance) if made_of else self._source.sources,
+                "sources": describe_files(self._source.files, advance) if files else self._source.sources,
             }
-            with delta_writer(path, self._specs, sparsity, metadata) as writer:
-                # Packed values follow one another: the widest first keeps all of them aligned.
-                for name in sorted(self.names, key=lambda name: -self.dtype(name).itemsize):
-                    tau = self.tensor(name) if sparsity is None else self.sparse(name, sparsity)
-                    write_tau(writer, name, tau)
-                    advance(self._dense_nbytes(name))
+            # Packed values follow one another in a file: the widest first keeps all of them aligned.
+            order = sorted(self.names, key=lambda name: -self.dtype(name).itemsize)
+            tensors = ((n, self.tensor(n) if sparsity is None else self.sparse(n, sparsity)) for n in order)
+            write_delta(path, self._specs, sparsity, metadata, tensors, advance)
         return path
-
-    def _in(self, asked: torch.dtype | str | None) -> ReferenceDelta:
-        """Return this delta in another dtype, rounded when it is read; itself if it is in that one."""
-        dtype = parse_dtype(asked)
-        others = [name for name in self.names if dtype not in (None, self.dtype(name))]
-        if not others:
-            return self
-        if self.sparsity is not None:
-            raise ValueError(f"{self.path} holds a sparse delta, which takes no other dtype; save the dense delta anew")
-        rounded = [name for name in others if self.dtype(name).itemsize < 4]
-        if rounded and not self._source.files:
-            raise ValueError(
-                f"{rounded[0]!r} was rounded to {self.dtype(rounded[0])} before and takes no other dtype; make the "
-                "delta with ReferenceDelta.from_checkpoints(base, tuned) and save that"
-            )
-        return ReferenceDelta(self._source, dtype)
 
     @cached_property
     def identity(self) -> str:
         """SHA-256 over the names, dtypes, shapes and first 4 KiB of every tensor of the dense delta.
 
-        A delta and its saved forms, dense and sparse, share it. A delta saved in another dtype is another delta, since
-        its numbers are rounded: a run that began with one is not resumed with the other. Its identity is that of the
-        rounded numbers, which its own dense and sparse forms share. Computed when first asked for, from the heads of
-        the tensors alone.
+        A delta and its saved forms, dense and sparse, share it; saved in another dtype, with other numbers, it is
+        another delta. Computed when first asked for, from the heads of the tensors alone.
         """
-        stored = self._source.identity if self._specs == self._source.specs else None
-        return stored or identity_of(self._source, self._specs)
+        if self._source.identity is not None and self._specs == self._source.specs:
+            return self._source.identity
+        digest = hashlib.sha256()
+        # Sorted: the same delta read from modules and from files has its names in different orders.
+        for name, (dtype, shape) in sorted(self._specs.items()):
+            head = self._source.read(name, dtype, first=_HEAD_BYTES // dtype.itemsize)
+            assert isinstance(head, Tensor)
+            digest.update(json.dumps([name, CODES[dtype], list(shape)]).encode())
+            digest.update(bits(head).numpy().tobytes())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -202,22 +194,17 @@ class ReferenceDelta:
     def tensor(self, name: str) -> Tensor:
         """Return one tensor, dense and unscaled; for a sparse delta with zeros where nothing was kept.
 
-        Raises:
-            KeyError: if there is none of that name.
-            ValueError: if an element is NaN or infinite.
+        Raises KeyError if there is none of that name, ValueError if an element is NaN or infinite.
         """
         stored = self._read(name)
         return stored.unpack() if isinstance(stored, SparseTensor) else stored
 
     def sparse(self, name: str, sparsity: Sparsity) -> SparseTensor:
-        """Return F(tau) of one tensor: as stored, or sparsified now.
+        """Return F(tau) of one tensor, as stored or sparsified now.
 
-        Raises:
-            KeyError: if there is none of that name.
-            ValueError: if an element is NaN or infinite, `sparsity` is out of range, or the delta was stored
-                with another.
+        Raises as `tensor`; ValueError also if `sparsity` is out of range, or the delta was stored with another.
         """
-        self._check_sparsity(sparsity)
+        self._check_sparsity(Sparsity.checked(*sparsity))
         stored = self._read(name)
         if isinstance(stored, SparseTensor):
             return stored
@@ -229,10 +216,6 @@ class ReferenceDelta:
             raise KeyError(f"the reference delta has no tensor {name!r}; see its `names`")
         return self._specs[name]
 
-    def _dense_nbytes(self, name: str) -> int:
-        dtype, shape = self._specs[name]
-        return prod(shape) * dtype.itemsize
-
     def _read(self, name: str) -> Tensor | SparseTensor:
         dtype = self.dtype(name)
         stored = self._source.read(name, dtype)
@@ -241,23 +224,14 @@ class ReferenceDelta:
         return stored
 
     def _check_sparsity(self, asked: Sparsity) -> None:
-        Sparsity.checked(*asked)
-        if self.sparsity is not None and not self.sparsity.agrees(asked):
+        stored = self.sparsity
+        # A seed matters to random masks only.
+        told = 3 if asked.method == "random" else 2
+        if stored is not None and stored[:told] != asked[:told]:
             raise ValueError(
-                f"{self.path} was saved with {self.sparsity.describe()} and {asked.describe()} is asked for; "
+                f"{self.path} was saved with {stored} and {asked} is asked for; "
                 "ask for the same or save the dense delta anew"
             )
-
-    def _sparsity_to_save(self, reserve_rate: float | None, method: str | None, seed: int) -> Sparsity | None:
-        if reserve_rate is None:
-            if method is not None:
-                raise ValueError(f"method {method!r} needs a reserve_rate below 1; leave both out to save densely")
-            return self.sparsity
-        if reserve_rate == 1.0 and self.sparsity is None:
-            return None
-        asked = Sparsity.checked(method, reserve_rate, seed)
-        self._check_sparsity(asked)
-        return asked
 
 
 def _unpickled(source: TauSource, identity: str) -> ReferenceDelta:

@@ -1,7 +1,4 @@
-"""Where the tensors of a reference delta come from: two models in memory, two checkpoints, or a saved file.
-
-The saved file is `fused_merge.delta.file.SavedDelta`.
-"""
+"""Where the tensors of a reference delta come from: two models in memory, two checkpoints, or a saved file."""
 
 from __future__ import annotations
 
@@ -27,15 +24,14 @@ class TensorSpec(NamedTuple):
     dtype: torch.dtype
     shape: torch.Size
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense tensor."""
+        return self.shape.numel() * self.dtype.itemsize
+
 
 class Sparsity(NamedTuple):
-    """How tau was sparsified.
-
-    Attributes:
-        method: F: a key of `fused_merge.eager.sparsify.SPARSIFY`.
-        reserve_rate: p, the share of elements that F keeps.
-        seed: of the random mask; without meaning for magnitudes.
-    """
+    """How tau was sparsified: F, a key of SPARSIFY; p, the share of elements it keeps; the seed of random masks."""
 
     method: str
     reserve_rate: float
@@ -51,40 +47,27 @@ class Sparsity(NamedTuple):
             raise ValueError(f"reserve_rate must lie in (0, 1], got {reserve_rate}")
         return cls(method, float(reserve_rate), seed)
 
-    def agrees(self, other: Sparsity) -> bool:
-        """Return whether both keep the same elements of a tensor."""
-        return self[:2] == other[:2] and (self.method != "random" or self.seed == other.seed)
-
-    def describe(self) -> str:
-        """Return the options that say this, for error messages."""
+    def __str__(self) -> str:
         seed = f", seed={self.seed}" if self.method == "random" else ""
         return f"method={self.method!r}, reserve_rate={self.reserve_rate}{seed}"
 
 
 class TauSource(ABC):
-    """The tensors of tau by canonical name. It is pickled as its tensors if they are in memory, else as its paths.
-
-    Attributes:
-        specs: dtype and shape of each.
-        ordered: whether `specs` is known to follow the model's own order of parameters.
-        files: base and tuned -> the files that tau is computed from.
-        origin: the paths that it is read from, for error messages.
-        path: the saved file.
-        sparsity: how the saved file was sparsified; None for a dense one.
-        value_counts: name -> number of stored values, of a sparse file.
-        identity: as the saved file gives it.
-        sources: which files the saved file was made of, as JSON.
-    """
+    """The tensors of tau by canonical name. It is pickled as its tensors if they are in memory, else as its paths."""
 
     specs: Mapping[str, TensorSpec]
+    # Whether `specs` is known to follow the model's own order of parameters.
     ordered: bool = False
+    # Base and tuned -> the files that tau is computed from, and the paths that it is read from, for error messages.
     files: Mapping[str, tuple[Path, ...]] = {}
     origin: str = "memory"
+    # What a saved file tells: its path, its identity, which files it was made of, as JSON, and, if it is sparse, how it
+    # was made so and how many bytes all tensors take as stored.
     path: str | None = None
-    sparsity: Sparsity | None = None
-    value_counts: Mapping[str, int] | None = None
     identity: str | None = None
     sources: str | None = None
+    sparsity: Sparsity | None = None
+    packed_nbytes: int | None = None
 
     @abstractmethod
     def read(self, name: str, dtype: torch.dtype, first: int | None = None) -> Tensor | SparseTensor:
@@ -132,22 +115,16 @@ def check_finite(name: str, tau: Tensor, *, rounded: bool = False) -> None:
     """Raise ValueError if an element of tau is NaN or infinite, perhaps since it was `rounded` to another dtype."""
     # The extremes carry NaN along, and take no memory.
     if tau.numel() and not torch.stack(tau.aminmax()).isfinite().all():
-        raise ValueError(
-            f"the reference delta of {name!r} has an element that is not finite in {tau.dtype}; check both checkpoints "
-            "or choose a wider dtype"
-            if rounded
-            else f"the reference delta of {name!r} has a NaN or infinite element; check both checkpoints"
-        )
+        fault, way_out = "a NaN or infinite element", ""
+        if rounded:
+            fault, way_out = f"an element that is not finite in {tau.dtype}", " or choose a wider dtype"
+        raise ValueError(f"the reference delta of {name!r} has {fault}; check both checkpoints{way_out}")
 
 
 def _specs_of(base: TensorSource, tuned: TensorSource) -> dict[str, TensorSpec]:
     """Return what tau will be, of every floating tensor that is no buffer of a module."""
-    buffers = base.buffers | tuned.buffers
-    ignored = {
-        name
-        for name in {*base, *tuned}
-        if name in buffers or not any(name in source and source.is_merged(name) for source in (base, tuned))
-    }
+    merged = {name for source in (base, tuned) for name in source if source.is_merged(name)}
+    ignored = ({*base, *tuned} - merged) | base.buffers | tuned.buffers
     return {
         name: TensorSpec(torch.promote_types(base.dtype(name), tuned.dtype(name)), base.shape(name))
         for name in match(base, tuned, ignore=ignored).names

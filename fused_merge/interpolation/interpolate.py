@@ -42,15 +42,14 @@ def interpolate(
 
     Args:
         base: theta0: a floating tensor, or a state dict.
-        tuned: theta1: of the same shape, dtype and device, or with the same names. A tied weight that only
-            one state dict lists is accepted.
+        tuned: theta1: the same shape, dtype and device, or names. A tied weight may be listed by one state dict only.
         ratios: R finite ratios; below 0 or above 1 they extrapolate. For state dicts also mappings, such as
             `LayerRatios`, from names or regular expressions on whole names to ratios.
         impl: `"auto"`, `"triton"`, `"compiled"` or `"eager"`, as for `functional.interpolate`.
 
     Returns:
-        For tensors one tensor `[R, *shape]`. For state dicts a list of R dicts under the names of `base`;
-        tied names share a tensor, and integer tensors are copies of `tuned`'s (`base`'s at r = 0).
+        One tensor `[R, *shape]`, or a list of R dicts under the names of `base`, where tied names share a tensor and
+        integer tensors are copies of `tuned`'s (`base`'s at r = 0).
 
     Raises:
         ValueError: for a ratio that is not finite, or tensors that do not match; the sentence names them.
@@ -63,8 +62,8 @@ def interpolate(
         return _points(base.detach(), tuned.detach(), points, impl)  # type: ignore[arg-type]
     if not (isinstance(base, Mapping) and isinstance(tuned, Mapping)):
         raise TypeError(
-            f"base and tuned must be two tensors or two state dicts, got a {type(base).__name__} "
-            f"and a {type(tuned).__name__}; use interpolate_checkpoints for files, RatioSweep for modules"
+            f"base and tuned must be two tensors or two state dicts, got a {type(base).__name__} and a "
+            f"{type(tuned).__name__}; use interpolate_checkpoints for files, RatioSweep for modules"
         )
     start, end = open_source(base, role="base"), open_source(tuned, role="tuned")
     matched = match(start, end, same_dtype=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -35,6 +35,9 @@ class LayerRatios(NamedRatios):
     `print` shows it as a table; two are equal if their parts and ratios are. Source: Lin et al. 2024
     (arXiv 2309.06256), who average the low, middle and high layers of two models at ratios of their own.
 
+    Its constructors take as `model_or_names` a module, a state dict, the path of a checkpoint, or names. Tied weights
+    count under their first name, and integers have no ratio; of a list of names all have.
+
     ```python
     low_to_high = fm.LayerRatios.by_parts("sft/", [0.2, 0.5, 0.9])
     fm.interpolate_checkpoints("sft/", "rlhf/", [0.5, low_to_high], "out/")
@@ -43,10 +46,7 @@ class LayerRatios(NamedRatios):
     Args:
         parts: label -> names of the tensors, each in one part only. Names are made canonical.
         ratios: one finite number for each part; below 0 or above 1 they extrapolate.
-        history: what an optimizer recorded, one mapping of plain data for each step.
-
-    Attributes:
-        history: as given, a tuple of dicts.
+        history: what an optimizer recorded, one mapping of plain data for each step; kept as a tuple of dicts.
 
     Raises:
         ValueError: if a part is empty, a tensor stands in two, a ratio is not finite, or their numbers differ.
@@ -56,15 +56,14 @@ class LayerRatios(NamedRatios):
     def __init__(
         self, parts: Mapping[str, Iterable[str]], ratios: Iterable[float], *, history: Iterable[Mapping[str, Any]] = ()
     ) -> None:
-        self._parts: dict[str, tuple[str, ...]] = {}
-        self._by_name: dict[str, float] = {}
         given = _listed(ratios)
         if len(given) != len(parts):
             raise ValueError(f"{len(parts)} parts need as many ratios, got {len(given)}")
-        numbers = zip(parts, given, strict=True)
-        self._ratios = tuple(finite(ratio, what=f"ratio of {label!r}") for label, ratio in numbers)
-        for (label, listed), ratio in zip(parts.items(), self._ratios, strict=True):
-            names = _canonical(listed)
+        self._ratios = tuple(finite(r, what=f"ratio of {label!r}") for label, r in zip(parts, given, strict=True))
+        self._parts: dict[str, tuple[str, ...]] = {}
+        self._by_name: dict[str, float] = {}
+        for label, ratio in zip(parts, self._ratios, strict=True):
+            names = _canonical(parts[label])
             if not isinstance(label, str):
                 raise TypeError(f"a part must be called by a string, got {label!r}")
             if not names:
@@ -92,8 +91,6 @@ class LayerRatios(NamedRatios):
         `encoder.block`. Layers of several stacks are counted through: towers, encoders, decoders.
 
         Args:
-            model_or_names: a module, a state dict, the path of a checkpoint, or names. Tied weights count under their
-                first name, and integers have no ratio; of a list of names all have.
             ratios: K numbers, for the lowest layers first.
             boundaries: the first layers of parts 2 to K, instead of equal parts: `[8, 16]` for layers 0-7, 8-15 and
                 all above.
@@ -110,15 +107,10 @@ class LayerRatios(NamedRatios):
 
     @classmethod
     def by_patterns(cls, model_or_names: Names, ratios: Mapping[str, float]) -> LayerRatios:
-        """Make a part of all tensors that belong to one key.
+        """Make a part of all tensors that belong to one key, a name or a regular expression on whole names.
 
-        Args:
-            model_or_names: as for `by_parts`.
-            ratios: name or regular expression on whole names -> number. A name that is a key is in its part; any other
-                in that of the first key that matches it.
-
-        Raises:
-            ValueError: if a tensor has no key, or a key no tensor, or is no regular expression.
+        A name that is a key is in its part; any other in that of the first key that matches it. Raises ValueError if a
+        tensor has no key, or a key no tensor, or is no regular expression.
         """
         names = _names_of(model_or_names)
         keys = match_keys(ratios, names, what="ratio")
@@ -128,27 +120,23 @@ class LayerRatios(NamedRatios):
     def by_kind(cls, model_or_names: Names, ratios: Mapping[str, float]) -> LayerRatios:
         """Make a part of all tensors of a kind.
 
-        Args:
-            model_or_names: as for `by_parts`.
-            ratios: kind -> number. Kinds are `"embeddings"`; `"attention"`, `"mlp"` and `"norm"` of the layers, where
-                norms within attention count as norms; `"norm"` also of the final norms; `"head"`, which is also that
-                of a classifier, and the pooler; and `"other"`, which is everything that is not listed.
-
-        Raises:
-            ValueError: if the kind of a tensor has no ratio, or a kind that has one does not occur.
+        Kinds are `"embeddings"`; `"attention"`, `"mlp"` and `"norm"` of the layers, where norms within attention count
+        as norms; `"norm"` also of the final norms; `"head"`, which is also that of a classifier, and the pooler; and
+        `"other"`, which is everything that is not listed. Raises ValueError if the kind of a tensor has no ratio, or a
+        kind that has one does not occur.
         """
         if odd := [kind for kind in ratios if kind not in _KINDS]:
             raise ValueError(f"there is no kind {odd[0]!r}; kinds are {', '.join(map(repr, _KINDS))}")
         parts: dict[str, list[str]] = {kind: [] for kind in ratios}
         for name in _names_of(model_or_names):
             kind = kind_of(name)
-            if kind not in parts and "other" not in parts:
+            if (members := parts.get(kind or "other", parts.get("other"))) is None:
                 raise ValueError(
-                    f"cannot tell what kind {name!r} is; give a ratio for 'other', or use by_patterns"
-                    if kind is None
-                    else f"{name!r} is of the kind {kind!r}, which has no ratio; add it, or 'other' for all not listed"
+                    f"{name!r} is of the kind {kind!r}, which has no ratio; add it, or 'other' for all not listed"
+                    if kind
+                    else f"cannot tell what kind {name!r} is; give a ratio for 'other', or use by_patterns"
                 )
-            parts["other" if kind is None or kind not in parts else kind].append(name)
+            members.append(name)
         if idle := [kind for kind, members in parts.items() if not members]:
             raise ValueError(f"no tensor is of the kind {' or '.join(map(repr, idle))}; leave it out")
         return cls(parts, ratios.values())
@@ -157,17 +145,11 @@ class LayerRatios(NamedRatios):
     def per_tensor(cls, model_or_names: Names, ratio: PerTensor) -> LayerRatios:
         """Make each tensor a part of its own.
 
-        Args:
-            model_or_names: as for `by_parts`.
-            ratio: a number for all; or a mapping from names or regular expressions on whole names to numbers; or other
-                `LayerRatios`, whose parts are taken apart.
-
-        Raises:
-            ValueError: if a tensor has no ratio, or a key no tensor.
+        `ratio` is a number for all, or a mapping from names or regular expressions on whole names to numbers, or other
+        `LayerRatios`, whose parts are taken apart. Raises ValueError if a tensor has no ratio, or a key no tensor.
         """
-        names = _names_of(model_or_names)
-        decided = per_tensor(ratio, names, what="ratio")
-        return cls({name: (name,) for name in names}, decided.values())
+        decided = per_tensor(ratio, _names_of(model_or_names), what="ratio")
+        return cls({name: (name,) for name in decided}, decided.values())
 
     @property
     def parts(self) -> Mapping[str, tuple[str, ...]]:
@@ -182,7 +164,7 @@ class LayerRatios(NamedRatios):
     @property
     def mean(self) -> float:
         """The mean of the ratios over the parts, each counted once whatever its size, as in the paper."""
-        return math.fsum(self._ratios) / len(self._ratios)
+        return fmean(self._ratios)
 
     def replace(self, ratios: Iterable[float]) -> LayerRatios:
         """Return the same parts with other ratios, and without history."""
@@ -191,23 +173,12 @@ class LayerRatios(NamedRatios):
     def save(self, path: PathLike) -> None:
         """Write parts, ratios and history as text to read and edit: JSON if the path ends in `.json`, else YAML.
 
-        Args:
-            path: the file; an existing one is replaced when the new one is whole.
-
-        Raises:
-            ImportError: for YAML without PyYAML.
-            TypeError: if the history is not plain data.
-            OSError: if the file cannot be written.
+        An existing file is replaced when the new one is whole. Raises ImportError for YAML without PyYAML, TypeError
+        if the history is not plain data, OSError if the file cannot be written.
         """
         path = Path(path)
-        content: dict[str, Any] = {
-            "parts": {
-                label: {"ratio": ratio, "tensors": list(names)}
-                for (label, names), ratio in zip(self._parts.items(), self._ratios, strict=True)
-            }
-        }
-        if self.history:
-            content["history"] = self.history
+        parts = {label: {"ratio": ratio, "tensors": list(names)} for label, names, ratio in self._rows()}
+        content = {"parts": parts} | ({"history": self.history} if self.history else {})
         try:
             text = plain_text(path, content)
         except TypeError as error:
@@ -216,15 +187,10 @@ class LayerRatios(NamedRatios):
 
     @classmethod
     def load(cls, path: PathLike) -> LayerRatios:
-        """Read what `save` wrote, edited or not.
+        """Read what `save` wrote, edited or not: `{parts: {label: {ratio: 0.2, tensors: [...]}}}`.
 
-        Args:
-            path: of a file `{parts: {label: {ratio: 0.2, tensors: [...]}}}`, JSON if it ends in `.json`, else YAML.
-
-        Raises:
-            FileNotFoundError: if it is not there.
-            ValueError: if it says something else; the sentence names the file.
-            ImportError: for YAML without PyYAML.
+        Raises FileNotFoundError if the file is not there, ValueError if it says something else, ImportError for YAML
+        without PyYAML.
         """
         path = Path(path)
         if not path.is_file():
@@ -235,21 +201,14 @@ class LayerRatios(NamedRatios):
         parts, history = content["parts"], content.get("history", [])
         if not isinstance(parts, dict) or not parts:
             raise ValueError(f"{path} has no mapping from parts to their ratio and tensors under 'parts'; correct it")
-        for label, part in parts.items():
-            if (
-                not isinstance(part, dict)
-                or part.keys() != {"ratio", "tensors"}
-                or not isinstance(part["tensors"], list)
-            ):
+        for label, row in parts.items():
+            if not isinstance(row, dict) or row.keys() != {"ratio", "tensors"} or not isinstance(row["tensors"], list):
                 raise ValueError(f"{path} gives part {label!r} not just a ratio and a list of tensors; correct it")
         if not isinstance(history, list) or not all(isinstance(step, dict) for step in history):
             raise ValueError(f"{path} has a history that is no list of mappings; correct it")
         try:
-            return cls(
-                {label: part["tensors"] for label, part in parts.items()},
-                [_number(part["ratio"], label) for label, part in parts.items()],
-                history=history,
-            )
+            ratios = [_number(row["ratio"], label) for label, row in parts.items()]
+            return cls({label: row["tensors"] for label, row in parts.items()}, ratios, history=history)
         except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -263,24 +222,27 @@ class LayerRatios(NamedRatios):
         return len(self._by_name)
 
     def __eq__(self, other: object) -> bool:
-        # The order of tensors within a part is that of where the names came from, and says nothing.
         return isinstance(other, LayerRatios) and self._content() == other._content()
 
     def __hash__(self) -> int:
-        return hash(tuple(self._content()))
+        return hash(self._content())
 
-    def _content(self) -> list[tuple[str, frozenset[str], float]]:
-        parts = zip(self._parts.items(), self._ratios, strict=True)
-        return [(label, frozenset(names), ratio) for (label, names), ratio in parts]
+    def _content(self) -> tuple[tuple[str, frozenset[str], float], ...]:
+        # The order of tensors within a part is that of where the names came from, and says nothing.
+        return tuple((label, frozenset(names), ratio) for label, names, ratio in self._rows())
+
+    def _rows(self) -> Iterator[tuple[str, tuple[str, ...], float]]:
+        return zip(self._parts, self._parts.values(), self._ratios, strict=True)
 
     def __repr__(self) -> str:
-        shown = some(f"{label!r}: {ratio:.6g}" for label, ratio in zip(self._parts, self._ratios, strict=True))
+        shown = some(f"{label!r}: {ratio:.6g}" for label, _, ratio in self._rows())
         return f"<LayerRatios of {len(self)} tensors: {shown}>"
 
     def __str__(self) -> str:
-        table = [("part", "holds", "tensors", "ratio")]
-        for (label, names), ratio in zip(self._parts.items(), self._ratios, strict=True):
-            table.append((label, some(summarize(names)), str(len(names)), f"{ratio:.6g}"))
+        rows = (
+            (label, some(summarize(names)), str(len(names)), f"{ratio:.6g}") for label, names, ratio in self._rows()
+        )
+        table = [("part", "holds", "tensors", "ratio"), *rows]
         part, holds, tensors, number = (max(map(len, column)) for column in zip(*table, strict=True))
         return "\n".join(f"{a:<{part}}  {b:<{holds}}  {c:>{tensors}}  {d:>{number}}" for a, b, c, d in table)
 

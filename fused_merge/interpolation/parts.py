@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import takewhile
+from itertools import groupby, takewhile
+from operator import eq
 
 from fused_merge.names import layer_of, some
 from fused_merge.per_tensor import match_keys
@@ -20,26 +21,20 @@ _LISTS = re.compile(r"layers?|h|(res)?blocks?", re.IGNORECASE)
 # layers heads come first, which have norms and projections of their own (`cls.predictions.transform.LayerNorm`,
 # `embed_out`), and embeddings before norms, for `embeddings.LayerNorm` and `word_embeddings_layernorm`; what normalizes
 # them before the first layer counts as theirs (`ln_pre`, `pre_layrnorm`).
-_OUTSIDE = (
-    (
-        "head",
-        r"(\w+_)?heads?|cls|(pre_)?classifier|score|pooler|output|qa_outputs|vocab_(transform|layer_norm|projector)"
-        r"|embed_out|project_out",
-    ),
-    ("embeddings", r"\w*embed\w*|\w*emb|wte|wpe|shared|project_in|ln_pre|pre_la?ye?r_?norm"),
-    ("norm", r"\w*norm\w*|ln_\w+"),
-)
+_OUTSIDE = {
+    "head": r"(\w+_)?heads?|cls|(pre_)?classifier|score|pooler|output|qa_outputs|vocab_(transform|layer_norm|projector)"
+    r"|embed_out|project_out",
+    "embeddings": r"\w*embed\w*|\w*emb|wte|wpe|shared|project_in|ln_pre|pre_la?ye?r_?norm",
+    "norm": r"\w*norm\w*|ln_\w+",
+}
 # Within a layer norms come first, which are named after what they stand before or behind (`post_attention_layernorm`,
 # `attention.output.LayerNorm`, `self_attn.q_norm`), and attention before MLP, since BERT calls the last projection of
 # either `output` and OPT has its MLP, `fc1` and `fc2`, in no module of its own.
-_INSIDE = (
-    ("norm", r"\w*norm\w*|ln(_\w+|\d+)?"),
-    ("attention", r"\w*attn\w*|\w*attention\w*"),
-    (
-        "mlp",
-        r"\w*mlp\w*|(\w+_)?ffn?(_\w+)?|feed_?forward\w*|DenseReluDense|\w*moe|\w*experts?|fc\d|intermediate|output",
-    ),
-)
+_INSIDE = {
+    "norm": r"\w*norm\w*|ln(_\w+|\d+)?",
+    "attention": r"\w*attn\w*|\w*attention\w*",
+    "mlp": r"\w*mlp\w*|(\w+_)?ffn?(_\w+)?|feed_?forward\w*|DenseReluDense|\w*moe|\w*experts?|fc\d|intermediate|output",
+}
 
 # The order of several stacks, which the order of names in a file does not tell: towers feed encoders, and these
 # decoders. The first component that matches decides, as in `decoder.bert.encoder.layer`; a stack without one is third.
@@ -49,17 +44,18 @@ _STACKS = ((0, r"\w*(vision|visual|image|audio)\w*"), (1, r"\w*encoder\w*"), (3,
 def slices_by_depth(
     names: Sequence[str], count: int, boundaries: Sequence[int] | None, outside: Mapping[str, int]
 ) -> dict[str, list[str]]:
-    """Cut a network into parts of consecutive layers; see `LayerRatios.by_parts`.
-
-    Returns:
-        Label, such as "layers 0-8" -> names, the lowest part first.
-
-    Raises:
-        ValueError: if a tensor cannot be placed, or `count`, `boundaries` or `outside` do not fit the layers.
-    """
-    outside = {key: _part_of(part, count, key) for key, part in outside.items()}
-    chosen = _chosen(outside, names)
-    places = {name: place for name in names if name not in chosen and (place := _place(name)) is not None}
+    """Cut a network into parts of consecutive layers, label -> names, the lowest first; see `LayerRatios.by_parts`."""
+    for key, part in outside.items():
+        if part not in range(-count, count):
+            raise ValueError(
+                f"outside puts {key!r} into part {part!r}, but parts are 0 to {count - 1}, or -1 for the last"
+            )
+    keys = {key: part for key, part in outside.items() if key not in _OUTSIDE}
+    try:
+        key_of = match_keys(keys, names, what="part", partial=True)
+    except ValueError as error:
+        raise ValueError(f"outside takes {', '.join(map(repr, _OUTSIDE))} and names, but {error}") from error
+    places = {name: place for name in names if name not in key_of and (place := _place(name)) is not None}
     stacks = _stacks(places.values())
     if not stacks:
         raise ValueError(
@@ -68,34 +64,31 @@ def slices_by_depth(
         )
     depth = sum(map(len, stacks.values()))
     firsts = _firsts(depth, count, boundaries)
+    of_kind = {"embeddings": 0, "head": -1, **outside}
     parts: list[list[str]] = [[] for _ in range(count)]
     unplaced = []
     for name in names:
-        if name in chosen:
-            part = chosen[name]
+        if name in key_of:
+            part = keys[key_of[name]]
         elif name in places:
             stack, number = places[name]
             part = bisect_right(firsts, stacks[stack][number]) - 1
-        elif (kind := kind_of(name)) is None:
-            unplaced.append(name)
-            continue
-        elif kind in outside:
-            part = outside[kind]
+        elif (kind := kind_of(name)) in of_kind:
+            part = of_kind[kind]
         elif kind == "norm":
             part = bisect_right(firsts, stacks[_nearest(name, stacks)][-1]) - 1
         else:
-            part = 0 if kind == "embeddings" else count - 1
-        parts[part].append(name)
+            unplaced.append(repr(name))
+            continue
+        parts[int(part)].append(name)
     if unplaced:
-        others = f", nor {some(map(repr, unplaced[1:]))}" if len(unplaced) > 1 else ""
+        others = f", nor {some(unplaced[1:])}" if len(unplaced) > 1 else ""
         raise ValueError(
-            f"cannot tell where {unplaced[0]!r} belongs{others}: it is in no list of layers, and not called like "
-            f"embeddings, a norm or a head; give its part with outside={{{unplaced[0]!r}: 0}}, or use by_patterns"
+            f"cannot tell where {unplaced[0]} belongs{others}: it is in no list of layers, and not called like "
+            f"embeddings, a norm or a head; give its part with outside={{{unplaced[0]}: 0}}, or use by_patterns"
         )
     lasts = [first - 1 for first in [*firsts[1:], depth]]
-    labels = [
-        f"layers {first}-{last}" if first < last else f"layer {last}" for first, last in zip(firsts, lasts, strict=True)
-    ]
+    labels = [f"layers {a}-{b}" if a < b else f"layer {b}" for a, b in zip(firsts, lasts, strict=True)]
     return dict(zip(labels, parts, strict=True))
 
 
@@ -121,19 +114,17 @@ def summarize(names: Iterable[str]) -> list[str]:
 
 
 def _place(name: str) -> tuple[str, int] | None:
-    """Return stack and number of the layer that a tensor is in, or None for one outside the layers.
-
-    `classifier.0.weight` is in no layer, and neither is `v_head.layers.0.weight`.
-    """
+    """Return stack and number of the layer that a tensor is in, or None for one outside the layers."""
     place = layer_of(name)
+    # `classifier.0.weight` is in no layer, and neither is `v_head.layers.0.weight`.
     if place is None or not _LISTS.fullmatch(place[0].rpartition(".")[2]):
         return None
-    return None if _described(place[0], _OUTSIDE[:1]) else place
+    return None if _described(place[0], _OUTSIDE) == "head" else place
 
 
-def _described(name: str, patterns: Iterable[tuple[str, str]]) -> str | None:
+def _described(name: str, patterns: Mapping[str, str]) -> str | None:
     components = name.split(".")
-    for kind, pattern in patterns:
+    for kind, pattern in patterns.items():
         if any(re.fullmatch(pattern, component, re.IGNORECASE) for component in components):
             return kind
     return None
@@ -144,7 +135,8 @@ def _stacks(places: Iterable[tuple[str, int]]) -> dict[str, range]:
     depths: dict[str, int] = {}
     for stack, number in places:
         depths[stack] = max(depths.get(stack, 0), number + 1)
-    stacks, first = {}, 0
+    stacks: dict[str, range] = {}
+    first = 0
     for stack in sorted(depths, key=lambda stack: (_rank(stack), stack)):
         stacks[stack] = range(first, first + depths[stack])
         first += depths[stack]
@@ -152,25 +144,18 @@ def _stacks(places: Iterable[tuple[str, int]]) -> dict[str, range]:
 
 
 def _rank(stack: str) -> int:
-    for component in stack.split("."):
-        for rank, pattern in _STACKS:
-            if re.fullmatch(pattern, component, re.IGNORECASE):
-                return rank
-    return 2
+    ranks = (rank for part in stack.split(".") for rank, p in _STACKS if re.fullmatch(p, part, re.IGNORECASE))
+    return next(ranks, 2)
 
 
-def _nearest(name: str, stacks: Iterable[str]) -> str:
-    """Return the stack that a norm outside the layers belongs to: that with which it shares most of its path.
-
-    Of several it is one in the same module, else the last.
-    """
+def _nearest(name: str, stacks: Mapping[str, range]) -> str:
+    """Return the stack that shares most of its path with a final norm; of several one beside it, else the last."""
     path = name.split(".")[:-1]
-    best, found = (-1, False), ""
+    found, best = "", (-1, False)
     for stack in stacks:
         other = stack.split(".")
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(path, other, strict=False)))
-        if (shared := (common, path[:-1] == other[:-1])) >= best:
-            best, found = shared, stack
+        if (shared := (sum(takewhile(bool, map(eq, path, other))), path[:-1] == other[:-1])) >= best:
+            found, best = stack, shared
     return found
 
 
@@ -190,29 +175,8 @@ def _firsts(depth: int, count: int, boundaries: Sequence[int] | None) -> list[in
     return firsts
 
 
-def _part_of(part: int, count: int, key: str) -> int:
-    if part not in range(-count, count):
-        raise ValueError(f"outside puts {key!r} into part {part!r}, but parts are 0 to {count - 1}, or -1 for the last")
-    return int(part) % count
-
-
-def _chosen(outside: Mapping[str, int], names: Sequence[str]) -> dict[str, int]:
-    """Return the parts of tensors that are given one by name or regular expression."""
-    kinds = [kind for kind, _ in _OUTSIDE]
-    keys = {key: part for key, part in outside.items() if key not in kinds}
-    try:
-        found = match_keys(keys, names, what="part", partial=True)
-    except ValueError as error:
-        raise ValueError(f"outside takes {', '.join(map(repr, kinds))} and names, but {error}") from error
-    return {name: keys[key] for name, key in found.items()}
-
-
 def _ranges(numbers: Iterable[int]) -> str:
     """Return "0-3+7" for 0, 1, 2, 3 and 7."""
-    ranges: list[list[int]] = []
-    for number in sorted(numbers):
-        if ranges and number == ranges[-1][-1] + 1:
-            ranges[-1][1:] = [number]
-        else:
-            ranges.append([number])
-    return "+".join("-".join(map(str, ends)) for ends in ranges)
+    runs = groupby(enumerate(sorted(numbers)), key=lambda pair: pair[1] - pair[0])
+    ends = ([number for _, number in run] for _, run in runs)
+    return "+".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in ends)

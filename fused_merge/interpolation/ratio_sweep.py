@@ -23,9 +23,8 @@ class RatioSweep(Generic[Model]):
 
     ```python
     sweep = RatioSweep(model, "base/", "tuned/")
-    with sweep.at(0.0):
-        for ratio in (0.0, 0.3, 0.6, 1.0):
-            sweep.move_to(ratio)
+    for ratio in (0.0, 0.3, 0.6, 1.0):
+        with sweep.at(ratio):
             print(ratio, evaluate(model))
     ```
 
@@ -42,9 +41,8 @@ class RatioSweep(Generic[Model]):
         impl: `"auto"`, `"triton"`, `"compiled"` or `"eager"`, as for `functional.interpolate`.
 
     Raises:
-        ValueError: if names or shapes differ, or dtypes of `base` and `tuned`, or of integers, if the model ties
-            weights that `base` or `tuned` tell apart, if it shares storage with them, or if its shards are no boxes of
-            tensors.
+        ValueError: if names, shapes or dtypes do not fit, the model ties weights that `base` or `tuned` tell apart, it
+            shares storage with them, or its shards are no boxes of tensors.
         TypeError: if `model` is no module.
     """
 
@@ -53,24 +51,30 @@ class RatioSweep(Generic[Model]):
             raise TypeError(f"model must be a module, got a {type(model).__name__}; use interpolate for state dicts")
         self.model = model
         self._impl = check_impl(impl)
+        # Inside `at`: where the model is, and what brings back its bits: a source with them or a copy.
         self._ratio: PerTensor | None = None
-        self._base = open_source(base, role="base")
-        self._tuned = open_source(tuned, role="tuned")
+        self._originals: dict[str, Tensor | TensorSource] = {}
+        self._ends = start, end = open_source(base, role="base"), open_source(tuned, role="tuned")
         weights = self._open_model()
-        ends = match(self._base, self._tuned, same_dtype=True)
-        with_model = match(weights, self._base)
+        ends, with_model = match(start, end, same_dtype=True), match(weights, start)
         # For each tensor of the model, its first name -> its name in the checkpoints.
         self._source_names: dict[str, str] = {}
         for name in weights:
             source_name = ends.resolve(with_model.resolve(name))
-            owner = weights.aliases.get(name, name)
-            stored = self._base.dtype(source_name)
+            stored = start.dtype(source_name)
             if weights.dtype(name) != stored and not weights.is_merged(name):
                 raise ValueError(
-                    f"{name!r} is {weights.dtype(name)} in the model and {stored} in {self._base.origin}; integers "
+                    f"{name!r} is {weights.dtype(name)} in the model and {stored} in {start.origin}; integers "
                     "are copied as they are, so both must have one dtype"
                 )
-            self._check_tie(owner, name, self._source_names.setdefault(owner, source_name), source_name)
+            owner = weights.aliases.get(name, name)
+            first = self._source_names.setdefault(owner, source_name)
+            for source in self._ends:
+                if first != source_name and not same_bits(source[first], source[source_name]):
+                    raise ValueError(
+                        f"the model ties {name!r} to {owner!r}, but {source.origin} holds other values for it; "
+                        "untie them in the model (tie_word_embeddings=False)"
+                    )
         self.names = tuple(name for name in self._source_names if weights.is_merged(name))
         """The tensors that have a ratio, tied ones once under the model's first name."""
 
@@ -81,31 +85,21 @@ class RatioSweep(Generic[Model]):
         On leaving, also by an exception, every weight gets back the bits found on entry. They are kept as a
         copy on the CPU, except where they equal `base` or `tuned`, which are then read again.
 
-        Args:
-            ratio: any finite number; 0 is `base`, 1 is `tuned`. Or a mapping, such as `LayerRatios`, from names or
-                regular expressions on whole names to numbers.
-
-        Raises:
-            ValueError: if `ratio` is not finite or does not fit, or the model now shares storage with `base` or
-                `tuned`.
-            RuntimeError: inside another `at` of this sweep.
+        `ratio` is any finite number; 0 is `base`, 1 is `tuned`. Or a mapping, such as `LayerRatios`, from names or
+        regular expressions on whole names to numbers. Raises ValueError if it is not finite or does not fit, or the
+        model now shares storage with either end; RuntimeError inside another `at` of this sweep.
         """
         decided = per_tensor(ratio, self.names, what="ratio")
         if self._ratio is not None:
             raise RuntimeError(f"the model is at ratio {self._ratio} already; leave that block, or use move_to")
-        weights = self._open_model()
-        originals: dict[str, Tensor | TensorSource] = {}
         self._ratio = ratio
         try:
-            for name in self._source_names:
-                ends = self.ends_of(name, weights[name])
-                originals[name] = self._original(weights[name], ends)
-                self._write(weights[name], name, ends, ratio, decided)
+            self._write(ratio, decided)
             yield self.model
         finally:
-            self._ratio = None
+            originals, self._originals, self._ratio = self._originals, {}, None
             # Opened anew: the block may have moved the model to another device.
-            weights = self._open_model()
+            weights = self._open_model() if originals else {}
             for name, original in originals.items():
                 if isinstance(original, TensorSource):
                     original = original.box(self._source_names[name], local_box(weights[name]))
@@ -114,80 +108,50 @@ class RatioSweep(Generic[Model]):
     def move_to(self, ratio: PerTensor) -> None:
         """Write another point of the path into the model, inside `at`: two reads and one write of each weight.
 
-        Args:
-            ratio: as for `at`.
-
-        Raises:
-            ValueError: if `ratio` is not finite or does not fit; the model then stays where it is.
-            RuntimeError: outside `at`.
+        Raises as `at`; the model then stays where it is. RuntimeError outside `at`.
         """
         if self._ratio is None:
             raise RuntimeError("call move_to() inside `with sweep.at(ratio):`")
-        decided = per_tensor(ratio, self.names, what="ratio")
-        weights = self._open_model()
-        for name in self._source_names:
-            self._write(weights[name], name, self.ends_of(name, weights[name]), ratio, decided)
+        self._write(ratio, per_tensor(ratio, self.names, what="ratio"))
         self._ratio = ratio
 
     def ends_of(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `base` and `tuned` hold of one of the model's tensors: the elements of this process, beside it.
+        """Return what `base` and `tuned` hold of the model's tensor `weight`: this process's part, on its device."""
+        where, device = (self._source_names[name], local_box(weight)), local_part(weight).device
+        base, tuned = (end.box(*where).to(device) for end in self._ends)
+        return base, tuned
 
-        Args:
-            name: one of `names`.
-            weight: the model's tensor of that name, which says which elements and on which device.
-        """
-        source_name, box, device = self._source_names[name], local_box(weight), local_part(weight).device
-        return self._base.box(source_name, box).to(device), self._tuned.box(source_name, box).to(device)
-
-    def _write(
-        self, weight: Tensor, name: str, ends: tuple[Tensor, Tensor], ratio: PerTensor, decided: Mapping[str, float]
-    ) -> None:
-        (base, tuned), local = ends, local_part(weight)
-        if name not in decided:
-            local.copy_(ends[is_tuned(ratio, decided)])
-        elif decided[name] in (0.0, 1.0):
-            local.copy_(ends[int(decided[name])])
-        elif local.dtype == base.dtype:
-            functional.interpolate([base], [tuned], [decided[name]], [[local]], impl=self._impl)
-        else:
-            # Contiguous all of them: with other strides the point would be rounded to the dtype of the ends first.
-            point = local.contiguous()
-            functional.interpolate(
-                [base.contiguous()], [tuned.contiguous()], [decided[name]], [[point]], impl=self._impl
-            )
-            if point is not local:
-                local.copy_(point)
-
-    def _original(self, weight: Tensor, ends: tuple[Tensor, Tensor]) -> Tensor | TensorSource:
-        """Return what brings back the bits of a weight: the source that holds them, or a copy."""
-        local = local_part(weight)
-        for source, end in zip((self._base, self._tuned), ends, strict=True):
-            if same_bits(local, end):
-                return source
-        return local.to("cpu", copy=True)
+    def _write(self, ratio: PerTensor, decided: Mapping[str, float]) -> None:
+        weights = self._open_model()
+        for name in self._source_names:
+            base, tuned = ends = self.ends_of(name, weights[name])
+            local = local_part(weights[name])
+            if name not in self._originals:
+                held = (source for source, end in zip(self._ends, ends, strict=True) if same_bits(local, end))
+                self._originals[name] = next(held, None) or local.to("cpu", copy=True)
+            if name not in decided:
+                local.copy_(ends[is_tuned(ratio, decided)])
+            elif decided[name] in (0.0, 1.0):
+                local.copy_(ends[int(decided[name])])
+            elif local.dtype == base.dtype:
+                functional.interpolate([base], [tuned], [decided[name]], [[local]], impl=self._impl)
+            else:
+                # Contiguous all: with other strides the point would be rounded to the dtype of the ends first.
+                base, tuned, point = base.contiguous(), tuned.contiguous(), local.contiguous()
+                functional.interpolate([base], [tuned], [decided[name]], [[point]], impl=self._impl)
+                if point is not local:
+                    local.copy_(point)
 
     def _open_model(self) -> TensorSource:
         reshard(self.model)
         weights = open_source(self.model, role="model")
-        for source in (self._base, self._tuned):
-            if _storages(weights) & _storages(source):
+        addresses = {local_part(tensor).untyped_storage().data_ptr() for tensor in weights.values()} - {0}
+        for end in self._ends:
+            # What is mapped from files is private to the source.
+            tensors = () if end.files() else end.values()
+            if any(local_part(tensor).untyped_storage().data_ptr() in addresses for tensor in tensors):
                 raise ValueError(
-                    f"the model shares storage with {source.origin}, which writing to it would change; "
+                    f"the model shares storage with {end.origin}, which writing to it would change; "
                     "pass a deep copy or a saved checkpoint"
                 )
         return weights
-
-    def _check_tie(self, owner: str, name: str, first: str, second: str) -> None:
-        for source in (self._base, self._tuned):
-            if first != second and not same_bits(source[first], source[second]):
-                raise ValueError(
-                    f"the model ties {name!r} to {owner!r}, but {source.origin} holds other values for it; "
-                    "untie them in the model (tie_word_embeddings=False)"
-                )
-
-
-def _storages(source: TensorSource) -> set[int]:
-    """Return the addresses of the memory behind a source; what is mapped from files is private to it."""
-    if source.files():
-        return set()
-    return {local_part(tensor).untyped_storage().data_ptr() for tensor in source.values()} - {0}

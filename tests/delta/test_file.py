@@ -22,12 +22,14 @@ from fused_merge.delta.tensors import Sparsity
 from fused_merge.eager.sparsify import sparsify_tau
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def models():
     return two_models()
 
 
-# --- there and back
+def again(delta, folder, *options, **named):
+    """A delta as its file gives it back."""
+    return ReferenceDelta.load(delta.save(folder / "tau.safetensors", *options, **named))
 
 
 @pytest.mark.parametrize("source", ["models", "checkpoints"])
@@ -36,11 +38,11 @@ def test_dense_there_and_back(source, models, tmp_path):
         delta = ReferenceDelta.from_models(*models)
     else:
         delta = ReferenceDelta.from_checkpoints(*(save(m, tmp_path / str(i)) for i, m in enumerate(models)))
-    path = delta.save(str(tmp_path / "new" / "tau.safetensors"), reserve_rate=1.0)
-    loaded = ReferenceDelta.load(path)
+    loaded = again(delta, tmp_path / "new", reserve_rate=1.0)
     assert_same(delta, loaded)
-    assert loaded.names == delta.names
-    assert (loaded.ordered, loaded.path, loaded.sparsity) == (delta.ordered, str(path), None)
+    path = tmp_path / "new" / "tau.safetensors"
+    assert (loaded.names, loaded.ordered) == (delta.names, delta.ordered)
+    assert (loaded.path, loaded.sparsity) == (str(path), None)
     # Readable without this library.
     assert all(same_bits(load_file(path)[name], delta.tensor(name)) for name in delta.names)
     assert [file.name for file in path.parent.iterdir()] == ["tau.safetensors"]
@@ -49,42 +51,37 @@ def test_dense_there_and_back(source, models, tmp_path):
 @pytest.mark.parametrize("sparsity", [RANDOM, MAGNITUDE], ids=lambda s: s.method)
 def test_sparse_there_and_back(sparsity, models, tmp_path):
     delta = ReferenceDelta.from_models(*models)
-    path = delta.save(tmp_path / "tau.safetensors", sparsity.reserve_rate, sparsity.method, sparsity.seed)
-    loaded = ReferenceDelta.load(path)
-    assert loaded.sparsity == sparsity
-    assert loaded.identity == delta.identity
-    assert loaded.names == delta.names
-    assert path.stat().st_size < 0.6 * delta.nbytes + 20_000
+    loaded = again(delta, tmp_path, sparsity.reserve_rate, sparsity.method, sparsity.seed)
+    assert (loaded.sparsity, loaded.identity, loaded.names) == (sparsity, delta.identity, delta.names)
+    assert Path(loaded.path).stat().st_size < 0.6 * delta.nbytes + 20_000
     for name in delta.names:
         tau = delta.tensor(name)
         keep = sparsify_tau(tau, name=name, **sparsity._asdict()) != 0
-        expected = torch.where(keep, tau, torch.zeros((), dtype=tau.dtype))
-        assert same_bits(loaded.tensor(name), expected)
+        assert same_bits(loaded.tensor(name), torch.where(keep, tau, torch.zeros((), dtype=tau.dtype)))
         stored, made = loaded.sparse(name, sparsity), delta.sparse(name, sparsity)
-        assert same_bits(stored.mask, made.mask)
-        assert same_bits(stored.values, made.values)
-        assert same_bits(stored.offsets, made.offsets)
-    again = ReferenceDelta.load(loaded.save(tmp_path / "again.safetensors"))
-    assert_same(loaded, again)
-    assert again.sparsity == sparsity
+        for part in ("mask", "values", "offsets"):
+            assert same_bits(getattr(stored, part), getattr(made, part))
+    copied = again(loaded, tmp_path / "again")
+    assert_same(loaded, copied)
+    assert copied.sparsity == sparsity
 
 
 def test_a_stored_sparse_delta_takes_no_other_sparsity(models, tmp_path):
-    path = ReferenceDelta.from_models(*models).save(tmp_path / "tau.safetensors", 0.1, "random", 7)
-    loaded = ReferenceDelta.load(path)
-    name = loaded.names[0]
+    delta = ReferenceDelta.from_models(*models)
+    loaded, name = again(delta, tmp_path, 0.1, "random", 7), delta.names[0]
+    message = (
+        r"was saved with method='random', reserve_rate=0.1, seed=7 and method=.* is asked for; ask for the same or "
+    )
     for other in (RANDOM._replace(seed=8), RANDOM._replace(reserve_rate=0.2), MAGNITUDE):
-        with pytest.raises(
-            ValueError, match=r"was saved with method='random', reserve_rate=0.1, seed=7 and method=.* is asked for"
-        ):
+        with pytest.raises(ValueError, match=message):
             loaded.sparse(name, other)
-        with pytest.raises(ValueError, match="ask for the same or save the dense delta anew"):
+        with pytest.raises(ValueError, match=message):
             loaded.save(tmp_path / "other.safetensors", other.reserve_rate, other.method, other.seed)
     with pytest.raises(ValueError, match="method must be"):
         loaded.save(tmp_path / "other.safetensors", 1.0)
     assert not (tmp_path / "other.safetensors").exists()
     # The seed of magnitudes means nothing.
-    loaded = ReferenceDelta.load(ReferenceDelta.from_models(*models).save(path, 0.1, "magnitude", 3))
+    loaded = again(delta, tmp_path, 0.1, "magnitude", 3)
     assert loaded.sparse(name, MAGNITUDE._replace(seed=99)).values.numel() > 0
 
 
@@ -105,31 +102,26 @@ def test_options_that_do_not_fit(options, message, models, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-# --- saved in another dtype
-
-
 @pytest.mark.parametrize(
     ("models", "dtype"),
     [
-        ((torch.float32, torch.float32), torch.bfloat16),
-        ((torch.float32, torch.float32), torch.float16),
-        ((torch.float32, torch.float32), torch.float64),
-        ((torch.float64, torch.float32), torch.bfloat16),
-        ((torch.bfloat16, torch.float32), torch.bfloat16),
-        ((torch.bfloat16, torch.bfloat16), torch.float32),
-        ((torch.bfloat16, torch.bfloat16), torch.float16),
+        ("float32 float32", torch.bfloat16),
+        ("float32 float32", torch.float16),
+        ("float32 float32", torch.float64),
+        ("float64 float32", torch.bfloat16),
+        ("bfloat16 float32", torch.bfloat16),
+        ("bfloat16 bfloat16", torch.float32),
+        ("bfloat16 bfloat16", torch.float16),
     ],
 )
 @pytest.mark.parametrize("rate", [None, 0.3])
 def test_another_dtype_is_the_difference_rounded_once(models, dtype, rate, tmp_path):
     torch.manual_seed(0)
     # Near exponents, so that float64 holds the exact difference; more than 4 KiB, so that its head is not the whole.
-    a, b = (torch.rand(45, 51).double().add(1).to(stored) for stored in models)
+    a, b = (torch.rand(45, 51).double().add(1).to(getattr(torch, stored)) for stored in models.split())
     delta = checkpoints(tmp_path, {"w": a}, {"w": b})
-    loaded = ReferenceDelta.load(
-        delta.save(tmp_path / "tau.safetensors", rate, None if rate is None else "random", dtype=dtype)
-    )
-    tau = (b.double() - a.double()).to(dtype)
+    loaded = again(delta, tmp_path, rate, rate and "random", dtype=dtype)
+    tau = rounded = (b.double() - a.double()).to(dtype)
     if rate is not None:
         tau = sparsify_tau(tau, name="w", method="random", reserve_rate=rate, seed=0)
     assert same_bits(loaded.tensor("w"), tau)
@@ -137,17 +129,15 @@ def test_another_dtype_is_the_difference_rounded_once(models, dtype, rate, tmp_p
     kept = int(tau.count_nonzero())
     assert loaded.nbytes == (tau.nbytes if rate is None else kept * dtype.itemsize + 3 * (128 + 4))
     # What has these numbers has this name, however it was made.
-    exact = ReferenceDelta.from_models({"w": torch.zeros_like(tau)}, {"w": (b.double() - a.double()).to(dtype)})
-    assert loaded.identity == exact.identity != delta.identity
+    assert loaded.identity == of_tensors({"w": rounded}).identity != delta.identity
 
 
 def test_a_dtype_may_be_a_name_and_that_of_the_delta_changes_nothing(tmp_path):
     delta = checkpoints(tmp_path, {"w": torch.zeros(9), "v": torch.ones(2)}, {"w": torch.randn(9), "v": torch.ones(2)})
     for dtype in ("float32", torch.float32):
-        same = ReferenceDelta.load(delta.save(tmp_path / "same.safetensors", dtype=dtype))
-        assert_same(same, delta)
-    by_name = delta.save(tmp_path / "name.safetensors", dtype="bfloat16").read_bytes()
-    assert by_name == delta.save(tmp_path / "dtype.safetensors", dtype=torch.bfloat16).read_bytes()
+        assert_same(again(delta, tmp_path, dtype=dtype), delta)
+    written = [delta.save(tmp_path / "d", dtype=dtype).read_bytes() for dtype in ("bfloat16", torch.bfloat16)]
+    assert written[0] == written[1]
 
 
 def test_the_forms_of_a_rounded_delta_are_one_delta(tmp_path):
@@ -155,28 +145,23 @@ def test_the_forms_of_a_rounded_delta_are_one_delta(tmp_path):
     base = {"w": torch.randn(3000), "v": torch.randn(7, 5)}
     tuned = {name: tensor + 0.01 * torch.randn_like(tensor) for name, tensor in base.items()}
     delta = checkpoints(tmp_path, base, tuned)
-    dense = ReferenceDelta.load(delta.save(tmp_path / "dense.safetensors", dtype="bfloat16"))
-    sparse = ReferenceDelta.load(delta.save(tmp_path / "sparse.safetensors", *MAGNITUDE[1::-1], dtype="bfloat16"))
-    later = ReferenceDelta.load(dense.save(tmp_path / "later.safetensors", *MAGNITUDE[1::-1]))
-    assert dense.identity == sparse.identity == later.identity != delta.identity
+    dense = again(delta, tmp_path / "dense", dtype="bfloat16")
+    sparse = again(delta, tmp_path / "sparse", *MAGNITUDE[1::-1], dtype="bfloat16")
+    later = again(dense, tmp_path / "later", *MAGNITUDE[1::-1])
+    assert dense.identity == sparse.identity != delta.identity
     for name in base:
         # The threshold is found among rounded magnitudes.
         assert same_bits(sparse.tensor(name), dense.sparse(name, MAGNITUDE).unpack())
     assert_same(later, sparse)
-    # A file of fp32 holds the whole difference and can be rounded as well as the checkpoints can.
-    whole = ReferenceDelta.load(delta.save(tmp_path / "whole.safetensors"))
-    assert_same(ReferenceDelta.load(whole.save(tmp_path / "rounded.safetensors", dtype="bfloat16")), dense)
-    memory = ReferenceDelta.from_models(base, tuned)
-    assert_same(ReferenceDelta.load(memory.save(tmp_path / "memory.safetensors", dtype="bfloat16")), dense)
+    # A file of fp32 holds the whole difference and can be rounded as well as the checkpoints can, and so can memory.
+    for i, whole in enumerate([again(delta, tmp_path / "whole"), ReferenceDelta.from_models(base, tuned)]):
+        assert_same(again(whole, tmp_path / str(i), dtype="bfloat16"), dense)
 
 
 def test_a_run_is_not_resumed_with_a_rounded_delta(tmp_path):
     model, tuned = small.Model(0), small.trained()
     delta = ReferenceDelta.from_models(model, tuned)
-    dense, sparse = (
-        ReferenceDelta.load(delta.save(tmp_path / f"{i}.safetensors", *options, dtype="bfloat16"))
-        for i, options in enumerate([(), (0.5, "random")])
-    )
+    dense, sparse = (again(delta, tmp_path / str(len(o)), *o, dtype="bfloat16") for o in ((), (0.5, "random")))
     begun = small.optimizer_of(model, delta)
     small.run(begun, model, 1)
     with pytest.raises(ValueError, match=r"saved with the reference delta .* resume with the delta that the run began"):
@@ -188,22 +173,20 @@ def test_a_run_is_not_resumed_with_a_rounded_delta(tmp_path):
     small.assert_same(resumed, rounded)
 
 
+SPARSE = r"tau\.safetensors holds a sparse delta, which takes no other dtype; save the"
+
+
 def test_what_takes_no_other_dtype(models, tmp_path):
     delta = ReferenceDelta.from_models(*models)
-    path = delta.save(tmp_path / "tau.safetensors")
     sentence = (
         r"'model\.\S+' was rounded to torch\.bfloat16 before and takes no other dtype; make the delta with "
         r"ReferenceDelta\.from_checkpoints\(base, tuned\) and save that"
     )
-    for rounded in (delta, ReferenceDelta.load(path)):
+    refused = [(delta, sentence), (again(delta, tmp_path), sentence), (again(delta, tmp_path, 0.1, "random"), SPARSE)]
+    for made, sentence in refused:
         with pytest.raises(ValueError, match=sentence):
-            rounded.save(tmp_path / "other.safetensors", dtype=torch.float32)
-    sparse = ReferenceDelta.load(delta.save(path, 0.1, "random"))
-    with pytest.raises(
-        ValueError, match=r"tau\.safetensors holds a sparse delta, which takes no other dtype; save the"
-    ):
-        sparse.save(tmp_path / "other.safetensors", dtype=torch.float16)
-    sparse.save(path, dtype=torch.bfloat16)
+            made.save(tmp_path / "other.safetensors", dtype=torch.float32)
+    made.save(tmp_path / "tau.safetensors", dtype=torch.bfloat16)
     for dtype in (torch.int8, "fp32", "auto"):
         with pytest.raises(ValueError, match="dtype must be 'bfloat16', 'float16', 'float32', 'float64' or None, got"):
             delta.save(tmp_path / "other.safetensors", dtype=dtype)
@@ -220,30 +203,25 @@ def test_a_difference_that_another_dtype_cannot_hold(tuned, tmp_path):
     assert not (tmp_path / "tau.safetensors").exists()
 
 
-# --- what it was made of
-
-
-def sources(path):
-    with safe_open(path, "pt") as file:
+def sources(delta):
+    with safe_open(delta.path, "pt") as file:
         return json.loads(file.metadata().get("sources", "null"))
 
 
 def test_a_file_says_which_files_it_was_made_of(models, tmp_path):
     base, tuned = save(models[0], tmp_path / "base"), save(models[1], tmp_path / "tuned", shard="3KB")
-    shards = sorted(tuned.glob("*.safetensors"))
-    assert len(shards) > 1
     expected = {
-        "base": {"model.safetensors": hashlib.sha256((base / "model.safetensors").read_bytes()).hexdigest()},
-        "tuned": {shard.name: hashlib.sha256(shard.read_bytes()).hexdigest() for shard in shards},
+        folder.name: {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.glob("*.safetensors"))}
+        for folder in (base, tuned)
     }
+    assert len(expected["tuned"]) > 1 == len(expected["base"])
     delta = ReferenceDelta.from_checkpoints(base, tuned)
     for options in ({}, {"reserve_rate": 0.1, "method": "random"}, {"dtype": "float32"}):
-        path = delta.save(tmp_path / "tau.safetensors", **options)
-        assert sources(path) == expected
-        assert sources(ReferenceDelta.load(path).save(tmp_path / "again.safetensors")) == expected
-    assert sources(ReferenceDelta.load(path).save(tmp_path / "again.safetensors", dtype="bfloat16")) == expected
-    assert sources(ReferenceDelta.from_models(*models).save(path)) is None
-    assert sources(ReferenceDelta.load(path).save(tmp_path / "again.safetensors")) is None
+        saved = again(delta, tmp_path, **options)
+        assert sources(saved) == sources(again(saved, tmp_path / "again")) == expected
+    assert sources(again(saved, tmp_path / "again", dtype="bfloat16")) == expected
+    saved = again(ReferenceDelta.from_models(*models), tmp_path)
+    assert sources(saved) is sources(again(saved, tmp_path / "again")) is None
 
 
 def test_a_delta_does_not_replace_what_it_is_made_of(models, tmp_path):
@@ -256,16 +234,13 @@ def test_a_delta_does_not_replace_what_it_is_made_of(models, tmp_path):
     assert (tuned / "model.safetensors").read_bytes() == before
 
 
-# --- read without this library
-
-
 @pytest.mark.parametrize("method", ["random", "magnitude"])
 def test_the_reader_of_the_documentation(method, tmp_path):
     delta = of_tensors(mixed())
-    path = delta.save(tmp_path / "tau.safetensors", 0.4, method)
-    loaded = ReferenceDelta.load(path)
+    loaded = again(delta, tmp_path, 0.4, method)
     for name in loaded.names:
         assert same_bits(loaded.tensor(name), delta.sparse(name, Sparsity(method, 0.4, 0)).unpack())
+    path = Path(loaded.path)
     # Everything is aligned.
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
@@ -286,32 +261,36 @@ def test_the_reader_of_the_documentation(method, tmp_path):
 
 
 def test_the_identity_of_the_documentation(tmp_path):
-    torch.manual_seed(0)
-    delta = checkpoints(
-        tmp_path, {"v": torch.zeros(2, 3), "u": torch.zeros(2000)}, {"v": torch.ones(2, 3), "u": torch.randn(2000)}
-    )
+    """It depends on names, dtypes, shapes and heads, and on nothing else."""
+    delta = of_tensors(mixed() | {"long": torch.randn(2000)})
     tensors = load_file(delta.save(tmp_path / "tau.safetensors"))
+    codes = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        digest.update(json.dumps([name, "F32", list(tensors[name].shape)]).encode())
-        digest.update(tensors[name].numpy().tobytes()[:4096])
+        digest.update(json.dumps([name, codes[tensors[name].dtype], list(tensors[name].shape)]).encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes()[:4096])
     assert delta.identity == digest.hexdigest()
-
-
-# --- what is no such file
+    assert (
+        checkpoints(tmp_path, {name: torch.zeros_like(t) for name, t in tensors.items()}, tensors).identity
+        == delta.identity
+    )
 
 
 def test_files_that_are_no_delta(models, tmp_path):
     folder = save(models[0], tmp_path / "model")
-    with pytest.raises(ValueError, match="is a folder and a saved delta is one file; for two model folders use"):
-        ReferenceDelta.load(folder)
-    with pytest.raises(ValueError, match="is a safetensors file but not a saved reference delta; make one with"):
-        ReferenceDelta.load(folder / "model.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"gone\.safetensors does not exist"):
-        ReferenceDelta.load(tmp_path / "gone.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-3])
-    with pytest.raises(ValueError, match=r"cut\.safetensors cannot be read as a safetensors file"):
-        ReferenceDelta.load(tmp_path / "cut.safetensors")
+    for path, error, message in (
+        (folder, ValueError, "is a folder and a saved delta is one file; for two model folders use"),
+        (
+            folder / "model.safetensors",
+            ValueError,
+            "is a safetensors file but not a saved reference delta; make one with",
+        ),
+        (tmp_path / "gone.safetensors", FileNotFoundError, r"gone\.safetensors does not exist"),
+        (tmp_path / "cut.safetensors", ValueError, r"cut\.safetensors cannot be read as a safetensors file"),
+    ):
+        with pytest.raises(error, match=message):
+            ReferenceDelta.load(path)
 
 
 def altered(path, *, tensors=(), drop=(), metadata=()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from concurrent import futures
 
 import pytest
 import torch
@@ -12,19 +13,9 @@ WORLD = 2
 SECONDS, SECONDS_TO_START = 60, 240
 
 
-def serve(rank, connection, store):
-    """Call whatever is asked for, and answer with its result or exception."""
+def join_group(rank, store):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
-    connection.send("ready")
-    while (asked := connection.recv()) is not None:
-        function, *arguments = asked
-        try:
-            answer = function(rank, *arguments)
-        except BaseException as error:
-            answer = error
-        connection.send(answer)
-    torch.distributed.destroy_process_group()
 
 
 class Pair:
@@ -33,15 +24,16 @@ class Pair:
     def __init__(self, folder):
         self._folder = folder
         self._started = 0
-        self._processes = []
+        self._executors = []
 
     def __call__(self, function, *arguments):
         """Return what `function(rank, *arguments)` returned or raised on each of them."""
-        if not self._processes:
-            self._start()
-        for connection in self._connections:
-            connection.send((function, *arguments))
-        return self._answers(SECONDS)
+        if not self._executors:
+            self._started += 1
+            store, spawn = self._folder / f"store{self._started}", multiprocessing.get_context("spawn")
+            self._executors = [futures.ProcessPoolExecutor(1, spawn, join_group, (i, store)) for i in range(WORLD)]
+            self._answers(SECONDS_TO_START, abs)
+        return self._answers(SECONDS, function, *arguments)
 
     def both(self, function, *arguments):
         """Return the answers of calls that must end well."""
@@ -51,30 +43,16 @@ class Pair:
                 raise answer
         return answers
 
-    def _start(self):
-        context = multiprocessing.get_context("spawn")
-        self._started += 1
-        store = self._folder / f"store{self._started}"
-        pipes = [context.Pipe() for _ in range(WORLD)]
-        self._connections = [mine for mine, _ in pipes]
-        self._processes = [
-            context.Process(target=serve, args=(rank, theirs, store), daemon=True)
-            for rank, (_, theirs) in enumerate(pipes)
-        ]
-        for process, (_, theirs) in zip(self._processes, pipes, strict=True):
-            process.start()
-            # So that a process that ends closes the pipe.
-            theirs.close()
-        self._answers(SECONDS_TO_START)
-
-    def _answers(self, seconds):
-        if not all(connection.poll(seconds) for connection in self._connections):
+    def _answers(self, seconds, function, *arguments):
+        calls = [executor.submit(function, rank, *arguments) for rank, executor in enumerate(self._executors)]
+        if futures.wait(calls, seconds).not_done:
             self.stop()
             pytest.fail("a process hangs")
-        return [connection.recv() for connection in self._connections]
+        return [call.exception() or call.result() for call in calls]
 
     def stop(self):
-        for process in self._processes:
-            process.kill()
-            process.join()
-        self._processes = []
+        for executor in self._executors:
+            for process in executor._processes.values():
+                process.kill()
+            executor.shutdown()
+        self._executors = []

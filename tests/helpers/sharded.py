@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_merge import LayerRatios, RatioSweep, adapt_ratios, evaluate_ratios, interpolate
-from fused_merge.distributed import local_box, local_part
+from fused_merge.distributed import local_box, local_part, reshard
 from fused_merge.names import canonical_name
 
 
@@ -40,8 +40,8 @@ class Network(nn.Module):
         self.embed = nn.Embedding(7, 5)
         self.layers = nn.ModuleList([Block(), Block()])
         self.norm = nn.LayerNorm(5)
-        nn.init.normal_(self.norm.weight, 1.0, 0.1)
-        nn.init.normal_(self.norm.bias, 0.0, 0.1)
+        for parameter in self.norm.parameters():
+            nn.init.normal_(parameter, 1.0, 0.1)
         self.register_buffer("scale", torch.rand(3))
         self.register_buffer("count", torch.tensor(seed))
         self.to(dtype)
@@ -56,10 +56,11 @@ class Network(nn.Module):
 
 PARTS = LayerRatios.by_patterns(Network(0), {r"embed.*|layers\.0.*": 0.3, ".*": 0.7})
 
+OPTIONS = {"parts": PARTS, "mean_ratio": 0.5, "steps": 6, "progress": False}
+
 
 def batch_of(rank):
-    generator = torch.Generator().manual_seed(rank)
-    return torch.randint(7, (4, 6), generator=generator)
+    return torch.randint(7, (4, 6), generator=torch.Generator().manual_seed(rank))
 
 
 def loss_of(model, batch):
@@ -73,19 +74,15 @@ def wrapped(kind, seed=2, **options):
         return DistributedDataParallel(model)
     if kind == "replica":
         return model
-    keep = kind != "fsdp"
-    mesh = init_device_mesh("cpu", (WORLD,))
+    options = {"mesh": init_device_mesh("cpu", (WORLD,)), "reshard_after_forward": kind == "fsdp"}
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=not keep)
-    return fully_shard(model, mesh=mesh, reshard_after_forward=not keep)
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
 
 
 def held(model):
     """Copies of what this process holds of a model, with the boxes of the whole tensors that these are."""
-    if not isinstance(model, DistributedDataParallel) and hasattr(model, "reshard"):
-        for part in model.modules():
-            if hasattr(part, "reshard"):
-                part.reshard()
+    reshard(model)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {canonical_name(name): (local_box(t), local_part(t.detach()).clone()) for name, t in tensors.items()}
 
@@ -98,24 +95,24 @@ def assert_held(model, whole):
         assert same_bits(part, whole[name] if box is None else whole[name][box]), name
 
 
-def ends():
-    return Network(0), Network(1)
+def ends(dtype=torch.float64):
+    return Network(0, dtype), Network(1, dtype)
 
 
 def points_of(ratios, dtype=torch.float64):
-    return interpolate(Network(0, dtype).state_dict(), Network(1, dtype).state_dict(), ratios)
+    return interpolate(*(end.state_dict() for end in ends(dtype)), ratios)
 
 
-# --- RatioSweep
+def adapted(model, batches, loss_fn=loss_of, **options):
+    return adapt_ratios(model, *ends(), loss_fn, batches, **OPTIONS | options)
+
 
 RATIOS = [0.0, 0.3, PARTS, 1.0, 1.2]
 
 
 def sweep(rank, kind, dtype, folder):
     """Go along the path, from the files of a folder if there is one, and come back."""
-    base, tuned = Network(0, dtype), Network(1, dtype)
-    if folder is not None:
-        base, tuned = folder / "base.safetensors", folder / "tuned.safetensors"
+    base, tuned = ends(dtype) if folder is None else (folder / "base.safetensors", folder / "tuned.safetensors")
     model, before = wrapped(kind, dtype=dtype), Network(2, dtype).state_dict()
     sweep = RatioSweep(model, base, tuned)
     points = points_of(RATIOS, dtype)
@@ -157,34 +154,24 @@ def forward_after_moving(rank, kind):
     assert torch.equal(model(batch), expected[-1])
 
 
-# --- adapt_ratios
-
-OPTIONS = {"parts": PARTS, "mean_ratio": 0.5, "steps": 6, "progress": False}
-
-
 def adapt(rank, kind, options):
     """Adapt with a batch of its own on each process, and alone with both; return the ratios of either."""
     model = wrapped(kind, frozen=True)
     # A parameter that was frozen when FSDP2 gathered it has to get its gradient nevertheless.
     loss_of(model, batch_of(0)).backward()
-    grads = {name: p.grad for name, p in model.named_parameters()}
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    assert [name for name, grad in grads.items() if grad is None] == frozen
-    assert len(frozen) == 1
-    found = adapt_ratios(model, *ends(), loss_of, [batch_of(rank)], **OPTIONS | options)
+    before = {name: (p.grad, p.requires_grad) for name, p in model.named_parameters()}
+    frozen = [name for name, (grad, required) in before.items() if grad is None and not required]
+    assert len(frozen) == 1 == len([grad for grad, required in before.values() if grad is None or not required])
+    found = adapted(model, [batch_of(rank)], **options)
     assert_held(model, Network(2).state_dict())
-    assert all(p.grad is grads[name] for name, p in model.named_parameters())
-    assert [name for name, p in model.named_parameters() if not p.requires_grad] == frozen
-    both_batches = options | {"accumulate": 2}
-    alone = adapt_ratios(Network(2), *ends(), loss_of, [batch_of(0), batch_of(1)], **OPTIONS | both_batches)
+    assert all(p.grad is before[name][0] and p.requires_grad == before[name][1] for name, p in model.named_parameters())
+    alone = adapted(Network(2), [batch_of(0), batch_of(1)], **options | {"accumulate": 2})
     return found, found.history, alone, alone.history
 
 
 def adapt_alone(rank):
     """Adapt one of two replicas that no wrapper ties together."""
-    if rank == 0:
-        return None
-    return adapt_ratios(wrapped("replica"), *ends(), loss_of, [batch_of(rank)], **OPTIONS).ratios
+    return adapted(wrapped("replica"), [batch_of(rank)]).ratios if rank else None
 
 
 def adapt_counting_reductions(rank):
@@ -195,28 +182,22 @@ def adapt_counting_reductions(rank):
         return allreduce_hook(None, bucket)
 
     model.register_comm_hook(None, hook)
-    adapt_ratios(model, *ends(), loss_of, [batch_of(rank)], **OPTIONS)
+    adapted(model, [batch_of(rank)])
     assert not buckets
     loss_of(model, batch_of(rank)).backward()
     return len(buckets)
 
 
-def fail_at(calls, count, function):
-    """Let a function run until its call of this number, which raises."""
-
-    def failing(*arguments):
-        calls.append(1)
-        if len(calls) == count:
-            raise OSError("the disk went away")
-        return function(*arguments)
-
-    return failing
-
-
 def adapt_badly(rank, kind, fault, folder):
     """One process gets something bad, or cannot read at the n-th time: entering, moving, in a gradient."""
-    model, (base, tuned) = wrapped(kind), ends()
-    journal, batches, calls = None, [batch_of(rank)], []
+    model, (base, tuned), ends_of = wrapped(kind), ends(), RatioSweep.ends_of
+    journal, batches, calls, reads = None, [batch_of(rank)], [], []
+
+    def read(*arguments):
+        reads.append(1)
+        if rank == 1 and len(reads) == fault:
+            raise OSError("the disk went away")
+        return ends_of(*arguments)
 
     def loss_fn(model, batch):
         calls.append(1)
@@ -234,8 +215,7 @@ def adapt_badly(rank, kind, fault, folder):
     elif fault == "base" and rank == 1:
         tuned = Network(1, torch.float32)
     with pytest.MonkeyPatch.context() as patch:
-        if isinstance(fault, int) and rank == 1:
-            patch.setattr(RatioSweep, "ends_of", fail_at([], fault, RatioSweep.ends_of))
+        patch.setattr(RatioSweep, "ends_of", read)
         try:
             adapt_ratios(model, base, tuned, loss_fn, batches, **OPTIONS, journal=journal)
         finally:
@@ -254,18 +234,14 @@ def adapt_twice(rank, kind, folder):
         return loss_of(model, batch)
 
     model, batches = wrapped(kind), [batch_of(rank).roll(i, 1) for i in range(3)]
-    try:
-        adapt_ratios(model, *ends(), loss_fn, batches, **OPTIONS, journal=journal)
-    except KeyboardInterrupt:
-        assert_held(model, Network(2).state_dict())
-    found = adapt_ratios(model, *ends(), loss_fn, batches, **OPTIONS, journal=journal)
+    with pytest.raises(KeyboardInterrupt):
+        adapted(model, batches, loss_fn, journal=journal)
+    assert_held(model, Network(2).state_dict())
+    found = adapted(model, batches, loss_fn, journal=journal)
     order = [int(batch[0, 0]) for batch in batches] * 2
     assert seen == order[:4] + order[3:]
-    whole = adapt_ratios(wrapped(kind), *ends(), loss_of, batches, **OPTIONS)
+    whole = adapted(wrapped(kind), batches)
     return found, found.history, whole, whole.history
-
-
-# --- evaluate_ratios
 
 
 def evaluate(rank, kind, folder, fault):
@@ -273,8 +249,7 @@ def evaluate(rank, kind, folder, fault):
     model = wrapped(kind)
 
     def loss(model):
-        with torch.no_grad():
-            return loss_of(model, batch_of(rank))
+        return loss_of(model, batch_of(rank)).detach()
 
     def own(model):
         calls.append(1)
@@ -286,15 +261,10 @@ def evaluate(rank, kind, folder, fault):
 
     own.lower_is_better = {"rank"} if rank == 0 else set()
     calls = []
-    out = folder / "out" if rank == 0 else folder / "nowhere"
+    ratios, scorers = {"0.25": 0.25, "parts": dict(PARTS), "1": 1}, {"loss": loss, "own": own}
+    out = folder / ("nowhere" if rank else "out")
     try:
-        rows = evaluate_ratios(
-            RatioSweep(model, *ends()),
-            {"0.25": 0.25, "parts": dict(PARTS), "1": 1},
-            {"loss": loss, "own": own},
-            out,
-            progress=False,
-        )
+        rows = evaluate_ratios(RatioSweep(model, *ends()), ratios, scorers, out, progress=False)
     finally:
         assert_held(model, Network(2).state_dict())
     return rows, len(calls)

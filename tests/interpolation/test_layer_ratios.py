@@ -8,7 +8,6 @@ import math
 import pickle
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,21 +28,17 @@ def layers(count: int, rest: tuple[str, ...] = ("self_attn.q_proj.weight",)) -> 
     return [f"model.layers.{i}.{name}" for i in range(count) for name in rest]
 
 
-# --- what names are taken from
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_its_state_dict_and_its_checkpoint_say_the_same(tied, tmp_path):
     model = llama(0, tied=tied)
     folder = save(model, tmp_path / "model", shard="3KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     ratios = LayerRatios.by_parts(model, [0.2, 0.9])
-    assert LayerRatios.by_parts(model.state_dict(), [0.2, 0.9]) == ratios
-    assert LayerRatios.by_parts(folder, [0.2, 0.9]) == ratios
-    assert LayerRatios.by_parts(str(folder), [0.2, 0.9]) == ratios
-    assert LayerRatios.by_parts((name for name, _ in model.named_parameters()), [0.2, 0.9]) == ratios
+    names = [name for name, _ in model.named_parameters()]
+    for source in (model.state_dict(), folder, str(folder), iter(names)):
+        assert LayerRatios.by_parts(source, [0.2, 0.9]) == ratios
     assert ("lm_head.weight" in ratios) != tied
-    assert set(ratios) == {name for name, _ in model.named_parameters()}
+    assert set(ratios) == set(names)
 
 
 def test_integers_have_no_ratio_and_floating_buffers_have():
@@ -56,8 +51,6 @@ def test_integers_have_no_ratio_and_floating_buffers_have():
         LayerRatios.by_parts("no/where", [0.5])
 
 
-# --- by pattern, kind and tensor
-
 NAMES = [
     "model.embed_tokens.weight",
     *layers(2, ("self_attn.q_proj.weight", "mlp.up_proj.weight")),
@@ -67,13 +60,9 @@ EMBED, Q0, UP0, Q1, UP1, NORM = NAMES
 
 
 def test_parts_by_patterns():
-    ratios = LayerRatios.by_patterns(NAMES, {UP0: 0.1, r".*layers\.\d\.mlp.*": 0.2, ".*q_proj.*": 0.3, ".*": 0.4})
-    assert dict(ratios.parts) == {
-        UP0: (UP0,),
-        r".*layers\.\d\.mlp.*": (UP1,),
-        ".*q_proj.*": (Q0, Q1),
-        ".*": (EMBED, NORM),
-    }
+    keys = {UP0: 0.1, r".*layers\.\d\.mlp.*": 0.2, ".*q_proj.*": 0.3, ".*": 0.4}
+    ratios = LayerRatios.by_patterns(NAMES, keys)
+    assert dict(ratios.parts) == dict(zip(keys, [(UP0,), (UP1,), (Q0, Q1), (EMBED, NORM)], strict=True))
     assert ratios.ratios == (0.1, 0.2, 0.3, 0.4)
 
 
@@ -95,44 +84,28 @@ def test_a_part_for_each_tensor():
     }
 
 
+KINDS = {"embeddings": 1, "attention": 2, "mlp": 3, "norm": 4}
+
+
 @pytest.mark.parametrize(
-    ("make", "ratios", "sentence"),
+    ("make", "more", "ratios", "sentence"),
     [
-        (
-            LayerRatios.by_patterns,
-            {".*mlp.*": 0.1},
-            f"no ratio is given for {EMBED!r}; add its name, or '.*' as the last",
-        ),
-        (LayerRatios.by_patterns, {".*": 0.1, Q0[:-1]: 0.2}, r"ratio key 'model\S*weigh' matches no tensor"),
-        (LayerRatios.by_patterns, {"(": 0.1, ".*": 1}, r"ratio key '\(' is not a regular expression"),
-        (LayerRatios.by_patterns, {".*": math.inf}, r"a ratio of '\.\*' must be finite, got inf"),
-        (LayerRatios.by_kind, {"attention": 0.1}, f"{EMBED!r} is of the kind 'embeddings', which has no ratio; add it"),
-        (LayerRatios.by_kind, {"head": 0.1, "other": 0.2}, "no tensor is of the kind 'head'; leave it out"),
-        (
-            LayerRatios.by_kind,
-            {"norm": 0.1, "MLP": 0.2},
-            "there is no kind 'MLP'; kinds are 'embeddings', 'attention', ",
-        ),
-        (LayerRatios.per_tensor, {Q0: 0.1}, f"no ratio is given for {EMBED!r}"),
-        (LayerRatios.per_tensor, math.nan, "a ratio must be finite, got nan"),
+        ("by_patterns", "", {".*mlp.*": 0.1}, f"no ratio is given for {EMBED!r}; add its name, or '.*' as the last"),
+        ("by_patterns", "", {".*": 0.1, Q0[:-1]: 0.2}, r"ratio key 'model\S*weigh' matches no tensor"),
+        ("by_patterns", "", {"(": 0.1, ".*": 1}, r"ratio key '\(' is not a regular expression"),
+        ("by_patterns", "", {".*": math.inf}, r"a ratio of '\.\*' must be finite, got inf"),
+        ("by_kind", "", {"mlp": 0.1}, f"{EMBED!r} is of the kind 'embeddings', which has no ratio; add it"),
+        ("by_kind", "", {"head": 0.1, "other": 0.2}, "no tensor is of the kind 'head'; leave it out"),
+        ("by_kind", "", {"norm": 0.1, "MLP": 0.2}, "there is no kind 'MLP'; kinds are 'embeddings', 'attention', "),
+        ("by_kind", "scale", KINDS, "cannot tell what kind 'scale' is; give a ratio for 'other', or use by_patterns"),
+        ("by_kind", "model.layers.0.x", KINDS, r"cannot tell what kind 'model\.layers\.0\.x' is"),
+        ("per_tensor", "", {Q0: 0.1}, f"no ratio is given for {EMBED!r}"),
+        ("per_tensor", "", math.nan, "a ratio must be finite, got nan"),
     ],
 )
-def test_settings_that_do_not_fit(make, ratios, sentence):
+def test_settings_that_do_not_fit(make, more, ratios, sentence):
     with pytest.raises(ValueError, match=sentence):
-        make(NAMES, ratios)
-
-
-def test_a_kind_that_cannot_be_told():
-    kinds = {"embeddings": 1, "attention": 2, "mlp": 3, "norm": 4}
-    with pytest.raises(
-        ValueError, match="cannot tell what kind 'logit_scale' is; give a ratio for 'other', or use by_p"
-    ):
-        LayerRatios.by_kind([*NAMES, "logit_scale"], kinds)
-    with pytest.raises(ValueError, match=r"cannot tell what kind 'model\.layers\.0\.scale' is"):
-        LayerRatios.by_kind([*NAMES, "model.layers.0.scale"], kinds)
-
-
-# --- the value
+        getattr(LayerRatios, make)([*NAMES, more] if more else NAMES, ratios)
 
 
 def test_a_mapping_that_does_not_change():
@@ -140,17 +113,13 @@ def test_a_mapping_that_does_not_change():
     assert dict(ratios) == {"a": 0.25, "b.w": 0.25, "c": 1.0}
     assert len(ratios) == 3
     assert "module.b.w" not in ratios
-    assert ratios.ratios == (0.25, 1.0)
-    assert ratios.mean == 0.625
-    assert ratios.history == ({"step": 1},)
+    assert (ratios.ratios, ratios.mean, ratios.history) == ((0.25, 1.0), 0.625, ({"step": 1},))
     for attribute in ("parts", "ratios", "mean"):
         with pytest.raises(AttributeError):
             setattr(ratios, attribute, None)
-    with pytest.raises(TypeError):
-        ratios.parts["low"] = ()
-    with pytest.raises(TypeError):
-        ratios["a"] = 0.5
-
+    for mapping in (ratios, ratios.parts):
+        with pytest.raises(TypeError):
+            mapping["a"] = 0.5
     other = ratios.replace([-1, 1.5])
     assert other.parts == ratios.parts
     assert (other.ratios, other.history) == ((-1.0, 1.5), ())
@@ -205,8 +174,6 @@ def test_the_table():
     assert repr(LayerRatios.per_tensor(list("abcde"), 0.5).replace([1, 2, 3, 4, 5])).endswith("'c': 3 and 2 more>")
 
 
-# --- the text form
-
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT,
@@ -239,16 +206,8 @@ def test_both_forms_are_to_be_read(tmp_path):
     ratios = LayerRatios({"layers 0-1": ["a.weight", "b.weight"], "layer 2": ["c"]}, [0.2, 1e-7])
     ratios.save(tmp_path / "new" / "r.yaml")
     assert (tmp_path / "new" / "r.yaml").read_text() == (
-        "parts:\n"
-        "  layers 0-1:\n"
-        "    ratio: 0.2\n"
-        "    tensors:\n"
-        "    - a.weight\n"
-        "    - b.weight\n"
-        "  layer 2:\n"
-        "    ratio: 1.0e-07\n"
-        "    tensors:\n"
-        "    - c\n"
+        "parts:\n  layers 0-1:\n    ratio: 0.2\n    tensors:\n    - a.weight\n    - b.weight\n"
+        "  layer 2:\n    ratio: 1.0e-07\n    tensors:\n    - c\n"
     )
     with_history = LayerRatios(ratios.parts, ratios.ratios, history=[{"ratios": (0.1, 0.2), "score": 1.5}])
     with_history.save(tmp_path / "r.json")
@@ -266,13 +225,14 @@ def test_both_forms_are_to_be_read(tmp_path):
 
 def test_numbers_as_people_write_them(tmp_path):
     path = tmp_path / "r.yaml"
-    path.write_text(
-        "parts: {a: {ratio: 1e-3, tensors: [x]}, b: {ratio: -2, tensors: [y]}, c: {ratio: .5, tensors: [z]}}"
-    )
+    parts = "a: {ratio: 1e-3, tensors: [x]}, b: {ratio: -2, tensors: [y]}, c: {ratio: .5, tensors: [z]}"
+    path.write_text(f"parts: {{{parts}}}")
     assert LayerRatios.load(path).ratios == (1e-3, -2.0, 0.5)
 
 
 PART = '{"ratio": 0.5, "tensors": ["x"]}'
+NO_PARTS = "is not a mapping of parts, and history if there is any; correct it"
+NO_PART = "gives part 'a' not just a ratio and a list of tensors; correct it"
 
 
 @pytest.mark.parametrize(
@@ -283,40 +243,32 @@ PART = '{"ratio": 0.5, "tensors": ["x"]}'
         ("r.yaml", "parts: [", "is not YAML .*; correct it"),
         ("r.yaml", b"\xff\xfe\x00", "is not YAML .*; correct it"),
         ("r.yaml", "[" * 2000, "is not YAML .*; correct it"),
-        ("r.yaml", "", "is not a mapping of parts, and history if there is any; correct it"),
-        ("r.yaml", "- 1", "is not a mapping of parts"),
-        ("r.json", "{}", "is not a mapping of parts"),
-        ("r.json", f'{{"low": {PART}}}', "is not a mapping of parts"),
+        ("r.yaml", "", NO_PARTS),
+        ("r.yaml", "- 1", NO_PARTS),
+        ("r.json", "{}", NO_PARTS),
+        ("r.json", f'{{"low": {PART}}}', NO_PARTS),
         ("r.json", '{"parts": {}}', "has no mapping from parts to their ratio and tensors under 'parts'"),
         ("r.json", '{"parts": [1]}', "has no mapping from parts"),
-        ("r.json", '{"parts": {"a": 0.5}}', "gives part 'a' not just a ratio and a list of tensors; correct it"),
-        ("r.json", '{"parts": {"a": {"ratio": 0.5}}}', "gives part 'a' not just a ratio and a list"),
-        ("r.json", '{"parts": {"a": {"ratio": 1, "tensors": "x"}}}', "gives part 'a' not just a ratio and a list"),
-        ("r.json", '{"parts": {"a": {"ratio": 1, "tensors": ["x"], "k": 1}}}', "gives part 'a' not just a ratio and a"),
-        ("r.json", '{"parts": {"a": {"ratio": 1, "tensors": []}}}', ": part 'a' holds no tensor"),
-        ("r.json", '{"parts": {"a": {"ratio": 1, "tensors": [1]}}}', ": a tensor must be given by its name, got a int"),
-        ("r.json", '{"parts": {"a": {"ratio": "x", "tensors": ["x"]}}}', ": a ratio of 'a' must be a number, got 'x'"),
-        ("r.json", '{"parts": {"a": {"ratio": "0.5", "tensors": ["x"]}}}', ": a ratio of 'a' must be a number, got '0"),
+        ("r.yaml", "parts: {a: 0.5}", NO_PART),
+        ("r.yaml", "parts: {a: {ratio: 0.5}}", NO_PART),
+        ("r.yaml", "parts: {a: {ratio: 1, tensors: x}}", NO_PART),
+        ("r.yaml", "parts: {a: {ratio: 1, tensors: [x], k: 1}}", NO_PART),
+        ("r.yaml", "parts: {a: {ratio: 1, tensors: []}}", ": part 'a' holds no tensor"),
+        ("r.yaml", "parts: {a: {ratio: 1, tensors: [1]}}", ": a tensor must be given by its name, got a int"),
+        ("r.yaml", "parts: {a: {ratio: x, tensors: [x]}}", ": a ratio of 'a' must be a number, got 'x'"),
+        ("r.yaml", "parts: {a: {ratio: '0.5', tensors: [x]}}", ": a ratio of 'a' must be a number, got '0.5'"),
         ("r.json", '{"parts": {"a": {"ratio": NaN, "tensors": ["x"]}}}', "is not JSON"),
         ("r.yaml", "parts: {a: {ratio: .inf, tensors: [x]}}", ": a ratio of 'a' must be finite, got inf"),
         ("r.yaml", "parts: {a: {ratio: yes, tensors: [x]}}", ": a ratio of 'a' must be a number, got True"),
-        (
-            "r.json",
-            f'{{"parts": {{"a": {{"ratio": 1{"0" * 400}, "tensors": ["x"]}}}}}}',
-            ": int too large to convert to float",
-        ),
+        ("r.yaml", f"parts: {{a: {{ratio: 1{'0' * 400}, tensors: [x]}}}}", ": int too large to convert to float"),
         ("r.yaml", "parts: {a: !!map [1, 2]}", "is not YAML .*expected a mapping node"),
         ("r.yaml", "parts: {1: {ratio: 1, tensors: [x]}}", ": a part must be called by a string, got 1"),
         ("r.yaml", "parts: {a: {ratio: 1, tensors: [x, x]}}", ": 'x' is named twice"),
-        (
-            "r.json",
-            f'{{"parts": {{"a": {PART}, "b": {PART}}}}}',
-            ": 'x' of part 'b' stands in part 'a' too; choose one",
-        ),
+        ("r.yaml", f"parts: {{a: {PART}, b: {PART}}}", ": 'x' of part 'b' stands in part 'a' too; choose one"),
         ("r.json", f'{{"parts": {{"a": {PART}, "a": {PART}}}}}', r"is not JSON \('a' stands in it twice\)"),
         ("r.yaml", f"parts:\n  a: {PART}\n  a: {PART}", r"is not YAML \('a' stands in it twice\)"),
-        ("r.json", f'{{"parts": {{"a": {PART}}}, "history": {{}}}}', "has a history that is no list of mappings"),
-        ("r.json", f'{{"parts": {{"a": {PART}}}, "history": [1]}}', "has a history that is no list of mappings"),
+        ("r.yaml", f"parts: {{a: {PART}}}\nhistory: {{}}", "has a history that is no list of mappings"),
+        ("r.yaml", f"parts: {{a: {PART}}}\nhistory: [1]", "has a history that is no list of mappings"),
     ],
 )
 def test_files_that_say_something_else(name, text, sentence, tmp_path):
@@ -340,11 +292,11 @@ def test_files_that_cannot_be_read_or_written(tmp_path, monkeypatch):
 
     ratios.save(tmp_path / "r.yaml")
     monkeypatch.setitem(sys.modules, "yaml", None)
-    for attempt in (lambda: ratios.save(tmp_path / "s.yaml"), lambda: LayerRatios.load(tmp_path / "r.yaml")):
+    for attempt, name in ((ratios.save, "s"), (LayerRatios.load, "r")):
         with pytest.raises(
-            ImportError, match=r"\.yaml needs PyYAML: pip install 'fused_merge\[cli\]', or take a \.json"
+            ImportError, match=rf"{name}\.yaml needs PyYAML: pip .*'fused_merge\[cli\]', or take a \.json"
         ):
-            attempt()
+            attempt(tmp_path / f"{name}.yaml")
     ratios.save(tmp_path / "r.json")
     assert LayerRatios.load(tmp_path / "r.json") == ratios
 
@@ -359,42 +311,35 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, request):
     assert dict(LayerRatios.load(path)) == {"x": 0.5}
 
 
-# --- wherever a ratio is taken
-
-
 def test_a_setting_is_looked_up_by_name():
     ratios = LayerRatios({".*": ["a"], "rest": ["b", "c.*"]}, [0.1, 0.2])
     assert per_tensor(ratios, ["c.*", "a"], what="ratio") == {"c.*": 0.2, "a": 0.1}
     assert per_tensor(ratios, [], what="ratio") == {}
     with pytest.raises(
-        ValueError, match=r"the LayerRatios given as weight lack 'c\.x', 'd'; make them from what is merged"
+        ValueError, match=r"LayerRatios given as weight lack 'c\.x', 'd'; make them from what is merged"
     ):
         per_tensor(ratios, ["a", "c.x", "d"], what="weight")
 
 
 @pytest.fixture
-def ends(tmp_path) -> tuple[Path, Path]:
-    base, tuned = (save(llama(seed, dtype=torch.bfloat16), tmp_path / f"model{seed}") for seed in range(2))
-    return base, tuned
+def ends(tmp_path):
+    return tuple(save(llama(seed, dtype=torch.bfloat16), tmp_path / f"model{seed}") for seed in range(2))
 
 
 def test_checkpoints_have_each_tensor_at_its_own_ratio(ends, tmp_path):
     thirds = LayerRatios.by_parts(ends[0], [0.2, 0.9])
     more = LayerRatios({**thirds.parts, "not stored": ["lm_head.weight"]}, [0.2, 0.9, 0.5])
     made = interpolate_checkpoints(*ends, [0.5, thirds], tmp_path / "out")
-    mean = math.fsum(thirds.values()) / len(thirds)
     assert made[0].name == "r0.50"
-    assert re.fullmatch(rf"r{mean:.2f}-[0-9a-f]{{6}}", made[1].name)
-    base, tuned = (load_file(folder / "model.safetensors") for folder in ends)
-    written = load_file(made[1] / "model.safetensors")
+    assert re.fullmatch(rf"r{math.fsum(thirds.values()) / len(thirds):.2f}-[0-9a-f]{{6}}", made[1].name)
+    base, tuned, written = (load_file(folder / "model.safetensors") for folder in (*ends, made[1]))
     assert written.keys() == base.keys()
     for name, tensor in written.items():
         expected = torch.empty_like(tensor)
         functional.interpolate([base[name]], [tuned[name]], [thirds[name]], [[expected]])
         assert same_bits(tensor, expected), name
     assert {thirds[name] for name in written} == {0.2, 0.9}
-    recipe = json.loads((made[1] / "fused_merge.json").read_text())["recipe"]
-    assert recipe["ratio"] == dict(thirds)
+    assert json.loads((made[1] / "fused_merge.json").read_text())["recipe"]["ratio"] == dict(thirds)
 
     (again,) = interpolate_checkpoints(*ends, {"thirds": more}, tmp_path / "out")
     assert again.name == "thirds"
@@ -405,7 +350,7 @@ def test_checkpoints_have_each_tensor_at_its_own_ratio(ends, tmp_path):
 
 def test_weights_of_a_merge(ends, tmp_path):
     weights = LayerRatios.by_kind(ends[0], {"attention": 0.25, "other": 0.75})
-    merged, patterns = tmp_path / "merged", tmp_path / "patterns"
-    for out, setting in ((merged, weights), (patterns, {".*attn.*": 0.25, ".*": 0.75})):
-        merge_checkpoints(None, {ends[0]: 1.0, ends[1]: setting}, "linear", out)
-    assert (merged / "model.safetensors").read_bytes() == (patterns / "model.safetensors").read_bytes()
+    for out, setting in (("kinds", weights), ("patterns", {".*attn.*": 0.25, ".*": 0.75})):
+        merge_checkpoints(None, {ends[0]: 1.0, ends[1]: setting}, "linear", tmp_path / out)
+    kinds, patterns = ((tmp_path / out / "model.safetensors").read_bytes() for out in ("kinds", "patterns"))
+    assert kinds == patterns

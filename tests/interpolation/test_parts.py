@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -24,44 +25,32 @@ GPT2 = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-OPT = SIZES | {"ffn_dim": 24, "word_embed_proj_dim": 8}
 T5 = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 2}
-GATED = T5 | {"feed_forward_proj": "gated-gelu"}
-
-LAYOUTS = {
-    "LlamaForCausalLM": ("LlamaConfig", GROUPED),
-    "LlamaForSequenceClassification": ("LlamaConfig", GROUPED),
-    "Qwen2ForCausalLM": ("Qwen2Config", GROUPED),
-    "Qwen3ForCausalLM": ("Qwen3Config", GROUPED),
-    "Qwen3MoeForCausalLM": ("Qwen3MoeConfig", GROUPED | {"num_experts": 2, "moe_intermediate_size": 8}),
-    "MistralForCausalLM": ("MistralConfig", GROUPED),
-    "MixtralForCausalLM": ("MixtralConfig", GROUPED | {"num_local_experts": 2}),
-    "GemmaForCausalLM": ("GemmaConfig", GROUPED),
-    "Gemma2ForCausalLM": ("Gemma2Config", GROUPED),
-    "GPT2LMHeadModel": ("GPT2Config", GPT2),
-    "GPT2DoubleHeadsModel": ("GPT2Config", GPT2 | {"num_labels": 1}),
-    "GPTNeoXForCausalLM": ("GPTNeoXConfig", SIZES),
-    "OPTForCausalLM": ("OPTConfig", OPT),
-    "PhiForCausalLM": ("PhiConfig", SIZES | {"qk_layernorm": True}),
-    "Phi3ForCausalLM": ("Phi3Config", GROUPED),
-    "BertForMaskedLM": ("BertConfig", SIZES),
-    "BertForPreTraining": ("BertConfig", SIZES),
-    "BertForSequenceClassification": ("BertConfig", SIZES),
-    "BertForQuestionAnswering": ("BertConfig", SIZES),
-    "RobertaForMaskedLM": ("RobertaConfig", SIZES),
-    "T5ForConditionalGeneration": ("T5Config", GATED),
-    "T5ForSequenceClassification": ("T5Config", T5),
-}
+LAYOUTS = [
+    ("LlamaForCausalLM LlamaForSequenceClassification Qwen2ForCausalLM Qwen3ForCausalLM MistralForCausalLM", GROUPED),
+    ("GemmaForCausalLM Gemma2ForCausalLM Phi3ForCausalLM", GROUPED),
+    ("BertForMaskedLM BertForPreTraining BertForSequenceClassification BertForQuestionAnswering", SIZES),
+    ("RobertaForMaskedLM GPTNeoXForCausalLM", SIZES),
+    ("Qwen3MoeForCausalLM", GROUPED | {"num_experts": 2, "moe_intermediate_size": 8}),
+    ("MixtralForCausalLM", GROUPED | {"num_local_experts": 2}),
+    ("GPT2LMHeadModel", GPT2),
+    ("GPT2DoubleHeadsModel", GPT2 | {"num_labels": 1}),
+    ("OPTForCausalLM", SIZES | {"ffn_dim": 24, "word_embed_proj_dim": 8}),
+    ("PhiForCausalLM", SIZES | {"qk_layernorm": True}),
+    ("T5ForConditionalGeneration", T5 | {"feed_forward_proj": "gated-gelu"}),
+    ("T5ForSequenceClassification", T5),
+]
+LAYOUTS = {layout: sizes for layouts, sizes in LAYOUTS for layout in layouts.split()}
 KINDS = ["embeddings", "attention", "mlp", "norm", "head"]
 
 
-def names_of(layout: str, **options) -> list[str]:
+@cache
+def names_of(layout: str) -> list[str]:
     """The names of all floating tensors of a model, tied ones once, in the order of the module."""
-    config, sizes = LAYOUTS[layout]
+    made = getattr(transformers, layout)
     with torch.device("meta"):
-        model = getattr(transformers, layout)(getattr(transformers, config)(**sizes | options))
-    floating_buffers = set(model.state_dict()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    assert not floating_buffers
+        model = made(made.config_class(**LAYOUTS[layout]))
+    assert set(model.state_dict()) == {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return [name for name, _ in model.named_parameters()]
 
 
@@ -76,8 +65,6 @@ def kinds_of(names: list[str]) -> dict[str, str]:
     ratios = LayerRatios.by_kind([*names, *more], {kind: i for i, kind in enumerate(KINDS)})
     return {name: KINDS[int(ratios[name])] for name in names}
 
-
-# --- where everything goes, tensor by tensor
 
 LLAMA = {
     r"model\.embed_tokens\.weight": (0, "embeddings", 1),
@@ -125,18 +112,14 @@ BERT = {
 }
 
 
-@pytest.mark.parametrize(
-    ("layout", "tensors"),
-    [
-        ("LlamaForCausalLM", LLAMA),
-        ("GPT2LMHeadModel", GPT2_TENSORS),
-        ("T5ForConditionalGeneration", T5_TENSORS),
-        ("BertForPreTraining", BERT),
-    ],
-)
-def test_every_tensor_of_a_layout_is_where_it_belongs(layout, tensors):
-    """`tensors` maps patterns to part (None is the layer's own), kind and number of tensors."""
-    names = names_of(layout)
+TABLES = {"LlamaForCausalLM": LLAMA, "GPT2LMHeadModel": GPT2_TENSORS, "BertForPreTraining": BERT}
+TABLES["T5ForConditionalGeneration"] = T5_TENSORS
+
+
+@pytest.mark.parametrize("layout", TABLES)
+def test_every_tensor_of_a_layout_is_where_it_belongs(layout):
+    """Tables map patterns to part (None is the layer's own), kind and number of tensors."""
+    names, tensors = names_of(layout), TABLES[layout]
     ratios, kinds = LayerRatios.by_parts(names, [0.0, 1.0, 2.0]), kinds_of(names)
     assert set(ratios) == set(names)
     counts = dict.fromkeys(tensors, 0)
@@ -183,78 +166,50 @@ def test_every_layout_is_placed_and_rises_with_depth(layout):
             assert ratios[name] == len(order) - 1
 
 
-@pytest.mark.parametrize(
-    ("name", "part", "kind"),
-    [
-        ("model.decoder.project_in.weight", 0, "embeddings"),
-        ("model.decoder.project_out.weight", -1, "head"),
-        ("gpt_neox.embed_in.weight", 0, "embeddings"),
-        ("embed_out.weight", -1, "head"),
-        ("tok_embeddings.weight", 0, "embeddings"),
-        ("transformer.word_embeddings_layernorm.bias", 0, "embeddings"),
-        ("vision_model.pre_layrnorm.weight", 0, "embeddings"),
-        ("model.rotary_emb.inv_freq", 0, "embeddings"),
-        ("output.weight", -1, "head"),
-        ("score.weight", -1, "head"),
-        ("v_head.summary.weight", -1, "head"),
-        ("v_head.layers.5.weight", -1, "head"),
-        ("classifier.0.weight", -1, "head"),
-        ("bert.pooler.dense.bias", -1, "head"),
-        ("classification_head.out_proj.weight", -1, "head"),
-        ("vocab_layer_norm.weight", -1, "head"),
-        ("lm_head.layer_norm.weight", -1, "head"),
-        ("model.layers.1.self_attn.rotary_emb.inv_freq", 1, "attention"),
-        ("model.layers.1.attention.masked_bias", 1, "attention"),
-        ("model.layers.1.block_sparse_moe.experts.3.w1.weight", 1, "mlp"),
-        ("model.layers.1.block_sparse_moe.gate.weight", 1, "mlp"),
-        ("model.layers.1.mlp.experts.gate_up_proj", 1, "mlp"),
-        ("model.layers.1.feed_forward.w1.weight", 1, "mlp"),
-        ("model.layers.1.ffn.lin1.weight", 1, "mlp"),
-        ("model.layers.1.fc2.bias", 1, "mlp"),
-        ("model.layers.1.self_attn.q_norm.weight", 1, "norm"),
-        ("model.layers.1.pre_feedforward_layernorm.weight", 1, "norm"),
-        ("model.layers.1.ln1.weight", 1, "norm"),
-    ],
-)
-def test_where_other_names_belong(name, part, kind):
+OTHERS = [
+    (0, "embeddings", "model.decoder.project_in.weight gpt_neox.embed_in.weight tok_embeddings.weight"),
+    (0, "embeddings", "transformer.word_embeddings_layernorm.bias vision_model.pre_layrnorm.weight"),
+    (0, "embeddings", "model.rotary_emb.inv_freq"),
+    (-1, "head", "model.decoder.project_out.weight embed_out.weight output.weight score.weight v_head.summary.weight"),
+    (-1, "head", "v_head.layers.5.weight classifier.0.weight bert.pooler.dense.bias vocab_layer_norm.weight"),
+    (-1, "head", "classification_head.out_proj.weight lm_head.layer_norm.weight"),
+    (1, "attention", "model.layers.1.self_attn.rotary_emb.inv_freq model.layers.1.attention.masked_bias"),
+    (1, "mlp", "model.layers.1.block_sparse_moe.experts.3.w1.weight model.layers.1.block_sparse_moe.gate.weight"),
+    (1, "mlp", "model.layers.1.mlp.experts.gate_up_proj model.layers.1.feed_forward.w1.weight"),
+    (1, "mlp", "model.layers.1.ffn.lin1.weight model.layers.1.fc2.bias"),
+    (1, "norm", "model.layers.1.self_attn.q_norm.weight model.layers.1.pre_feedforward_layernorm.weight"),
+    (1, "norm", "model.layers.1.ln1.weight"),
+]
+
+
+@pytest.mark.parametrize(("part", "kind", "name"), [(*row[:2], name) for row in OTHERS for name in row[2].split()])
+def test_where_other_names_belong(part, kind, name):
     ratios = LayerRatios.by_parts([*layers(3), name], [0.0, 1.0, 2.0])
     assert ratios[name] == part % 3
     assert kinds_of([*layers(3), name])[name] == kind
-
-
-# --- by depth
 
 
 @pytest.mark.parametrize("depth", [1, 2, 7, 12, 26, 32])
 def test_equal_parts_are_those_of_the_definition(depth):
     for count in range(1, depth + 1):
         ratios = LayerRatios.by_parts(layers(depth), range(count))
-        assert [ratios[name] for name in layers(depth)] == [i * count // depth for i in range(depth)]
+        assert [*ratios.values()] == [i * count // depth for i in range(depth)]
 
 
 def test_26_layers_in_three_parts():
     names = ["model.embed_tokens.weight", *layers(26), "model.norm.weight", "lm_head.weight"]
     thirds = LayerRatios.by_parts(names, [0.2, 0.5, 0.9])
-    assert list(thirds.parts) == ["layers 0-8", "layers 9-17", "layers 18-25"]
-    assert thirds.parts["layers 0-8"] == tuple(names[:10])
-    assert thirds.parts["layers 9-17"] == tuple(names[10:19])
-    assert thirds.parts["layers 18-25"] == tuple(names[19:])
-
-    paper = LayerRatios.by_parts(names, [0.2, 0.5, 0.9], boundaries=[8, 16])
-    assert {label: len(members) for label, members in paper.parts.items()} == {
-        "layers 0-7": 9,
-        "layers 8-15": 8,
-        "layers 16-25": 12,
+    assert dict(thirds.parts) == {
+        "layers 0-8": tuple(names[:10]),
+        "layers 9-17": tuple(names[10:19]),
+        "layers 18-25": tuple(names[19:]),
     }
-    assert (paper["model.layers.7.self_attn.q_proj.weight"], paper["model.layers.8.self_attn.q_proj.weight"]) == (
-        0.2,
-        0.5,
-    )
-    assert list(LayerRatios.by_parts(names, [0, 1, 2], boundaries=torch.tensor([1, 2])).parts) == [
-        "layer 0",
-        "layer 1",
-        "layers 2-25",
-    ]
+    paper = LayerRatios.by_parts(names, [0.2, 0.5, 0.9], boundaries=[8, 16])
+    counts = {label: len(members) for label, members in paper.parts.items()}
+    assert counts == {"layers 0-7": 9, "layers 8-15": 8, "layers 16-25": 12}
+    assert [paper[name] for name in names[8:10]] == [0.2, 0.5]
+    low = LayerRatios.by_parts(names, [0, 1, 2], boundaries=torch.tensor([1, 2]))
+    assert list(low.parts) == ["layer 0", "layer 1", "layers 2-25"]
 
 
 def test_what_is_outside_goes_where_it_is_told_to():
@@ -312,6 +267,10 @@ def test_names_are_made_canonical():
     assert list(LayerRatios.by_parts(names, [0.1, 0.2])) == [*layers(2), "lm_head.weight"]
 
 
+GIVE = r"in no list of layers, .* give its part with outside=\{'logit_scale': 0\}"
+TAKES = "outside takes 'head', 'embeddings', 'norm'"
+
+
 @pytest.mark.parametrize(
     ("names", "ratios", "options", "sentence"),
     [
@@ -323,20 +282,19 @@ def test_names_are_made_canonical():
             ["lm_head.weight", "0.weight"],
             [1],
             {},
-            "no name is that of a numbered layer, .* but 'lm_head.weight', '0.weig",
+            "no name is that of a numbered layer, .* but 'lm_head.weight', '0.wei",
         ),
         (
             [*layers(1), "logit_scale"],
             [0.1],
             {},
-            "cannot tell where 'logit_scale' belongs: it is in no list of layers, .* give its part with "
-            r"outside=\{'logit_scale': 0\}, or use by_patterns",
+            f"cannot tell where 'logit_scale' belongs: it is {GIVE}, or use by_p",
         ),
         (
             [*layers(1), "a.x", "router.3.x", "b", "c", "d"],
             [0.1],
             {},
-            "cannot tell where 'a.x' belongs, nor 'router.3.x', 'b', 'c' and 1 more:",
+            "'a.x' belongs, nor 'router.3.x', 'b', 'c' and 1 m",
         ),
         (layers(3)[:1] * 2, [0.1], {}, "'model.layers.0.self_attn.q_proj.weight' is named twice when prefixes of wrap"),
         # Layer 1 of 2 alone: the lower half is empty.
@@ -356,7 +314,7 @@ def test_names_are_made_canonical():
             layers(3),
             [0, 1],
             {"outside": {"embedding": 0}},
-            "outside takes 'head', 'embeddings', 'norm' and names, but part key 'embedding' matches no tensor",
+            f"{TAKES} and names, but part key 'embedding' matches no tens",
         ),
         (layers(3), [0, 1], {"outside": {"(": 0}}, r"outside takes .*part key '\(' is not a regular expression"),
     ],
@@ -372,7 +330,6 @@ def test_parts_that_cannot_be(names, ratios, options, sentence):
     [
         (layers(2), 0.5, "ratios must be a sequence of numbers, one for each part, got 0.5"),
         (layers(2), {"a": 0.5}, "ratios must be a sequence of numbers"),
-        (layers(2), [0.5, "x"], "a ratio of 'layer 1' must be a number, got 'x'"),
         (llama(0).named_parameters(), [0.5], "a tensor must be given by its name, got a tuple; pass strings"),
         (7, [0.5], "names must be an iterable of strings, got 7"),
     ],

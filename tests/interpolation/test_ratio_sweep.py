@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from bits import same_bits
@@ -29,13 +27,12 @@ def assert_state(model, expected):
 @pytest.mark.parametrize("kind", ["module", "state dict", "file", "folder", "shards"])
 def test_a_model_goes_there_and_back(kind, tmp_path):
     base, tuned, model = llama(0), llama(1), llama(2)
-    ends = {
-        "module": lambda: (base, tuned),
-        "state dict": lambda: (base.state_dict(), tuned.state_dict()),
-        "file": lambda: tuple(save(m, tmp_path / str(i)) / "model.safetensors" for i, m in enumerate([base, tuned])),
-        "folder": lambda: (save(base, tmp_path / "base"), str(save(tuned, tmp_path / "tuned"))),
-        "shards": lambda: (save(base, tmp_path / "base", shard="4KB"), save(tuned, tmp_path / "tuned")),
-    }[kind]()
+    if kind in ("module", "state dict"):
+        ends = (base, tuned) if kind == "module" else (base.state_dict(), tuned.state_dict())
+    else:
+        shard = "4KB" if kind == "shards" else "5GB"
+        ends = save(base, tmp_path / "base", shard), str(save(tuned, tmp_path / "tuned"))
+        ends = [f"{end}/model.safetensors" for end in ends] if kind == "file" else ends
     points = interpolate(base.state_dict(), tuned.state_dict(), RATIOS)
     sweep = RatioSweep(model, *ends)
     before, pointers = state(model), [parameter.data_ptr() for parameter in model.parameters()]
@@ -48,14 +45,11 @@ def test_a_model_goes_there_and_back(kind, tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("found", ["base", "tuned", "neither"])
+@pytest.mark.parametrize("found", [0, 1, 2])
 def test_weights_come_back_after_an_exception(found):
-    base, tuned = llama(0), llama(1)
-    model = {"base": lambda: copy.deepcopy(base), "tuned": lambda: copy.deepcopy(tuned), "neither": lambda: llama(2)}[
-        found
-    ]()
-    before = state(model)
-    with pytest.raises(KeyError), RatioSweep(model, base, tuned).at(0.5):
+    """Those of the base, of the tuned model, and of neither."""
+    model, before = llama(found), llama(found).state_dict()
+    with pytest.raises(KeyError), RatioSweep(model, llama(0), llama(1)).at(0.5):
         raise KeyError("in the middle of an evaluation")
     assert_state(model, before)
 
@@ -133,35 +127,29 @@ def test_a_model_of_another_dtype_gets_points_rounded_once(dtype, transposed):
 
 
 def test_integers_of_another_dtype_are_refused():
-    def counter(dtype):
-        module = nn.Linear(1, 1)
+    model, base, tuned = (nn.Linear(1, 1) for _ in range(3))
+    for module, dtype in ((model, torch.int32), (base, torch.int64), (tuned, torch.int64)):
         module.register_buffer("count", torch.tensor([300], dtype=dtype))
-        return module
-
     with pytest.raises(ValueError, match=r"'count' is torch.int32 in the model and torch.int64 in base .*one dtype"):
-        RatioSweep(counter(torch.int32), counter(torch.int64), counter(torch.int64))
+        RatioSweep(model, base, tuned)
 
 
-def test_a_tied_model_and_a_checkpoint_that_writes_both_out(tmp_path):
+def test_a_tied_model_and_a_checkpoint_that_writes_both_out():
     base, tuned, model = llama(0), llama(1), llama(2)
-    written = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-    before = state(model)
-    with RatioSweep(model, written, tuned).at(0.3):
-        assert_state(model, interpolate(base.state_dict(), tuned.state_dict(), [0.3])[0])
-    with RatioSweep(model, written, {name: t.clone() for name, t in tuned.state_dict().items()}).at(0.3):
-        assert_state(model, interpolate(base.state_dict(), tuned.state_dict(), [0.3])[0])
+    before, (point,) = state(model), interpolate(base.state_dict(), tuned.state_dict(), [0.3])
+    for end in (tuned, state(tuned)):
+        with RatioSweep(model, state(base), end).at(0.3):
+            assert_state(model, point)
     assert_state(model, before)
+    written = state(base)
     written["lm_head.weight"] += 1
-    with pytest.raises(
-        ValueError,
-        match=r"the model ties 'lm_head.weight' to 'model.embed_tokens.weight', but base .* other values for it; untie",
-    ):
-        RatioSweep(model, written, {name: t.clone() for name, t in tuned.state_dict().items()})
+    message = r"the model ties 'lm_head.weight' to 'model.embed_tokens.weight', but base .* other values for it; untie"
+    with pytest.raises(ValueError, match=message):
+        RatioSweep(model, written, state(tuned))
 
 
 def test_an_untied_model_and_tied_checkpoints():
     base, tuned, model = llama(0), llama(1), llama(2, tied=False)
-    before = state(model)
     model.lm_head.weight.data.copy_(model.model.embed_tokens.weight)
     before = state(model)
     with RatioSweep(model, base, tuned).at(1.0):
@@ -184,11 +172,12 @@ def test_one_point_at_a_time():
         sweep.move_to(0.3)
     assert_state(model, before)
     with sweep.at(0.3):
-        with pytest.raises(RuntimeError, match=r"the model is at ratio 0.3 already; leave that block, or use move_to"):
-            sweep.at(0.4).__enter__()
-        sweep.move_to(0.6)
-        with pytest.raises(RuntimeError, match=r"the model is at ratio 0.6 already"):
-            sweep.at(0.4).__enter__()
+        for ratio in (0.3, 0.6):
+            sweep.move_to(ratio)
+            with pytest.raises(
+                RuntimeError, match=f"the model is at ratio {ratio} already; leave that block, or use mov"
+            ):
+                sweep.at(0.4).__enter__()
         with pytest.raises(ValueError, match="a ratio must be finite, got inf"):
             sweep.at(float("inf")).__enter__()
     assert_state(model, before)
@@ -199,10 +188,9 @@ def test_one_point_at_a_time():
 def test_storage_shared_with_an_end():
     model = llama(0)
     message = r"the model shares storage with base \(.*\), which writing to it would change; pass a deep copy"
-    with pytest.raises(ValueError, match=message):
-        RatioSweep(model, model, llama(1))
-    with pytest.raises(ValueError, match=message):
-        RatioSweep(model, model.state_dict(), llama(1))
+    for end in (model, model.state_dict()):
+        with pytest.raises(ValueError, match=message):
+            RatioSweep(model, end, llama(1))
     base = llama(1).state_dict()
     sweep = RatioSweep(model, base, llama(2))
     model.load_state_dict(base, assign=True)
@@ -212,12 +200,18 @@ def test_storage_shared_with_an_end():
 
 def test_models_that_do_not_fit():
     base, tuned = llama(0), llama(1)
-    with pytest.raises(ValueError, match=r"model \(module\) and base \(module\) do not match: .* \[50, 16\] and \[48,"):
-        RatioSweep(llama(2, vocabulary=50), base, tuned)
-    with pytest.raises(ValueError, match=r"is torch.bfloat16 and torch.float32.*; both must be of one arch.*one dtype"):
-        RatioSweep(llama(2), llama(0, dtype=torch.bfloat16), tuned)
-    without_head = [{n: t for n, t in m.state_dict().items() if n != "lm_head.weight"} for m in (base, tuned)]
-    with pytest.raises(ValueError, match=r"base \(state dict\) lacks 'lm_head.weight' of model \(module\)"):
-        RatioSweep(llama(2, tied=False), *without_head)
+    headless = [{n: t for n, t in m.state_dict().items() if n != "lm_head.weight"} for m in (base, tuned)]
+    half = llama(0, dtype=torch.bfloat16)
+    for model, ends, message in (
+        (
+            llama(2, vocabulary=50),
+            (base, tuned),
+            r"model \(module\) and base \(module\) do not .* \[50, 16\] and \[48,",
+        ),
+        (llama(2), (half, tuned), r"is torch.bfloat16 and torch.float32.*; both must be of one arch.*one dtype"),
+        (llama(2, tied=False), headless, r"base \(state dict\) lacks 'lm_head.weight' of model \(module\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RatioSweep(model, *ends)
     with pytest.raises(TypeError, match="tuned must be a module, a state dict or a path, got a NoneType"):
         RatioSweep(llama(2), base, None)

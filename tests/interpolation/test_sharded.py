@@ -9,9 +9,7 @@ import sharded
 import torch
 from processes import Pair
 from safetensors.torch import save_file
-from sharded import OPTIONS, PARTS, Network, batch_of, ends, loss_of, points_of
-
-from fused_merge import adapt_ratios
+from sharded import OPTIONS, PARTS, Network, batch_of, loss_of, points_of
 
 KINDS = ["fsdp", "fsdp that keeps gathered weights", "ddp"]
 
@@ -23,14 +21,19 @@ def pair(tmp_path_factory):
     pair.stop()
 
 
-# --- RatioSweep
+def assert_stopped(answers, first, error, message):
+    """Assert that one process raised an error of its own, and the other one because of it."""
+    with pytest.raises(error, match=message):
+        raise answers[first]
+    with pytest.raises(RuntimeError, match="stopped because another process failed; see its error"):
+        raise answers[1 - first]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "where"), [(torch.float64, "memory"), (torch.bfloat16, "files")])
 def test_each_process_holds_the_bits_of_its_part(kind, dtype, where, pair, tmp_path):
-    for name, seed in (("base", 0), ("tuned", 1)):
-        save_file(Network(seed, dtype).state_dict(), tmp_path / f"{name}.safetensors")
+    for name, end in zip(("base", "tuned"), sharded.ends(dtype), strict=True):
+        save_file(end.state_dict(), tmp_path / f"{name}.safetensors")
     empty = pair.both(sharded.sweep, kind, dtype, tmp_path if where == "files" else None)
     # Of a single element the second process has nothing to write.
     assert [any(found) for found in empty] == [False, kind != "ddp"]
@@ -41,36 +44,25 @@ def test_a_forward_pass_uses_the_weights_that_were_just_written(kind, pair):
     pair.both(sharded.forward_after_moving, kind)
 
 
-# --- adapt_ratios
-
-
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_with_a_batch_each_are_one_with_both(kind, accumulate, pair):
-    answers = pair.both(sharded.adapt, kind, {"accumulate": accumulate})
+@pytest.mark.parametrize("options", [{"accumulate": 1}, {"accumulate": 2}, {"gradients": False, "steps": 10}], ids=str)
+def test_two_processes_with_a_batch_each_are_one_with_both(kind, options, pair):
+    answers = pair.both(sharded.adapt, kind, options)
     assert answers[0] == answers[1]
     ratios, history, alone, alone_history = answers[0]
     assert ratios.ratios != PARTS.ratios
-    # The sums, in fp64, are those of other orders, and six steps make little of that.
+    assert len(history) == options.get("steps", OPTIONS["steps"])
+    # The sums, in fp64, are those of other orders, and few steps make little of that.
     assert ratios.ratios == pytest.approx(alone.ratios, rel=0, abs=1e-13)
     for one, other in zip(history, alone_history, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-13)
-        assert one["gradient"] == pytest.approx(other["gradient"], rel=1e-11, abs=1e-13)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_search_without_gradients_is_the_same_on_both(kind, pair):
-    answers = pair.both(sharded.adapt, kind, {"gradients": False, "steps": 10})
-    assert answers[0] == answers[1]
-    ratios, history, alone, _ = answers[0]
-    assert len(history) == 10
-    assert ratios.ratios == pytest.approx(alone.ratios, abs=1e-12)
+        assert ("gradient" in one) is options.get("gradients", True)
+        assert one.get("gradient", []) == pytest.approx(other.get("gradient", []), rel=1e-11, abs=1e-13)
 
 
 def test_replicas_that_nothing_ties_together_do_not_wait_for_one_another(pair):
     _, ratios = pair.both(sharded.adapt_alone)
-    expected = adapt_ratios(Network(2), *ends(), loss_of, [batch_of(1)], **OPTIONS).ratios
-    assert ratios == pytest.approx(expected, abs=1e-13)
+    assert ratios == pytest.approx(sharded.adapted(Network(2), [batch_of(1)]).ratios, abs=1e-13)
 
 
 def test_ddp_reduces_no_gradient_meanwhile_and_all_afterwards(pair):
@@ -93,11 +85,7 @@ def test_ddp_reduces_no_gradient_meanwhile_and_all_afterwards(pair):
 )
 def test_what_stops_one_process_stops_both(kind, fault, first, error, message, pair, tmp_path):
     (tmp_path / "file").touch()
-    answers = pair(sharded.adapt_badly, kind, fault, tmp_path)
-    with pytest.raises(error, match=message):
-        raise answers[first]
-    with pytest.raises(RuntimeError, match="stopped because another process failed; see its error"):
-        raise answers[1 - first]
+    assert_stopped(pair(sharded.adapt_badly, kind, fault, tmp_path), first, error, message)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -108,9 +96,6 @@ def test_the_journal_of_the_first_process_is_that_of_both(kind, pair, tmp_path):
     assert (found, history) == (whole, whole_history)
     assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.json*")] == ["rank0/journal.json"]
     assert len(json.loads((tmp_path / "rank0/journal.json").read_text())["history"]) == OPTIONS["steps"]
-
-
-# --- evaluate_ratios
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -148,8 +133,4 @@ def test_scores_are_the_first_processs_and_written_by_it_alone(kind, pair, tmp_p
 def test_what_stops_one_process_of_a_sweep_stops_both(kind, fault, first, error, message, pair, tmp_path):
     if fault is None:
         (tmp_path / "out").touch()
-    answers = pair(sharded.evaluate, kind, tmp_path, fault)
-    with pytest.raises(error, match=message):
-        raise answers[first]
-    with pytest.raises(RuntimeError, match="stopped because another process failed"):
-        raise answers[1 - first]
+    assert_stopped(pair(sharded.evaluate, kind, tmp_path, fault), first, error, message)
