@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from fused_merge.adapt.adapt import adapt_ratios, answer_loss
-from fused_merge.adapt.options import AnswerOptions, RateOptions, SamplingOptions, TargetOptions, check_share
+from fused_merge.adapt.options import AnswerOptions, SamplingOptions, TargetOptions
 from fused_merge.checkpoints.interpolate import plan_interpolation
 from fused_merge.functional.backend import check_device
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.io.transformers import import_function, load_model, load_tokenizer, stored_dtype
 from fused_merge.options import documented, resolve, split
+from fused_merge.options import share as check_share
 from fused_merge.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -60,10 +61,9 @@ def sample_answers(
     devices = [model.device] if model.device.type == "cuda" else []
     end = tokenizer.eos_token_id
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0.0:
-        # What the model's own configuration says beside the temperature would be another distribution.
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    # What the model's own configuration says beside the temperature would be another distribution.
+    drawn: dict[str, Any] = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0.0 else {}
+    drawn |= {"do_sample": bool(drawn), "max_new_tokens": o["max_new_tokens"], "pad_token_id": padding}
     with (
         torch.no_grad(),
         torch.random.fork_rng(devices),
@@ -72,14 +72,11 @@ def sample_answers(
         torch.manual_seed(o["seed"])
         for first in range(0, len(prompts), batch_size):
             asked = [_tokens(tokenizer, prompt) for prompt in prompts[first : first + batch_size]]
-            width = max(map(len, asked))
-            # On the left, so that all answers begin at one place.
-            ids = torch.tensor([[padding] * (width - len(tokens)) + tokens for tokens in asked], device=model.device)
-            mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in asked]).to(ids.device)
-            made = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=o["max_new_tokens"], pad_token_id=padding, **sampling
-            )
-            for tokens, answer in zip(asked, made[:, width:].tolist(), strict=True):
+            # Padded on the left, so that all answers begin at one place.
+            ids = _padded(asked, padding, model.device, left=True)
+            mask = _padded([[1] * len(tokens) for tokens in asked], 0, model.device, left=True)
+            made = model.generate(input_ids=ids, attention_mask=mask, **drawn)
+            for tokens, answer in zip(asked, made[:, ids.shape[1] :].tolist(), strict=True):
                 if end in answer:
                     answer = answer[: answer.index(end) + 1]
                 if answer and answer != [end]:
@@ -105,14 +102,11 @@ def answer_batches(
     batches = []
     for first in range(0, len(answers), batch_size):
         chosen = answers[first : first + batch_size]
-        width = max(len(answer.prompt) + len(answer.answer) for answer in chosen)
-        columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-        for prompt, answer, _ in chosen:
-            empty = width - len(prompt) - len(answer)
-            columns["input_ids"].append(prompt + answer + [padding] * empty)
-            columns["attention_mask"].append([1] * (width - empty) + [0] * empty)
-            columns["labels"].append([-100] * len(prompt) + answer + [-100] * empty)
-        batches.append({key: torch.tensor(column, device=device) for key, column in columns.items()})
+        tokens = [prompt + answer for prompt, answer, _ in chosen]
+        labels = [[-100] * len(prompt) + answer for prompt, answer, _ in chosen]
+        columns = {"input_ids": (tokens, padding), "attention_mask": ([[1] * len(row) for row in tokens], 0)}
+        columns["labels"] = labels, -100
+        batches.append({key: _padded(rows, value, device) for key, (rows, value) in columns.items()})
     return batches
 
 
@@ -170,7 +164,7 @@ def adapt_checkpoints(
     plan_interpolation(base, tuned, {MODEL: o["mean_ratio"]}, out)
     model = load_model(source.path, check_device(o["device"]), o["dtype"] or stored_dtype(source))
     tokenizer = load_tokenizer(source.path)
-    sampling, target, rate, _ = split(options, SamplingOptions, TargetOptions, RateOptions, AnswerOptions)
+    sampling, target, _ = split(options, SamplingOptions, TargetOptions, AnswerOptions)
     answers = sample_answers(model, tokenizer, prompts, **sampling)
     if not answers:
         raise ValueError(f"{tuned} answers none of {len(prompts)} prompts; give others, or a higher temperature")
@@ -180,7 +174,8 @@ def adapt_checkpoints(
     out.mkdir(parents=True, exist_ok=True)
     padding = tokenizer.pad_token_id or 0
     batches = answer_batches(answers, batch_size=o["batch_size"], padding=padding, device=model.device)
-    found = adapt_ratios(model, base, tuned, answer_loss, batches, **target, **rate, journal=out / JOURNAL)
+    run = {"journal": out / JOURNAL, "progress": o["progress"]}
+    found = adapt_ratios(model, base, tuned, answer_loss, batches, **target, **run)
     found.save(out / RATIOS)
     (written,) = plan_interpolation(base, tuned, {MODEL: found}, out).run(device=o["device"], progress=o["progress"])
     return written
@@ -209,9 +204,14 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _tokens(tokenizer: Any, prompt: str) -> list[int]:
-    if getattr(tokenizer, "chat_template", None):
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    return list(tokenizer(prompt)["input_ids"])
+    templated = bool(getattr(tokenizer, "chat_template", None))
+    if templated:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(prompt, add_special_tokens=not templated)["input_ids"])
+
+
+def _padded(rows: list[list[int]], value: int, device: torch.device | str, *, left: bool = False) -> torch.Tensor:
+    width = max(map(len, rows))
+    padding = [[value] * (width - len(row)) for row in rows]
+    return torch.tensor([p + row if left else row + p for row, p in zip(rows, padding, strict=True)], device=device)

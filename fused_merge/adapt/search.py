@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 
 Vector = NDArray[np.float64]
 
-# Added to each sigmoid, so that no part can vanish.
-_EPSILON = 1e-3
-# Of the largest second moment's root: what a part with hardly any gradient is scaled by at least.
-_FLOOR = 1e-2
+_EPSILON = 1e-3  # added to each sigmoid, so that no part can vanish
+_FLOOR = 1e-2  # of the largest second moment's root: what a part with hardly any gradient is scaled by at least
 
 
 def project_ratios(x: Vector, mean: float, metric: Vector | None = None) -> Vector:
@@ -62,59 +60,68 @@ class Search(ABC):
         return self.propose()
 
 
-class ProjectedAdam(Search):
+class _Adam(Search):
+    """The moments of Adam, their bias corrections, and a learning rate that falls to 0 as a cosine after `steps`.
+
+    It begins at `start`: ratios whose mean is `mean`, or the w of `SigmoidAdam`.
+    """
+
+    def __init__(self, start: Vector, mean: float, lr: float, betas: tuple[float, float], steps: int) -> None:
+        self._x, self._mean = start, mean
+        self._lr, self._betas, self._steps = lr, betas, steps
+        self._momentum, self._second = np.zeros((2, len(start)))
+        self._done = 0
+
+    def _step(self, gradient: Vector) -> tuple[Vector, Vector]:
+        """Return rate times momentum, and the root of the second moment, both corrected."""
+        rate = self._lr * 0.5 * (1.0 + math.cos(math.pi * self._done / self._steps))
+        self._done += 1
+        beta1, beta2 = self._betas
+        self._momentum = beta1 * self._momentum + (1 - beta1) * gradient
+        self._second = beta2 * self._second + (1 - beta2) * gradient**2
+        root = np.sqrt(self._second / (1.0 - beta2**self._done))
+        return rate * self._momentum / (1.0 - beta1**self._done), root
+
+
+class ProjectedAdam(_Adam):
     """Adam on the ratios themselves, projected in the metric of its own second moments.
 
     In that metric the projection undoes the scaling, so that it rests where all free ratios have one gradient: at the
     optimum. A Euclidean projection would rest elsewhere.
     """
 
-    def __init__(self, start: Vector, mean: float, lr: float, betas: tuple[float, float], steps: int) -> None:
-        self._ratios = project_ratios(start, mean)
-        self._mean = mean
-        self._adam = _Adam(len(start), lr, betas, steps)
-
     def propose(self) -> Vector:
         """Return the next ratios to evaluate."""
-        return self._ratios
+        return self._x
 
     def learn(self, loss: float, gradient: Vector | None) -> None:
         """Take the outcome of the last proposal."""
         assert gradient is not None
         # Along (1, ..., 1) nothing can move: the moments should not see it.
-        step, root = self._adam.step(gradient - gradient.mean())
+        step, root = self._step(gradient - gradient.mean())
         if root.max() > 0.0:
             metric = np.maximum(root, _FLOOR * root.max())
-            self._ratios = project_ratios(self._ratios - step / metric, self._mean, metric)
+            self._x = project_ratios(self._x - step / metric, self._mean, metric)
 
 
-class SigmoidAdam(Search):
+class SigmoidAdam(_Adam):
     """Adam on w, with r_k = K * rho * (sigmoid(w_k) + e) / sum of the same, as in the paper's code."""
-
-    def __init__(self, parts: int, mean: float, lr: float, betas: tuple[float, float], steps: int) -> None:
-        self._w = np.zeros(parts)
-        self._mean = mean
-        self._adam = _Adam(parts, lr, betas, steps)
 
     def propose(self) -> Vector:
         """Return the next ratios to evaluate."""
-        share = self._sigmoid() + _EPSILON
+        share = 1.0 / (1.0 + np.exp(-self._x)) + _EPSILON
         return project_ratios(len(share) * self._mean * share / share.sum(), self._mean)
 
     def learn(self, loss: float, gradient: Vector | None) -> None:
         """Take the outcome of the last proposal."""
         assert gradient is not None
-        sigmoid = self._sigmoid()
+        sigmoid = 1.0 / (1.0 + np.exp(-self._x))
         share = sigmoid + _EPSILON
         weight = share / share.sum()
         # The chain rule through share / sum of shares.
         by_w = len(share) * self._mean / share.sum() * sigmoid * (1 - sigmoid) * (gradient - np.sum(weight * gradient))
-        step, root = self._adam.step(by_w)
-        self._w = self._w - step / np.where(root > 0, root, 1.0)
-
-    def _sigmoid(self) -> Vector:
-        sigmoid: Vector = 1.0 / (1.0 + np.exp(-self._w))
-        return sigmoid
+        step, root = self._step(by_w)
+        self._x = self._x - step / np.where(root > 0, root, 1.0)
 
 
 class CovarianceSearch(Search):
@@ -132,10 +139,10 @@ class CovarianceSearch(Search):
         self._mean = mean
         # A generator of its own: a seed would be that of numpy's common one, which belongs to the caller.
         options = {"randn": np.random.RandomState(seed).randn, "seed": np.nan, "verbose": -9, "verb_log": 0}
-        self._strategy = cma.CMAEvolutionStrategy(project_ratios(start, mean), deviation, options)
+        self._strategy = cma.CMAEvolutionStrategy(start, deviation, options)
         self._waiting: list[Vector] = []
         self._told: list[tuple[Vector, float]] = []
-        self._best = (math.inf, project_ratios(start, mean))
+        self._best = (math.inf, start)
 
     def propose(self) -> Vector:
         """Return the next ratios to evaluate."""
@@ -157,24 +164,3 @@ class CovarianceSearch(Search):
     def best(self) -> Vector:
         """Return the ratios that it would choose now."""
         return self._best[1]
-
-
-class _Adam:
-    """The moments of Adam, their bias corrections, and a learning rate that falls to 0 as a cosine."""
-
-    def __init__(self, size: int, lr: float, betas: tuple[float, float], steps: int) -> None:
-        self.momentum, self._second = np.zeros(size), np.zeros(size)
-        self._lr = lr
-        self._betas = betas
-        self._steps = steps
-        self._done = 0
-
-    def step(self, gradient: Vector) -> tuple[Vector, Vector]:
-        """Return rate times momentum, and the root of the second moment, both corrected."""
-        rate = self._lr * 0.5 * (1.0 + math.cos(math.pi * self._done / self._steps))
-        self._done += 1
-        beta1, beta2 = self._betas
-        self.momentum = beta1 * self.momentum + (1 - beta1) * gradient
-        self._second = beta2 * self._second + (1 - beta2) * gradient**2
-        root = np.sqrt(self._second / (1.0 - beta2**self._done))
-        return rate * self.momentum / (1.0 - beta1**self._done), root
