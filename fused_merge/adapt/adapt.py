@@ -193,19 +193,14 @@ class _Evaluation:
             aliases = open_source(model, role="model").aliases
             named = ((canonical_name(name), p) for name, p in model.named_parameters())
             self.parameters = [(aliases.get(name, name), p) for name, p in named]
-            found = [(p, p.requires_grad, p.grad) for _, p in self.parameters]
-            try:
-                for p, _, _ in found:
-                    p.requires_grad_(self.gradients and p.is_floating_point())
-                    p.grad = None
-                for part in model.modules():
-                    if isinstance(part, nn.parallel.DistributedDataParallel):
-                        stack.enter_context(part.no_sync())
-                yield
-            finally:
-                for p, requires_grad, grad in found:
-                    p.requires_grad_(requires_grad)
-                    p.grad = grad
+            for _, p in self.parameters:
+                stack.callback(_give_back, p, p.requires_grad, p.grad)
+                p.requires_grad_(self.gradients and p.is_floating_point())
+                p.grad = None
+            for part in model.modules():
+                if isinstance(part, nn.parallel.DistributedDataParallel):
+                    stack.enter_context(part.no_sync())
+            yield
 
     def __call__(self, ratios: LayerRatios, batches: Iterator[Any], count: int) -> tuple[float, Vector | None]:
         """Return the mean loss over the next batches, and its gradient by the ratios if it is wanted."""
@@ -226,13 +221,14 @@ class _Evaluation:
         return mean, self._gradient() if self.gradients else None
 
     def _check(self, loss: Any) -> float:
-        if not hasattr(loss, "__float__") or (isinstance(loss, Tensor) and loss.numel() != 1):
-            kind = f"tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        is_tensor = isinstance(loss, Tensor)
+        if not hasattr(loss, "__float__") or (is_tensor and loss.numel() != 1):
+            kind = f"tensor of shape {list(loss.shape)}" if is_tensor else type(loss).__name__
             raise TypeError(f"loss_fn must return one number, got a {kind}; return a mean over the batch")
-        value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        value = float(loss.detach() if is_tensor else loss)
         if not math.isfinite(value):
             raise ValueError(f"loss_fn returned {value}; look at the batch, and whether the model's dtype can hold it")
-        if self.gradients and not (isinstance(loss, Tensor) and loss.requires_grad):
+        if self.gradients and not (is_tensor and loss.requires_grad):
             raise ValueError("the loss does not depend on the weights by a graph; pass gradients=False for such losses")
         return value
 
@@ -261,11 +257,14 @@ class _Evaluation:
             if not count:
                 raise ValueError(f"no parameter of part {label!r} gets a gradient; make it one part with others")
             if not math.isfinite(derivative):
-                raise ValueError(
-                    f"the loss is finite, but its derivative by the ratio of part {label!r} is {derivative}; look at "
-                    "the batch, and whether the model's dtype can hold its gradients"
-                )
+                what = f"the loss is finite, but its derivative by the ratio of part {label!r} is {derivative}"
+                raise ValueError(f"{what}; look at the batch, and whether the model's dtype can hold its gradients")
         return gradient
+
+
+def _give_back(p: nn.Parameter, requires_grad: bool, grad: Tensor | None) -> None:
+    p.requires_grad_(requires_grad)
+    p.grad = grad
 
 
 def _read_journal(path: Path, run: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -294,9 +293,7 @@ def _cycle(batches: Iterable[Any]) -> Iterator[Any]:
         for seen, batch in enumerate(batches, before + 1):  # noqa: B007
             yield batch
         if seen == before:
-            raise ValueError(
-                f"batches ended after {seen}; pass something that can be gone through again, such as a list or a loader"
-            )
+            raise ValueError(f"batches ended after {seen}; pass something that can be gone through again, as a list")
 
 
 def _has_settled(history: Sequence[Mapping[str, Any]], patience: int, tolerance: float) -> bool:

@@ -44,22 +44,18 @@ class Answer(NamedTuple):
 def sample_answers(
     model: Any, tokenizer: Any, prompts: Sequence[str], **options: Unpack[SamplingOptions]
 ) -> list[Answer]:
-    """Let a causal language model answer prompts.
+    """Return the answers of a causal language model of Transformers, in the order of the prompts, less empty ones.
 
     Args:
-        model: a model of Transformers.
+        model: the model.
         tokenizer: its tokenizer; with a chat template each prompt is one message of a user.
         prompts: texts.
         {options}
-
-    Returns:
-        An answer for each prompt, in their order, except where it is empty.
     """
     o = resolve(options, SamplingOptions)
-    batch_size, temperature = o["batch_size"], o["temperature"]
+    temperature, end = o["temperature"], tokenizer.eos_token_id
     answers = []
     devices = [model.device] if model.device.type == "cuda" else []
-    end = tokenizer.eos_token_id
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
     # What the model's own configuration says beside the temperature would be another distribution.
     drawn: dict[str, Any] = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0.0 else {}
@@ -70,8 +66,8 @@ def sample_answers(
         progress_bar("answering", len(prompts), unit="prompts", enabled=o["progress"]) as advance,
     ):
         torch.manual_seed(o["seed"])
-        for first in range(0, len(prompts), batch_size):
-            asked = [_tokens(tokenizer, prompt) for prompt in prompts[first : first + batch_size]]
+        for first in range(0, len(prompts), o["batch_size"]):
+            asked = [_tokens(tokenizer, prompt) for prompt in prompts[first : first + o["batch_size"]]]
             # Padded on the left, so that all answers begin at one place.
             ids = _padded(asked, padding, model.device, left=True)
             mask = _padded([[1] * len(tokens) for tokens in asked], 0, model.device, left=True)
@@ -88,38 +84,27 @@ def sample_answers(
 def answer_batches(
     answers: Sequence[Answer], *, batch_size: int = 8, padding: int = 0, device: torch.device | str = "cpu"
 ) -> list[dict[str, torch.Tensor]]:
-    """Return batches for `answer_loss`: only the tokens of answers are learned.
-
-    Args:
-        answers: in the order in which they are to be seen.
-        batch_size: answers of a batch.
-        padding: the token to pad with, at the right.
-        device: where the tensors are wanted.
+    """Return batches for `answer_loss`, in the order of the answers: only the tokens of answers are learned.
 
     Returns:
-        Dicts of `input_ids`, `attention_mask` and `labels`, int64 `[batch, tokens]`.
+        Dicts of `input_ids`, `attention_mask` and `labels`, int64 `[batch, tokens]`, with `padding` at the right.
     """
     batches = []
     for first in range(0, len(answers), batch_size):
         chosen = answers[first : first + batch_size]
         tokens = [prompt + answer for prompt, answer, _ in chosen]
         labels = [[-100] * len(prompt) + answer for prompt, answer, _ in chosen]
-        columns = {"input_ids": (tokens, padding), "attention_mask": ([[1] * len(row) for row in tokens], 0)}
-        columns["labels"] = labels, -100
+        masks = [[1] * len(row) for row in tokens]
+        columns = {"input_ids": (tokens, padding), "attention_mask": (masks, 0), "labels": (labels, -100)}
         batches.append({key: _padded(rows, value, device) for key, (rows, value) in columns.items()})
     return batches
 
 
 def best_answers(answers: Sequence[Answer], rewards: Sequence[float], share: float) -> list[Answer]:
-    """Return the answers of the highest rewards, in their order.
-
-    Args:
-        answers: any.
-        rewards: a finite number for each.
-        share: share of the answers to keep, in (0, 1]; at least one is kept.
+    """Return the answers of the highest rewards, in their order: a share in (0, 1] of all, but at least one.
 
     Raises:
-        ValueError: if there are not as many finite rewards, or `share` is out of range.
+        ValueError: if there is not one finite reward for each, or `share` is out of range.
     """
     if len(rewards) != len(answers) or not all(math.isfinite(reward) for reward in rewards):
         raise ValueError(f"a reward must return one finite number for each of {len(answers)} answers, got {rewards}")
@@ -188,18 +173,15 @@ def read_prompts(path: Path) -> list[str]:
         ValueError: if a line has no prompt; the sentence names it.
         OSError: if the file cannot be read.
     """
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if path.suffix.lower() != ".jsonl":
-        return lines
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"line {number} of {path} is no JSON object with a 'prompt'; correct it") from error
-        if not isinstance(prompt, str):
-            raise ValueError(f"the 'prompt' in line {number} of {path} is no text; correct it")
-        prompts.append(prompt)
+    prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path.suffix.lower() == ".jsonl":
+        for i, line in enumerate(prompts):
+            try:
+                prompts[i] = json.loads(line)["prompt"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"line {i + 1} of {path} is no JSON object with a 'prompt'; correct it") from error
+            if not isinstance(prompts[i], str):
+                raise ValueError(f"the 'prompt' in line {i + 1} of {path} is no text; correct it")
     return prompts
 
 

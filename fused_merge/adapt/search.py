@@ -6,7 +6,7 @@ The set is {0 <= r_k <= 1, mean of r_k = rho}; everything is computed in fp64.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +20,9 @@ _FLOOR = 1e-2  # of the largest second moment's root: what a part with hardly an
 def project_ratios(x: Vector, mean: float, metric: Vector | None = None) -> Vector:
     """Return the point of {0 <= r_k <= 1, mean of r_k = `mean`} that is nearest to x.
 
-    Nearest is what has the least sum of metric_k * (r_k - x_k)^2. It is clip(x - s / metric, 0, 1) for one s, which is
-    bisected down to two neighbouring numbers; between what they give lies the mean, however coarse numbers are there.
-
-    Args:
-        x: any finite point.
-        mean: in [0, 1].
-        metric: positive; None is 1 for every ratio.
+    Nearest is what has the least sum of metric_k * (r_k - x_k)^2, the metric being positive; None is 1 for all. It is
+    clip(x - s / metric, 0, 1) for one s, which is bisected down to two neighbouring numbers; between what they give
+    lies the mean, however coarse numbers are there.
     """
     if mean in (0.0, 1.0):
         return np.full_like(x, mean)
@@ -40,30 +36,15 @@ def project_ratios(x: Vector, mean: float, metric: Vector | None = None) -> Vect
         else:
             high, below = middle, ratios
     between = (mean - below.mean()) / (above.mean() - below.mean())
-    nearest: Vector = np.clip(below + between * (above - below), 0.0, 1.0)
-    return nearest
+    return np.asarray(np.clip(below + between * (above - below), 0.0, 1.0))
 
 
-class Search(ABC):
-    """Proposes ratios and learns what came of them; what it does depends on nothing else."""
+class ProjectedAdam:
+    """Adam on the ratios themselves, projected in the metric of its own second moments.
 
-    @abstractmethod
-    def propose(self) -> Vector:
-        """Return the next ratios to evaluate."""
-
-    @abstractmethod
-    def learn(self, loss: float, gradient: Vector | None) -> None:
-        """Take the outcome of the last proposal."""
-
-    def best(self) -> Vector:
-        """Return the ratios that it would choose now."""
-        return self.propose()
-
-
-class _Adam(Search):
-    """The moments of Adam, their bias corrections, and a learning rate that falls to 0 as a cosine after `steps`.
-
-    It begins at `start`: ratios whose mean is `mean`, or the w of `SigmoidAdam`.
+    In that metric the projection undoes the scaling, so that it rests where all free ratios have one gradient: at the
+    optimum. A Euclidean projection would rest elsewhere. It begins at `start`, whose mean is `mean`; the learning rate
+    falls to 0 as a cosine in so many `steps`.
     """
 
     def __init__(self, start: Vector, mean: float, lr: float, betas: tuple[float, float], steps: int) -> None:
@@ -71,24 +52,6 @@ class _Adam(Search):
         self._lr, self._betas, self._steps = lr, betas, steps
         self._momentum, self._second = np.zeros((2, len(start)))
         self._done = 0
-
-    def _step(self, gradient: Vector) -> tuple[Vector, Vector]:
-        """Return rate times momentum, and the root of the second moment, both corrected."""
-        rate = self._lr * 0.5 * (1.0 + math.cos(math.pi * self._done / self._steps))
-        self._done += 1
-        beta1, beta2 = self._betas
-        self._momentum = beta1 * self._momentum + (1 - beta1) * gradient
-        self._second = beta2 * self._second + (1 - beta2) * gradient**2
-        root = np.sqrt(self._second / (1.0 - beta2**self._done))
-        return rate * self._momentum / (1.0 - beta1**self._done), root
-
-
-class ProjectedAdam(_Adam):
-    """Adam on the ratios themselves, projected in the metric of its own second moments.
-
-    In that metric the projection undoes the scaling, so that it rests where all free ratios have one gradient: at the
-    optimum. A Euclidean projection would rest elsewhere.
-    """
 
     def propose(self) -> Vector:
         """Return the next ratios to evaluate."""
@@ -103,9 +66,23 @@ class ProjectedAdam(_Adam):
             metric = np.maximum(root, _FLOOR * root.max())
             self._x = project_ratios(self._x - step / metric, self._mean, metric)
 
+    def best(self) -> Vector:
+        """Return the ratios that it would choose now."""
+        return self.propose()
 
-class SigmoidAdam(_Adam):
-    """Adam on w, with r_k = K * rho * (sigmoid(w_k) + e) / sum of the same, as in the paper's code."""
+    def _step(self, gradient: Vector) -> tuple[Vector, Vector]:
+        """Return rate times momentum, and the root of the second moment, both corrected."""
+        rate = self._lr * 0.5 * (1.0 + math.cos(math.pi * self._done / self._steps))
+        self._done += 1
+        beta1, beta2 = self._betas
+        self._momentum = beta1 * self._momentum + (1 - beta1) * gradient
+        self._second = beta2 * self._second + (1 - beta2) * gradient**2
+        root = np.sqrt(self._second / (1.0 - beta2**self._done))
+        return rate * self._momentum / (1.0 - beta1**self._done), root
+
+
+class SigmoidAdam(ProjectedAdam):
+    """Adam on w, from `start`, with r_k = K * rho * (sigmoid(w_k) + e) / sum of the same, as in the paper's code."""
 
     def propose(self) -> Vector:
         """Return the next ratios to evaluate."""
@@ -124,16 +101,15 @@ class SigmoidAdam(_Adam):
         self._x = self._x - step / np.where(root > 0, root, 1.0)
 
 
-class CovarianceSearch(Search):
+class CovarianceSearch:
     """CMA-ES on points that are projected before they are evaluated."""
 
     def __init__(self, start: Vector, mean: float, deviation: float, seed: int) -> None:
         try:
             import cma
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "a search without gradients needs the package cma: pip install 'fused_merge[search]'", name=error.name
-            ) from None
+            message = "a search without gradients needs the package cma: pip install 'fused_merge[search]'"
+            raise ModuleNotFoundError(message, name=error.name) from None
         if len(start) < 2:
             raise ValueError("one part has only its mean; ask for two or more")
         self._mean = mean
@@ -164,3 +140,7 @@ class CovarianceSearch(Search):
     def best(self) -> Vector:
         """Return the ratios that it would choose now."""
         return self._best[1]
+
+
+# Proposes ratios and learns what came of them; what it does depends on nothing else.
+Search: TypeAlias = ProjectedAdam | CovarianceSearch

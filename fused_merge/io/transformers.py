@@ -29,15 +29,13 @@ def import_function(text: str, *, what: str) -> Callable[..., Any]:
     try:
         module = import_module(module_name)
     except Exception as error:
-        raise ImportError(
-            f"{what} {text!r} cannot be imported ({type(error).__name__}: {error}); correct its module"
-        ) from error
-    function = getattr(module, name, None)
+        said = f"{type(error).__name__}: {error}"
+        raise ImportError(f"{what} {text!r} cannot be imported ({said}); correct its module") from error
+    function: Callable[..., Any] | None = getattr(module, name, None)
     if not callable(function):
         found = getattr(module, "__file__", "built in")
         raise ValueError(f"module {module_name!r} ({found}) has no function {name!r}; correct the {what} {text!r}")
-    result: Callable[..., Any] = function
-    return result
+    return function
 
 
 def check_transformers() -> Any:
@@ -49,10 +47,7 @@ def check_transformers() -> Any:
 
 
 def stored_dtype(source: FileSource) -> torch.dtype | None:
-    """Return the dtype that all floating tensors of a checkpoint have, or None if they differ.
-
-    The model must have the same, whatever the configuration beside it says.
-    """
+    """Return the dtype that all floating tensors of a checkpoint have, or None if they differ: what the model gets."""
     stored = {source.dtype(name) for name in source if source.is_merged(name)}
     return stored.pop() if len(stored) == 1 else None
 
@@ -60,8 +55,7 @@ def stored_dtype(source: FileSource) -> torch.dtype | None:
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Any:
     """Return the causal language model of a Hugging Face folder, in evaluation mode and without gradients.
 
-    Code in the folder is not run. A dtype of None is what the configuration says. Raises ValueError if Transformers
-    cannot load it.
+    A dtype of None is what the configuration says. Raises ValueError if Transformers cannot load it.
     """
     transformers = check_transformers()
     transformers.utils.logging.disable_progress_bar()
@@ -75,10 +69,9 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _pretrained(kind: Any, folder: Path, **options: Any) -> Any:
+    """Return what `kind` loads from a folder, whose code is not run."""
     try:
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:
-        raise ValueError(
-            f"{kind.__name__} of Transformers cannot load {folder} ({type(error).__name__}: {error}); "
-            "give the folder of a whole model"
-        ) from error
+        said = f"{kind.__name__} of Transformers cannot load {folder} ({type(error).__name__}: {error})"
+        raise ValueError(f"{said}; give the folder of a whole model") from error

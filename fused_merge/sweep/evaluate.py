@@ -1,9 +1,8 @@
 """A model scored at many ratios of the path between two models, in one process: results survive a kill.
 
-`results.json` is written anew after every ratio, beside its place and then renamed. It says what it belongs to, so that
-only the same sweep goes on where it was killed. The random generators of Python, numpy and torch start every scorer at
-the same state: ratios are compared on the same draws, and a sweep that was killed ends with the numbers of one that was
-not.
+`results.json` is written anew after every ratio and says what it belongs to, so that only the same sweep goes on from
+it. The random generators of Python, numpy and torch start every scorer at the same state: ratios are compared on the
+same draws, and a sweep that was killed ends with the numbers of one that was not.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
@@ -43,7 +41,6 @@ if TYPE_CHECKING:
 
 # Ratios, or {label: ratio}.
 Ratios: TypeAlias = "Sequence[float] | Mapping[str, PerTensor]"
-
 
 _ALONE = Processes((), torch.device("cpu"))
 
@@ -164,18 +161,18 @@ class _Sweep:
         checkpoints: Mapping[str, PathLike],
         minimize: Collection[str],
         processes: Processes,
-        also: Mapping[str, Any] = MappingProxyType({}),
+        also: Mapping[str, Any] | None = None,
     ) -> None:
         self._ratios = _labeled(ratios)
         if not names:
             raise ValueError("there is no scorer; give at least one function of the model")
         for score in minimize:
-            if not any(score == name or score.startswith(f"{name}/") for name in names):
+            if not any(f"{score}/".startswith(f"{name}/") for name in names):
                 raise ValueError(f"minimize names {score!r}, which is no score of {some(map(repr, names))}; correct it")
         self._path, self._processes = Path(out) / RESULTS, processes
         with processes.raising_together():
             described = {role: _describe(checkpoint) for role, checkpoint in checkpoints.items()}
-            belongs_to = {"checkpoints": described, "ratios": self._ratios, "scorers": list(names), **also}
+            belongs_to = {"checkpoints": described, "ratios": self._ratios, "scorers": list(names), **(also or {})}
             found = resume(self._path, belongs_to) if processes.is_first else Results(belongs_to)
         finished, lower = processes.from_first((found.finished, found.lower_is_better))
         self._results = Results(belongs_to, self._in_order(finished), minimize, lower)
@@ -225,10 +222,8 @@ class _Sweep:
     def _check_minimize(self) -> None:
         names = self._results.scores
         if unknown := sorted({*self._results.minimize} - {*names}):
-            raise ValueError(
-                f"minimize names {some(map(repr, unknown))}, but the scores are {some(map(repr, names), 10)}; "
-                "correct it and run the same again, finished ratios are kept"
-            )
+            what = f"minimize names {some(map(repr, unknown))}, but the scores are {some(map(repr, names), 10)}"
+            raise ValueError(f"{what}; correct it and run the same again, finished ratios are kept")
 
     def _score(self, scorers: Mapping[str, Scorer], model: Any, label: str) -> dict[str, float]:
         """Return the scores of a model, or say which scorer failed at the ratio called `label`, and what is kept."""
@@ -247,23 +242,19 @@ class _Sweep:
             # Before the next scorer, in which a process could wait for one that has failed.
             with self._processes.raising_together():
                 by_key = found if isinstance(found, Mapping) else {None: found}
-                for key, value in by_key.items():
-                    score = name if key is None else f"{name}/{key}"
-                    number = _number(value)
-                    if not math.isfinite(number):
-                        of = "" if key is None else f" for {key!r}"
-                        raise RuntimeError(f"{at} returned {value!r}{of}, which is no finite number; {way_out}")
-                    if score in scores:
-                        raise RuntimeError(f"{at} returned {score!r} as another scorer does; rename one ({kept})")
-                    scores[score] = number
                 if not by_key:
                     raise RuntimeError(f"{at} returned no score; {way_out}")
+                for key, value in by_key.items():
+                    score, of = (name, "") if key is None else (f"{name}/{key}", f" for {key!r}")
+                    if score in scores:
+                        raise RuntimeError(f"{at} returned {score!r} as another scorer does; rename one ({kept})")
+                    scores[score] = _number(value)
+                    if not math.isfinite(scores[score]):
+                        raise RuntimeError(f"{at} returned {value!r}{of}, which is no finite number; {way_out}")
         with self._processes.raising_together():
             if expected and set(scores) != set(expected):
-                raise RuntimeError(
-                    f"the scores at ratio {label} are {some(map(repr, scores))} and were {some(map(repr, expected))} "
-                    f"before; return the same ones at every ratio ({kept})"
-                )
+                change = f"are {some(map(repr, scores))} and were {some(map(repr, expected))} before"
+                raise RuntimeError(f"the scores at ratio {label} {change}; return the same at every ratio ({kept})")
         return {name: scores[name] for name in expected or scores}
 
 

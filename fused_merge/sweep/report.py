@@ -46,24 +46,20 @@ def write_report(out: PathLike, compare: Sequence[PathLike] = ()) -> list[Path]:
 
 def _compared(paths: Sequence[Path]) -> dict[str, Results]:
     """Return the sweeps under names that tell them apart, with the scores and directions of the first."""
-    found = {path: read_results(path) for path in paths}
-    main = found[paths[0]]
+    found = [read_results(path) for path in paths]
+    main = found[0]
     names = [path.absolute().parent.name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
     sweeps: dict[str, Results] = {}
-    for name, path in zip(names, paths, strict=True):
-        results = found[path]
+    for name, path, results in zip(names, paths, found, strict=True):
         if not results.finished:
             raise ValueError(f"{path} has no finished ratio yet; run that sweep first")
         if set(results.scores) != set(main.scores):
-            raise ValueError(
-                f"{path} has the scores {some(map(repr, results.scores))} and {paths[0]} has "
-                f"{some(map(repr, main.scores))}; compare sweeps with the same scores"
-            )
-        finished = [
-            replace(each, scores={name: each.scores[name] for name in main.scores}) for each in results.finished
-        ]
+            here, there = (some(map(repr, each.scores)) for each in (results, main))
+            raise ValueError(f"{path} has the scores {here} and {paths[0]} has {there}; compare sweeps with the same")
+        order = main.scores
+        finished = [replace(each, scores={key: each.scores[key] for key in order}) for each in results.finished]
         sweeps[name] = replace(main, sweep=results.sweep, finished=finished)
     return sweeps
 

@@ -104,17 +104,16 @@ def read_results(path: PathLike) -> Results:
     """
     try:
         content = load_json(Path(path).read_bytes())
-        finished = [
-            ScoredRatio(str(entry["label"]), entry["ratio"], {name: float(x) for name, x in entry["scores"].items()})
-            for entry in content["rows"]
-        ]
+        finished = []
+        for entry in content["rows"]:
+            scores = {name: float(score) for name, score in entry["scores"].items()}
+            finished.append(ScoredRatio(str(entry["label"]), entry["ratio"], scores))
         results = Results(dict(content["sweep"]), finished, list(content["minimize"]), list(content["lower_is_better"]))
         # Raises for scores that are not finite, or not the same for all ratios.
         pareto_front(results.points)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} holds no results of a sweep ({type(error).__name__}: {error}); give another file, or delete it"
-        ) from error
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} holds no results of a sweep ({said}); give another file, or delete it") from error
     return results
 
 
@@ -126,7 +125,6 @@ def resume(path: Path, sweep: Mapping[str, Any]) -> Results:
     # As it would be read back.
     same = json.loads(json.dumps(sweep))
     if other := " and ".join(part for part in same if found.sweep.get(part) != same[part]):
-        raise ValueError(
-            f"{path} holds the results of a sweep with other {other}; choose another folder, or delete it to begin anew"
-        )
+        what = f"{path} holds the results of a sweep with other {other}"
+        raise ValueError(f"{what}; choose another folder, or delete it to begin anew")
     return replace(found, sweep=sweep)
