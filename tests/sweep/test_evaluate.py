@@ -117,19 +117,6 @@ def test_labels_of_numbers_tell_them_apart(evaluate):
     assert [row.label for row in rows] == ["0", "0.1", "0.30000000000000004", "0.3", "1e-09", "2"]
 
 
-def test_a_ratio_is_on_the_disk_before_the_next_one_is_scored(evaluate, tmp_path):
-    seen = []
-
-    def scorer(model):
-        seen.append(labels_of(tmp_path))
-        assert "front" not in results_of(tmp_path)
-        return 1.0
-
-    evaluate([0, 0.5, 1], {"scorer": scorer})
-    assert seen == [[], ["0"], ["0", "0.5"]]
-    assert results_of(tmp_path)["front"] == ["0", "0.5", "1"]
-
-
 def test_every_scorer_draws_the_same_numbers_and_the_caller_other_ones(evaluate):
     def draws(model=None):
         return {"python": random.random(), "numpy": np.random.rand(), "torch": torch.rand(())}
@@ -181,6 +168,7 @@ def test_a_killed_sweep_goes_on_and_ends_as_one_that_was_not(tmp_path):
     command = f"{NOISY}\nsweep({str(tmp_path)!r}, {str(tmp_path / 'killed')!r}, kill_at=0.5)"
     assert subprocess.run([sys.executable, "-c", command]).returncode == -signal.SIGKILL
     assert labels_of(tmp_path / "killed") == ["0", "0.25"]
+    assert ("front" in results_of(tmp_path / "whole"), "front" in results_of(tmp_path / "killed")) == (True, False)
     assert names["sweep"](tmp_path, tmp_path / "killed") == [0.5, 0.75, 1.0]
     assert (tmp_path / "killed/results.json").read_bytes() == (tmp_path / "whole/results.json").read_bytes()
 
