@@ -42,18 +42,10 @@ def progress_bar(
         counted = progress.DownloadColumn(table_column=whole), progress.TransferSpeedColumn(table_column=whole)
     else:
         counted = progress.MofNCompleteColumn(table_column=whole), progress.TextColumn(unit, table_column=whole)
-    bar = progress.Progress(
-        progress.TextColumn("{task.description}"),
-        # As wide as the others leave it: a narrow terminal cuts the bar first.
-        progress.BarColumn(bar_width=None),
-        *counted,
-        progress.TimeRemainingColumn(table_column=whole),
-        progress.TimeElapsedColumn(table_column=whole),
-        console=console,
-        transient=True,
-        expand=True,
-        disable=not (enabled and console.is_terminal),
-    )
-    with bar:
+    times = progress.TimeRemainingColumn(table_column=whole), progress.TimeElapsedColumn(table_column=whole)
+    # The bar is as wide as the others leave it: a narrow terminal cuts the bar first.
+    columns = progress.TextColumn("{task.description}"), progress.BarColumn(bar_width=None), *counted, *times
+    disabled = not (enabled and console.is_terminal)
+    with progress.Progress(*columns, console=console, transient=True, expand=True, disable=disabled) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)

@@ -13,11 +13,14 @@ from fused_merge.progress import progress_bar
 
 @pytest.fixture
 def shown(capsys, monkeypatch):
-    def shown(*, terminal: bool, enabled: bool = True, steps=(4_000_000, 6_000_000), threads: int = 1) -> str:
+    """Return what stands on standard error after some steps."""
+
+    def shown(steps=(4_000_000, 6_000_000), total=10_000_000, *, terminal=True, threads=1, **options) -> str:
         # What rich takes for a terminal.
         monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminal else "0")
         monkeypatch.setenv("COLUMNS", "80")
-        with progress_bar("merging", sum(steps), enabled=enabled) as advance, ThreadPoolExecutor(threads) as pool:
+        bar = progress_bar("saving the reference delta", total, **options)
+        with bar as advance, ThreadPoolExecutor(threads) as pool:
             list(pool.map(advance, steps))
         printed, errors = capsys.readouterr()
         assert printed == ""
@@ -28,32 +31,21 @@ def shown(capsys, monkeypatch):
 
 def test_on_a_terminal(shown):
     # How much of how much, how fast, time left and time spent.
-    assert re.search(r"merging ━+ 10.0/10.0 MB +[\d.]+ [kMGT]B/s 0:00:00 0:00:0\d", shown(terminal=True))
+    assert re.search(r"saving the reference delta ━+ 10.0/10.0 MB +[\d.]+ [kMGT]B/s 0:00:00 0:00:0\d", shown())
+    # A line of eighty columns holds every number.
+    assert "10.0/30.0 GB" in shown([10_000_000_000], 30_000_000_000)
 
 
 def test_many_threads_may_advance_it(shown):
-    assert "10.0/10.0 kB" in shown(terminal=True, steps=[1] * 10_000, threads=8)
+    assert "2.0/2.0 kB" in shown([1] * 2_000, 2_000, threads=8)
 
 
 def test_silent_elsewhere(shown, monkeypatch):
     assert shown(terminal=False) == ""
-    assert shown(terminal=True, enabled=False) == ""
+    assert shown(enabled=False) == ""
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    assert shown(terminal=True) == ""
+    assert shown() == ""
 
 
-def test_a_line_of_eighty_columns_holds_every_number(monkeypatch, capsys):
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    monkeypatch.setenv("COLUMNS", "80")
-    with progress_bar("saving the reference delta", 30_000_000_000) as advance:
-        advance(10_000_000_000)
-    assert "10.0/30.0 GB" in capsys.readouterr().err
-
-
-def test_it_may_count_something_else_than_bytes(monkeypatch, capsys):
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")
-    monkeypatch.setenv("COLUMNS", "80")
-    with progress_bar("sweeping", 11, unit="ratios") as advance:
-        advance(3)
-    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
-    assert re.search(r"sweeping .* 3/11 ratios .*0:00:0\d", shown)
+def test_it_may_count_something_else_than_bytes(shown):
+    assert re.search(r"saving the reference delta .* 3/11 ratios .*0:00:0\d", shown([3], 11, unit="ratios"))

@@ -13,6 +13,8 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +24,12 @@ from torch import Tensor, nn
 
 from fused_merge import functional
 from fused_merge.adapt.options import AdaptOptions, TargetOptions
-from fused_merge.adapt.search import CovarianceSearch, ProjectedAdam, Search, SigmoidAdam, Vector
+from fused_merge.adapt.search import CovarianceSearch, ProjectedAdam, Search, SigmoidAdam, Vector, project_ratios
 from fused_merge.distributed import Processes, is_sharded, local_part, sharding_groups, sum_over
 from fused_merge.interpolation.layer_ratios import LayerRatios
 from fused_merge.interpolation.ratio_sweep import RatioSweep
 from fused_merge.io.headers import load_json
-from fused_merge.io.sources import PathLike, SourceLike, open_source
+from fused_merge.io.sources import SourceLike, open_source
 from fused_merge.io.writer import write_text, writing
 from fused_merge.names import canonical_name, layer_of, some
 from fused_merge.options import documented, resolve
@@ -51,6 +53,8 @@ def adapt_ratios(
     mean_ratio: float = 0.4,
     parts: int | LayerRatios = 3,
     steps: int = 100,
+    *,
+    lr: float = 0.05,
     **options: Unpack[AdaptOptions],
 ) -> LayerRatios:
     """Find a ratio for each part of the network that minimizes a loss, at a given mean ratio.
@@ -86,8 +90,9 @@ def adapt_ratios(
         RuntimeError: if another process has raised one of these.
         ModuleNotFoundError: without gradients and without `cma`.
     """
-    o = resolve({"mean_ratio": mean_ratio, "parts": parts, "steps": steps, **options}, TargetOptions, AdaptOptions)
-    lr, betas, gradients = o["lr"], o["betas"], o["gradients"]
+    given = {"mean_ratio": mean_ratio, "parts": parts, "steps": steps, "lr": lr, **options}
+    o = resolve(given, TargetOptions, AdaptOptions)
+    gradients = o["gradients"]
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got a {type(model).__name__}")
     processes = Processes.of(model)
@@ -95,30 +100,30 @@ def adapt_ratios(
         sweep = RatioSweep(model, base, tuned, impl=o["impl"])
         start = _start(parts, mean_ratio, sweep.names)
         weights = _regularizer_weights(start, sweep.names, o["regularizer_weights"]) * o["regularizer"]
+        first = project_ratios(np.array(start.ratios), mean_ratio)
         search: Search
         if not gradients:
-            search = CovarianceSearch(np.array(start.ratios), mean_ratio, lr / 2, o["seed"])
+            search = CovarianceSearch(first, mean_ratio, lr / 2, o["seed"])
         elif o["parametrization"] == "paper":
-            search = SigmoidAdam(len(start.ratios), mean_ratio, lr, betas, steps)
+            search = SigmoidAdam(np.zeros_like(first), mean_ratio, lr, o["betas"], steps)
         else:
-            search = ProjectedAdam(np.array(start.ratios), mean_ratio, lr, betas, steps)
-        journal = _Journal(
-            o["journal"] if processes.is_first else None,
-            {
-                "parts": {label: list(names) for label, names in start.parts.items()},
-                "start": list(start.ratios),
-                "options": {name: value for name, value in o.items() if name not in _NOT_JOURNALED},
-            },
-        )
-    history = journal.entries = processes.from_first(journal.entries)
+            search = ProjectedAdam(first, mean_ratio, lr, o["betas"], steps)
+        journal = Path(o["journal"]) if processes.is_first and o["journal"] is not None else None
+        run = {
+            "parts": {label: list(names) for label, names in start.parts.items()},
+            "start": list(start.ratios),
+            "options": {name: value for name, value in o.items() if name not in _NOT_JOURNALED},
+        }
+        history = [] if journal is None else _read_journal(journal, run)
+    history = processes.from_first(history)
     for entry in history:
         # The search is a function of what it was told, unless another version of it was.
         if not np.allclose(search.propose(), entry["ratios"], rtol=0.0, atol=1e-6):
             raise ValueError(f"step {entry['step']} of {o['journal']} was taken by another search; name another file")
         search.learn(entry["loss"], np.array(entry["gradient"]) if gradients else None)
 
-    stream = _cycle(batches, skip=len(history) * o["accumulate"])
-    evaluation = _Evaluation(sweep, start, loss_fn, processes, gradients=gradients, impl=o["impl"])
+    stream = islice(_cycle(batches), len(history) * o["accumulate"], None)
+    evaluation = _Evaluation(sweep, start, loss_fn, processes, gradients, o["impl"])
     shown = o["progress"] and processes.is_first
     with evaluation.running(), progress_bar("adapting ratios", steps, unit="steps", enabled=shown) as advance:
         advance(len(history))
@@ -131,8 +136,10 @@ def adapt_ratios(
                 gradient = gradient + 2 * weights * (ratios - mean_ratio)
                 entry["gradient"] = gradient.tolist()
             search.learn(loss, gradient)
+            history.append(entry)
             with processes.raising_together():
-                journal.add(entry)
+                if journal is not None:
+                    write_text(journal, json.dumps({"run": run, "history": history}) + "\n")
             advance(1)
     return LayerRatios(start.parts, search.best().tolist(), history=history)
 
@@ -164,160 +171,129 @@ def reward_weighted_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return result
 
 
+@dataclass
 class _Evaluation:
     """The loss of a model at given ratios, and the derivative of the loss by each ratio: means over processes."""
 
-    def __init__(
-        self,
-        sweep: RatioSweep[nn.Module],
-        parts: LayerRatios,
-        loss_fn: Callable[[nn.Module, Any], Tensor],
-        processes: Processes,
-        *,
-        gradients: bool,
-        impl: str,
-    ) -> None:
-        self._sweep = sweep
-        self._labels = tuple(parts.parts)
-        self._part = {name: part for part, names in enumerate(parts.parts.values()) for name in names}
-        self._start = parts
-        self._loss_fn = loss_fn
-        self._processes = processes
-        self._gradients = gradients
-        self._impl = impl
+    sweep: RatioSweep[nn.Module]
+    start: LayerRatios
+    loss_fn: Callable[[nn.Module, Any], Tensor]
+    processes: Processes
+    gradients: bool
+    impl: str
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Take the model for evaluations, and give it back as it was."""
-        model = self._sweep.model
+        model = self.sweep.model
         with ExitStack() as stack:
             # Reading files, here and below, may fail for one process alone.
-            with self._processes.raising_together():
-                stack.enter_context(self._sweep.at(self._start))
+            with self.processes.raising_together():
+                stack.enter_context(self.sweep.at(self.start))
             aliases = open_source(model, role="model").aliases
             named = ((canonical_name(name), p) for name, p in model.named_parameters())
-            self._parameters = [(aliases.get(name, name), p) for name, p in named]
-            found = [(p, p.requires_grad, p.grad) for _, p in self._parameters]
-            try:
-                for p, _, _ in found:
-                    p.requires_grad_(self._gradients and p.is_floating_point())
-                    p.grad = None
-                for part in model.modules():
-                    if isinstance(part, nn.parallel.DistributedDataParallel):
-                        stack.enter_context(part.no_sync())
-                yield
-            finally:
-                for p, requires_grad, grad in found:
-                    p.requires_grad_(requires_grad)
-                    p.grad = grad
+            self.parameters = [(aliases.get(name, name), p) for name, p in named]
+            for _, p in self.parameters:
+                stack.callback(_give_back, p, p.requires_grad, p.grad)
+                p.requires_grad_(self.gradients and p.is_floating_point())
+                p.grad = None
+            for part in model.modules():
+                if isinstance(part, nn.parallel.DistributedDataParallel):
+                    stack.enter_context(part.no_sync())
+            yield
 
     def __call__(self, ratios: LayerRatios, batches: Iterator[Any], count: int) -> tuple[float, Vector | None]:
         """Return the mean loss over the next batches, and its gradient by the ratios if it is wanted."""
-        with self._processes.raising_together():
-            self._sweep.move_to(ratios)
-        total = torch.zeros((), dtype=torch.float64, device=self._processes.device)
-        with torch.set_grad_enabled(self._gradients):
+        with self.processes.raising_together():
+            self.sweep.move_to(ratios)
+        total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
+        with torch.set_grad_enabled(self.gradients):
             for _ in range(count):
-                with self._processes.raising_together():
+                with self.processes.raising_together():
                     batch = next(batches)
-                loss = self._loss_fn(self._sweep.model, batch)
+                loss = self.loss_fn(self.sweep.model, batch)
                 # Before the backward pass, in which a process could wait for one that has failed.
-                with self._processes.raising_together():
+                with self.processes.raising_together():
                     total += self._check(loss) / count
-                if self._gradients:
+                if self.gradients:
                     torch.autograd.backward(loss / count)
-        mean = self._processes.mean(total).item()
-        return mean, self._gradient() if self._gradients else None
+        mean = self.processes.mean(total).item()
+        return mean, self._gradient() if self.gradients else None
 
     def _check(self, loss: Any) -> float:
-        if not hasattr(loss, "__float__") or (isinstance(loss, Tensor) and loss.numel() != 1):
-            kind = f"tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        is_tensor = isinstance(loss, Tensor)
+        if not hasattr(loss, "__float__") or (is_tensor and loss.numel() != 1):
+            kind = f"tensor of shape {list(loss.shape)}" if is_tensor else type(loss).__name__
             raise TypeError(f"loss_fn must return one number, got a {kind}; return a mean over the batch")
-        value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        value = float(loss.detach() if is_tensor else loss)
         if not math.isfinite(value):
             raise ValueError(f"loss_fn returned {value}; look at the batch, and whether the model's dtype can hold it")
-        if self._gradients and not (isinstance(loss, Tensor) and loss.requires_grad):
+        if self.gradients and not (is_tensor and loss.requires_grad):
             raise ValueError("the loss does not depend on the weights by a graph; pass gradients=False for such losses")
         return value
 
     def _gradient(self) -> Vector:
         """Return <p.grad, tuned - base> summed over each part, and let go of the gradients."""
-        with self._processes.raising_together():
-            sums = self._products()
-        totals = [sum_over(here.to(self._processes.device), groups).cpu() for groups, here in sums.items()]
+        part_of = {name: part for part, names in enumerate(self.start.parts.values()) for name in names}
+        # By the processes to add up over: the sum of each part, and how many of its parameters had a gradient.
+        sums: dict[tuple[Any, ...], Tensor] = {}
+        with self.processes.raising_together():
+            for name, p in self.parameters:
+                # FSDP2 has averaged the gradient of what it shards; of any other weight each process has its own.
+                own = not is_sharded(p)
+                groups = self.processes.groups if own else sharding_groups(p)
+                here = sums.setdefault(groups, torch.zeros(2, len(self.start.parts), dtype=torch.float64))
+                if p.grad is None:
+                    continue
+                base, tuned = self.sweep.ends_of(name, p)
+                (product,) = functional.inner_products([local_part(p.grad)], [tuned], [base], impl=self.impl)
+                here[0, part_of[name]] += product.double().cpu() / (self.processes.size if own else 1)
+                here[1, part_of[name]] += 1
+                p.grad = None
+        totals = [sum_over(here.to(self.processes.device), groups).cpu() for groups, here in sums.items()]
         gradient: Vector
         gradient, found = torch.stack(totals).sum(0).numpy()
-        for label, derivative, count in zip(self._labels, gradient, found, strict=True):
+        for label, derivative, count in zip(self.start.parts, gradient, found, strict=True):
             if not count:
                 raise ValueError(f"no parameter of part {label!r} gets a gradient; make it one part with others")
             if not math.isfinite(derivative):
-                raise ValueError(
-                    f"the loss is finite, but its derivative by the ratio of part {label!r} is {derivative}; look at "
-                    "the batch, and whether the model's dtype can hold its gradients"
-                )
+                what = f"the loss is finite, but its derivative by the ratio of part {label!r} is {derivative}"
+                raise ValueError(f"{what}; look at the batch, and whether the model's dtype can hold its gradients")
         return gradient
 
-    def _products(self) -> dict[tuple[Any, ...], Tensor]:
-        """Return, by the processes to add up over, the sum of each part and how many parameters had a gradient."""
-        sums: dict[tuple[Any, ...], Tensor] = {}
-        for name, p in self._parameters:
-            # FSDP2 has averaged the gradient of what it shards; of any other weight each process has its own.
-            own = not is_sharded(p)
-            groups = self._processes.groups if own else sharding_groups(p)
-            here = sums.setdefault(groups, torch.zeros(2, len(self._labels), dtype=torch.float64))
-            if p.grad is None:
-                continue
-            base, tuned = self._sweep.ends_of(name, p)
-            (product,) = functional.inner_products([local_part(p.grad)], [tuned], [base], impl=self._impl)
-            here[0, self._part[name]] += product.double().cpu() / (self._processes.size if own else 1)
-            here[1, self._part[name]] += 1
-            p.grad = None
-        return sums
+
+def _give_back(p: nn.Parameter, requires_grad: bool, grad: Tensor | None) -> None:
+    p.requires_grad_(requires_grad)
+    p.grad = grad
 
 
-class _Journal:
-    """The steps of a run, in a file if there is one."""
-
-    def __init__(self, path: PathLike | None, run: Mapping[str, Any]) -> None:
-        self._path = None if path is None else Path(path)
-        self._run = dict(run)
-        self.entries: list[dict[str, Any]] = []
-        if self._path is None:
-            return
-        with writing(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-        if not self._path.exists():
-            return
-        try:
-            found = load_json(self._path.read_bytes())
-            run_found, self.entries = found["run"], list(found["history"])
-            if not all({"step", "loss", "ratios"} <= entry.keys() for entry in self.entries):
-                raise ValueError("a step lacks its loss or ratios")
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not the journal of a run ({error}); name another file") from error
-        if run_found != json.loads(json.dumps(self._run)):
-            raise ValueError(f"{path} is the journal of a run with other arguments; repeat those or name another file")
-
-    def add(self, entry: dict[str, Any]) -> None:
-        """Keep one more step."""
-        self.entries.append(entry)
-        if self._path is not None:
-            write_text(self._path, json.dumps({"run": self._run, "history": self.entries}) + "\n")
+def _read_journal(path: Path, run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the steps of this run that a file holds; none if there is no file yet."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        return []
+    try:
+        content = load_json(path.read_bytes())
+        run_found, history = content["run"], list(content["history"])
+        if not all({"step", "loss", "ratios"} <= entry.keys() for entry in history):
+            raise ValueError("a step lacks its loss or ratios")
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not the journal of a run ({error}); name another file") from error
+    if run_found != json.loads(json.dumps(run)):
+        raise ValueError(f"{path} is the journal of a run with other arguments; repeat those or name another file")
+    return history
 
 
-def _cycle(batches: Iterable[Any], *, skip: int) -> Iterator[Any]:
-    """Yield batches again and again, leaving out what was used before."""
+def _cycle(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield batches again and again."""
     seen = 0
     while True:
         before = seen
-        for batch in batches:
-            seen += 1
-            if seen > skip:
-                yield batch
+        for seen, batch in enumerate(batches, before + 1):  # noqa: B007
+            yield batch
         if seen == before:
-            raise ValueError(
-                f"batches ended after {seen}; pass something that can be gone through again, such as a list or a loader"
-            )
+            raise ValueError(f"batches ended after {seen}; pass something that can be gone through again, as a list")
 
 
 def _has_settled(history: Sequence[Mapping[str, Any]], patience: int, tolerance: float) -> bool:
@@ -330,9 +306,9 @@ def _regularizer_weights(parts: LayerRatios, names: Sequence[str], weights: str)
     if weights == "uniform":
         return np.ones(len(parts.ratios))
     # In the order of the model, which that of the parts need not be.
-    layers = list(dict.fromkeys(layer for name in names if (layer := layer_of(name)) is not None))
+    layers = list(dict.fromkeys(filter(None, map(layer_of, names))))
     # A tensor outside the layers is as far from the middle as can be: at 0, like the first layer.
-    depths = {name: 0 if (layer := layer_of(name)) is None else layers.index(layer) for name in names}
+    depths = {name: layers.index(layer) if (layer := layer_of(name)) else 0 for name in names}
     weight = {name: 25.0 / (abs(depth - len(layers) / 2) + 1.0) for name, depth in depths.items()}
     return np.array([np.mean([weight[name] for name in part if name in weight]) for part in parts.parts.values()])
 
@@ -345,6 +321,4 @@ def _start(parts: int | LayerRatios, mean_ratio: float, names: Sequence[str]) ->
         return parts
     if not isinstance(parts, int):
         raise TypeError(f"parts must be how many there are to be, or LayerRatios, got a {type(parts).__name__}")
-    if parts < 1:
-        raise ValueError(f"parts must be at least 1, got {parts}")
     return LayerRatios.by_parts(names, [mean_ratio] * parts)

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from fused_merge.adapt.adapt import adapt_ratios, answer_loss
-from fused_merge.adapt.options import AnswerOptions, RateOptions, SamplingOptions, TargetOptions, check_share
+from fused_merge.adapt.options import AnswerOptions, SamplingOptions, TargetOptions
 from fused_merge.checkpoints.interpolate import plan_interpolation
 from fused_merge.functional.backend import check_device
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.io.transformers import import_function, load_model, load_tokenizer, stored_dtype
 from fused_merge.options import documented, resolve, split
+from fused_merge.options import share as check_share
 from fused_merge.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -43,43 +44,35 @@ class Answer(NamedTuple):
 def sample_answers(
     model: Any, tokenizer: Any, prompts: Sequence[str], **options: Unpack[SamplingOptions]
 ) -> list[Answer]:
-    """Let a causal language model answer prompts.
+    """Return the answers of a causal language model of Transformers, in the order of the prompts, less empty ones.
 
     Args:
-        model: a model of Transformers.
+        model: the model.
         tokenizer: its tokenizer; with a chat template each prompt is one message of a user.
         prompts: texts.
         {options}
-
-    Returns:
-        An answer for each prompt, in their order, except where it is empty.
     """
     o = resolve(options, SamplingOptions)
-    batch_size, temperature = o["batch_size"], o["temperature"]
+    temperature, end = o["temperature"], tokenizer.eos_token_id
     answers = []
     devices = [model.device] if model.device.type == "cuda" else []
-    end = tokenizer.eos_token_id
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0.0:
-        # What the model's own configuration says beside the temperature would be another distribution.
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    # What the model's own configuration says beside the temperature would be another distribution.
+    drawn: dict[str, Any] = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0.0 else {}
+    drawn |= {"do_sample": bool(drawn), "max_new_tokens": o["max_new_tokens"], "pad_token_id": padding}
     with (
         torch.no_grad(),
         torch.random.fork_rng(devices),
         progress_bar("answering", len(prompts), unit="prompts", enabled=o["progress"]) as advance,
     ):
         torch.manual_seed(o["seed"])
-        for first in range(0, len(prompts), batch_size):
-            asked = [_tokens(tokenizer, prompt) for prompt in prompts[first : first + batch_size]]
-            width = max(map(len, asked))
-            # On the left, so that all answers begin at one place.
-            ids = torch.tensor([[padding] * (width - len(tokens)) + tokens for tokens in asked], device=model.device)
-            mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in asked]).to(ids.device)
-            made = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=o["max_new_tokens"], pad_token_id=padding, **sampling
-            )
-            for tokens, answer in zip(asked, made[:, width:].tolist(), strict=True):
+        for first in range(0, len(prompts), o["batch_size"]):
+            asked = [_tokens(tokenizer, prompt) for prompt in prompts[first : first + o["batch_size"]]]
+            # Padded on the left, so that all answers begin at one place.
+            ids = _padded(asked, padding, model.device, left=True)
+            mask = _padded([[1] * len(tokens) for tokens in asked], 0, model.device, left=True)
+            made = model.generate(input_ids=ids, attention_mask=mask, **drawn)
+            for tokens, answer in zip(asked, made[:, ids.shape[1] :].tolist(), strict=True):
                 if end in answer:
                     answer = answer[: answer.index(end) + 1]
                 if answer and answer != [end]:
@@ -91,41 +84,27 @@ def sample_answers(
 def answer_batches(
     answers: Sequence[Answer], *, batch_size: int = 8, padding: int = 0, device: torch.device | str = "cpu"
 ) -> list[dict[str, torch.Tensor]]:
-    """Return batches for `answer_loss`: only the tokens of answers are learned.
-
-    Args:
-        answers: in the order in which they are to be seen.
-        batch_size: answers of a batch.
-        padding: the token to pad with, at the right.
-        device: where the tensors are wanted.
+    """Return batches for `answer_loss`, in the order of the answers: only the tokens of answers are learned.
 
     Returns:
-        Dicts of `input_ids`, `attention_mask` and `labels`, int64 `[batch, tokens]`.
+        Dicts of `input_ids`, `attention_mask` and `labels`, int64 `[batch, tokens]`, with `padding` at the right.
     """
     batches = []
     for first in range(0, len(answers), batch_size):
         chosen = answers[first : first + batch_size]
-        width = max(len(answer.prompt) + len(answer.answer) for answer in chosen)
-        columns: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-        for prompt, answer, _ in chosen:
-            empty = width - len(prompt) - len(answer)
-            columns["input_ids"].append(prompt + answer + [padding] * empty)
-            columns["attention_mask"].append([1] * (width - empty) + [0] * empty)
-            columns["labels"].append([-100] * len(prompt) + answer + [-100] * empty)
-        batches.append({key: torch.tensor(column, device=device) for key, column in columns.items()})
+        tokens = [prompt + answer for prompt, answer, _ in chosen]
+        labels = [[-100] * len(prompt) + answer for prompt, answer, _ in chosen]
+        masks = [[1] * len(row) for row in tokens]
+        columns = {"input_ids": (tokens, padding), "attention_mask": (masks, 0), "labels": (labels, -100)}
+        batches.append({key: _padded(rows, value, device) for key, (rows, value) in columns.items()})
     return batches
 
 
 def best_answers(answers: Sequence[Answer], rewards: Sequence[float], share: float) -> list[Answer]:
-    """Return the answers of the highest rewards, in their order.
-
-    Args:
-        answers: any.
-        rewards: a finite number for each.
-        share: share of the answers to keep, in (0, 1]; at least one is kept.
+    """Return the answers of the highest rewards, in their order: a share in (0, 1] of all, but at least one.
 
     Raises:
-        ValueError: if there are not as many finite rewards, or `share` is out of range.
+        ValueError: if there is not one finite reward for each, or `share` is out of range.
     """
     if len(rewards) != len(answers) or not all(math.isfinite(reward) for reward in rewards):
         raise ValueError(f"a reward must return one finite number for each of {len(answers)} answers, got {rewards}")
@@ -170,7 +149,7 @@ def adapt_checkpoints(
     plan_interpolation(base, tuned, {MODEL: o["mean_ratio"]}, out)
     model = load_model(source.path, check_device(o["device"]), o["dtype"] or stored_dtype(source))
     tokenizer = load_tokenizer(source.path)
-    sampling, target, rate, _ = split(options, SamplingOptions, TargetOptions, RateOptions, AnswerOptions)
+    sampling, target, _ = split(options, SamplingOptions, TargetOptions, AnswerOptions)
     answers = sample_answers(model, tokenizer, prompts, **sampling)
     if not answers:
         raise ValueError(f"{tuned} answers none of {len(prompts)} prompts; give others, or a higher temperature")
@@ -180,7 +159,8 @@ def adapt_checkpoints(
     out.mkdir(parents=True, exist_ok=True)
     padding = tokenizer.pad_token_id or 0
     batches = answer_batches(answers, batch_size=o["batch_size"], padding=padding, device=model.device)
-    found = adapt_ratios(model, base, tuned, answer_loss, batches, **target, **rate, journal=out / JOURNAL)
+    run = {"journal": out / JOURNAL, "progress": o["progress"]}
+    found = adapt_ratios(model, base, tuned, answer_loss, batches, **target, **run)
     found.save(out / RATIOS)
     (written,) = plan_interpolation(base, tuned, {MODEL: found}, out).run(device=o["device"], progress=o["progress"])
     return written
@@ -193,25 +173,27 @@ def read_prompts(path: Path) -> list[str]:
         ValueError: if a line has no prompt; the sentence names it.
         OSError: if the file cannot be read.
     """
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if path.suffix.lower() != ".jsonl":
-        return lines
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"line {number} of {path} is no JSON object with a 'prompt'; correct it") from error
-        if not isinstance(prompt, str):
-            raise ValueError(f"the 'prompt' in line {number} of {path} is no text; correct it")
-        prompts.append(prompt)
+    prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path.suffix.lower() == ".jsonl":
+        for i, line in enumerate(prompts):
+            try:
+                prompts[i] = json.loads(line)["prompt"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"line {i + 1} of {path} is no JSON object with a 'prompt'; correct it") from error
+            if not isinstance(prompts[i], str):
+                raise ValueError(f"the 'prompt' in line {i + 1} of {path} is no text; correct it")
     return prompts
 
 
 def _tokens(tokenizer: Any, prompt: str) -> list[int]:
-    if getattr(tokenizer, "chat_template", None):
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    return list(tokenizer(prompt)["input_ids"])
+    templated = bool(getattr(tokenizer, "chat_template", None))
+    if templated:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(prompt, add_special_tokens=not templated)["input_ids"])
+
+
+def _padded(rows: list[list[int]], value: int, device: torch.device | str, *, left: bool = False) -> torch.Tensor:
+    width = max(map(len, rows))
+    padding = [[value] * (width - len(row)) for row in rows]
+    return torch.tensor([p + row if left else row + p for row, p in zip(rows, padding, strict=True)], device=device)

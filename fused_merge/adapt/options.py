@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Annotated, TypedDict
 
 from fused_merge.io.options import ModelOptions
-from fused_merge.options import Option, at_least, definition, one_of, within
+from fused_merge.options import Option, at_least, definition, need, one_of, share, within
 from fused_merge.progress import ProgressOption
 
 if TYPE_CHECKING:
@@ -16,29 +16,9 @@ if TYPE_CHECKING:
     from fused_merge.interpolation.layer_ratios import LayerRatios
 
 
-def _check_lr(name: str, lr: float) -> float:
-    if not 0.0 < lr < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {lr}")
-    return lr
-
-
-def _check_betas(name: str, betas: tuple[float, float]) -> tuple[float, float]:
-    if not all(0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"{name} must lie in [0, 1), got {betas}")
-    return betas
-
-
-def _check_regularizer(name: str, weight: float) -> float:
-    if not 0.0 <= weight < math.inf:
-        raise ValueError(f"{name} must be at least 0 and finite, got {weight}")
-    return weight
-
-
-def check_share(name: str, share: float) -> float:
-    """Return a share of answers to keep, or raise ValueError if it is out of range."""
-    if not 0.0 < share <= 1.0:
-        raise ValueError(f"{name} must lie in (0, 1], got {share}")
-    return share
+_check_parts = need(lambda parts: not isinstance(parts, int) or parts >= 1, "be at least 1")
+_check_betas = need(lambda betas: all(0.0 <= beta < 1.0 for beta in betas), "lie in [0, 1)")
+_check_regularizer = need(lambda weight: 0.0 <= weight < math.inf, "be at least 0 and finite")
 
 
 @definition
@@ -51,26 +31,17 @@ class TargetOptions(TypedDict, total=False):
             taken and whose ratios, projected, are the start, except with `parametrization="paper"`, which starts at
             rho everywhere.
         steps: at most so many updates of the ratios; without gradients, so many evaluations.
-    """
-
-    mean_ratio: Annotated[float, Option(0.4, within(0, 1), cli={})]
-    parts: Annotated["int | LayerRatios", Option(3, cli={"min": 1})]
-    steps: Annotated[int, Option(100, at_least(1), cli={"min": 1})]
-
-
-@definition
-class RateOptions(ProgressOption, total=False):
-    """Further options of both.
-
-    Options:
         lr: how far a ratio may move in the first step.
     """
 
-    lr: Annotated[float, Option(0.05, _check_lr, cli={})]
+    mean_ratio: Annotated[float, Option(0.4, within(0, 1), cli={})]
+    parts: Annotated["int | LayerRatios", Option(3, _check_parts, cli={"min": 1})]
+    steps: Annotated[int, Option(100, at_least(1), cli={"min": 1})]
+    lr: Annotated[float, Option(0.05, need(lambda lr: 0.0 < lr < math.inf, "be positive and finite"), cli={})]
 
 
 @definition
-class AdaptOptions(RateOptions, total=False):
+class AdaptOptions(ProgressOption, total=False):
     """The options of `adapt_ratios` beside `TargetOptions`.
 
     Options:
@@ -91,7 +62,10 @@ class AdaptOptions(RateOptions, total=False):
         impl: `"auto"`, `"triton"` or `"eager"`.
     """
 
-    betas: Annotated["tuple[float, float]", Option((0.9, 0.99), _check_betas)]
+    betas: Annotated[
+        "tuple[float, float]",
+        Option((0.9, 0.99), _check_betas),
+    ]
     accumulate: Annotated[int, Option(1, at_least(1))]
     gradients: Annotated[bool, Option(True)]
     parametrization: Annotated[str, Option("direct", one_of("direct", "paper"))]
@@ -122,7 +96,7 @@ class SamplingOptions(ProgressOption, total=False):
 
 
 @definition
-class AnswerOptions(TargetOptions, RateOptions, SamplingOptions, ModelOptions, total=False):
+class AnswerOptions(TargetOptions, SamplingOptions, ModelOptions, total=False):
     """The options of `adapt_checkpoints`.
 
     Options:
@@ -132,4 +106,4 @@ class AnswerOptions(TargetOptions, RateOptions, SamplingOptions, ModelOptions, t
     """
 
     reward: Annotated["str | None", Option(None, cli={"metavar": "MODULE:FUNCTION"})]
-    best: Annotated[float, Option(0.4, check_share, cli={})]
+    best: Annotated[float, Option(0.4, share, cli={})]

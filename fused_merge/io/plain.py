@@ -47,8 +47,7 @@ def plain_text(path: Path, content: Any) -> str:
     if _is_json(path):
         return text
     # From JSON, which has no tuples and no subclasses of numbers: the two forms say the same.
-    yaml_text: str = _yaml(path).safe_dump(json.loads(text), sort_keys=False, width=math.inf)
-    return yaml_text
+    return str(_yaml(path).safe_dump(json.loads(text), sort_keys=False, width=math.inf))
 
 
 def _is_json(path: Path) -> bool:

@@ -47,10 +47,7 @@ def check_transformers() -> Any:
 
 
 def stored_dtype(source: FileSource) -> torch.dtype | None:
-    """Return the dtype that all floating tensors of a checkpoint have, or None if they differ.
-
-    The model must have the same, whatever the configuration beside it says.
-    """
+    """Return the dtype that all floating tensors of a checkpoint have, or None if they differ: what the model gets."""
     stored = {source.dtype(name) for name in source if source.is_merged(name)}
     return stored.pop() if len(stored) == 1 else None
 
@@ -58,8 +55,7 @@ def stored_dtype(source: FileSource) -> torch.dtype | None:
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Any:
     """Return the causal language model of a Hugging Face folder, in evaluation mode and without gradients.
 
-    Code in the folder is not run. A dtype of None is what the configuration says. Raises ValueError if Transformers
-    cannot load it.
+    A dtype of None is what the configuration says. Raises ValueError if Transformers cannot load it.
     """
     transformers = check_transformers()
     transformers.utils.logging.disable_progress_bar()
@@ -73,6 +69,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _pretrained(kind: Any, folder: Path, **options: Any) -> Any:
+    """Return what `kind` loads from a folder, whose code is not run."""
     try:
         return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:

@@ -1,13 +1,13 @@
 """A model scored at many ratios of the path between two models, in one process: results survive a kill.
 
-`results.json` is written anew after every ratio, beside its place and then renamed. It says what it belongs to, so that
-only the same sweep goes on where it was killed. The random generators of Python, numpy and torch start every scorer at
-the same state: ratios are compared on the same draws, and a sweep that was killed ends with the numbers of one that was
-not.
+`results.json` is written anew after every ratio and says what it belongs to, so that only the same sweep goes on from
+it. The random generators of Python, numpy and torch start every scorer at the same state: ratios are compared on the
+same draws, and a sweep that was killed ends with the numbers of one that was not.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from fused_merge.functional.backend import check_device
 from fused_merge.interpolation.ratio_sweep import RatioSweep
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.io.transformers import check_transformers, load_model, load_tokenizer, stored_dtype
-from fused_merge.io.writer import stamp_of
+from fused_merge.io.writer import stamp_of, write_text
 from fused_merge.names import some
 from fused_merge.optim.options import dtype_name
 from fused_merge.options import documented, resolve
@@ -34,13 +34,15 @@ from fused_merge.sweep.options import EvaluateOptions, SweepOptions
 from fused_merge.sweep.plots import check_matplotlib
 from fused_merge.sweep.report import write_report
 from fused_merge.sweep.results import RESULTS, Results, ScoredRatio, read_results, resume
-from fused_merge.sweep.scorers import Harness, ImportedScorer, Scorer
+from fused_merge.sweep.scorers import ImportedScorer, Scorer, harness_tasks, import_harness
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 # Ratios, or {label: ratio}.
 Ratios: TypeAlias = "Sequence[float] | Mapping[str, PerTensor]"
+
+_ALONE = Processes((), torch.device("cpu"))
 
 
 class MovableModel(Protocol):
@@ -92,8 +94,8 @@ def evaluate_ratios(
         TypeError: for a ratio that is no number.
     """
     o = resolve(options, EvaluateOptions)
-    processes = Processes.of(sweep.model) if isinstance(sweep, RatioSweep) else None
-    state = _Sweep(ratios, list(scorers), out, checkpoints or {}, o["minimize"], processes=processes)
+    processes = Processes.of(sweep.model) if isinstance(sweep, RatioSweep) else _ALONE
+    state = _Sweep(ratios, list(scorers), out, checkpoints or {}, o["minimize"], processes)
     return state.finish(sweep, scorers, progress=o["progress"])
 
 
@@ -129,21 +131,21 @@ def sweep_checkpoints(
     for path in o["compare"]:
         read_results(path)
     imported = [ImportedScorer(text) for text in o["scorers"]]
-    harness = Harness() if o["tasks"] else None
+    harness = import_harness() if o["tasks"] else None
     names = [*(scorer.name for scorer in imported), *o["tasks"]]
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise ValueError(f"two scorers are called {twice[0]!r}; rename one")
     also = {"scorers": [*o["scorers"], *o["tasks"]], "dtype": dtype and dtype_name(dtype)}
-    state = _Sweep(ratios, names, out, {"base": base, "tuned": tuned}, o["minimize"], also=also)
+    state = _Sweep(ratios, names, out, {"base": base, "tuned": tuned}, o["minimize"], _ALONE, also)
     if state.missing:
         model = load_model(source.path, device, dtype)
         functions: dict[str, Scorer] = {scorer.name: scorer for scorer in imported}
-        if harness is not None or any(scorer.takes_tokenizer for scorer in imported):
+        if harness or any(scorer.takes_tokenizer for scorer in imported):
             tokenizer = load_tokenizer(source.path)
             for scorer in imported:
                 scorer.tokenizer = tokenizer
-            if harness is not None:
-                functions |= harness.scorers(o["tasks"], model, tokenizer, o["batch_size"])
+            if harness:
+                functions |= harness_tasks(harness, o["tasks"], model, tokenizer, o["batch_size"])
         state.finish(RatioSweep(model, base, tuned), functions, progress=o["progress"])
     return write_report(out, o["compare"])
 
@@ -158,27 +160,21 @@ class _Sweep:
         out: PathLike,
         checkpoints: Mapping[str, PathLike],
         minimize: Collection[str],
-        *,
+        processes: Processes,
         also: Mapping[str, Any] | None = None,
-        processes: Processes | None = None,
     ) -> None:
         self._ratios = _labeled(ratios)
         if not names:
             raise ValueError("there is no scorer; give at least one function of the model")
         for score in minimize:
-            if not any(score == name or score.startswith(f"{name}/") for name in names):
+            if not any(f"{score}/".startswith(f"{name}/") for name in names):
                 raise ValueError(f"minimize names {score!r}, which is no score of {some(map(repr, names))}; correct it")
-        self._path = Path(out) / RESULTS
-        self._processes = processes or Processes((), torch.device("cpu"))
-        with self._processes.raising_together():
-            belongs_to = {
-                "checkpoints": {role: _describe(checkpoint) for role, checkpoint in checkpoints.items()},
-                "ratios": self._ratios,
-                "scorers": list(names),
-                **(also or {}),
-            }
-            found = resume(self._path, belongs_to) if self._processes.is_first else Results(belongs_to)
-        finished, lower = self._processes.from_first((found.finished, found.lower_is_better))
+        self._path, self._processes = Path(out) / RESULTS, processes
+        with processes.raising_together():
+            described = {role: _describe(checkpoint) for role, checkpoint in checkpoints.items()}
+            belongs_to = {"checkpoints": described, "ratios": self._ratios, "scorers": list(names), **(also or {})}
+            found = resume(self._path, belongs_to) if processes.is_first else Results(belongs_to)
+        finished, lower = processes.from_first((found.finished, found.lower_is_better))
         self._results = Results(belongs_to, self._in_order(finished), minimize, lower)
         if finished:
             self._check_minimize()
@@ -204,12 +200,11 @@ class _Sweep:
                     else:
                         sweep.move_to(ratio)
                 scored = ScoredRatio(label, ratio, self._score(scorers, model, label))
-                scored, lower = self._processes.from_first((scored, _lower_is_better(scorers)))
-                self._results = replace(
-                    self._results,
-                    finished=self._in_order([*self._results.finished, scored]),
-                    lower_is_better={*self._results.lower_is_better, *lower},
-                )
+                lower = {f"{name}/{key}" for name in scorers for key in getattr(scorers[name], "lower_is_better", ())}
+                scored, lower = self._processes.from_first((scored, lower))
+                finished = self._in_order([*self._results.finished, scored])
+                lower = {*self._results.lower_is_better, *lower}
+                self._results = replace(self._results, finished=finished, lower_is_better=lower)
                 self._save()
                 self._check_minimize()
                 advance(1)
@@ -222,15 +217,13 @@ class _Sweep:
     def _save(self) -> None:
         with self._processes.raising_together():
             if self._processes.is_first:
-                self._results.save(self._path)
+                write_text(self._path, json.dumps(self._results.document(), indent=1) + "\n")
 
     def _check_minimize(self) -> None:
         names = self._results.scores
-        if unknown := sorted(set(self._results.minimize) - set(names)):
-            raise ValueError(
-                f"minimize names {some(map(repr, unknown))}, but the scores are {some(map(repr, names), 10)}; "
-                "correct it and run the same again, finished ratios are kept"
-            )
+        if unknown := sorted({*self._results.minimize} - {*names}):
+            what = f"minimize names {some(map(repr, unknown))}, but the scores are {some(map(repr, names), 10)}"
+            raise ValueError(f"{what}; correct it and run the same again, finished ratios are kept")
 
     def _score(self, scorers: Mapping[str, Scorer], model: Any, label: str) -> dict[str, float]:
         """Return the scores of a model, or say which scorer failed at the ratio called `label`, and what is kept."""
@@ -249,23 +242,19 @@ class _Sweep:
             # Before the next scorer, in which a process could wait for one that has failed.
             with self._processes.raising_together():
                 by_key = found if isinstance(found, Mapping) else {None: found}
-                for key, value in by_key.items():
-                    score = name if key is None else f"{name}/{key}"
-                    number = _number(value)
-                    if not math.isfinite(number):
-                        of = "" if key is None else f" for {key!r}"
-                        raise RuntimeError(f"{at} returned {value!r}{of}, which is no finite number; {way_out}")
-                    if score in scores:
-                        raise RuntimeError(f"{at} returned {score!r} as another scorer does; rename one ({kept})")
-                    scores[score] = number
                 if not by_key:
                     raise RuntimeError(f"{at} returned no score; {way_out}")
+                for key, value in by_key.items():
+                    score, of = (name, "") if key is None else (f"{name}/{key}", f" for {key!r}")
+                    if score in scores:
+                        raise RuntimeError(f"{at} returned {score!r} as another scorer does; rename one ({kept})")
+                    scores[score] = _number(value)
+                    if not math.isfinite(scores[score]):
+                        raise RuntimeError(f"{at} returned {value!r}{of}, which is no finite number; {way_out}")
         with self._processes.raising_together():
             if expected and set(scores) != set(expected):
-                raise RuntimeError(
-                    f"the scores at ratio {label} are {some(map(repr, scores))} and were {some(map(repr, expected))} "
-                    f"before; return the same ones at every ratio ({kept})"
-                )
+                change = f"are {some(map(repr, scores))} and were {some(map(repr, expected))} before"
+                raise RuntimeError(f"the scores at ratio {label} {change}; return the same at every ratio ({kept})")
         return {name: scores[name] for name in expected or scores}
 
 
@@ -290,7 +279,6 @@ def _labeled(ratios: Ratios) -> dict[str, PerTensor]:
 
 
 def _describe(path: PathLike) -> dict[str, Any]:
-    """Return where a checkpoint is, and the size and time of change of its files."""
     files = {file.name: list(stamp_of(file)) for file in open_files(path).files()}
     return {"path": str(Path(path).absolute()), "files": files}
 
@@ -319,7 +307,3 @@ def _same_draws() -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
-
-
-def _lower_is_better(scorers: Mapping[str, Scorer]) -> set[str]:
-    return {f"{name}/{key}" for name, scorer in scorers.items() for key in getattr(scorer, "lower_is_better", ())}

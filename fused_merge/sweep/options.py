@@ -9,6 +9,15 @@ from fused_merge.options import Option, at_least, definition
 from fused_merge.progress import ProgressOption
 
 
+def _repeated(metavar: str, help: str, *flags: str) -> Option:
+    """Return an option that the command line takes several times, each time with one value."""
+    flag = {"param_decls": flags} if flags else {}
+    return Option((), cli={"type": list[str], "metavar": metavar, "help": f"{help}; may be repeated.", **flag})
+
+
+_SCORER = "Takes (model) or (model, tokenizer), returns a number or {name: number}"
+
+
 @definition
 class EvaluateOptions(ProgressOption, total=False):
     """The options of `evaluate_ratios`.
@@ -17,12 +26,7 @@ class EvaluateOptions(ProgressOption, total=False):
         minimize: the scores for which less is better.
     """
 
-    minimize: Annotated[
-        "Collection[str]",
-        Option(
-            (), cli={"type": list[str], "metavar": "NAME", "help": "Score for which less is better; may be repeated."}
-        ),
-    ]
+    minimize: Annotated["Collection[str]", _repeated("NAME", "Score for which less is better")]
 
 
 @definition
@@ -37,39 +41,9 @@ class SweepOptions(EvaluateOptions, ModelOptions, total=False):
         batch_size: batch size of the tasks.
     """
 
-    scorers: Annotated[
-        "Sequence[str]",
-        Option(
-            (),
-            cli={
-                "type": list[str],
-                "param_decls": ("--scorer",),
-                "metavar": "MODULE:FUNCTION",
-                "help": "Takes (model) or (model, tokenizer), returns a number or {name: number}; may be repeated.",
-            },
-        ),
-    ]
-    tasks: Annotated[
-        "Sequence[str]",
-        Option(
-            (),
-            cli={
-                "type": list[str],
-                "param_decls": ("--task",),
-                "metavar": "NAME",
-                "help": "Task of the lm-evaluation-harness; may be repeated.",
-            },
-        ),
-    ]
+    scorers: Annotated["Sequence[str]", _repeated("MODULE:FUNCTION", _SCORER, "--scorer")]
+    tasks: Annotated["Sequence[str]", _repeated("NAME", "Task of the lm-evaluation-harness", "--task")]
     compare: Annotated[
-        "Sequence[str | PathLike[str]]",
-        Option(
-            (),
-            cli={
-                "type": list[str],
-                "metavar": "RESULTS.json",
-                "help": "Another sweep, for the same picture; may be repeated.",
-            },
-        ),
+        "Sequence[str | PathLike[str]]", _repeated("RESULTS.json", "Another sweep, for the same picture")
     ]
     batch_size: Annotated[int, Option(1, at_least(1), cli={"min": 1})]

@@ -102,9 +102,8 @@ def _oriented(points: Any, maximize: Directions, what: str | None = None) -> Arr
         if scores.ndim != 1 or not scores.size:
             raise ValueError(f"{name} must be a sequence of scores, such as (reward, tax score), got {point!r}")
         if scores.size != found[0].size:
-            raise ValueError(
-                f"{name} has {scores.size} scores and point 0 has {found[0].size}; give all the same scores"
-            )
+            size = found[0].size
+            raise ValueError(f"{name} has {scores.size} scores and point 0 has {size}; give all the same scores")
         if not np.isfinite(scores).all():
             j = int(np.flatnonzero(~np.isfinite(scores))[0])
             raise ValueError(f"score {j} of {name} is {scores[j]}; leave that point out, or score it again")

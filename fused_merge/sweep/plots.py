@@ -2,83 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from fused_merge.sweep.pareto import pareto_front
+from fused_merge.sweep.results import Results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MARKERS = "osD^vP*X"
 _SOFT = "#8b949e"
-# Labels of different sweeps lie on different sides of their points: how far right, how far up, what is aligned there.
-_SIDES = ((7, 5, "left"), (-7, -12, "right"))
+# Labels of different sweeps lie on different sides of their points: how far right and up, what is aligned there.
+_SIDES = (((7, 5), "left"), ((-7, -12), "right"))
 
 
-class Mark(NamedTuple):
-    """A labeled point of a picture."""
+def draw_fronts(sweeps: Mapping[str, Results]) -> Figure:
+    """Return a picture of the first two scores of sweeps by name: labeled points, and the front of each sweep.
 
-    label: str
-    x: float
-    y: float
-
-
-def draw_fronts(
-    path: Path, sweeps: Mapping[str, Sequence[Mark]], scores: tuple[str, str], *, maximize: tuple[bool, bool]
-) -> None:
-    """Write the picture of `fronts` to a PNG file; the same input makes the same bytes."""
-    # The name of the program has its version in it.
-    fronts(sweeps, scores, maximize=maximize).savefig(path, format="png", metadata={"Software": None})
-
-
-def fronts(sweeps: Mapping[str, Sequence[Mark]], scores: tuple[str, str], *, maximize: tuple[bool, bool]) -> Figure:
-    """Return a picture of several sweeps over two scores: labeled points, and the front of each sweep.
-
-    An axis whose score is better when it is lower runs backwards, so that up and right is better.
-
-    Args:
-        sweeps: name -> points.
-        scores: names of the two axes.
-        maximize: whether more is better, for each axis.
-
-    Raises:
-        ImportError: without matplotlib.
+    An axis whose score is better when it is lower runs backwards, so that up and right is better. Names and directions
+    of the scores are those of the first sweep. Raises ImportError without matplotlib.
     """
     check_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.patheffects import withStroke
 
+    main = next(iter(sweeps.values()))
+    maximize = main.maximize[:2]
+    hollow: dict[str, Any] = {"markerfacecolor": "white", "linestyle": "none", "alpha": 0.6, "zorder": 3}
+    halo = [withStroke(linewidth=2.5, foreground="white")]
+    label: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9, "path_effects": halo, "zorder": 2.5}
     # Names are the user's: a $ in them is no formula.
     style: Any = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(9, 6), dpi=130, layout="constrained")
         axes = figure.subplots()
-        for i, (name, marks) in enumerate(sweeps.items()):
+        for i, (name, results) in enumerate(sweeps.items()):
             look: dict[str, Any] = {"color": f"C{i % 10}", "marker": _MARKERS[i % len(_MARKERS)]}
-            front = pareto_front([(mark.x, mark.y) for mark in marks], maximize=maximize)
-            path = sorted((marks[k].x, marks[k].y) for k in front)
-            axes.plot(*zip(*path, strict=True), label=name, zorder=4, **look)
-            behind = [(mark.x, mark.y) for k, mark in enumerate(marks) if k not in front]
-            if behind:
-                hollow: dict[str, Any] = {"markerfacecolor": "white", "linestyle": "none", "alpha": 0.6}
-                axes.plot(*zip(*behind, strict=True), zorder=3, **look, **hollow)
-            right, up, aligned = _SIDES[i % len(_SIDES)]
-            for k, mark in enumerate(marks):
-                axes.annotate(
-                    mark.label,
-                    (mark.x, mark.y),
-                    (right, up),
-                    textcoords="offset points",
-                    horizontalalignment=aligned,
-                    fontsize=9,
-                    color=look["color"] if k in front else _SOFT,
-                    path_effects=[withStroke(linewidth=2.5, foreground="white")],
-                    zorder=2.5,
-                )
-        for axis, name, more in zip((axes.xaxis, axes.yaxis), scores, maximize, strict=True):
+            points = [(x, y) for x, y, *_ in results.points]
+            front = pareto_front(points, maximize=maximize)
+            axes.plot(*zip(*sorted(points[k] for k in front), strict=True), label=name, zorder=4, **look)
+            if behind := [point for k, point in enumerate(points) if k not in front]:
+                axes.plot(*zip(*behind, strict=True), **look, **hollow)
+            shift, aligned = _SIDES[i % len(_SIDES)]
+            for k, (scored, point) in enumerate(zip(results.finished, points, strict=True)):
+                color = look["color"] if k in front else _SOFT
+                axes.annotate(scored.label, point, shift, horizontalalignment=aligned, color=color, **label)
+        for axis, name, more in zip((axes.xaxis, axes.yaxis), main.scores, maximize, strict=False):
             axis.set_label_text(name if more else f"{name} (axis reversed)")
             axis.set_inverted(not more)
         axes.set_title("Up and right is better; the lines are the fronts", loc="left", fontsize=12)

@@ -9,7 +9,7 @@ from pathlib import Path
 from fused_merge.io.sources import PathLike
 from fused_merge.io.writer import write_text, writing
 from fused_merge.names import some
-from fused_merge.sweep.plots import Mark, draw_fronts
+from fused_merge.sweep.plots import draw_fronts
 from fused_merge.sweep.results import MOST_SCORES_OF_A_VOLUME, PICTURE, RESULTS, TABLE, Results, read_results
 
 
@@ -33,41 +33,34 @@ def write_report(out: PathLike, compare: Sequence[PathLike] = ()) -> list[Path]:
     """
     folder = Path(out)
     sweeps = _compared([folder / RESULTS, *map(Path, compare)])
-    main = next(iter(sweeps.values()))
     files = [folder / RESULTS, folder / TABLE]
     write_text(files[1], _markdown(sweeps))
-    if len(main.scores) > 1:
-        first, second = main.scores[:2]
-        marks = {
-            name: [Mark(scored.label, scored.scores[first], scored.scores[second]) for scored in results.finished]
-            for name, results in sweeps.items()
-        }
+    if len(next(iter(sweeps.values())).scores) > 1:
         files.append(folder / PICTURE)
+        figure = draw_fronts(sweeps)
         with writing(files[2]):
-            draw_fronts(files[2], marks, (first, second), maximize=(main.maximize[0], main.maximize[1]))
+            # The name of the program would have its version in it.
+            figure.savefig(files[2], format="png", metadata={"Software": None})
     return files
 
 
 def _compared(paths: Sequence[Path]) -> dict[str, Results]:
     """Return the sweeps under names that tell them apart, with the scores and directions of the first."""
-    main = read_results(paths[0])
+    found = [read_results(path) for path in paths]
+    main = found[0]
     names = [path.absolute().parent.name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
     sweeps: dict[str, Results] = {}
-    for name, path in zip(names, paths, strict=True):
-        found = read_results(path)
-        if not found.finished:
+    for name, path, results in zip(names, paths, found, strict=True):
+        if not results.finished:
             raise ValueError(f"{path} has no finished ratio yet; run that sweep first")
-        if set(found.scores) != set(main.scores):
-            raise ValueError(
-                f"{path} has the scores {some(map(repr, found.scores))} and {paths[0]} has "
-                f"{some(map(repr, main.scores))}; compare sweeps with the same scores"
-            )
-        finished = [
-            replace(ratio, scores={score: ratio.scores[score] for score in main.scores}) for ratio in found.finished
-        ]
-        sweeps[name] = replace(main, sweep=found.sweep, finished=finished)
+        if set(results.scores) != set(main.scores):
+            here, there = (some(map(repr, each.scores)) for each in (results, main))
+            raise ValueError(f"{path} has the scores {here} and {paths[0]} has {there}; compare sweeps with the same")
+        order = main.scores
+        finished = [replace(each, scores={key: each.scores[key] for key in order}) for each in results.finished]
+        sweeps[name] = replace(main, sweep=results.sweep, finished=finished)
     return sweeps
 
 
@@ -85,29 +78,22 @@ def _markdown(sweeps: Mapping[str, Results]) -> str:
         f"The *hypervolume* is measured from the worst of each score ({measured_from}).",
     ]
     if len(sweeps) > 1:
-        lines = [
-            [
-                name,
-                _volume(results, worst),
-                results.knee.label,
-                ", ".join(ratio.label for ratio in results.front),
-                ", ".join(ratio.label for ratio in results.finished if id(ratio) in best_of_all),
-            ]
-            for name, results in sweeps.items()
-        ]
-        head = ["sweep", "hypervolume", "knee", "front", "of these on the front of all sweeps"]
-        sections.append(_table(head, lines))
+        lines = [["sweep", "hypervolume", "knee", "front", "of these on the front of all sweeps"]]
+        for name, results in sweeps.items():
+            best = ", ".join(ratio.label for ratio in results.finished if id(ratio) in best_of_all)
+            front = ", ".join(ratio.label for ratio in results.front)
+            lines.append([name, _volume(results, worst), results.knee.label, front, best])
+        sections.append(_table(lines))
     else:
         sections.append(f"Hypervolume {_volume(main, worst)}, knee at {main.knee.label}.")
     for name, results in sweeps.items():
         if len(sweeps) > 1:
             sections.append(f"## {name}")
         places = dict.fromkeys((ratio.label for ratio in results.front), "front") | {results.knee.label: "knee"}
-        lines = [
-            [ratio.label, *(f"{value:.6g}" for value in ratio.scores.values()), places.get(ratio.label, "")]
-            for ratio in results.finished
-        ]
-        sections.append(_table(["ratio", *arrows, ""], lines))
+        lines = [["ratio", *arrows, ""]]
+        for ratio in results.finished:
+            lines.append([ratio.label, *(f"{x:.6g}" for x in ratio.scores.values()), places.get(ratio.label, "")])
+        sections.append(_table(lines))
     return "\n\n".join(sections) + "\n"
 
 
@@ -116,7 +102,7 @@ def _volume(results: Results, reference: Sequence[float]) -> str:
     return f"not computed (more than {MOST_SCORES_OF_A_VOLUME} scores)" if volume is None else f"{volume:.6g}"
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in (head, *lines)]
-    cells.insert(1, ["---"] * len(head))
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    cells.insert(1, ["---"] * len(lines[0]))
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)

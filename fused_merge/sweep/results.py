@@ -11,7 +11,6 @@ from typing import Any
 from fused_merge._version import __version__
 from fused_merge.io.headers import load_json
 from fused_merge.io.sources import PathLike
-from fused_merge.io.writer import write_text
 from fused_merge.per_tensor import PerTensor
 from fused_merge.sweep.pareto import hypervolume, knee, pareto_front
 
@@ -86,26 +85,14 @@ class Results:
 
     def document(self) -> dict[str, Any]:
         """Return what `results.json` holds, in plain data; front, knee and volume once every ratio is finished."""
-        content: dict[str, Any] = {
-            "fused_merge": __version__,
-            "sweep": self.sweep,
-            "minimize": sorted(self.minimize),
-            "lower_is_better": sorted(self.lower_is_better),
-            "rows": [asdict(scored) for scored in self.finished],
-        }
+        content: dict[str, Any] = {"fused_merge": __version__, "sweep": self.sweep}
+        content |= {"minimize": sorted(self.minimize), "lower_is_better": sorted(self.lower_is_better)}
+        content["rows"] = [asdict(scored) for scored in self.finished]
         if len(self.finished) == len(self.sweep["ratios"]):
             worst = self.worst()
-            content |= {
-                "front": [scored.label for scored in self.front],
-                "knee": self.knee.label,
-                "hypervolume": self.volume(worst),
-                "reference": dict(zip(self.scores, worst, strict=True)),
-            }
+            content |= {"front": [scored.label for scored in self.front], "knee": self.knee.label}
+            content |= {"hypervolume": self.volume(worst), "reference": dict(zip(self.scores, worst, strict=True))}
         return content
-
-    def save(self, path: Path) -> None:
-        """Write `results.json` beside its place, then rename it."""
-        write_text(path, json.dumps(self.document(), indent=1) + "\n")
 
 
 def read_results(path: PathLike) -> Results:
@@ -117,17 +104,16 @@ def read_results(path: PathLike) -> Results:
     """
     try:
         content = load_json(Path(path).read_bytes())
-        finished = [
-            ScoredRatio(str(entry["label"]), entry["ratio"], {name: float(x) for name, x in entry["scores"].items()})
-            for entry in content["rows"]
-        ]
+        finished = []
+        for entry in content["rows"]:
+            scores = {name: float(score) for name, score in entry["scores"].items()}
+            finished.append(ScoredRatio(str(entry["label"]), entry["ratio"], scores))
         results = Results(dict(content["sweep"]), finished, list(content["minimize"]), list(content["lower_is_better"]))
         # Raises for scores that are not finite, or not the same for all ratios.
         pareto_front(results.points)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} holds no results of a sweep ({type(error).__name__}: {error}); give another file, or delete it"
-        ) from error
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} holds no results of a sweep ({said}); give another file, or delete it") from error
     return results
 
 
@@ -138,10 +124,7 @@ def resume(path: Path, sweep: Mapping[str, Any]) -> Results:
         return Results(sweep)
     # As it would be read back.
     same = json.loads(json.dumps(sweep))
-    other = [part for part in same if found.sweep.get(part) != same[part]]
-    if other:
-        raise ValueError(
-            f"{path} holds the results of a sweep with other {' and '.join(other)}; choose another folder, "
-            "or delete it to begin anew"
-        )
+    if other := " and ".join(part for part in same if found.sweep.get(part) != same[part]):
+        what = f"{path} holds the results of a sweep with other {other}"
+        raise ValueError(f"{what}; choose another folder, or delete it to begin anew")
     return replace(found, sweep=sweep)

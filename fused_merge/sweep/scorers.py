@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from inspect import Parameter, signature
 from typing import Any, TypeAlias
@@ -47,27 +48,7 @@ class ImportedScorer:
         return self._function(model, self.tokenizer) if self.takes_tokenizer else self._function(model)
 
 
-class Harness:
-    """The lm-evaluation-harness; raises ImportError, with the extra that brings it, where it is not installed."""
-
-    def __init__(self) -> None:
-        try:
-            self._evaluate = import_module("lm_eval").simple_evaluate
-            self._wrapper = import_module("lm_eval.models.huggingface").HFLM
-            self._task_manager = import_module("lm_eval.tasks").TaskManager
-        except ImportError as error:
-            raise ImportError(
-                f"tasks need the lm-evaluation-harness ({error}): pip install 'fused_merge[evaluation]'"
-            ) from error
-
-    def scorers(self, tasks: Sequence[str], model: Any, tokenizer: Any, batch_size: int) -> dict[str, HarnessTask]:
-        """Return a scorer for each task, of this model as it is when it is scored."""
-        wrapped = self._wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        # Listing all tasks takes seconds, and is done again for every call without this.
-        task_manager = self._task_manager()
-        return {task: HarnessTask(task, self._evaluate, wrapped, task_manager) for task in tasks}
-
-
+@dataclass
 class HarnessTask:
     """The scorer that a task of the lm-evaluation-harness is, always of the model that the harness has.
 
@@ -75,25 +56,19 @@ class HarnessTask:
         lower_is_better: the metrics of which the harness says so; known after the first call.
     """
 
-    def __init__(self, task: str, evaluate: Callable[..., Any], wrapped: Any, task_manager: Any) -> None:
-        self._task = task
-        self._evaluate = evaluate
-        self._wrapped = wrapped
-        self._task_manager = task_manager
-        self.lower_is_better: set[str] = set()
+    task: str
+    evaluate: Callable[..., Any]
+    wrapped: Any
+    task_manager: Any
+    lower_is_better: set[str] = field(default_factory=set)
 
     def __call__(self, model: Any) -> dict[str, float]:
         """Return the metrics of the task, without standard errors, which are not calculated."""
-        results = self._evaluate(
-            model=self._wrapped,
-            task_manager=self._task_manager,
-            tasks=[self._task],
-            bootstrap_iters=0,
-            log_samples=False,
-        )
-        higher = results.get("higher_is_better", {}).get(self._task, {})
+        options = {"tasks": [self.task], "bootstrap_iters": 0, "log_samples": False}
+        results = self.evaluate(model=self.wrapped, task_manager=self.task_manager, **options)
+        higher = results.get("higher_is_better", {}).get(self.task, {})
         scores = {}
-        for key, value in results["results"][self._task].items():
+        for key, value in results["results"][self.task].items():
             # "acc,none", "exact_match,strict-match"; a key without a comma is a name or a count.
             metric, comma, filtered = key.partition(",")
             if comma and not metric.endswith("_stderr"):
@@ -102,3 +77,25 @@ class HarnessTask:
                 if higher.get(metric) is False:
                     self.lower_is_better.add(name)
         return scores
+
+
+def import_harness() -> tuple[Any, Any, Any]:
+    """Return `simple_evaluate`, `HFLM` and `TaskManager` of the harness, or raise ImportError with what brings them."""
+    try:
+        evaluate = import_module("lm_eval").simple_evaluate
+        wrapper = import_module("lm_eval.models.huggingface").HFLM
+        return evaluate, wrapper, import_module("lm_eval.tasks").TaskManager
+    except ImportError as error:
+        message = f"tasks need the lm-evaluation-harness ({error}): pip install 'fused_merge[evaluation]'"
+        raise ImportError(message) from error
+
+
+def harness_tasks(
+    harness: tuple[Any, Any, Any], tasks: Sequence[str], model: Any, tokenizer: Any, batch_size: int
+) -> dict[str, HarnessTask]:
+    """Return a scorer for each task, of this model as it is when it is scored; `harness` is of `import_harness`."""
+    evaluate, wrapper, task_manager = harness
+    wrapped = wrapper(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    # Listing all tasks takes seconds, and is done again for every call without this.
+    listed = task_manager()
+    return {task: HarnessTask(task, evaluate, wrapped, listed) for task in tasks}

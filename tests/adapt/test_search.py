@@ -84,7 +84,7 @@ def test_what_all_parts_have_in_common_moves_nothing():
 
 
 def test_sigmoids_stay_where_there_is_no_gradient():
-    search = SigmoidAdam(3, 0.4, 0.05, (0.9, 0.99), 10)
+    search = SigmoidAdam(np.zeros(3), 0.4, 0.05, (0.9, 0.99), 10)
     search.learn(0.0, np.zeros(3))
     assert search.best() == pytest.approx([0.4] * 3)
 
@@ -102,21 +102,21 @@ def test_without_a_gradient_nothing_moves():
 
 def test_sigmoids_reach_an_optimum_inside():
     curvature, target = np.array([1.0, 2.0, 4.0]), np.array([0.2, 0.5, 0.6])
-    search = SigmoidAdam(3, 0.4, 0.2, (0.9, 0.99), 400)
+    search = SigmoidAdam(np.zeros(3), 0.4, 0.2, (0.9, 0.99), 400)
     assert np.abs(run(search, curvature, target, 400) - optimum(curvature, target, 0.4)).max() < 1e-3
 
 
 def test_the_chain_rule_of_the_sigmoids():
-    search = SigmoidAdam(3, 0.4, 0.1, (0.9, 0.99), 10)
-    search._w = np.array([0.3, -0.2, 0.1])
-    w, gradient = search._w.copy(), np.array([1.0, -2.0, 0.5])
+    search = SigmoidAdam(np.zeros(3), 0.4, 0.1, (0.9, 0.99), 10)
+    search._x = np.array([0.3, -0.2, 0.1])
+    w, gradient = search._x.copy(), np.array([1.0, -2.0, 0.5])
     search.learn(0.0, gradient)
-    by_w = search._adam.momentum / (1 - 0.9)
+    by_w = search._momentum / (1 - 0.9)
     numeric = []
     for i in range(3):
         sides = []
         for step in (1e-6, -1e-6):
-            search._w = w + step * np.eye(3)[i]
+            search._x = w + step * np.eye(3)[i]
             sides.append(gradient @ search.propose())
         numeric.append((sides[0] - sides[1]) / 2e-6)
     assert by_w == pytest.approx(numeric, rel=1e-6)
@@ -132,7 +132,7 @@ def test_a_search_without_gradients_finds_the_optimum():
     "make",
     [
         lambda: ProjectedAdam(np.full(3, 0.4), 0.4, 0.05, (0.9, 0.99), 50),
-        lambda: SigmoidAdam(3, 0.4, 0.05, (0.9, 0.99), 50),
+        lambda: SigmoidAdam(np.zeros(3), 0.4, 0.05, (0.9, 0.99), 50),
         lambda: CovarianceSearch(np.full(3, 0.4), 0.4, 0.1, seed=7),
     ],
 )

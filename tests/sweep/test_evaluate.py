@@ -29,8 +29,20 @@ def linear(value: float) -> nn.Linear:
 
 @pytest.fixture
 def sweep():
-    """A model that is 7 everywhere, on the path from 0 to 1: its mean is the ratio."""
-    return RatioSweep(linear(7.0), linear(0.0), linear(1.0))
+    """A model that is 7 everywhere, on the path from 0 to 1: its mean is the ratio. It must be 7 again at the end."""
+    sweep = RatioSweep(linear(7.0), linear(0.0), linear(1.0))
+    yield sweep
+    assert sweep.model.weight.tolist() == [[7.0] * 3]
+
+
+@pytest.fixture
+def evaluate(sweep, tmp_path):
+    """Score it, and write the results to a new folder."""
+
+    def evaluate(ratios, scorers=None, **options):
+        return evaluate_ratios(sweep, ratios, {"mean": mean} if scorers is None else scorers, tmp_path, **options)
+
+    return evaluate
 
 
 def mean(model):
@@ -39,6 +51,10 @@ def mean(model):
 
 def results_of(out):
     return json.loads((out / "results.json").read_text())
+
+
+def labels_of(out):
+    return [row["label"] for row in results_of(out)["rows"]]
 
 
 # --- scoring
@@ -54,14 +70,10 @@ def test_every_ratio_is_scored_at_its_own_weights(sweep, tmp_path):
         ScoredRatio("0.25", 0.25, {"mean": 0.25, "parts/twice": 0.5, "parts/one": 1.0}),
         ScoredRatio("1.5", 1.5, {"mean": 1.5, "parts/twice": 3.0, "parts/one": 1.0}),
     ]
-    assert sweep.model.weight.tolist() == [[7.0] * 3]
     assert read_results(out / "results.json").finished == rows
     document = results_of(out)
-    assert document["sweep"] == {
-        "checkpoints": {},
-        "ratios": {"0": 0.0, "0.25": 0.25, "1.5": 1.5},
-        "scorers": ["mean", "parts"],
-    }
+    ratios = {"0": 0.0, "0.25": 0.25, "1.5": 1.5}
+    assert document["sweep"] == {"checkpoints": {}, "ratios": ratios, "scorers": ["mean", "parts"]}
     assert (document["front"], document["knee"], document["hypervolume"]) == (["1.5"], "1.5", 0.0)
     assert document["reference"] == {"mean": 0.0, "parts/twice": 0.0, "parts/one": 1.0}
     assert [path.name for path in out.iterdir()] == ["results.json"]
@@ -87,50 +99,36 @@ def test_ratios_with_labels_reach_the_model_as_they_are(tmp_path):
     assert len(asked) == 3
 
 
-def test_the_models_own_weights_are_put_aside_and_back_once(sweep, tmp_path, monkeypatch):
+def test_the_models_own_weights_are_put_aside_and_back_once(evaluate, monkeypatch):
     entered, at = [], RatioSweep.at
     monkeypatch.setattr(RatioSweep, "at", lambda self, ratio: entered.append(ratio) or at(self, ratio))
-    rows = evaluate_ratios(sweep, [0.25, 0.5, 1], {"mean": mean}, tmp_path)
-    assert [row.scores["mean"] for row in rows] == [0.25, 0.5, 1]
+    assert [row.scores["mean"] for row in evaluate([0.25, 0.5, 1])] == [0.25, 0.5, 1]
     assert entered == [0.25]
-    assert sweep.model.weight.tolist() == [[7.0] * 3]
 
 
-def test_a_ratio_that_does_not_fit_the_model_keeps_the_finished_ones(sweep, tmp_path):
+def test_a_ratio_that_does_not_fit_the_model_keeps_the_finished_ones(evaluate, tmp_path):
     with pytest.raises(ValueError, match="ratio key 'bias' matches no tensor"):
-        evaluate_ratios(sweep, {"half": 0.5, "odd": {"bias": 0.1, ".*": 0.2}}, {"mean": mean}, tmp_path)
-    assert sweep.model.weight.tolist() == [[7.0] * 3]
-    assert [row["label"] for row in results_of(tmp_path)["rows"]] == ["half"]
+        evaluate({"half": 0.5, "odd": {"bias": 0.1, ".*": 0.2}})
+    assert labels_of(tmp_path) == ["half"]
 
 
-def test_labels_of_numbers_tell_them_apart(sweep, tmp_path):
-    rows = evaluate_ratios(sweep, [-0.0, 0.1, 0.1 + 0.2, 0.3, 1e-9, 2], {"mean": mean}, tmp_path)
+def test_labels_of_numbers_tell_them_apart(evaluate):
+    rows = evaluate([-0.0, 0.1, 0.1 + 0.2, 0.3, 1e-9, 2])
     assert [row.label for row in rows] == ["0", "0.1", "0.30000000000000004", "0.3", "1e-09", "2"]
 
 
-def test_a_ratio_is_on_the_disk_before_the_next_one_is_scored(sweep, tmp_path):
-    seen = []
-
-    def scorer(model):
-        seen.append([row["label"] for row in results_of(tmp_path)["rows"]])
-        assert "front" not in results_of(tmp_path)
-        return 1.0
-
-    evaluate_ratios(sweep, [0, 0.5, 1], {"scorer": scorer}, tmp_path)
-    assert seen == [[], ["0"], ["0", "0.5"]]
-    assert results_of(tmp_path)["front"] == ["0", "0.5", "1"]
-
-
-def test_every_scorer_draws_the_same_numbers_and_the_caller_other_ones(sweep, tmp_path):
+def test_every_scorer_draws_the_same_numbers_and_the_caller_other_ones(evaluate):
     def draws(model=None):
         return {"python": random.random(), "numpy": np.random.rand(), "torch": torch.rand(())}
 
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(5)
+    def seeded():
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(5)
+
+    seeded()
     expected = draws()
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(5)
-    first, second = evaluate_ratios(sweep, [0, 1], {"a": draws, "b": draws}, tmp_path)
+    seeded()
+    first, second = evaluate([0, 1], {"a": draws, "b": draws})
     assert first.scores == second.scores
     assert [first.scores[f"a/{key}"] for key in expected] == [first.scores[f"b/{key}"] for key in expected]
     assert draws() == expected
@@ -169,20 +167,21 @@ def test_a_killed_sweep_goes_on_and_ends_as_one_that_was_not(tmp_path):
     assert names["sweep"](tmp_path, tmp_path / "whole") == [0.0, 0.25, 0.5, 0.75, 1.0]
     command = f"{NOISY}\nsweep({str(tmp_path)!r}, {str(tmp_path / 'killed')!r}, kill_at=0.5)"
     assert subprocess.run([sys.executable, "-c", command]).returncode == -signal.SIGKILL
-    assert [row["label"] for row in results_of(tmp_path / "killed")["rows"]] == ["0", "0.25"]
+    assert labels_of(tmp_path / "killed") == ["0", "0.25"]
+    assert ("front" in results_of(tmp_path / "whole"), "front" in results_of(tmp_path / "killed")) == (True, False)
     assert names["sweep"](tmp_path, tmp_path / "killed") == [0.5, 0.75, 1.0]
     assert (tmp_path / "killed/results.json").read_bytes() == (tmp_path / "whole/results.json").read_bytes()
 
 
-def test_the_same_ratios_in_another_order_are_the_same_sweep(sweep, tmp_path):
+def test_the_same_ratios_in_another_order_are_the_same_sweep(evaluate, tmp_path):
     def until_half(model):
         if mean(model) == 0.5:
             raise KeyboardInterrupt
         return mean(model)
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate_ratios(sweep, [0, 1, 0.5, 2], {"mean": until_half}, tmp_path)
-    rows = evaluate_ratios(sweep, [2, 1, 0.5, 0], {"mean": mean}, tmp_path)
+        evaluate([0, 1, 0.5, 2], {"mean": until_half})
+    rows = evaluate([2, 1, 0.5, 0])
     assert [row.ratio for row in rows] == [row["ratio"] for row in results_of(tmp_path)["rows"]] == [2, 1, 0.5, 0]
 
 
@@ -195,44 +194,39 @@ def test_the_same_ratios_in_another_order_are_the_same_sweep(sweep, tmp_path):
         ([0], ["sum"], "ratios and scorers"),
     ],
 )
-def test_another_sweep_does_not_go_on(ratios, scorers, other, sweep, tmp_path):
-    evaluate_ratios(sweep, [0, 1], {"mean": mean}, tmp_path)
+def test_another_sweep_does_not_go_on(ratios, scorers, other, evaluate, tmp_path):
+    evaluate([0, 1])
     before = (tmp_path / "results.json").read_bytes()
-    message = (
-        f"results.json holds the results of a sweep with other {other}; choose another folder, or delete it to begin"
-    )
+    message = f"json holds the results of a sweep with other {other}; choose another folder, or delete it to begin anew"
     with pytest.raises(ValueError, match=message):
-        evaluate_ratios(sweep, ratios, dict.fromkeys(scorers, mean), tmp_path)
+        evaluate(ratios, dict.fromkeys(scorers, mean))
     assert (tmp_path / "results.json").read_bytes() == before
 
 
-def test_results_of_other_checkpoints_are_not_taken_for_these(sweep, tmp_path):
+def test_results_of_other_checkpoints_are_not_taken_for_these(evaluate, tmp_path):
     base = tmp_path / "base.safetensors"
     save_file({"w": torch.zeros(3)}, base)
-
-    def evaluate(**checkpoints):
-        return evaluate_ratios(sweep, [0, 1], {"mean": mean}, tmp_path / "out", checkpoints=checkpoints)
-
-    evaluate(base=base)
-    assert len(evaluate(base=base)) == 2
+    evaluate([0, 1], checkpoints={"base": base})
+    assert len(evaluate([0, 1], checkpoints={"base": base})) == 2
     # Trained again: the same path and size.
     save_file({"w": torch.ones(3)}, base)
     os.utime(base, ns=(0, 10**18))
-    with pytest.raises(ValueError, match="a sweep with other checkpoints"):
-        evaluate(base=base)
-    with pytest.raises(ValueError, match="a sweep with other checkpoints"):
-        evaluate()
+    for checkpoints in ({"base": base}, {}):
+        with pytest.raises(ValueError, match="a sweep with other checkpoints"):
+            evaluate([0, 1], checkpoints=checkpoints)
 
 
-def test_a_sweep_without_a_finished_ratio_is_in_nobodys_way(sweep, tmp_path):
+def test_a_sweep_without_a_finished_ratio_is_in_nobodys_way(evaluate, tmp_path):
     def fail(model):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate_ratios(sweep, [0, 1], {"fail": fail}, tmp_path)
-    assert sweep.model.weight.tolist() == [[7.0] * 3]
-    assert results_of(tmp_path)["rows"] == []
-    assert len(evaluate_ratios(sweep, [0.5], {"mean": mean}, tmp_path)) == 1
+        evaluate([0, 1], {"fail": fail})
+    assert labels_of(tmp_path) == []
+    assert len(evaluate([0.5])) == 1
+
+
+RESULTS = '{"sweep": {}, "minimize": [], "lower_is_better": [], "rows": [{"label": "0", "ratio": 0%s}]}'
 
 
 @pytest.mark.parametrize(
@@ -241,22 +235,15 @@ def test_a_sweep_without_a_finished_ratio_is_in_nobodys_way(sweep, tmp_path):
         ("{", "JSONDecodeError: .*"),
         ("[]", "TypeError: .*"),
         ('{"rows": []}', "KeyError: 'sweep'"),
-        (
-            '{"sweep": {}, "minimize": [], "lower_is_better": [], "rows": [{"label": "0", "ratio": 0}]}',
-            "KeyError: 'scores'",
-        ),
-        (
-            '{"sweep": {}, "minimize": [], "lower_is_better": [], '
-            '"rows": [{"label": "0", "ratio": 0, "scores": {"a": NaN}}]}',
-            "ValueError: Out of range float values are not JSON compliant",
-        ),
+        (RESULTS % "", "KeyError: 'scores'"),
+        (RESULTS % ', "scores": {"a": NaN}', "ValueError: Out of range float values are not JSON compliant"),
     ],
 )
-def test_a_file_that_holds_no_results(text, reason, sweep, tmp_path):
+def test_a_file_that_holds_no_results(text, reason, evaluate, tmp_path):
     (tmp_path / "results.json").write_text(text)
     message = rf"results.json holds no results of a sweep \({reason}\); give another file, or delete it"
     with pytest.raises(ValueError, match=message):
-        evaluate_ratios(sweep, [0, 1], {"mean": mean}, tmp_path)
+        evaluate([0, 1])
     assert (tmp_path / "results.json").read_text() == text
 
 
@@ -277,52 +264,50 @@ def test_a_file_that_holds_no_results(text, reason, sweep, tmp_path):
         (AssertionError(), "raised AssertionError"),
     ],
 )
-def test_a_scorer_that_fails_half_way(answer, sentence, sweep, tmp_path):
-    def fails(model):
-        if mean(model) < 0.5:
-            return {"a": 1, "b": 2} if isinstance(answer, dict) else 1
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+def test_a_scorer_that_fails_half_way(answer, sentence, evaluate, tmp_path):
+    good = {"a": 1, "b": 2} if isinstance(answer, dict) else 1
 
-    scorers = {"mean": mean, "fails": fails}
+    def fails(model):
+        if mean(model) >= 0.5 and isinstance(answer, Exception):
+            raise answer
+        return good if mean(model) < 0.5 else answer
+
     kept = rf"correct it and run the same again \(2 of 4 ratios are finished and kept in {tmp_path}/results.json\)"
     with pytest.raises(RuntimeError, match=f"scorer 'fails' at ratio 0.5 {sentence}; {kept}"):
-        evaluate_ratios(sweep, [0, 0.25, 0.5, 0.75], scorers, tmp_path)
-    assert sweep.model.weight.tolist() == [[7.0] * 3]
-    assert [row["label"] for row in results_of(tmp_path)["rows"]] == ["0", "0.25"]
+        evaluate([0, 0.25, 0.5, 0.75], {"mean": mean, "fails": fails})
+    assert labels_of(tmp_path) == ["0", "0.25"]
     # Corrected, it goes on from there.
     asked = []
 
     def corrected(model):
         asked.append(float(mean(model)))
-        return {"b": 2, "a": 1} if isinstance(answer, dict) else 1
+        return dict(reversed(good.items())) if isinstance(answer, dict) else good
 
-    rows = evaluate_ratios(sweep, [0, 0.25, 0.5, 0.75], {"mean": mean, "fails": corrected}, tmp_path)
+    rows = evaluate([0, 0.25, 0.5, 0.75], {"mean": mean, "fails": corrected})
     assert asked == [0.5, 0.75]
     assert [row.scores["mean"] for row in rows] == [0, 0.25, 0.5, 0.75]
     # In the order of the first ratio, whatever the order of the answers.
     assert len({tuple(row.scores) for row in rows}) == 1
 
 
-def test_a_direction_that_a_scorer_told_once_is_kept(sweep, tmp_path):
+def test_a_direction_that_a_scorer_told_once_is_kept(evaluate, tmp_path):
     def tax(model):
         tax.lower_is_better = {"x"} if mean(model) == 0 else set()
         return {"x": mean(model)}
 
-    evaluate_ratios(sweep, [0, 1], {"tax": tax}, tmp_path)
+    evaluate([0, 1], {"tax": tax})
     assert results_of(tmp_path)["lower_is_better"] == ["tax/x"]
 
 
-def test_scores_that_change_between_ratios(sweep, tmp_path):
+def test_scores_that_change_between_ratios(evaluate):
     message = r"the scores at ratio 1 are 's/1.0' and were 's/0.0' before; .* \(1 of 2 ratios are finished"
     with pytest.raises(RuntimeError, match=message):
-        evaluate_ratios(sweep, [0, 1], {"s": lambda model: {mean(model).item(): 1.0}}, tmp_path)
+        evaluate([0, 1], {"s": lambda model: {mean(model).item(): 1.0}})
 
 
-def test_two_scorers_with_one_score(sweep, tmp_path):
+def test_two_scorers_with_one_score(evaluate):
     with pytest.raises(RuntimeError, match="scorer 'a/b' at ratio 0 returned 'a/b' as another scorer does; rename one"):
-        evaluate_ratios(sweep, [0], {"a": lambda model: {"b": 1.0}, "a/b": mean}, tmp_path)
+        evaluate([0], {"a": lambda model: {"b": 1.0}, "a/b": mean})
 
 
 # --- what is refused
@@ -341,40 +326,38 @@ def test_two_scorers_with_one_score(sweep, tmp_path):
         ({0.5: 0.5}, TypeError, "a label of a ratio must be text, got 0.5; write '0.5'"),
     ],
 )
-def test_ratios_that_are_none(ratios, error, message, sweep, tmp_path):
+def test_ratios_that_are_none(ratios, error, message, evaluate, tmp_path):
     with pytest.raises(error, match=message):
-        evaluate_ratios(sweep, ratios, {"mean": mean}, tmp_path)
+        evaluate(ratios)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_score_to_minimize_that_there_is_not(sweep, tmp_path):
+def test_a_score_to_minimize_that_there_is_not(evaluate):
     asked = []
 
     def scorer(model):
         asked.append(1)
         return {"a": 1.0}
 
-    with pytest.raises(ValueError, match="minimize names 'tax', which is no score of 's'; correct it"):
-        evaluate_ratios(sweep, [0, 1], {"s": scorer}, tmp_path, minimize=["tax"])
+    def refused(message, scorers, minimize=()):
+        with pytest.raises(ValueError, match=message):
+            evaluate([0, 1], scorers, minimize=minimize)
+
+    refused("minimize names 'tax', which is no score of 's'; correct it", {"s": scorer}, ["tax"])
+    refused("there is no scorer; give at least one function of the model", {})
     assert not asked
-    with pytest.raises(ValueError, match="there is no scorer; give at least one function of the model"):
-        evaluate_ratios(sweep, [0], {}, tmp_path)
-    for minimize in (["s"], ["s/b"]):
-        with pytest.raises(ValueError, match=f"minimize names '{minimize[0]}', but the scores are 's/a'; correct it"):
-            evaluate_ratios(sweep, [0, 1], {"s": scorer}, tmp_path, minimize=minimize)
+    for score in ("s", "s/b"):
+        refused(f"minimize names '{score}', but the scores are 's/a'; correct it", {"s": scorer}, [score])
     # Known after the first ratio, which is kept.
     assert len(asked) == 1
-    evaluate_ratios(sweep, [0, 1], {"s": scorer}, tmp_path, minimize=["s/a"])
+    evaluate([0, 1], {"s": scorer}, minimize=["s/a"])
     assert len(asked) == 2
 
 
-def test_a_direction_may_be_changed_without_scoring_again(sweep, tmp_path):
-    evaluate_ratios(sweep, [0, 1], {"mean": mean}, tmp_path)
-    assert results_of(tmp_path)["front"] == ["1"]
-    evaluate_ratios(sweep, [0, 1], {"mean": None}, tmp_path, minimize=["mean"])
-    assert results_of(tmp_path)["front"] == ["0"]
-    evaluate_ratios(sweep, [0, 1], {"mean": None}, tmp_path)
-    assert results_of(tmp_path)["front"] == ["1"]
+def test_a_direction_may_be_changed_without_scoring_again(evaluate, tmp_path):
+    for scorer, minimize, front in ((mean, [], ["1"]), (None, ["mean"], ["0"]), (None, [], ["1"])):
+        evaluate([0, 1], {"mean": scorer}, minimize=minimize)
+        assert results_of(tmp_path)["front"] == front
 
 
 def test_a_folder_that_cannot_be_written_to_is_known_before_anything_is_scored(sweep, tmp_path):

@@ -7,10 +7,9 @@ import sys
 
 import pytest
 
-from fused_merge.sweep import plots
-from fused_merge.sweep.plots import Mark
+from fused_merge.sweep.plots import draw_fronts
 from fused_merge.sweep.report import write_report
-from fused_merge.sweep.results import read_results
+from fused_merge.sweep.results import Results, ScoredRatio, read_results
 
 
 def write_results(folder, scores, minimize=(), lower=()):
@@ -115,27 +114,33 @@ def test_a_picture_without_matplotlib(tmp_path, monkeypatch):
 # --- the picture
 
 SWEEPS = {
-    "one": [Mark("0", 1.0, 9.0), Mark("0.5", 3.0, 5.0), Mark("1", 2.0, 7.0)],
-    "cost in $\\no$": [Mark("$a", 4.0, 8.0), Mark("b", 3.0, 4.0), Mark("c", 2.0, 8.0)],
+    "one": {"0": (1.0, 9.0), "0.5": (3.0, 5.0), "1": (2.0, 7.0)},
+    "cost in $\\no$": {"$a": (4.0, 8.0), "b": (3.0, 4.0), "c": (2.0, 8.0)},
 }
 
 
+def results(sweep, scores=("reward", "tax"), minimize=("tax",)):
+    scored = [ScoredRatio(label, 0.0, dict(zip(scores, point, strict=True))) for label, point in sweep.items()]
+    return Results({}, scored, minimize)
+
+
 def test_a_picture_shows_every_point_its_label_and_each_front():
-    figure = plots.fronts(SWEEPS, ("reward", "tax"), maximize=(True, False))
+    figure = draw_fronts({name: results(sweep) for name, sweep in SWEEPS.items()})
     (axes,) = figure.axes
     drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert drawn["one"] == [[3.0, 5.0]]
     assert drawn["cost in $\\no$"] == [[3.0, 4.0], [4.0, 8.0]]
     points = sorted(tuple(point) for line in axes.lines for point in line.get_xydata())
-    assert points == sorted((mark.x, mark.y) for marks in SWEEPS.values() for mark in marks)
-    assert sorted(text.get_text() for text in axes.texts) == sorted(m.label for ms in SWEEPS.values() for m in ms)
-    assert {text.get_text(): text.xy for text in axes.texts}["0.5"] == (3.0, 5.0)
+    assert points == sorted(point for sweep in SWEEPS.values() for point in sweep.values())
+    labels = {text.get_text(): text.xy for text in axes.texts}
+    assert labels == {label: point for sweep in SWEEPS.values() for label, point in sweep.items()}
     assert (axes.xaxis.get_inverted(), axes.yaxis.get_inverted()) == (False, True)
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("reward", "tax (axis reversed)")
     assert [text.get_text() for text in axes.get_legend().get_texts()] == list(SWEEPS)
 
 
 def test_the_same_picture_is_the_same_file(tmp_path):
-    for name in "ab":
-        plots.draw_fronts(tmp_path / name, SWEEPS, ("reward", "$tax"), maximize=(False, True))
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        write_results(folder, {"0": {"a": 2.0, "$b": 1.0}, "1": {"a": 3.0, "$b": 2.0}}, ["a"])
+        write_report(folder)
+    assert (tmp_path / "a/pareto.png").read_bytes() == (tmp_path / "b/pareto.png").read_bytes()
