@@ -61,25 +61,21 @@ __all__ = [
 
 # No module may have the name of something that is looked up here: importing it would take the name.
 _HOMES = {
-    "LayerRatios": "interpolation.layer_ratios",
-    "MergingAdamW": "optim.merging_adamw",
-    "OnDAREAdamW": "optim.merging_adamw",
-    "OnProjAdamW": "optim.merging_adamw",
-    "OnTIESAdamW": "optim.merging_adamw",
-    "RatioSweep": "interpolation.ratio_sweep",
-    "ReferenceDelta": "delta.reference_delta",
-    "adapt_ratios": "adapt.adapt",
-    "answer_loss": "adapt.adapt",
-    "evaluate_ratios": "sweep.evaluate",
-    "hypervolume": "sweep.pareto",
-    "interpolate": "interpolation.interpolate",
-    "interpolate_checkpoints": "checkpoints.interpolate",
-    "knee": "sweep.pareto",
-    "merge_checkpoints": "merge.merge",
-    "pareto_front": "sweep.pareto",
-    "reward_weighted_loss": "adapt.adapt",
-    "sweep_checkpoints": "sweep.evaluate",
-    "verify": "optim.verification",
+    name: module
+    for module, names in {
+        "adapt.adapt": "adapt_ratios answer_loss reward_weighted_loss",
+        "checkpoints.interpolate": "interpolate_checkpoints",
+        "delta.reference_delta": "ReferenceDelta",
+        "interpolation.interpolate": "interpolate",
+        "interpolation.layer_ratios": "LayerRatios",
+        "interpolation.ratio_sweep": "RatioSweep",
+        "merge.merge": "merge_checkpoints",
+        "optim.merging_adamw": "MergingAdamW OnDAREAdamW OnProjAdamW OnTIESAdamW",
+        "optim.verification": "verify",
+        "sweep.evaluate": "evaluate_ratios sweep_checkpoints",
+        "sweep.pareto": "hypervolume knee pareto_front",
+    }.items()
+    for name in names.split()
 }
 
 
