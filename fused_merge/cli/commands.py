@@ -1,20 +1,277 @@
-"""The command line as a whole: `fused-merge` and its commands.
+"""The commands of `fused-merge`.
 
 A command imports what it runs when it runs, so that help and completion answer without waiting for torch.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+import sys
+from collections.abc import Iterable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.filesize import decimal
+from rich.table import Table
+from typer import Argument, BadParameter
 
 from fused_merge._version import __version__
-from fused_merge.cli.checkpoints import interpolate, merge, verify
-from fused_merge.cli.deltas import delta, inspect
-from fused_merge.cli.environment import env
-from fused_merge.cli.output import say
-from fused_merge.cli.sweeps import adapt, sweep
+from fused_merge.adapt.options import AnswerOptions
+from fused_merge.checkpoints.options import FileOptions, InterpolatePlanOptions, PlanOptions, RunOptions, StreamOptions
+from fused_merge.cli.environment import environment
+from fused_merge.cli.output import one_sentence, plan_text, say, table_text
+from fused_merge.cli.parameters import (
+    AsJson,
+    Base,
+    Debug,
+    DryRun,
+    Quiet,
+    Ratios,
+    Result,
+    Tuned,
+    command,
+    parse_model,
+    wanted_ratios,
+)
+from fused_merge.merge.options import MergePlanOptions
+from fused_merge.options import options_of, split
+from fused_merge.sweep.options import SweepOptions
+
+if TYPE_CHECKING:
+    from fused_merge.checkpoints.job import Job
+
+
+@command(InterpolatePlanOptions, RunOptions, resumes=True)
+def interpolate(
+    base: Base,
+    tuned: Tuned,
+    out: Annotated[Path, typer.Option(help="Folder to write r0.10/, r0.20/, ... to.")],
+    ratios: Ratios = None,
+    ratios_file: Annotated[
+        Path | None,
+        typer.Option(help="YAML or JSON: {folder name: ratio, or {regular expression on tensor names: ratio}}."),
+    ] = None,
+    *,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    **options: Any,
+) -> Result:
+    """Write base + r * (tuned - base) for many ratios r from one read of the two checkpoints."""
+    wanted = wanted_ratios(ratios, ratios_file)
+    from fused_merge.checkpoints.interpolate import plan_interpolation
+
+    plan, run = split(options, InterpolatePlanOptions, RunOptions)
+    job = plan_interpolation(base, tuned, wanted, out, **plan)
+    if dry_run:
+        return job.describe(), plan_text(job.describe())
+    folders = job.run(**run, progress=not quiet)
+    ratio_of = dict(zip(job.outputs, wanted.values() if isinstance(wanted, dict) else wanted, strict=True))
+    return [{"ratio": ratio_of[folder], "path": str(folder)} for folder in folders], _lines(folders)
+
+
+@command(MergePlanOptions, StreamOptions, resumes=True)
+def merge(
+    context: typer.Context,
+    config: Annotated[
+        Path | None, Argument(metavar="CONFIG.yaml", help="A configuration of mergekit; or give --base.")
+    ] = None,
+    folder: Annotated[Path | None, Argument(metavar="OUT", help="Folder to write; or give --out.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base model: safetensors file or folder; linear has none.")
+    ] = None,
+    model: Annotated[
+        list[Any] | None,
+        typer.Option("--model", parser=parse_model, metavar="PATH=WEIGHT", help="A model to merge; may be repeated."),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="How to merge, such as linear or ties.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
+    *,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    **options: Any,
+) -> Result:
+    """Merge several models into one, as CONFIG.yaml of mergekit says or as the options do."""
+    target = out or folder
+    if out is not None and folder is not None:
+        raise BadParameter("OUT and --out exclude each other; give one")
+    if config is not None:
+        said_by_config = [name for name in options_of(MergePlanOptions) if name not in options_of(FileOptions)]
+        for name in ("base", "model", "method", *said_by_config):
+            source = context.get_parameter_source(name)
+            if source is not None and source.name != "DEFAULT":
+                raise BadParameter(f"--{name.replace('_', '-')} is for {config} to say; leave one of them out")
+    elif not model or method is None:
+        missing = "method" if model else "model"
+        raise BadParameter(f"--{missing} is missing; give --base, --model and --method, or CONFIG.yaml")
+    if target is None:
+        raise BadParameter("--out is missing; give the folder to write")
+    models = dict(model or [])
+    if len(models) != len(model or []):
+        raise BadParameter("a --model is given twice; give each one weight")
+    from fused_merge.merge.merge import plan_merge
+    from fused_merge.merge.mergekit import plan_mergekit
+
+    files, plan, run = split(options, FileOptions, MergePlanOptions, StreamOptions)
+    job: Job = (
+        plan_merge(base, models, str(method), target, **plan)
+        if config is None
+        else plan_mergekit(config, target, **files)
+    )
+    if dry_run:
+        return job.describe(), plan_text(job.describe())
+    return {"path": str(target)}, _lines(job.run(**run, progress=not quiet))
+
+
+@command(SweepOptions, resumes=True)
+def sweep(
+    base: Base,
+    tuned: Annotated[Path, Argument(help="Hugging Face folder, trained further: ratio 1, and the model to load.")],
+    out: Annotated[Path, typer.Option(help="Folder to write results.json, results.md and pareto.png to.")],
+    ratios: Ratios = None,
+    ratios_file: Annotated[
+        Path | None,
+        typer.Option(help="YAML or JSON: {label: ratio, or {regular expression on tensor names: ratio}}."),
+    ] = None,
+    *,
+    quiet: Quiet = False,
+    **options: Any,
+) -> Result:
+    """Score a model at many ratios in one process, and show which ones no other one beats."""
+    if not (options["scorers"] or options["tasks"]):
+        raise BadParameter("Missing option '--scorer' or '--task'.")
+    wanted = wanted_ratios(ratios, ratios_file)
+    from fused_merge.sweep.evaluate import sweep_checkpoints
+
+    # What scorers print is no result.
+    with redirect_stdout(sys.stderr):
+        files = sweep_checkpoints(base, tuned, wanted, out, **options, progress=not quiet)
+    return json.loads(files[0].read_bytes()) | {"files": list(map(str, files))}, _lines(files)
+
+
+@command(AnswerOptions, resumes=True)
+def adapt(
+    base: Base,
+    tuned: Annotated[
+        Path, Argument(help="Hugging Face folder with a tokenizer, trained further: ratio 1, and what answers.")
+    ],
+    prompts: Annotated[
+        Path, typer.Option(help="Text with a prompt in each line, or .jsonl with a 'prompt' in each object.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write ratios.json and model/ to.")],
+    parts_file: Annotated[
+        Path | None, typer.Option(help="Parts and first ratios, as ratios.json has them; instead of --parts.")
+    ] = None,
+    *,
+    quiet: Quiet = False,
+    **options: Any,
+) -> Result:
+    """Find a ratio for each part of the network on the tuned model's own answers, and write that model."""
+    from fused_merge.adapt.answers import RATIOS, adapt_checkpoints, read_prompts
+    from fused_merge.interpolation.layer_ratios import LayerRatios
+
+    if parts_file is not None:
+        options["parts"] = LayerRatios.load(parts_file)
+    # What a reward prints is no result.
+    with redirect_stdout(sys.stderr):
+        folder = adapt_checkpoints(base, tuned, read_prompts(prompts), out, **options, progress=not quiet)
+    found = LayerRatios.load(out / RATIOS)
+    ratios = dict(zip(found.parts, found.ratios, strict=True))
+    return {"path": str(folder), "ratios": ratios}, f"{folder}\n{found}"
+
+
+@command(PlanOptions, only=("dtype", "overwrite"))
+def delta(
+    base: Base,
+    tuned: Tuned,
+    out: Annotated[Path, typer.Option(help="File to write.")],
+    reserve_rate: Annotated[float | None, typer.Option(help="Share of each tensor to keep.")] = None,
+    method: Annotated[str | None, typer.Option(help="What to keep: random, magnitude or soft_threshold.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random masks.")] = 0,
+    **options: Any,
+) -> Result:
+    """Write the reference delta tuned - base to a file, dense or sparse, for the optimizers to read."""
+    from fused_merge.delta.reference_delta import ReferenceDelta
+
+    if out.exists() and not options["overwrite"]:
+        raise FileExistsError(f"{out} exists; pass --overwrite to replace it, or choose another")
+    tau = ReferenceDelta.from_checkpoints(base, tuned)
+    saved = ReferenceDelta.load(tau.save(out, reserve_rate, method, seed, options["dtype"]))
+    size = out.stat().st_size
+    return {"path": str(out), "identity": saved.identity, "tensors": len(saved), "bytes": size}, str(out)
+
+
+def verify(
+    folders: Annotated[list[Path], Argument(metavar="FOLDER", help="Folders that this program wrote.")],
+    quiet: Quiet = False,
+    json_output: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Read every tensor of written folders again and compare it with the checksums that were written with it."""
+    # Not under `command`: it says of every folder at once what it found.
+    with one_sentence(debug=debug, json_output=json_output):
+        from fused_merge.checkpoints.folders import verify_checkpoint
+
+        document = []
+        for folder in folders:
+            read = verify_checkpoint(folder)
+            document.append({"path": str(folder), "bytes": read})
+            if not (json_output or quiet):
+                say(f"{folder}: {decimal(read)}, every tensor as it was written")
+        if json_output:
+            say(json.dumps(document))
+
+
+@command()
+def inspect(
+    delta: Annotated[Path, Argument(metavar="DELTA_OR_BASE", help="A saved delta, or the base checkpoint.")],
+    tuned: Annotated[
+        Path | None, Argument(metavar="TUNED", help="The tuned checkpoint, if the first is a base.")
+    ] = None,
+    other: Annotated[Path | None, typer.Option(help="Another saved delta, for the overlap of the two.")] = None,
+    reserve_rate: Annotated[float | None, typer.Option(help="Show what top-p really keeps at this p.")] = None,
+) -> Result:
+    """Show norms and real density of a reference delta, by tensor and by layer, and its overlap with another."""
+    from fused_merge.delta.inspection import inspect_delta
+    from fused_merge.delta.reference_delta import ReferenceDelta
+
+    tau = ReferenceDelta.load(delta) if tuned is None else ReferenceDelta.from_checkpoints(delta, tuned)
+    entries = inspect_delta(
+        tau,
+        base=None if tuned is None else delta,
+        other=None if other is None else ReferenceDelta.load(other),
+        reserve_rate=reserve_rate,
+    )
+    table = Table(box=None)
+    for key in entries[0]:
+        table.add_column(key, justify="left" if key in ("scope", "name") else "right", overflow="fold")
+    for entry in entries:
+        cells = ("-" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x) for x in entry.values())
+        table.add_row(*cells)
+    return entries, table_text(table)
+
+
+@command()
+def env() -> Result:
+    """Show versions, machine and what runs here: for bug reports."""
+    report = environment()
+    table = Table(show_header=False, box=None)
+    for key, value in report.items():
+        for part, text in value.items() if isinstance(value, dict) else [("", value)]:
+            table.add_row(f"{key} {part}".strip(), "none" if text in (None, []) else str(text))
+    return report, table_text(table)
+
+
+def _lines(paths: Iterable[Path]) -> str:
+    return "\n".join(map(str, paths))
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        say(f"fused-merge {__version__}")
+        raise typer.Exit
+
 
 app = typer.Typer(
     help="Merge language models while they train, or along a line between two checkpoints.",
@@ -22,12 +279,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-def _print_version(asked: bool) -> None:
-    if asked:
-        say(f"fused-merge {__version__}")
-        raise typer.Exit
 
 
 @app.callback()
@@ -39,5 +290,5 @@ def _fused_merge(
     pass
 
 
-for command in (interpolate, sweep, adapt, merge, delta, verify, inspect, env):
-    app.command()(command)
+for each in (interpolate, sweep, adapt, merge, delta, verify, inspect, env):
+    app.command()(each)

@@ -1,36 +1,15 @@
-"""What a bug report needs to say of the machine, and the command that shows it."""
+"""What a bug report needs to say of the machine."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from fused_merge.cli.output import one_sentence, say, say_table
-from fused_merge.cli.parameters import AsJson, Debug
-
 # What the driver of a GPU says about itself, NVIDIA's and AMD's.
 _DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version"))
-
-
-def env(json_output: AsJson = False, debug: Debug = False) -> None:
-    """Show versions, machine and what runs here: for bug reports."""
-    with one_sentence(debug=debug, json_output=json_output):
-        report = environment()
-        if json_output:
-            say(json.dumps(report))
-            return
-        table = Table(show_header=False, box=None)
-        for key, value in report.items():
-            entries = value.items() if isinstance(value, dict) else [("", value)]
-            for part, text in entries:
-                table.add_row(f"{key} {part}".strip(), "none" if text in (None, []) else str(text))
-        say_table(table)
 
 
 def environment() -> dict[str, Any]:
