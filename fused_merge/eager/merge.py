@@ -33,16 +33,13 @@ COLLINEAR = 0.9995
 def trim_threshold(x: Tensor, density: float) -> int:
     """Return the threshold with which `trim` keeps the largest k = max(1, floor(density * n)) magnitudes of x.
 
+    It is the integer pattern of the k-th largest |x|, or 0, which keeps everything, at density 1 and for an empty x.
+
     Args:
         x: fp32 or fp64, any shape: one delta, or those of a whole model joined to one vector.
-        density: in (0, 1]; 1 keeps everything.
-
-    Returns:
-        The integer pattern of the k-th largest |x|; 0, which keeps everything, at density 1 and for an empty x.
+        density: in (0, 1].
     """
-    if density == 1.0 or x.numel() == 0:
-        return 0
-    return int(kth_largest(x, density))
+    return 0 if density == 1.0 or x.numel() == 0 else int(kth_largest(x, density))
 
 
 def trim(x: Tensor, threshold: int) -> Tensor:
@@ -75,13 +72,10 @@ def consensus(deltas: Sequence[Tensor], weights: Sequence[float], *, elect: bool
     where that is 0 (without a vote: less than 1e-8 in magnitude) the sum is divided by 1.
 
     Args:
-        deltas: one per model, all of one shape, all fp32 or all fp64; not changed.
+        deltas: one per model, all of one shape, all fp32 or all fp64, as the result; not changed.
         weights: one per model, rounded once to that dtype.
         elect: take a vote.
         normalize: divide.
-
-    Returns:
-        A tensor of the same shape and dtype.
     """
     shares = [_scalar(weight, deltas[0]) for weight in weights]
     terms = [share * delta for share, delta in zip(shares, deltas, strict=True)]
@@ -93,10 +87,9 @@ def consensus(deltas: Sequence[Tensor], weights: Sequence[float], *, elect: bool
     if not normalize:
         return total
     if elect:
-        divisor = _sum([torch.where(chosen, share, 0.0) for chosen, share in zip(agrees, shares, strict=True)])
-        return total / torch.where(divisor == 0, 1.0, divisor)
+        shares = [torch.where(chosen, share, 0.0) for chosen, share in zip(agrees, shares, strict=True)]
     divisor = _sum(shares)
-    return total / torch.where(divisor.abs() < 1e-8, 1.0, divisor)
+    return total / torch.where(divisor == 0 if elect else divisor.abs() < 1e-8, 1.0, divisor)
 
 
 def slerp_coefficients(t: float, norm_a: float, norm_b: float, dot: float) -> tuple[float, float]:
@@ -121,15 +114,9 @@ def slerp_coefficients(t: float, norm_a: float, norm_b: float, dot: float) -> tu
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Return the point at t on the arc from a to b, each taken as one long vector.
+    """Return the point at t on the arc from a (t = 0) to b (t = 1), each taken as one long vector.
 
-    Args:
-        a: fp32 or fp64, any shape.
-        b: the same.
-        t: 0 is a, 1 is b.
-
-    Returns:
-        A tensor of the same shape and dtype: the sum of a and b with `slerp_coefficients` as weights.
+    It is the sum of a and b, of one shape, both fp32 or both fp64, with `slerp_coefficients` as weights.
     """
     norm_a, norm_b = (math.sqrt(inner_product(x, x)) for x in (a, b))
     weights = slerp_coefficients(t, norm_a, norm_b, float(inner_product(a, b)))
@@ -185,16 +172,8 @@ def merge(
     if base is not None and decided.sparsify == "magnitude":
         deltas = [theta.to(wide) - base.to(wide) for theta in thetas]
         thresholds = [trim_threshold(x, p) for x, p in zip(deltas, densities or [1.0] * len(deltas), strict=True)]
-    return merge_block(
-        base,
-        thetas,
-        weights,
-        decided,
-        densities=densities,
-        thresholds=thresholds,
-        key=mask_key(name, seed),
-        dtype=dtype,
-    )
+    key = mask_key(name, seed)
+    return merge_block(base, thetas, weights, decided, densities, thresholds, key=key, dtype=dtype)
 
 
 def merge_block(
@@ -202,9 +181,9 @@ def merge_block(
     thetas: Sequence[Tensor],
     weights: Sequence[float],
     method: MergeMethod,
-    *,
     densities: Sequence[float] | None,
     thresholds: Sequence[int] | None,
+    *,
     key: MaskKey,
     dtype: torch.dtype,
 ) -> Tensor:
