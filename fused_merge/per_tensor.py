@@ -83,9 +83,7 @@ def match_keys(keys: Collection[str], names: Sequence[str], *, what: str, partia
 def check_ratios(ratios: Iterable[PerTensor]) -> list[PerTensor]:
     """Return ratios as a list: numbers as Python floats, and mappings as they are.
 
-    Raises:
-        ValueError: if there is none, or a number is not finite.
-        TypeError: for a single number, or for anything that is not a number.
+    Raises TypeError for a single number and as `finite`, ValueError if there is none.
     """
     if isinstance(ratios, (int, float, NamedRatios)):
         raise TypeError(f"ratios must be a sequence, got {ratios!r}; put it into a list")
@@ -106,9 +104,7 @@ def is_tuned(ratio: PerTensor, decided: Mapping[str, float]) -> bool:
 def plain(value: PerTensor, *, what: str) -> float | dict[str, float]:
     """Return a number or mapping in Python's own numbers and strings, as a recipe in JSON holds it.
 
-    Raises:
-        ValueError: if a number is not finite.
-        TypeError: if a value is not a number, or a key is not a string.
+    Raises TypeError if a key is not a string, and as `finite`.
     """
     if not isinstance(value, Mapping):
         return finite(value, what=what)
@@ -118,12 +114,7 @@ def plain(value: PerTensor, *, what: str) -> float | dict[str, float]:
 
 
 def finite(number: float, *, what: str) -> float:
-    """Return a number as a Python float.
-
-    Raises:
-        ValueError: if it is not finite.
-        TypeError: if it is not a number.
-    """
+    """Return a number as a Python float; raise TypeError if it is none, ValueError if it is not finite."""
     if isinstance(number, (str, bytes)) or not hasattr(number, "__float__"):
         raise TypeError(f"a {what} must be a number, got {number!r}")
     if not math.isfinite(number):
@@ -132,29 +123,18 @@ def finite(number: float, *, what: str) -> float:
 
 
 def parse_dtype(dtype: torch.dtype | str | None, *, what: str = "dtype") -> torch.dtype | None:
-    """Return the dtype of a name, one that floating tensors can be written in.
-
-    Raises:
-        ValueError: for any other name.
-    """
+    """Return the dtype of a name, one that floating tensors can be written in; raise ValueError for any other."""
     # Here, because the help of the command line needs this module and must not wait for torch.
     import torch
 
-    if dtype is None:
-        return None
     name = str(dtype).removeprefix("torch.")
-    if name not in _DTYPES:
+    if dtype is not None and name not in _DTYPES:
         raise ValueError(f"{what} must be {', '.join(map(repr, _DTYPES))} or None, got {dtype!r}")
-    found: torch.dtype = getattr(torch, name)
-    return found
+    return None if dtype is None else getattr(torch, name)
 
 
 def parse_bytes(text: int | str, *, what: str) -> int:
-    """Return the number of bytes that a number or a string such as `"5GB"` or `"256MiB"` means.
-
-    Raises:
-        ValueError: if it is neither, or is not positive.
-    """
+    """Return the bytes that a number or a string such as `"5GB"` or `"256MiB"` means; raise ValueError if below 1."""
     size = str(text).strip().upper()
     unit = next((unit for unit in _UNITS if size.endswith(unit)), "")
     try:

@@ -6,9 +6,12 @@ A command imports what it runs when it runs, so that help and completion answer 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import sys
 from collections.abc import Iterable
 from contextlib import redirect_stdout
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +23,6 @@ from typer import Argument, BadParameter
 from fused_merge._version import __version__
 from fused_merge.adapt.options import AnswerOptions
 from fused_merge.checkpoints.options import FileOptions, InterpolatePlanOptions, PlanOptions, RunOptions, StreamOptions
-from fused_merge.cli.environment import environment
 from fused_merge.cli.output import one_sentence, plan_text, say, table_text
 from fused_merge.cli.parameters import (
     AsJson,
@@ -29,6 +31,7 @@ from fused_merge.cli.parameters import (
     DryRun,
     Quiet,
     Ratios,
+    RatiosFile,
     Result,
     Tuned,
     command,
@@ -42,6 +45,9 @@ from fused_merge.sweep.options import SweepOptions
 if TYPE_CHECKING:
     from fused_merge.checkpoints.job import Job
 
+# What the driver of a GPU says about itself, NVIDIA's and AMD's.
+_DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version"))
+
 
 @command(InterpolatePlanOptions, RunOptions, resumes=True)
 def interpolate(
@@ -49,10 +55,7 @@ def interpolate(
     tuned: Tuned,
     out: Annotated[Path, typer.Option(help="Folder to write r0.10/, r0.20/, ... to.")],
     ratios: Ratios = None,
-    ratios_file: Annotated[
-        Path | None,
-        typer.Option(help="YAML or JSON: {folder name: ratio, or {regular expression on tensor names: ratio}}."),
-    ] = None,
+    ratios_file: RatiosFile = None,
     *,
     dry_run: DryRun = False,
     quiet: Quiet = False,
@@ -130,10 +133,7 @@ def sweep(
     tuned: Annotated[Path, Argument(help="Hugging Face folder, trained further: ratio 1, and the model to load.")],
     out: Annotated[Path, typer.Option(help="Folder to write results.json, results.md and pareto.png to.")],
     ratios: Ratios = None,
-    ratios_file: Annotated[
-        Path | None,
-        typer.Option(help="YAML or JSON: {label: ratio, or {regular expression on tensor names: ratio}}."),
-    ] = None,
+    ratios_file: RatiosFile = None,
     *,
     quiet: Quiet = False,
     **options: Any,
@@ -261,6 +261,42 @@ def env() -> Result:
         for part, text in value.items() if isinstance(value, dict) else [("", value)]:
             table.add_row(f"{key} {part}".strip(), "none" if text in (None, []) else str(text))
     return report, table_text(table)
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, machine, GPUs, and what `impl="auto"` runs here and why."""
+    import torch
+
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    driver = next((path for path in _DRIVERS if path.is_file()), None)
+    return {
+        **{name: _version(name) for name in ("fused_merge", "torch", "triton", "numpy", "safetensors")},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "gpus": [torch.cuda.get_device_name(device) for device in devices[1:]],
+        "driver": driver.read_text().splitlines()[0] if driver else None,
+        "FUSED_MERGE_IMPL": os.environ.get("FUSED_MERGE_IMPL"),
+        "impl": {str(device): _impl(device) for device in devices},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _impl(device: Any) -> str:
+    from fused_merge.functional import backend
+
+    try:
+        chosen = backend.resolve("auto", device)
+    except (ValueError, RuntimeError) as error:
+        return f"none: {error}"
+    reason = backend.why_not_triton(device) if device.type != "cpu" else None
+    return f"{chosen} ({reason})" if reason else chosen
 
 
 def _lines(paths: Iterable[Path]) -> str:

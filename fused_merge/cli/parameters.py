@@ -164,6 +164,10 @@ Tuned = Annotated[Path, typer.Argument(help="The same, trained further: ratio 1.
 Ratios = Annotated[
     Any, typer.Option(parser=parse_ratios, metavar="R,R,...", help="Such as 0.1,0.2 or 0:1:0.1, end included.")
 ]
+RatiosFile = Annotated[
+    Path | None,
+    typer.Option(help="YAML or JSON: {name: ratio, or {regular expression on tensor names: ratio}}."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan and write nothing.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show neither progress nor results.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]

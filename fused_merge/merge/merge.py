@@ -150,19 +150,20 @@ def plan_merge(
         kept = [per_tensor(1.0 if each is None else each, names, what="density") for each in densities]
         found = {}
         for name in names:
-            own = None if density is None else tuple(each[name] for each in kept)
-            found[name] = Coefficients(tuple(each[name] for each in weights), own)
+            shares = None if density is None else tuple(each[name] for each in kept)
+            found[name] = Coefficients(tuple(each[name] for each in weights), shares)
             try:
                 check_coefficients(decided, len(models), *found[name])
             except ValueError as error:
                 raise ValueError(f"{name!r}: {error}") from None
         return found
 
-    said = {
-        path: {"weight": plain(weight, what="weight")}
-        | ({} if each is None else {"density": plain(each, what="density")})
-        for (path, weight), each in zip(models.items(), densities, strict=True)
+    said: dict[PathLike, dict[str, Any]] = {
+        path: {"weight": plain(each, what="weight")} for path, each in models.items()
     }
+    for own, each in zip(said.values(), densities, strict=True):
+        if each is not None:
+            own["density"] = plain(each, what="density")
     return merge_job(base, said, decided, coefficients, out, plan)
 
 
@@ -243,19 +244,15 @@ def merge_job(
         lambda max_shard_size: lay_out_files(tensors, sources[0], rule_of, max_shard_size),
         work=folder.with_name(f".{folder.name}.part"),
         options=options,
-        whole_tensor_pass=WholeTensorPass(options["trim"]) if needs_whole_tensors else None,
+        whole_tensor_pass=WholeTensorPass(over_model=options["trim"] == "model") if needs_whole_tensors else None,
     )
 
 
 class WholeTensorPass:
-    """Completes the rules of a file, before it is written, with what whole tensors or whole models decide.
+    """Completes the rules of a file, before it is written, with what whole tensors or whole models decide."""
 
-    Args:
-        trim: `"tensor"` or `"model"`.
-    """
-
-    def __init__(self, trim: str) -> None:
-        self._over_model = trim == "model"
+    def __init__(self, *, over_model: bool) -> None:
+        self._over_model = over_model
         # Of a trim over whole models: found once.
         self._thresholds: tuple[int, ...] | None = None
 
@@ -300,7 +297,7 @@ def _pairs(segment: Segment) -> list[Pair]:
 
 
 def _thresholds(
-    merged: Sequence[tuple[MergeTensorRule, list[Pair]]], advance: Advance, map_pairs: Map = map
+    merged: Sequence[tuple[MergeTensorRule, list[Pair]]], advance: Advance, each: Map = map
 ) -> tuple[int, ...]:
     """Return what trims the deltas of each model, taken over all the tensors together."""
     rule, _ = merged[0]
@@ -308,7 +305,7 @@ def _thresholds(
     for model, density in enumerate(rule.densities or [1.0] * len(rule.weights)):
         pairs = [own[model] for _, own in merged]
         k = kept_count(sum(pair.numel for pair in pairs), density)
-        found.append(0 if density == 1.0 else kth_magnitude(pairs, k, advance, map_pairs))
+        found.append(0 if density == 1.0 else kth_magnitude(pairs, k, advance, each))
     return tuple(found)
 
 

@@ -233,9 +233,7 @@ def _slices(top: Mapping[str, Any], where: str) -> tuple[_Slice, ...]:
         return (_Slice(sources, (outer,), base),)
 
     slices: list[_Slice] = []
-    for i, item in enumerate(_list(top["slices"], f"{where}, slices")):
-        inside = f"{where}, slices[{i}]"
-        part = _mapping(item, inside, ("sources", "base_model", "parameters"))
+    for inside, part in _entries(top["slices"], f"{where}, slices", ("sources", "base_model", "parameters")):
         own = base if part.get("base_model") is None else _folder(part["base_model"], f"{inside}, base_model")
         sources = _sources(part.get("sources"), f"{inside}, sources", ("model", "layer_range", "parameters"))
         ranges = {_range(source, f"{inside}, sources") for source in part["sources"]}
@@ -254,12 +252,11 @@ def _slices(top: Mapping[str, Any], where: str) -> tuple[_Slice, ...]:
 
 def _sources(items: Any, where: str, keys: Sequence[str]) -> dict[Path, _Parameters]:
     sources: dict[Path, _Parameters] = {}
-    for i, item in enumerate(_list(items, where)):
-        source = _mapping(item, f"{where}[{i}]", keys)
-        model = _folder(source.get("model"), f"{where}[{i}]")
+    for inside, source in _entries(items, where, keys):
+        model = _folder(source.get("model"), inside)
         if model in sources:
             raise ValueError(f"{where} names {str(model)!r} twice")
-        sources[model] = _parameters(source, f"{where}[{i}]")
+        sources[model] = _parameters(source, inside)
     return sources
 
 
@@ -335,10 +332,11 @@ def _constant(key: str, slices: Sequence[_Slice], path: Path) -> float | None:
     raise ValueError(f"{path}: {key} must be one value for all tensors; gradients and filters of it are not supported")
 
 
-def _list(value: Any, where: str) -> list[Any]:
+def _entries(value: Any, where: str, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"{where} must be a list with an entry, got {value!r}")
-    return value
+    for i, entry in enumerate(value):
+        yield f"{where}[{i}]", _mapping(entry, f"{where}[{i}]", keys)
 
 
 def _mapping(value: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from fused_merge._version import __version__
 from fused_merge.checkpoints import engine
 from fused_merge.cli import main
-from fused_merge.cli.environment import environment
+from fused_merge.cli.commands import environment
 from fused_merge.delta.reference_delta import ReferenceDelta
 
 PROGRAM = "import sys; from fused_merge.cli import main; sys.argv[0] = 'fused-merge'; main()"
