@@ -13,37 +13,22 @@ from collections.abc import Iterable
 from contextlib import redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.filesize import decimal
 from rich.table import Table
-from typer import Argument, BadParameter
+from typer import Argument, BadParameter, Option
 
 from fused_merge._version import __version__
 from fused_merge.adapt.options import AnswerOptions
 from fused_merge.checkpoints.options import FileOptions, InterpolatePlanOptions, PlanOptions, RunOptions, StreamOptions
+from fused_merge.cli import parameters as p
 from fused_merge.cli.output import one_sentence, plan_text, say, table_text
-from fused_merge.cli.parameters import (
-    AsJson,
-    Base,
-    Debug,
-    DryRun,
-    Quiet,
-    Ratios,
-    RatiosFile,
-    Result,
-    Tuned,
-    command,
-    parse_model,
-    wanted_ratios,
-)
+from fused_merge.cli.parameters import Result, command
 from fused_merge.merge.options import MergePlanOptions
 from fused_merge.options import options_of, split
 from fused_merge.sweep.options import SweepOptions
-
-if TYPE_CHECKING:
-    from fused_merge.checkpoints.job import Job
 
 # What the driver of a GPU says about itself, NVIDIA's and AMD's.
 _DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version"))
@@ -51,18 +36,18 @@ _DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/versio
 
 @command(InterpolatePlanOptions, RunOptions, resumes=True)
 def interpolate(
-    base: Base,
-    tuned: Tuned,
-    out: Annotated[Path, typer.Option(help="Folder to write r0.10/, r0.20/, ... to.")],
-    ratios: Ratios = None,
-    ratios_file: RatiosFile = None,
+    base: p.Base,
+    tuned: p.Tuned,
+    out: Annotated[Path, Option(help="Folder to write r0.10/, r0.20/, ... to.")],
+    ratios: p.Ratios = None,
+    ratios_file: p.RatiosFile = None,
     *,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
+    dry_run: p.DryRun = False,
+    quiet: p.Quiet = False,
     **options: Any,
 ) -> Result:
     """Write base + r * (tuned - base) for many ratios r from one read of the two checkpoints."""
-    wanted = wanted_ratios(ratios, ratios_file)
+    wanted = p.wanted_ratios(ratios, ratios_file)
     from fused_merge.checkpoints.interpolate import plan_interpolation
 
     plan, run = split(options, InterpolatePlanOptions, RunOptions)
@@ -81,33 +66,30 @@ def merge(
         Path | None, Argument(metavar="CONFIG.yaml", help="A configuration of mergekit; or give --base.")
     ] = None,
     folder: Annotated[Path | None, Argument(metavar="OUT", help="Folder to write; or give --out.")] = None,
-    base: Annotated[
-        str | None, typer.Option(help="The base model: safetensors file or folder; linear has none.")
-    ] = None,
+    base: Annotated[str | None, Option(help="The base model: safetensors file or folder; linear has none.")] = None,
     model: Annotated[
         list[Any] | None,
-        typer.Option("--model", parser=parse_model, metavar="PATH=WEIGHT", help="A model to merge; may be repeated."),
+        Option("--model", parser=p.parse_model, metavar="PATH=WEIGHT", help="A model to merge; may be repeated."),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="How to merge, such as linear or ties.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write.")] = None,
+    method: Annotated[str | None, Option(help="How to merge, such as linear or ties.")] = None,
+    out: Annotated[Path | None, Option(help="Folder to write.")] = None,
     *,
-    dry_run: DryRun = False,
-    quiet: Quiet = False,
+    dry_run: p.DryRun = False,
+    quiet: p.Quiet = False,
     **options: Any,
 ) -> Result:
     """Merge several models into one, as CONFIG.yaml of mergekit says or as the options do."""
-    target = out or folder
     if out is not None and folder is not None:
         raise BadParameter("OUT and --out exclude each other; give one")
     if config is not None:
-        said_by_config = [name for name in options_of(MergePlanOptions) if name not in options_of(FileOptions)]
-        for name in ("base", "model", "method", *said_by_config):
+        for name in ("base", "model", "method", *options_of(MergePlanOptions)):
             source = context.get_parameter_source(name)
-            if source is not None and source.name != "DEFAULT":
+            if source is not None and source.name != "DEFAULT" and name not in options_of(FileOptions):
                 raise BadParameter(f"--{name.replace('_', '-')} is for {config} to say; leave one of them out")
     elif not model or method is None:
         missing = "method" if model else "model"
         raise BadParameter(f"--{missing} is missing; give --base, --model and --method, or CONFIG.yaml")
+    target = out or folder
     if target is None:
         raise BadParameter("--out is missing; give the folder to write")
     models = dict(model or [])
@@ -117,7 +99,7 @@ def merge(
     from fused_merge.merge.mergekit import plan_mergekit
 
     files, plan, run = split(options, FileOptions, MergePlanOptions, StreamOptions)
-    job: Job = (
+    job = (
         plan_merge(base, models, str(method), target, **plan)
         if config is None
         else plan_mergekit(config, target, **files)
@@ -129,19 +111,19 @@ def merge(
 
 @command(SweepOptions, resumes=True)
 def sweep(
-    base: Base,
+    base: p.Base,
     tuned: Annotated[Path, Argument(help="Hugging Face folder, trained further: ratio 1, and the model to load.")],
-    out: Annotated[Path, typer.Option(help="Folder to write results.json, results.md and pareto.png to.")],
-    ratios: Ratios = None,
-    ratios_file: RatiosFile = None,
+    out: Annotated[Path, Option(help="Folder to write results.json, results.md and pareto.png to.")],
+    ratios: p.Ratios = None,
+    ratios_file: p.RatiosFile = None,
     *,
-    quiet: Quiet = False,
+    quiet: p.Quiet = False,
     **options: Any,
 ) -> Result:
     """Score a model at many ratios in one process, and show which ones no other one beats."""
     if not (options["scorers"] or options["tasks"]):
         raise BadParameter("Missing option '--scorer' or '--task'.")
-    wanted = wanted_ratios(ratios, ratios_file)
+    wanted = p.wanted_ratios(ratios, ratios_file)
     from fused_merge.sweep.evaluate import sweep_checkpoints
 
     # What scorers print is no result.
@@ -152,19 +134,17 @@ def sweep(
 
 @command(AnswerOptions, resumes=True)
 def adapt(
-    base: Base,
+    base: p.Base,
     tuned: Annotated[
         Path, Argument(help="Hugging Face folder with a tokenizer, trained further: ratio 1, and what answers.")
     ],
-    prompts: Annotated[
-        Path, typer.Option(help="Text with a prompt in each line, or .jsonl with a 'prompt' in each object.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder to write ratios.json and model/ to.")],
+    prompts: Annotated[Path, Option(help="Text with a prompt in each line, or .jsonl with a 'prompt' in each object.")],
+    out: Annotated[Path, Option(help="Folder to write ratios.json and model/ to.")],
     parts_file: Annotated[
-        Path | None, typer.Option(help="Parts and first ratios, as ratios.json has them; instead of --parts.")
+        Path | None, Option(help="Parts and first ratios, as ratios.json has them; instead of --parts.")
     ] = None,
     *,
-    quiet: Quiet = False,
+    quiet: p.Quiet = False,
     **options: Any,
 ) -> Result:
     """Find a ratio for each part of the network on the tuned model's own answers, and write that model."""
@@ -183,12 +163,12 @@ def adapt(
 
 @command(PlanOptions, only=("dtype", "overwrite"))
 def delta(
-    base: Base,
-    tuned: Tuned,
-    out: Annotated[Path, typer.Option(help="File to write.")],
-    reserve_rate: Annotated[float | None, typer.Option(help="Share of each tensor to keep.")] = None,
-    method: Annotated[str | None, typer.Option(help="What to keep: random, magnitude or soft_threshold.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the random masks.")] = 0,
+    base: p.Base,
+    tuned: p.Tuned,
+    out: Annotated[Path, Option(help="File to write.")],
+    reserve_rate: Annotated[float | None, Option(help="Share of each tensor to keep.")] = None,
+    method: Annotated[str | None, Option(help="What to keep: random, magnitude or soft_threshold.")] = None,
+    seed: Annotated[int, Option(help="Seed of the random masks.")] = 0,
     **options: Any,
 ) -> Result:
     """Write the reference delta tuned - base to a file, dense or sparse, for the optimizers to read."""
@@ -204,9 +184,9 @@ def delta(
 
 def verify(
     folders: Annotated[list[Path], Argument(metavar="FOLDER", help="Folders that this program wrote.")],
-    quiet: Quiet = False,
-    json_output: AsJson = False,
-    debug: Debug = False,
+    quiet: p.Quiet = False,
+    json_output: p.AsJson = False,
+    debug: p.Debug = False,
 ) -> None:
     """Read every tensor of written folders again and compare it with the checksums that were written with it."""
     # Not under `command`: it says of every folder at once what it found.
@@ -229,8 +209,8 @@ def inspect(
     tuned: Annotated[
         Path | None, Argument(metavar="TUNED", help="The tuned checkpoint, if the first is a base.")
     ] = None,
-    other: Annotated[Path | None, typer.Option(help="Another saved delta, for the overlap of the two.")] = None,
-    reserve_rate: Annotated[float | None, typer.Option(help="Show what top-p really keeps at this p.")] = None,
+    other: Annotated[Path | None, Option(help="Another saved delta, for the overlap of the two.")] = None,
+    reserve_rate: Annotated[float | None, Option(help="Show what top-p really keeps at this p.")] = None,
 ) -> Result:
     """Show norms and real density of a reference delta, by tensor and by layer, and its overlap with another."""
     from fused_merge.delta.inspection import inspect_delta
@@ -320,7 +300,7 @@ app = typer.Typer(
 @app.callback()
 def _fused_merge(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     pass

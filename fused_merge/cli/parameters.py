@@ -27,13 +27,9 @@ def command(
 ) -> Callable[[Callable[..., Result]], Callable[..., None]]:
     """Make a command of a function that returns its result; every exception becomes one sentence.
 
-    The function receives the options of definitions as `**options`; on the command line they stand between its
-    positional and its keyword-only parameters. `--json` and `--debug` come last.
-
-    Args:
-        definitions: see `fused_merge.options`; their options without `cli` are left out.
-        only: the names of the options to take; None takes all.
-        resumes: whether an interrupted command goes on where it stopped when it is given again.
+    The function receives the options of definitions that have a `cli`, or `only` those of certain names, as
+    `**options`; on the command line they stand between its positional and its keyword-only parameters, and `--json` and
+    `--debug` come last. A command that `resumes` goes on where it was interrupted when it is given again.
     """
 
     def decorate(function: Callable[..., Result]) -> Callable[..., None]:
@@ -46,20 +42,21 @@ def command(
                 elif text and not given.get("quiet"):
                     say(text)
 
-        own = [*inspect.signature(function, eval_str=True).parameters.values()]
-        names, types = options_of(*definitions), types_of(*definitions)
-        options = [
-            _parameter(name, option, types[name])
-            for name, option in names.items()
-            if option.cli is not None and (only is None or name in only)
-        ]
-        options += [each for each in own if each.kind is each.KEYWORD_ONLY]
-        options += [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
-            for name, kind in (("json_output", AsJson), ("debug", Debug))
-        ]
-        positional = [each for each in own if each.kind is each.POSITIONAL_OR_KEYWORD]
-        run.__signature__ = inspect.Signature([*positional, *options])  # type: ignore[attr-defined]
+        own = inspect.signature(function, eval_str=True).parameters.values()
+        types = types_of(*definitions)
+        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [
+                *(each for each in own if each.kind is each.POSITIONAL_OR_KEYWORD),
+                *(
+                    _parameter(name, option, types[name])
+                    for name, option in options_of(*definitions).items()
+                    if option.cli is not None and (only is None or name in only)
+                ),
+                *(each for each in own if each.kind is each.KEYWORD_ONLY),
+                inspect.Parameter("json_output", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson),
+                inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug),
+            ]
+        )
         return run
 
     return decorate
@@ -112,7 +109,7 @@ def parse_model(text: str) -> tuple[str, float]:
 
 
 def wanted_ratios(ratios: list[float] | None, file: Path | None) -> list[float] | dict[str, Any]:
-    """Return the ratios of --ratios or those of --ratios-file, by name: JSON if it is named so, else YAML.
+    """Return the ratios of --ratios, or those of --ratios-file by name; the file is JSON if it is named so, else YAML.
 
     Raises:
         BadParameter: if neither or both are given.

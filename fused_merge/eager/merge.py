@@ -222,10 +222,9 @@ def merge_block(
 
 
 def mask_key(name: str, seed: int) -> MaskKey:
-    """Return the key of the random masks of a whole tensor.
+    """Return the key of the random masks of a whole tensor, those of `fused_merge.eager.sparsify.sparsify_tau`.
 
-    The mask of model i, counted from 0, is drawn at step i, so that the first mask is that of
-    `fused_merge.eager.sparsify.sparsify_tau`.
+    The mask of model i, counted from 0, is drawn at step i.
     """
     return MaskKey(seed=seed, step=0, tensor_id=tensor_id(name), domain=DOMAIN_TAU)
 

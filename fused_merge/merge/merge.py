@@ -178,14 +178,8 @@ def merge_job(
 ) -> Job:
     """Check a merge against its models and return the job; raise ValueError if models or options do not fit.
 
-    Args:
-        base: theta0, or None.
-        models: path -> what the recipe says of this model.
-        method: as `merge_method` returned it.
-        coefficients: called with the names of the tensors to merge.
-        out: the folder to write.
-        options: as `resolve` returned them for `MergePlanOptions`.
-        recipe: what else the recipe says.
+    `models` maps paths to what the recipe says of them, and `recipe` is what else it says. `coefficients` is called
+    with the names of the tensors to merge. `method` and `options` are decided: by `merge_method` and `resolve`.
     """
     if options["trim"] == "model" and method.sparsify != "magnitude":
         raise ValueError(f"method {method.name!r} has no option trim='model': it trims nothing; leave it out")
