@@ -24,16 +24,11 @@ class NamedRatios(Mapping[str, float]):
 
 
 def per_tensor(value: PerTensor, names: Sequence[str], *, what: str) -> dict[str, float]:
-    """Return the number of every tensor, in the order of the names.
+    """Return the number of every tensor, in the order of their canonical names.
 
-    Args:
-        value: a number, or a mapping whose keys are as for `match_keys`. The keys of `NamedRatios` are names only, and
-            those that are not asked for are passed over.
-        names: canonical names.
-        what: what error messages call it, for example `"ratio"`.
-
-    Raises:
-        ValueError: if a number is not finite, and as `match_keys`.
+    The keys of a mapping are as for `match_keys`; those of `NamedRatios` are names only, and those that are not asked
+    for are passed over. Error messages call the value `what`, for example `"ratio"`. Raises ValueError as `match_keys`
+    and `finite`.
     """
     if not isinstance(value, Mapping):
         return dict.fromkeys(names, finite(value, what=what))
@@ -49,17 +44,13 @@ def per_tensor(value: PerTensor, names: Sequence[str], *, what: str) -> dict[str
 
 
 def match_keys(keys: Collection[str], names: Sequence[str], *, what: str, partial: bool = False) -> dict[str, str]:
-    """Return the key of every name, in the order of the names.
+    """Return the key of every canonical name, in the order of the names.
 
-    Args:
-        keys: names and regular expressions. A name that is a key is its own key; any other name has the first key that
-            matches all of it.
-        names: canonical names.
-        what: what error messages call the values of the keys.
-        partial: leave out names without a key instead of refusing them.
+    Keys are names and regular expressions. A name that is a key is its own key; any other name has the first key that
+    matches all of it. Error messages call the values of the keys `what`.
 
-    Raises:
-        ValueError: if a key is not a regular expression or belongs to no name, or a name has no key.
+    Raises ValueError if a key is not a regular expression or belongs to no name, or a name has no key; the last with
+    `partial` is left out instead.
     """
     known = set(names)
     patterns = {key: _compiled(key, what) for key in keys if key not in known}

@@ -140,20 +140,17 @@ def wanted_ratios(ratios: list[float] | None, file: Path | None) -> list[float] 
 
 
 def _read(path: Path) -> Any:
-    text = path.read_bytes()
-    if path.suffix == ".json":
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}); correct it") from error
+    text, is_json = path.read_bytes(), path.suffix == ".json"
     try:
+        if is_json:
+            return json.loads(text)
         import yaml
+
+        return yaml.safe_load(text)
     except ImportError as error:
         raise ImportError(f"{path} needs PyYAML: pip install 'fused_merge[cli]', or write a .json file") from error
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML ({error}); correct it") from error
+    except Exception as error:
+        raise ValueError(f"{path} is not {'JSON' if is_json else 'YAML'} ({error}); correct it") from error
 
 
 Base = Annotated[Path, typer.Argument(help="Safetensors file or Hugging Face folder: ratio 0.")]

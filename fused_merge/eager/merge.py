@@ -33,11 +33,8 @@ COLLINEAR = 0.9995
 def trim_threshold(x: Tensor, density: float) -> int:
     """Return the threshold with which `trim` keeps the largest k = max(1, floor(density * n)) magnitudes of x.
 
-    It is the integer pattern of the k-th largest |x|, or 0, which keeps everything, at density 1 and for an empty x.
-
-    Args:
-        x: fp32 or fp64, any shape: one delta, or those of a whole model joined to one vector.
-        density: in (0, 1].
+    It is the integer pattern of the k-th largest |x|, or 0, which keeps everything, at density 1 and for an empty x. x
+    is fp32 or fp64, of any shape: one delta, or those of a whole model joined to one vector.
     """
     return 0 if density == 1.0 or x.numel() == 0 else int(kth_largest(x, density))
 
@@ -53,11 +50,8 @@ def trim(x: Tensor, threshold: int) -> Tensor:
 def drop(x: Tensor, density: float, key: MaskKey, *, rescale: bool) -> Tensor:
     """Return x where its random mask keeps it, divided by the density if rescaled, else 0 (DARE, equation 2).
 
-    Args:
-        x: fp32 or fp64, any shape.
-        density: probability of keeping an element, in (0, 1]; 1 returns x.
-        key: key of the random mask.
-        rescale: divide, so that the mean over masks is x.
+    x is fp32 or fp64, of any shape; `density`, in (0, 1], is the probability of keeping an element. Rescaled, the mean
+    over masks is x.
     """
     kept = random(x, density, key)
     return kept / _scalar(density, x) if rescale and density < 1.0 else kept
@@ -71,11 +65,8 @@ def consensus(deltas: Sequence[Tensor], weights: Sequence[float], *, elect: bool
     sum is divided by the sum of the weights, under a vote by the sum of the weights that agree (the disjoint mean);
     where that is 0 (without a vote: less than 1e-8 in magnitude) the sum is divided by 1.
 
-    Args:
-        deltas: one per model, all of one shape, all fp32 or all fp64, as the result; not changed.
-        weights: one per model, rounded once to that dtype.
-        elect: take a vote.
-        normalize: divide.
+    The deltas are all of one shape, all fp32 or all fp64, as the result, and not changed; weights are rounded once to
+    that dtype.
     """
     shares = [_scalar(weight, deltas[0]) for weight in weights]
     terms = [share * delta for share, delta in zip(shares, deltas, strict=True)]
@@ -97,13 +88,7 @@ def slerp_coefficients(t: float, norm_a: float, norm_b: float, dot: float) -> tu
 
     They are sin((1 - t) * phi) / sin(phi) and sin(t * phi) / sin(phi), where phi is the angle between a and b. Where
     the two are nearly collinear (|cos phi| > 0.9995) or have no angle, because one is zero or a norm is not finite,
-    they are 1 - t and t, as on a straight line. Computed in fp64.
-
-    Args:
-        t: position on the arc.
-        norm_a: |a|.
-        norm_b: |b|.
-        dot: <a, b>.
+    they are 1 - t and t, as on a straight line. Computed in fp64 from |a|, |b| and <a, b>.
     """
     norms = norm_a * norm_b
     cosine = dot / norms if 0.0 < norms < math.inf else math.nan
@@ -187,7 +172,7 @@ def merge_block(
     key: MaskKey,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the merge of a block of one tensor; options that `merge` has checked are not checked again.
+    """Return the merge of a block of one tensor; what `merge` has checked is not checked again.
 
     Args:
         base: elements of theta0; None for "linear".

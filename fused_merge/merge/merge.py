@@ -66,15 +66,9 @@ class MergeTensorRule(NamedTuple):
             blocks = [tensor[start : start + _BLOCK] for tensor in inputs]
             base = blocks.pop(0) if self.method.has_base else None
             numel = len(blocks[0])
+            own = key._replace(shard=ShardIndex(first + start, numel, numel))
             out[start : start + numel] = merge_block(
-                base,
-                blocks,
-                self.weights,
-                self.method,
-                self.densities,
-                self.thresholds,
-                key=key._replace(shard=ShardIndex(first + start, numel, numel)),
-                dtype=out.dtype,
+                base, blocks, self.weights, self.method, self.densities, self.thresholds, key=own, dtype=out.dtype
             )
 
 

@@ -81,10 +81,8 @@ class MergeRecipe:
 
         The layer of a tensor is the first numeric component of its name, as in `model.layers.3.mlp.up_proj.weight`, and
         the components before it are its stack. A gradient runs from the first to the last layer of a stack, or of the
-        slice; tensors outside the layers have its first value, and those of a single layer its last.
-
-        Args:
-            names: names of all tensors of the models.
+        slice; tensors outside the layers have its first value, and those of a single layer its last. The names are
+        those of all tensors of the models.
 
         Raises:
             ValueError: for a weight or t that is missing or out of range, or slices that are not all of the layers.
@@ -215,7 +213,11 @@ def read_mergekit(path: PathLike) -> MergeRecipe:
         method=merge_method(method, **decided),
         base=base if entry.has_base else None,
         models=models,
-        options={**decided, "dtype": dtypes[0] or dtypes[1], "files_from": _files_from(top, base, models, path)},
+        options={
+            **decided,
+            "dtype": dtypes[0] or dtypes[1],
+            "files_from": _files_from(top.get("tokenizer_source"), base, models, path),
+        },
         _slices=slices,
     )
 
@@ -277,16 +279,13 @@ def _folder(reference: Any, where: str) -> Path:
     return Path(reference)
 
 
-def _files_from(top: Mapping[str, Any], base: Path | None, models: Sequence[Path], path: Path) -> Path:
-    source = top.get("tokenizer_source")
-    if source is None:
-        return base or models[0]
+def _files_from(source: Any, base: Path | None, models: Sequence[Path], path: Path) -> Path:
     if source == "union":
         raise ValueError(f"{path}: tokenizer_source 'union' is not supported; name the base or a model")
-    if source == "base":
-        if base is None:
-            raise ValueError(f"{path} has tokenizer_source 'base', but no base_model")
-        return base
+    if source == "base" and base is None:
+        raise ValueError(f"{path} has tokenizer_source 'base', but no base_model")
+    if source in (None, "base"):
+        return base or models[0]
     folder = _folder(source, f"{path}, tokenizer_source")
     if folder not in (base, *models):
         raise ValueError(f"{path} has tokenizer_source {source!r}, which is neither the base nor a model of the merge")

@@ -59,13 +59,9 @@ def reads_of_kth(wide: torch.dtype) -> int:
 
 
 def kth_magnitude(pairs: Sequence[Pair], k: int, advance: Advance, each: Map = map) -> int:
-    """Return the integer pattern of the k-th largest |model - base| of all pairs together.
+    """Return the integer pattern of the k-th largest |model - base| of all pairs together, 1 being the largest.
 
-    Args:
-        pairs: all of one `wide` dtype.
-        k: 1 is the largest; at most as many as there are elements.
-        advance: called with the bytes just read.
-        each: maps a function over the pairs.
+    The pairs are of one `wide` dtype. `advance` is called with the bytes just read; `each` maps a function over pairs.
     """
     (wide,) = {pair.wide for pair in pairs}
     found, above = 0, wide.itemsize * 8 - 1
