@@ -42,11 +42,6 @@ def test_a_name_comes_before_every_expression_and_of_those_the_first_one_decides
     assert per_tensor(value, NAMES, what="ratio") == {UP0: 0.2, UP1: 0.2, NORM: 0.3, HEAD: 0.1}
 
 
-def test_a_name_is_no_expression_for_other_names():
-    # As an expression, the dots of the first name would match the second one.
-    assert per_tensor({"a.b": 1, "a.*": 2}, ["a.b", "axb"], what="weight") == {"a.b": 1.0, "axb": 2.0}
-
-
 IDLE = "weight keys 'a', 'b', 'c' and 1 more match no tensor that an earlier key has not already taken; "
 IDLE += f"keys are regular expressions on whole names, such as '{UP0}'"
 

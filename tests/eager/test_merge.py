@@ -11,10 +11,9 @@ from bits import same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fused_merge.eager.merge import consensus, drop, mask_key, merge, merge_block, slerp, slerp_coefficients, trim
+from fused_merge.eager.merge import consensus, mask_key, merge, merge_block, slerp, slerp_coefficients, trim
 from fused_merge.eager.merge import trim_threshold as threshold_of
 from fused_merge.eager.shard import ShardIndex
-from fused_merge.eager.sparsify import sparsify_tau
 from fused_merge.methods import MERGE_METHODS, merge_method
 
 NAN, INF = float("nan"), float("inf")
@@ -147,14 +146,6 @@ def test_the_mean_is_of_those_that_agree():
     assert consensus(deltas, [1.0, 1.0, 2.0], elect=False, normalize=True).tolist() == [4.75, 3.5]
 
 
-def test_dare_by_hand():
-    key = mask_key("a", 3)
-    keep = reference.keep(6, 0.5, 3, 0, "a", 1)
-    assert 0 < keep.sum() < 6
-    assert drop(torch.full((6,), 3.0), 0.5, key, rescale=True).tolist() == [6.0 if k else 0.0 for k in keep]
-    assert drop(torch.full((6,), 3.0), 0.5, key, rescale=False).tolist() == [3.0 if k else 0.0 for k in keep]
-
-
 def test_the_mean_over_masks_is_the_delta():
     base, theta = torch.zeros(20_000), torch.ones(20_000)
     got = merge(base, [theta], [1.0], method="dare_linear", name="a", densities=[0.25])
@@ -192,14 +183,6 @@ def test_slerp_of_nearly_one_line_of_zeros_and_of_nan():
 
 
 # --- what a method keeps
-
-
-def test_the_first_mask_is_that_of_a_reference_delta():
-    base, thetas = models((30, 40))
-    delta = thetas[0] - base
-    drawn = sparsify_tau(delta, name="module.a", method="random", reserve_rate=0.3, seed=5)
-    got = merge(base, thetas[:1], [1.0], method="dare_linear", name="a", densities=[0.3], rescale=False, seed=5)
-    assert torch.equal(got, base + drawn)
 
 
 def test_ties_at_the_threshold_all_stay():

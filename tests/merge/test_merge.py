@@ -37,10 +37,10 @@ def test_there_is_a_case_of_every_method():
 def merged(folders, case, out, **more):
     """What a case makes of models."""
     method, weights, options = CASES[case]
-    base = [folders[0] if MERGE_METHODS[method].has_base else None]
+    base = folders[0] if MERGE_METHODS[method].has_base else None
     models = dict(zip(folders[-len(weights) :], weights, strict=True))
     asked = {"density" if key == "densities" else key: value for key, value in options.items()}
-    return merge_checkpoints(*base, models, method, out, **asked, **more)
+    return merge_checkpoints(base, models, method, out, **asked, **more)
 
 
 def needed(case):
@@ -52,8 +52,7 @@ def needed(case):
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("case", CASES)
 def test_streams_have_the_bits_of_whole_tensors(case, mix, models, tmp_path, small_blocks):
-    method, weights, options = CASES[case]
-    dtypes, dtype = MIXES[mix]
+    (method, weights, options), (dtypes, dtype) = CASES[case], MIXES[mix]
     folders, tensors = models(*dtypes[: needed(case)])
     made = load(merged(folders, case, tmp_path / "out", dtype=dtype, threads=3))
     assert made.keys() == {*SHAPES, "count"}

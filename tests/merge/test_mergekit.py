@@ -314,10 +314,7 @@ def sliced(*ranges, own=("", ""), more="base_model: base\n"):
             sliced((0, 2), (2, 3)).replace("a, layer_range: [2", "b, layer_range: [2"),
             r"slices\[1\] has other sources or another base than slices\[0\], or another order of them",
         ),
-        (
-            sliced((0, 2), (2, 3)) + "    base_model: a\n",
-            r"slices\[1\] has other sources or another base than slices\[0\]",
-        ),
+        (sliced((0, 2), (2, 3)) + "    base_model: a\n", r"slices\[1\] has other sources or another base than slices"),
         (f"{TIES}\nslices: [{{residual_weight: 1}}]", r"slices\[0\] has the key 'residual_weight'; supported are"),
     ],
 )
