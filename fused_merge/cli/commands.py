@@ -55,8 +55,8 @@ def interpolate(
     if dry_run:
         return job.describe(), plan_text(job.describe())
     folders = job.run(**run, progress=not quiet)
-    ratio_of = dict(zip(job.outputs, wanted.values() if isinstance(wanted, dict) else wanted, strict=True))
-    return [{"ratio": ratio_of[folder], "path": str(folder)} for folder in folders], _lines(folders)
+    written = zip(wanted.values() if isinstance(wanted, dict) else wanted, folders, strict=True)
+    return [{"ratio": ratio, "path": str(folder)} for ratio, folder in written], _lines(folders)
 
 
 @command(MergePlanOptions, StreamOptions, resumes=True)
@@ -217,12 +217,8 @@ def inspect(
     from fused_merge.delta.reference_delta import ReferenceDelta
 
     tau = ReferenceDelta.load(delta) if tuned is None else ReferenceDelta.from_checkpoints(delta, tuned)
-    entries = inspect_delta(
-        tau,
-        base=None if tuned is None else delta,
-        other=None if other is None else ReferenceDelta.load(other),
-        reserve_rate=reserve_rate,
-    )
+    base, another = None if tuned is None else delta, None if other is None else ReferenceDelta.load(other)
+    entries = inspect_delta(tau, base=base, other=another, reserve_rate=reserve_rate)
     table = Table(box=None)
     for key in entries[0]:
         table.add_column(key, justify="left" if key in ("scope", "name") else "right", overflow="fold")

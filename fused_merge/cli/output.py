@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
+from rich.table import Column, Table
 from typer import BadParameter
 
 from fused_merge.checkpoints.options import InterpolateOptions
@@ -90,10 +90,8 @@ def say(text: str) -> None:
 
 def plan_text(plan: Mapping[str, Any]) -> str:
     """Return what a job would do, as a table; `plan` is the result of `Job.describe`."""
-    table = Table(box=None)
-    table.add_column("folder", overflow="fold")
-    table.add_column("files", justify="right")
-    table.add_column("size", justify="right")
+    numbers = [Column(name, justify="right") for name in ("files", "size")]
+    table = Table(Column("folder", overflow="fold"), *numbers, box=None)
     for folder, files in groupby(plan["files"], lambda file: str(Path(file["path"]).parent)):
         sizes = [file["bytes"] for file in files]
         table.add_row(folder, str(len(sizes)), decimal(sum(sizes)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from decimal import Decimal, InvalidOperation
 from functools import wraps
 from pathlib import Path
@@ -44,19 +45,16 @@ def command(
 
         own = inspect.signature(function, eval_str=True).parameters.values()
         types = types_of(*definitions)
-        run.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [
-                *(each for each in own if each.kind is each.POSITIONAL_OR_KEYWORD),
-                *(
-                    _parameter(name, option, types[name])
-                    for name, option in options_of(*definitions).items()
-                    if option.cli is not None and (only is None or name in only)
-                ),
-                *(each for each in own if each.kind is each.KEYWORD_ONLY),
-                inspect.Parameter("json_output", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=AsJson),
-                inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug),
-            ]
-        )
+        parameters = [each for each in own if each.kind is each.POSITIONAL_OR_KEYWORD]
+        parameters += [
+            _parameter(name, option, types[name])
+            for name, option in options_of(*definitions).items()
+            if option.cli is not None and (only is None or name in only)
+        ]
+        parameters += [each for each in own if each.kind is each.KEYWORD_ONLY]
+        for name, kind in (("json_output", AsJson), ("debug", Debug)):
+            parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind))
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return run
 
     return decorate
@@ -100,22 +98,17 @@ def _range(text: str) -> list[float]:
 def parse_model(text: str) -> tuple[str, float]:
     """Return path and weight of "PATH=WEIGHT"; the last = separates them."""
     path, _, weight = text.rpartition("=")
-    try:
+    with suppress(ValueError):
         if path:
             return path, float(weight)
-    except ValueError:
-        pass
     raise BadParameter(f"{text!r} is not a model and its weight; write PATH=WEIGHT, such as sft/=0.5")
 
 
 def wanted_ratios(ratios: list[float] | None, file: Path | None) -> list[float] | dict[str, Any]:
     """Return the ratios of --ratios, or those of --ratios-file by name; the file is JSON if it is named so, else YAML.
 
-    Raises:
-        BadParameter: if neither or both are given.
-        ValueError: if the file holds anything but {name: number or {regular expression: number}}.
-        ImportError: for YAML without PyYAML.
-        OSError: if the file cannot be read.
+    Raises BadParameter if neither or both are given, ValueError if the file holds anything but {name: number or
+    {regular expression: number}}, ImportError for YAML without PyYAML, and OSError if the file cannot be read.
     """
     if file is None:
         if ratios is None:

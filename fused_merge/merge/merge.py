@@ -26,7 +26,7 @@ from fused_merge.eager.shard import ShardIndex
 from fused_merge.eager.sparsify import kept_count
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.merge.options import MergeOptions, MergePlanOptions
-from fused_merge.merge.whole_tensors import Advance, Map, Pair, inner_products, kth_magnitude, reads_of_kth
+from fused_merge.merge.whole_tensors import Advance, Map, Pair, inner_products, kth_magnitude, lowest_bits
 from fused_merge.methods import MergeMethod, check_coefficients, merge_method
 from fused_merge.names import some
 from fused_merge.options import documented, resolve, split
@@ -302,4 +302,4 @@ def _bytes_read(rule: MergeTensorRule, pairs: Sequence[Pair]) -> int:
     if rule.method.spherical:
         return pairs[0].nbytes
     kept = zip(pairs, rule.densities or [1.0] * len(pairs), strict=True)
-    return sum(reads_of_kth(pair.wide) * pair.nbytes for pair, density in kept if density < 1.0)
+    return sum(len(lowest_bits(pair.wide)) * pair.nbytes for pair, density in kept if density < 1.0)

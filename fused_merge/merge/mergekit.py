@@ -19,7 +19,6 @@ A file means something else here than in mergekit in these points:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -61,20 +60,15 @@ class _Slice(NamedTuple):
     end: int | None = None
 
 
-@dataclass(frozen=True)
-class MergeRecipe:
-    """The merge that a mergekit file asks for.
-
-    The folder of the base is None for "linear"; the folders of the models are in the order of their sum; `options` is
-    what the file says of the options of `plan_merge`.
-    """
+class MergeRecipe(NamedTuple):
+    """The merge that a mergekit file asks for."""
 
     path: Path
     method: MergeMethod
-    base: Path | None
-    models: tuple[Path, ...]
-    options: Mapping[str, Any]
-    _slices: tuple[_Slice, ...] = field(repr=False)
+    base: Path | None  # None for "linear"
+    models: tuple[Path, ...]  # in the order of their sum
+    options: Mapping[str, Any]  # what the file says of the options of `plan_merge`
+    slices: tuple[_Slice, ...]
 
     def coefficients(self, names: Iterable[str]) -> dict[str, Coefficients]:
         """Return the weights and densities of each tensor.
@@ -91,23 +85,23 @@ class MergeRecipe:
         layers: dict[str, int] = {}
         for stack, layer in filter(None, places.values()):
             layers[stack] = max(layers.get(stack, 0), layer + 1)
-        if self._slices[-1].end is not None and [*layers.values()] != [self._slices[-1].end]:
+        if self.slices[-1].end is not None and [*layers.values()] != [self.slices[-1].end]:
             found = " and ".join(f"{count} ({stack})" for stack, count in layers.items()) or "0"
             raise ValueError(
-                f"the slices of {self.path} are {self._slices[-1].end} layers, but the models have {found}; "
+                f"the slices of {self.path} are {self.slices[-1].end} layers, but the models have {found}; "
                 "slices must be all of the layers, in order"
             )
         return {name: self._of(name, place, layers) for name, place in places.items()}
 
     def _of(self, name: str, place: tuple[str, int] | None, layers: Mapping[str, int]) -> Coefficients:
-        part, t = self._slices[0], 0.0
+        part, t = self.slices[0], 0.0
         if place is not None:
             stack, layer = place
-            part = next(part for part in self._slices if part.end is None or layer < part.end)
+            part = next(part for part in self.slices if part.end is None or layer < part.end)
             count = (layers[stack] if part.end is None else part.end) - part.first
             t = (layer - part.first) / (count - 1) if count > 1 else 1.0
         elif "embed_out" in name or not any(word in name for word in _BEFORE_THE_LAYERS):
-            part = self._slices[-1]
+            part = self.slices[-1]
 
         scopes = {model: (own, *part.scopes) for model, own in part.sources.items()}
         if self.method.spherical:
@@ -149,8 +143,7 @@ def plan_mergekit(config: PathLike, out: PathLike, **options: Unpack[FileOptions
         ValueError: if the file asks for something that is not supported, or models do not fit.
         FileNotFoundError: if the file or a model is not there.
     """
-    files = resolve(options, FileOptions)
-    recipe = read_mergekit(config)
+    files, recipe = resolve(options, FileOptions), read_mergekit(config)
     models: dict[PathLike, dict[str, Any]] = {model: {} for model in recipe.models}
     plan = resolve({**recipe.options, **files}, MergePlanOptions)
     said = {"mergekit": recipe.path.read_text(encoding="utf-8")}
@@ -218,7 +211,7 @@ def read_mergekit(path: PathLike) -> MergeRecipe:
             "dtype": dtypes[0] or dtypes[1],
             "files_from": _files_from(top.get("tokenizer_source"), base, models, path),
         },
-        _slices=slices,
+        slices=slices,
     )
 
 

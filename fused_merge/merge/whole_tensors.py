@@ -53,9 +53,10 @@ class Pair(NamedTuple):
                 yield widened[0], widened[1]
 
 
-def reads_of_kth(wide: torch.dtype) -> int:
-    """Return how often `kth_magnitude` reads everything."""
-    return len(_lowest_bits(wide))
+def lowest_bits(wide: torch.dtype) -> list[int]:
+    """Return the lowest bit of each digit of a magnitude's pattern, highest digit first; each takes one read."""
+    # The sign has no digit.
+    return [max(0, low) for low in range(wide.itemsize * 8 - 1 - _DIGIT, -_DIGIT, -_DIGIT)]
 
 
 def kth_magnitude(pairs: Sequence[Pair], k: int, advance: Advance, each: Map = map) -> int:
@@ -65,7 +66,7 @@ def kth_magnitude(pairs: Sequence[Pair], k: int, advance: Advance, each: Map = m
     """
     (wide,) = {pair.wide for pair in pairs}
     found, above = 0, wide.itemsize * 8 - 1
-    for low in _lowest_bits(wide):
+    for low in lowest_bits(wide):
         histogram = _Histogram(found, above, low)
         for _ in each(lambda pair, histogram=histogram: histogram.add(pair, advance), pairs):
             pass
@@ -105,8 +106,3 @@ def inner_products(pair: Pair, advance: Advance) -> tuple[float, float, float]:
     nodes = [torch.stack([tree_sum(x * y) for x, y in ((a, a), (b, b), (a, b))]) for a, b in pair.blocks(advance)]
     first, second, both = tree_sum(torch.stack(nodes, dim=1)).tolist() if nodes else (0.0, 0.0, 0.0)
     return first, second, both
-
-
-def _lowest_bits(wide: torch.dtype) -> list[int]:
-    """Return the lowest bit of each digit of a magnitude's pattern, from the highest digit on; the sign has none."""
-    return [max(0, low) for low in range(wide.itemsize * 8 - 1 - _DIGIT, -_DIGIT, -_DIGIT)]

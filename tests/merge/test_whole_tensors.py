@@ -17,7 +17,7 @@ from fused_merge.eager.sums import inner_product
 from fused_merge.io.headers import CODES
 from fused_merge.io.sources import FileRange, open_files
 from fused_merge.merge import whole_tensors
-from fused_merge.merge.whole_tensors import Pair, inner_products, kth_magnitude, reads_of_kth
+from fused_merge.merge.whole_tensors import Pair, inner_products, kth_magnitude, lowest_bits
 
 BLOCK = 64
 INF, NAN = float("inf"), float("nan")
@@ -143,8 +143,8 @@ def test_what_is_read_is_counted(wide, tmp_path):
     pair = pair_of(tmp_path, base, model, wide)
     read = []
     kth_magnitude([pair, pair], 7, read.append)
-    assert reads_of_kth(wide) == (2 if wide == torch.float32 else 4)
-    assert sum(read) == reads_of_kth(wide) * 2 * pair.nbytes == reads_of_kth(wide) * 2 * 4000
+    assert len(lowest_bits(wide)) == (2 if wide == torch.float32 else 4)
+    assert sum(read) == len(lowest_bits(wide)) * 2 * pair.nbytes == len(lowest_bits(wide)) * 2 * 4000
     assert max(read) == BLOCK * 2
 
 
