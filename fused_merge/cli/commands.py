@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +24,7 @@ from fused_merge._version import __version__
 from fused_merge.adapt.options import AnswerOptions
 from fused_merge.checkpoints.options import FileOptions, InterpolatePlanOptions, PlanOptions, RunOptions, StreamOptions
 from fused_merge.cli import parameters as p
-from fused_merge.cli.output import one_sentence, plan_text, say, table_text
+from fused_merge.cli.output import plan_lines, say, table_text
 from fused_merge.cli.parameters import Result, command
 from fused_merge.merge.options import MergePlanOptions
 from fused_merge.options import options_of, split
@@ -53,10 +53,10 @@ def interpolate(
     plan, run = split(options, InterpolatePlanOptions, RunOptions)
     job = plan_interpolation(base, tuned, wanted, out, **plan)
     if dry_run:
-        return job.describe(), plan_text(job.describe())
+        return job.describe(), plan_lines(job.describe())
     folders = job.run(**run, progress=not quiet)
     written = zip(wanted.values() if isinstance(wanted, dict) else wanted, folders, strict=True)
-    return [{"ratio": ratio, "path": str(folder)} for ratio, folder in written], _lines(folders)
+    return [{"ratio": ratio, "path": str(folder)} for ratio, folder in written], map(str, folders)
 
 
 @command(MergePlanOptions, StreamOptions, resumes=True)
@@ -105,8 +105,8 @@ def merge(
         else plan_mergekit(config, target, **files)
     )
     if dry_run:
-        return job.describe(), plan_text(job.describe())
-    return {"path": str(target)}, _lines(job.run(**run, progress=not quiet))
+        return job.describe(), plan_lines(job.describe())
+    return {"path": str(target)}, map(str, job.run(**run, progress=not quiet))
 
 
 @command(SweepOptions, resumes=True)
@@ -129,7 +129,7 @@ def sweep(
     # What scorers print is no result.
     with redirect_stdout(sys.stderr):
         files = sweep_checkpoints(base, tuned, wanted, out, **options, progress=not quiet)
-    return json.loads(files[0].read_bytes()) | {"files": list(map(str, files))}, _lines(files)
+    return json.loads(files[0].read_bytes()) | {"files": list(map(str, files))}, map(str, files)
 
 
 @command(AnswerOptions, resumes=True)
@@ -158,7 +158,7 @@ def adapt(
         folder = adapt_checkpoints(base, tuned, read_prompts(prompts), out, **options, progress=not quiet)
     found = LayerRatios.load(out / RATIOS)
     ratios = dict(zip(found.parts, found.ratios, strict=True))
-    return {"path": str(folder), "ratios": ratios}, f"{folder}\n{found}"
+    return {"path": str(folder), "ratios": ratios}, (str(folder), str(found))
 
 
 @command(PlanOptions, only=("dtype", "overwrite"))
@@ -179,28 +179,26 @@ def delta(
     tau = ReferenceDelta.from_checkpoints(base, tuned)
     saved = ReferenceDelta.load(tau.save(out, reserve_rate, method, seed, options["dtype"]))
     size = out.stat().st_size
-    return {"path": str(out), "identity": saved.identity, "tensors": len(saved), "bytes": size}, str(out)
+    return {"path": str(out), "identity": saved.identity, "tensors": len(saved), "bytes": size}, [str(out)]
 
 
+@command()
 def verify(
     folders: Annotated[list[Path], Argument(metavar="FOLDER", help="Folders that this program wrote.")],
     quiet: p.Quiet = False,
-    json_output: p.AsJson = False,
-    debug: p.Debug = False,
-) -> None:
+) -> Result:
     """Read every tensor of written folders again and compare it with the checksums that were written with it."""
-    # Not under `command`: it says of every folder at once what it found.
-    with one_sentence(debug=debug, json_output=json_output):
-        from fused_merge.checkpoints.folders import verify_checkpoint
+    from fused_merge.checkpoints.folders import verify_checkpoint
 
-        document = []
+    document = []
+
+    def verified() -> Iterator[str]:
         for folder in folders:
             read = verify_checkpoint(folder)
             document.append({"path": str(folder), "bytes": read})
-            if not (json_output or quiet):
-                say(f"{folder}: {decimal(read)}, every tensor as it was written")
-        if json_output:
-            say(json.dumps(document))
+            yield f"{folder}: {decimal(read)}, every tensor as it was written"
+
+    return document, verified()
 
 
 @command()
@@ -225,7 +223,7 @@ def inspect(
     for entry in entries:
         cells = ("-" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x) for x in entry.values())
         table.add_row(*cells)
-    return entries, table_text(table)
+    return entries, [table_text(table)]
 
 
 @command()
@@ -236,7 +234,7 @@ def env() -> Result:
     for key, value in report.items():
         for part, text in value.items() if isinstance(value, dict) else [("", value)]:
             table.add_row(f"{key} {part}".strip(), "none" if text in (None, []) else str(text))
-    return report, table_text(table)
+    return report, [table_text(table)]
 
 
 def environment() -> dict[str, Any]:
@@ -273,10 +271,6 @@ def _impl(device: Any) -> str:
         return f"none: {error}"
     reason = backend.why_not_triton(device) if device.type != "cpu" else None
     return f"{chosen} ({reason})" if reason else chosen
-
-
-def _lines(paths: Iterable[Path]) -> str:
-    return "\n".join(map(str, paths))
 
 
 def _print_version(asked: bool) -> None:

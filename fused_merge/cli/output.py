@@ -88,14 +88,14 @@ def say(text: str) -> None:
             raise SystemExit(1) from None
 
 
-def plan_text(plan: Mapping[str, Any]) -> str:
+def plan_lines(plan: Mapping[str, Any]) -> tuple[str, str]:
     """Return what a job would do, as a table; `plan` is the result of `Job.describe`."""
     numbers = [Column(name, justify="right") for name in ("files", "size")]
     table = Table(Column("folder", overflow="fold"), *numbers, box=None)
     for folder, files in groupby(plan["files"], lambda file: str(Path(file["path"]).parent)):
         sizes = [file["bytes"] for file in files]
         table.add_row(folder, str(len(sizes)), decimal(sum(sizes)))
-    return f"{table_text(table)}\nreads {decimal(plan['bytes_read'])}, writes {decimal(plan['bytes_written'])}"
+    return table_text(table), f"reads {decimal(plan['bytes_read'])}, writes {decimal(plan['bytes_written'])}"
 
 
 def table_text(table: Table) -> str:

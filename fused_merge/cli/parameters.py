@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from decimal import Decimal, InvalidOperation
 from functools import wraps
@@ -17,8 +17,8 @@ from typer import BadParameter
 from fused_merge.cli.output import one_sentence, say
 from fused_merge.options import Option, options_of, types_of
 
-# What a command returns: the document that --json prints, and the text that is printed without it.
-Result: TypeAlias = "tuple[Any, str]"
+# What a command returns: the document that --json prints, and the lines that are printed without it, as they come.
+Result: TypeAlias = tuple[Any, Iterable[str]]
 # A range of more ratios is a typing mistake.
 _MOST = 1000
 
@@ -37,11 +37,12 @@ def command(
         @wraps(function)
         def run(*, json_output: bool, debug: bool, **given: Any) -> None:
             with one_sentence(debug=debug, json_output=json_output, resumes=resumes and not given.get("dry_run")):
-                document, text = function(**given)
+                document, lines = function(**given)
+                for line in lines:
+                    if not (json_output or given.get("quiet")):
+                        say(line)
                 if json_output:
                     say(json.dumps(document))
-                elif text and not given.get("quiet"):
-                    say(text)
 
         own = inspect.signature(function, eval_str=True).parameters.values()
         types = types_of(*definitions)
