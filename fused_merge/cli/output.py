@@ -7,17 +7,15 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from io import StringIO
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Column, Table
-from typer import BadParameter
 
 from fused_merge.checkpoints.options import InterpolateOptions
 from fused_merge.options import options_of
@@ -29,32 +27,25 @@ _EXPECTED = (ValueError, OSError, RuntimeError, ImportError, MemoryError)
 _ARGUMENT = re.compile(rf"(?<![\w./\\-])({'|'.join(options_of(InterpolateOptions))})=(?:True|'([^']*)'|(\w+))")
 
 
-@contextmanager
-def one_sentence(*, debug: bool, json_output: bool, resumes: bool = False) -> Iterator[None]:
-    """Turn every exception into one sentence and an exit code; with `debug`, leave the traceback.
+def fail(error: BaseException, *, debug: bool, json_output: bool, resumes: bool) -> NoReturn:
+    """End with one sentence for an exception and an exit code; with `debug`, leave the traceback.
 
     With `json_output`, the sentence is also printed on standard output, as `{"error": sentence}`. A command that
     `resumes` goes on where it was interrupted when it is given again.
     """
-    try:
-        yield
-    except BadParameter:
-        # Wrong usage: typer shows it.
-        raise
-    except (Exception, KeyboardInterrupt) as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
-        if interrupted:
-            sentence = "interrupted" + "; run the same command again to go on from there" * resumes
-        else:
-            sentence = _sentence(error)
-        if json_output:
-            say(json.dumps({"error": sentence}))
-        if debug and not interrupted:
-            raise
-        if debug:
-            traceback.print_exc()
-        print(f"error: {sentence}", file=sys.stderr)
-        raise SystemExit(130 if interrupted else 1) from None
+    interrupted = isinstance(error, KeyboardInterrupt)
+    if interrupted:
+        sentence = "interrupted" + "; run the same command again to go on from there" * resumes
+    else:
+        sentence = _sentence(error)
+    if json_output:
+        say(json.dumps({"error": sentence}))
+    if debug and not interrupted:
+        raise error
+    if debug:
+        traceback.print_exc()
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(130 if interrupted else 1) from None
 
 
 def _sentence(error: BaseException) -> str:

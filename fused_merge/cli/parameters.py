@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeAlias
 import typer
 from typer import BadParameter
 
-from fused_merge.cli.output import one_sentence, say
+from fused_merge.cli.output import fail, say
 from fused_merge.options import Option, options_of, types_of
 
 # What a command returns: the document that --json prints, and the lines that are printed without it, as they come.
@@ -36,13 +36,18 @@ def command(
     def decorate(function: Callable[..., Result]) -> Callable[..., None]:
         @wraps(function)
         def run(*, json_output: bool, debug: bool, **given: Any) -> None:
-            with one_sentence(debug=debug, json_output=json_output, resumes=resumes and not given.get("dry_run")):
+            try:
                 document, lines = function(**given)
                 for line in lines:
                     if not (json_output or given.get("quiet")):
                         say(line)
                 if json_output:
                     say(json.dumps(document))
+            except BadParameter:
+                # Wrong usage: typer shows it.
+                raise
+            except (Exception, KeyboardInterrupt) as error:
+                fail(error, debug=debug, json_output=json_output, resumes=resumes and not given.get("dry_run"))
 
         own = inspect.signature(function, eval_str=True).parameters.values()
         types = types_of(*definitions)
