@@ -290,8 +290,7 @@ class Captured:
         """Warm up and capture; `step` is kept, since the graph uses what it owns."""
         self._step = self._run = step
         if not gpu:
-            for _ in range(warm_up):
-                step()
+            step()
             return
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -38,7 +38,7 @@ def check_bits(run: Run) -> Iterator[Row]:
         if run.gpu:
             eager["eager on the GPU"] = kernel.copy(device, "eager")
         start = [x.clone() for _, x in kernel.written()]
-        for _ in range(3):
+        for _ in range(2 if run.tiny else 3):
             for stepper in (kernel, *eager.values()):
                 stepper.step()
         found = []
@@ -68,7 +68,7 @@ def check_graph(run: Run) -> Iterator[Row]:
             optimizer = build(params.items(), reference_delta=delta, lr=rate, alpha=1e-3, impl="triton")
             step = Captured(optimizer.step, run.gpu and graph)
             generator = torch.Generator().manual_seed(1)
-            for _ in range(3 if run.tiny else 6):
+            for _ in range(2 if run.tiny else 6):
                 rate.mul_(0.7)
                 for param in params.values():
                     param.grad.copy_(1e-3 * torch.randn(param.shape, generator=generator))
@@ -113,7 +113,7 @@ def check_files(run: Run) -> Iterator[Row]:
 
 
 def touch_memory(run: Run) -> Iterator[Row]:
-    """Take one step of every row, at odd sizes, on whole tensors and on unaligned shards of columns."""
+    """Take one step of every method, at odd sizes, on whole tensors and on unaligned shards of columns."""
     import torch
     from gpu_cases import CASES, MORE_CASES, SHARDED, Pool, Stepper
 
@@ -200,7 +200,8 @@ def run_tests(run: Run) -> Iterator[Row]:
     files = [ROOT / "tests" / name for name in TINY_TESTS]
     if not run.tiny:
         # Not the test of this file, which would run all of this again.
-        files = sorted(set((ROOT / "tests").glob("test_*.py")) - {ROOT / "tests" / "test_gpu_suite.py"}, key=rank)
+        own = ROOT / "tests" / "bench" / "test_gpu_suite.py"
+        files = sorted(set((ROOT / "tests").rglob("test_*.py")) - {own}, key=rank)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         limit = max(run.left() - 20, 5)

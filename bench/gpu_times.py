@@ -91,7 +91,7 @@ def measure(
         hidden[name] = 2 * warm.host_ms + 1 if hide_host else None
     times: dict[str, list[Time]] = {name: [] for name in providers}
     rounds, longest = 0, 0.0
-    while rounds < (2 if run.tiny else 40) and run.left() > 1.5 * longest:
+    while rounds < (1 if run.tiny else 40) and run.left() > 1.5 * longest:
         began = time.monotonic()
         refresh()
         for name, provider in providers.items():

@@ -1,11 +1,11 @@
 """Compile every build of the kernels for GPUs that need not be here, and tell what the machine code does.
 
-`python bench/kernels.py` prints a table, `--json` prints JSON, `--write` makes it the record in
-`bench/results/kernels.json` that the tests hold later code against. Run it without TRITON_INTERPRET, under which Triton
-does not compile.
+`python bench/kernels.py` prints a table beside the record in `bench/results/kernels.json`, `--json` prints JSON,
+`--write` makes it the record, which the tests hold later code against. Run it without TRITON_INTERPRET, under which
+Triton does not compile.
 
-A build is a kernel with the constants that shape its code. Storage types multiply them: the ones below stand for
-all, as a run compiles only its own.
+A build is a kernel with the constants that shape its code. Storage types multiply them: the ones below stand for all,
+as a run compiles only its own. Each is compiled for whole blocks and for those at the ends of tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,20 +146,58 @@ def elements_per_program(target: GPUTarget) -> int:
     return ELEMENTS_PER_THREAD * NUM_WARPS * target.warp_size
 
 
-def compile_for(target: GPUTarget, build: Build, masked: bool = False) -> Any:
-    """Return the compiled kernel."""
-    names = build.kernel.arg_names
-    constants = dict(build.constants)
-    if "SPEC" in names:
-        constants["SPEC"] = constants["SPEC"]._replace(BLOCK=elements_per_program(target), MASKED=masked)
-    signature = {name: "constexpr" if name in constants else SIGNATURE[name] for name in names}
-    source = ASTSource(
-        build.kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name, type in signature.items() if type[0] == "*"},
-    )
-    return triton.compile(source, target=target, options={"num_warps": NUM_WARPS, "enable_fp_fusion": False})
+class Job(NamedTuple):
+    """A build to compile: for a target, for whole blocks or for those at ends."""
+
+    build: str
+    target: str
+    form: str
+
+    def source(self) -> ASTSource:
+        """Return what Triton compiles."""
+        build, target = builds()[self.build], TARGETS[self.target]
+        names = build.kernel.arg_names
+        constants = dict(build.constants)
+        if "SPEC" in names:
+            spec = constants["SPEC"]
+            constants["SPEC"] = spec._replace(BLOCK=elements_per_program(target), MASKED=self.form == "ends")
+        signature = {name: "constexpr" if name in constants else SIGNATURE[name] for name in names}
+        return ASTSource(
+            build.kernel,
+            signature=signature,
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+            attrs={
+                (names.index(name),): [["tt.divisibility", 16]] for name, type in signature.items() if type[0] == "*"
+            },
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Compile it and return a row."""
+        options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+        target, source = TARGETS[self.target], self.source()
+        compiled = triton.compile(source, target=target, options=options)
+        _, _, reads, writes = builds()[self.build]
+        return (
+            self._asdict()
+            | {"source": source_hash(source), "reads": reads, "writes": writes}
+            | report(compiled, target)
+        )
+
+
+def source_hash(source: ASTSource) -> str:
+    """Return what tells sources apart: the code, its constants and its arguments."""
+    return source.hash()[:16]
+
+
+def jobs() -> list[Job]:
+    """Return everything that is to be compiled."""
+    return [
+        Job(name, target, form)
+        for name, build in builds().items()
+        for target in TARGETS
+        for form in ("whole", "ends")
+        if form == "whole" or {"SPEC", "programs_ptr"} <= set(build.kernel.arg_names)
+    ]
 
 
 def report(compiled: Any, target: GPUTarget) -> dict[str, int | float]:
@@ -179,6 +216,7 @@ def report(compiled: Any, target: GPUTarget) -> dict[str, int | float]:
         fields = dict(re.findall(r"(\w+):(\d+)", usage.stdout))
         registers, spills = int(fields["REG"]), int(fields["STACK"]) + int(fields["LOCAL"])
         instructions = len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", code, re.MULTILINE))
+        size = 16 * instructions
     else:
         asm = compiled.asm["amdgcn"]
         accesses = len(re.findall(r"\b(?:global|buffer)_(?:load|store)_", asm))
@@ -188,6 +226,7 @@ def report(compiled: Any, target: GPUTarget) -> dict[str, int | float]:
         # Scalar registers spill into lanes of vector registers, and only those into memory.
         spills = int(re.search(r"\.vgpr_spill_count:\s*(\d+)", asm)[1])
         instructions = len(re.findall(r"^\t[sv]_|^\t(?:global|buffer|flat|ds)_", asm, re.MULTILINE))
+        size = int(re.search(r"codeLenInByte = (\d+)", asm)[1])
     return {
         "read": 16 * threads * loads / elements_per_program(target),
         "written": 16 * threads * stores / elements_per_program(target),
@@ -197,59 +236,66 @@ def report(compiled: Any, target: GPUTarget) -> dict[str, int | float]:
         "shared": compiled.metadata.shared,
         "instructions": instructions,
         "per_element": instructions / ELEMENTS_PER_THREAD,
+        "code": size,
     }
 
 
-def reports() -> Iterator[tuple[str, str, dict[str, int | float]]]:
-    """Compile everything; yield build, target and report."""
-    jobs = [(name, build, target) for name, build in builds().items() for target in TARGETS]
+def recorded() -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Return the rows of the record by build, target and form; none if another Triton compiled them."""
+    record = json.loads(RECORD.read_text())
+    return {key(row): row for row in record["rows"]} if record["triton"] == triton.__version__ else {}
 
-    def work(job: tuple[str, Build, str]) -> tuple[str, str, dict[str, int | float]]:
-        name, build, target = job
-        return name, target, report(compile_for(TARGETS[target], build), TARGETS[target])
+
+def key(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Return what a row is about."""
+    return row["build"], row["target"], row["form"]
+
+
+def rows(only_changed: bool = False) -> list[dict[str, Any]]:
+    """Return a row for every job.
+
+    Args:
+        only_changed: take from the record what was compiled from this very code, but for a sample.
+    """
+    known = recorded() if only_changed else {}
+    sample = set(jobs()[::23])  # of every target, whole blocks and ends
+
+    def row_of(job: Job) -> dict[str, Any]:
+        row = None if job in sample else known.get(job)
+        return row if row and row["source"] == source_hash(job.source()) else job.run()
 
     with ThreadPoolExecutor(2) as pool:
-        yield from pool.map(work, jobs)
+        return list(pool.map(row_of, jobs()))
 
 
-def table() -> dict[str, Any]:
-    """Return the reports and the model's bytes, with the version of the compiler."""
-    every = builds()
-    rows = [
-        {"build": name, "target": target, "reads": every[name].reads, "writes": every[name].writes} | row
-        for name, target, row in reports()
-    ]
-    return {"triton": triton.__version__, "rows": rows}
+def print_table(found: list[dict[str, Any]]) -> None:
+    """Print rows, and what the record says of the same."""
+    before = recorded()
+    print(f"{len(builds())} builds; read and written: bytes per element, counted / by the model; the record -> now")
+    header = ("registers", "per element", "code, bytes", "narrow", "shared", "spills", "read", "written")
+    print(f"{'build':28} {'target':6} {'form':5} " + " ".join(f"{column:>16}" for column in header))
+    for row in found:
+        old = before.get(key(row), {})
+        cells = [f"{old.get(column, '')} -> {row[column]}" for column in ("registers", "per_element", "code", "narrow")]
+        cells += [str(row["shared"]), str(row["spills"])]
+        cells += [f"{row['read']:g} / {row['reads']}", f"{row['written']:g} / {row['writes']}"]
+        print(f"{row['build']:28} {row['target']:6} {row['form']:5} " + " ".join(f"{cell:>16}" for cell in cells))
 
 
 def main() -> None:
-    """Print or write the reports."""
+    """Print or write the rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--write", action="store_true", help=f"write {RECORD.name}, the record")
+    parser.add_argument("--changed", action="store_true", help="compile what the record does not know, and a sample")
     options = parser.parse_args()
-    found = table()
-    if options.write:
-        RECORD.write_text(json.dumps(found, indent=1) + "\n")
+    found = rows(options.changed)
     if options.json:
-        json.dump(found, sys.stdout, indent=1)
-        return
-    columns = (
-        "registers",
-        "spills",
-        "shared",
-        "instructions",
-        "per_element",
-        "narrow",
-        "read",
-        "reads",
-        "written",
-        "writes",
-    )
-    print(f"{len(builds())} builds; read and written, reads and writes: bytes per element, counted and by the model")
-    print(f"{'build':28} target " + " ".join(f"{column:>12}" for column in columns))
-    for row in found["rows"]:
-        print(f"{row['build']:28} {row['target']:6} " + " ".join(f"{row[column]:12}" for column in columns))
+        json.dump({"triton": triton.__version__, "rows": found}, sys.stdout, indent=1)
+    else:
+        print_table(found)
+    if options.write:
+        RECORD.write_text(json.dumps({"triton": triton.__version__, "rows": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

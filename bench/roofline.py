@@ -8,9 +8,8 @@ A launch takes the longer of two times, and an operation the sum over its launch
     bytes per element / (bandwidth of the data sheet * ACHIEVABLE)
     instructions per element / instructions that the device can issue
 
-The bytes are those of the kernels' docstrings. The instructions are counted in the machine code that
-`bench/kernels.py` has compiled and recorded, where the code for whole blocks and that for the last block of a tensor
-both stand: about half of them run.
+The bytes are those of the kernels' docstrings. The instructions are counted in the machine code for whole blocks that
+`bench/kernels.py` has compiled and recorded; of code that runs only at times, as at a merge of step-K, all counts.
 Launch overheads, waiting, and pipes that are narrower than the issue rate are left out, so the times are lower bounds.
 """
 
@@ -30,9 +29,10 @@ MARKERS = "<!-- roofline: begin -->", "<!-- roofline: end -->"
 
 # Of the bandwidth on a data sheet, what a plain copy reaches.
 ACHIEVABLE = 0.9
-# Of the instructions of a kernel, those on the path of whole blocks; of these, for R ratios, those of the loop over R.
-FAST_PATH = 0.5
+# Of the instructions of an interpolation, those of the loop over R ratios.
 LOOP = 0.5
+# Of the instructions of a round of a search, those that look at all elements and not at a list.
+LOOK = 0.5
 ELEMENTS_PER_THREAD = 8
 # Neighbours that the kernels touch together or not at all.
 GROUP = 8
@@ -76,7 +76,7 @@ class Launch(NamedTuple):
 
     build: str | None
     bytes: float
-    runs: float = FAST_PATH  # how much of its code an element runs through
+    runs: float = 1.0  # how much of its code an element runs through
 
 
 class Op(NamedTuple):
@@ -130,7 +130,7 @@ def ops(sector: int = 32) -> dict[str, Op]:
         ),
         # Nothing is known of the threshold: four rounds, and all of m and v in each.
         "onties, p = 0.01, first step": Op(
-            (mark, *4 * [Launch("count: onties", 8)], Launch("step: onties", last + 8)), {FUSED: None}
+            (mark, *4 * [Launch("count: onties", 8, LOOK)], Launch("step: onties", last + 8)), {FUSED: None}
         ),
         "onproj, tensor": Op((Launch("project: onproj", 4 + 2), Launch("step: onproj", 28 + 2)), {FUSED: 1.35}),
         "onproj, rows": Op((Launch("step: onproj, rows", 28 + 2),), {FUSED: 1.15}),
@@ -142,7 +142,7 @@ def ops(sector: int = 32) -> dict[str, Op]:
         LERPS: Op((Launch(None, 3 * 8 * 2),), {LERPS: None}),
         LINE_COPY: Op((Launch(None, (2 + 8) * 2),), {LINE_COPY: None}),
         "interpolation, R = 8": Op(
-            (Launch("interpolate", (2 + 8) * 2, FAST_PATH * (1 - LOOP + LOOP * 8)),),
+            (Launch("interpolate", (2 + 8) * 2, 1 - LOOP + LOOP * 8),),
             {LERPS: 1 / 2.2, LINE_COPY: 1 / 0.9},
         ),
     }
@@ -228,7 +228,11 @@ def report(kernels: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]
     """Return the tables of all devices, from rows of `bench/kernels.py` and of `bench/gpu_suite.py`."""
     lines = []
     for device in DEVICES:
-        instructions = {row["build"]: row["instructions"] for row in kernels if row["target"] == device.target}
+        instructions = {
+            row["build"]: row["instructions"]
+            for row in kernels
+            if row["target"] == device.target and row["form"] == "whole"
+        }
         lines += [f"### {device.name}", "", *table(device, instructions, measured), ""]
     return "\n".join(lines)
 

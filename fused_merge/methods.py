@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, NamedTuple, TypedDict
 
-from fused_merge.options import Option, definition, documented, one_of, resolve, within
+from fused_merge.options import Option, definition, documented, one_of, optional, resolve, share, within
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,12 +31,6 @@ METHODS: dict[str, Method] = {
     "onproj": Method("none", "none", "linear", "ours, after Yu et al. 2020 (arXiv 2001.06782)", project="conflict"),
     "onsoft": Method("soft_threshold", "soft_threshold", "linear", "ours, after Donoho 1995 and nearswap"),
 }
-
-
-def _check_rate(name: str, rate: float | None) -> float | None:
-    if rate is not None and not 0.0 < rate <= 1.0:
-        raise ValueError(f"{name} must lie in (0, 1], got {rate}")
-    return rate
 
 
 @definition
@@ -88,7 +82,7 @@ class RuleOptions(VariantOptions, total=False):
             had when it was added; later changes act on u only.
     """
 
-    reserve_rate: Annotated[float | None, Option(None, _check_rate)]
+    reserve_rate: Annotated[float | None, Option(None, optional(share))]
 
 
 class MergeRule(NamedTuple):

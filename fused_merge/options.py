@@ -132,49 +132,36 @@ def documented(*definitions: type) -> Callable[[Documented], Documented]:
     return document
 
 
-def one_of(*choices: str | None) -> Callable[[str, Any], Any]:
-    """Return a check that a value is one of a few."""
+def need(holds: Callable[[Any], bool], what: str) -> Callable[[str, Any], Any]:
+    """Return a check that raises "NAME must WHAT, got VALUE" unless `holds(value)`."""
 
     def check(name: str, value: Any) -> Any:
-        check_choice(name, value, choices)
+        if not holds(value):
+            raise ValueError(f"{name} must {what}, got {repr(value) if isinstance(value, str) else value}")
         return value
 
     return check
-
-
-def check_choice(name: str, value: Any, choices: Iterable[str | None]) -> None:
-    """Raise ValueError if a value is none of a few; the sentence lists them."""
-    listed = list(choices)
-    if value not in listed:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, listed))}, got {value!r}")
 
 
 def optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
     """Return a check that lets None pass and is otherwise the given one."""
+    return lambda name, value: None if value is None else check(name, value)
 
-    def check_unless_none(name: str, value: Any) -> Any:
-        return None if value is None else check(name, value)
 
-    return check_unless_none
+def one_of(*choices: str | None) -> Callable[[str, Any], Any]:
+    """Return a check that a value is one of a few."""
+    return need(lambda value: value in choices, f"be {' or '.join(map(repr, choices))}")
 
 
 def at_least(least: float) -> Callable[[str, Any], Any]:
     """Return a check that a number is not below another."""
-
-    def check(name: str, value: Any) -> Any:
-        if not value >= least:
-            raise ValueError(f"{name} must be at least {least:g}, got {value}")
-        return value
-
-    return check
+    return need(lambda value: value >= least, f"be at least {least:g}")
 
 
 def within(least: float, most: float) -> Callable[[str, Any], Any]:
     """Return a check that a number lies in an interval, ends included."""
+    return need(lambda value: least <= value <= most, f"lie in [{least:g}, {most:g}]")
 
-    def check(name: str, value: Any) -> Any:
-        if not least <= value <= most:
-            raise ValueError(f"{name} must lie in [{least:g}, {most:g}], got {value}")
-        return value
 
-    return check
+# A number above 0 and at most 1.
+share = need(lambda value: 0.0 < value <= 1.0, "lie in (0, 1]")

@@ -1,8 +1,9 @@
 """The Triton kernels, the only folder of the project that imports triton.
 
 A file with the name of an eager file (`fused_merge/eager/X.py`) holds its equations as functions on loaded values.
-`step` puts those of a step together, `merging_adamw` makes kernels of it and `launch` launches them; `rows` is what
-they know of a tensor. `access` and `tables` are loads, stores and launch tables.
+`step` puts those of a step together, `merging_adamw`, `projection` and `kth_largest` make kernels of it and `launch`
+launches them. `layout` is what they know of tensors and programs, `memory` loads and stores blocks, `operands` those
+of a step.
 """
 
 from __future__ import annotations

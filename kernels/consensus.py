@@ -1,7 +1,4 @@
-"""⊕ on loaded values; the equations of `fused_merge/eager/consensus.py`.
-
-A new consensus is a function and a line of `merge`.
-"""
+"""⊕ on loaded values, as in `fused_merge/eager/consensus.py`; a new consensus is a function and a line of `merge`."""
 
 from __future__ import annotations
 

@@ -6,12 +6,11 @@
 Source: Lin et al. 2024 (arXiv 2309.06256). The equations: `fused_merge/eager/interpolate.py`.
 
 Bytes per element of b bytes: reads 2b, writes R*b: (2 + R)*b, against 3*R*b for R separate interpolations.
-
-Contract: theta0, theta1 and the outputs are contiguous, of one dtype (fp32, bf16 or fp16) and on one device.
 """
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,25 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_merge.kernels import layout, memory, rounding
-from fused_merge.kernels.layout import Columns
+from fused_merge.kernels.layout import Block, Columns
 
-
-class PairEntry(NamedTuple):
-    """What a launch knows of a pair of tensors, int64; the addresses of its R outputs follow."""
-
-    base: int
-    tuned: int
-    numel: int
-
-
-class RatioEntry(NamedTuple):
-    """A ratio of a pair, fp32."""
-
-    ratio: float
-    rest: float  # 1 - r
-    form: int  # which of the forms below serves it
-
-
+# What a launch knows of a pair of tensors, int64, before the addresses of its R outputs; and of a ratio r of it, fp32:
+# r, 1 - r, and which of the forms below serves it.
+PairEntry = namedtuple("PairEntry", "base tuned numel")
+RatioEntry = namedtuple("RatioEntry", "ratio rest form")
 PAIR, RATIO = Columns(PairEntry), Columns(RatioEntry)
 PAIR_COLUMNS, RATIO_COLUMNS = tl.constexpr(PAIR.count), tl.constexpr(RATIO.count)
 FROM_BASE, FROM_TUNED, COPY_BASE, COPY_TUNED = map(tl.constexpr, range(4))
@@ -67,7 +53,8 @@ def interpolate_kernel(
         programs_ptr, pairs_ptr, ratios_ptr, PAIR_COLUMNS + ratios, RATIO_COLUMNS * ratios
     )
     base = number * SPEC.BLOCK
-    b = layout.block_at(pair_ptr, own_ratios_ptr, base, tl.load(pair_ptr + PAIR.numel) - base, SPEC)
+    inside = tl.arange(0, SPEC.BLOCK) < tl.load(pair_ptr + PAIR.numel) - base
+    b = Block(pair_ptr, own_ratios_ptr, base, inside if SPEC.MASKED else None)
     theta0 = memory.load(b, PAIR.base, SPEC.DTYPE, SPEC)
     theta1 = memory.load(b, PAIR.tuned, SPEC.DTYPE, SPEC)
     start, end = theta0.to(tl.float32), theta1.to(tl.float32)
@@ -112,12 +99,11 @@ def interpolate(
         block: elements per program.
     """
     device = bases[0].device
-    groups: dict[Specialization, list[int]] = {}
-    for index, (base, tuned, points) in enumerate(zip(bases, tuneds, outs, strict=True)):
-        spec = Specialization(layout.TL_DTYPE[base.dtype], layout.is_aligned((base, tuned, *points)), block)
-        if base.numel() > 0:
-            groups.setdefault(spec, []).append(index)
-    for spec, members in groups.items():
+    specs = [
+        Specialization(layout.TL_DTYPE[base.dtype], layout.is_aligned((base, tuned, *points)), block)
+        for base, tuned, points in zip(bases, tuneds, outs, strict=True)
+    ]
+    for spec, members in layout.group(specs).items():
         pairs = [
             (*PairEntry(bases[i].data_ptr(), tuneds[i].data_ptr(), bases[i].numel()), *(x.data_ptr() for x in outs[i]))
             for i in members

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fused_merge.kernels import layout, memory, operands, projection, scalars, sparsify, step
-from fused_merge.kernels.layout import ENTRY, ENTRY_COLUMNS, SCALAR, SCALAR_COLUMNS, Columns
+from fused_merge.kernels.layout import ENTRY, ENTRY_COLUMNS, SCALAR, SCALAR_COLUMNS, Block, Columns
 
 BINS = tl.constexpr(256)
 ROUNDS = 4
@@ -56,13 +56,11 @@ def bin_shift(span):
 @triton.jit
 def begin_search(search_ptr, counts_ptr, kth, k, capacity):
     """Choose the first interval from how many elements lie above the window and in it, and fit in the list."""
-    above = tl.load(counts_ptr)
-    inside = tl.load(counts_ptr + 1)
+    above, inside = tl.load(counts_ptr), tl.load(counts_ptr + 1)
     tl.store(counts_ptr, above * 0)
     tl.store(counts_ptr + 1, above * 0)
     low, last = window(kth)
-    low = low.to(tl.int64)
-    last = last.to(tl.int64)
+    low, last = low.to(tl.int64), last.to(tl.int64)
     over = above >= k
     hit = (above < k) & (above + inside >= k)
     listed = hit & (inside <= capacity)
@@ -75,8 +73,7 @@ def begin_search(search_ptr, counts_ptr, kth, k, capacity):
 @triton.jit
 def narrow_search(search_ptr, counts_ptr):
     """Make the bin that holds the rank the next interval, and the counts zero again; return where it begins."""
-    low = tl.load(search_ptr + SEARCH.low)
-    last = tl.load(search_ptr + SEARCH.last)
+    low, last = tl.load(search_ptr + SEARCH.low), tl.load(search_ptr + SEARCH.last)
     rank = tl.load(search_ptr + SEARCH.rank)
     bins = tl.arange(0, BINS)
     count = tl.load(counts_ptr + bins)
@@ -89,12 +86,6 @@ def narrow_search(search_ptr, counts_ptr):
     tl.store(search_ptr + SEARCH.last, tl.minimum(low + (1 << shift) - 1, last))
     tl.store(search_ptr + SEARCH.rank, rank - tl.sum(tl.where(chosen, above, 0)))
     return low
-
-
-@triton.jit
-def looks_at_all(search_ptr):
-    """1 if the k-th largest may be of any element, else 0: it then has a mark, and so has all that is larger."""
-    return (tl.load(search_ptr + SEARCH.listed) < 0).to(tl.int32)
 
 
 @triton.jit
@@ -125,7 +116,9 @@ def mark_kernel(
 
     Where the step resumes, the moments are stored here.
     """
-    index, number, b = layout.locate_block(programs_ptr, tensors_ptr, scalars_ptr, SPEC)
+    index, number, tensor_ptr, own_scalars_ptr = layout.locate(programs_ptr, tensors_ptr, scalars_ptr)
+    base, inside = layout.block_of_tensor(tensor_ptr, number, SPEC)
+    b = Block(tensor_ptr, own_scalars_ptr, base, inside if SPEC.MASKED else None)
     own_counts_ptr = counts_ptr + index * BINS
     words = first_word(b.tensor_ptr, SPEC.BLOCK)
     # At lr = 0 the moments move and nothing is merged.
@@ -144,12 +137,12 @@ def mark_kernel(
         memory.store_bits(marked, mark_bits_ptr + words + number * (SPEC.BLOCK // 32), SPEC.BLOCK)
         if tl.load(b.scalars_ptr + SCALAR.moves) != 0.0:
             above = memory.within(b, pattern > last)
-            inside = (marked & (pattern <= last)).to(tl.int32)
+            listed = (marked & (pattern <= last)).to(tl.int32)
             tl.atomic_add(own_counts_ptr, tl.sum(above.to(tl.int32)).to(tl.int64), sem="relaxed")
-            first = tl.atomic_add(own_counts_ptr + 1, tl.sum(inside).to(tl.int64), sem="relaxed")
-            at = first + (tl.cumsum(inside, axis=0) - inside)
+            first = tl.atomic_add(own_counts_ptr + 1, tl.sum(listed).to(tl.int64), sem="relaxed")
+            at = first + (tl.cumsum(listed, axis=0) - listed)
             fits = at < list_capacity(b.tensor_ptr, SPEC.BLOCK)
-            tl.store(list_ptr + words + at, pattern, mask=(inside != 0) & fits)
+            tl.store(list_ptr + words + at, pattern, mask=(listed != 0) & fits)
 
 
 @triton.jit
@@ -199,9 +192,7 @@ def count_kernel(
 ):
     """One round of a search: count the elements in the 256 bins of the interval."""
     LISTED: tl.constexpr = SPEC.BLOCK * SEARCH_BLOCKS // 32
-    index, group, tensor_ptr, own_scalars_ptr = layout.locate(
-        programs_ptr, tensors_ptr, scalars_ptr, ENTRY_COLUMNS, SCALAR_COLUMNS
-    )
+    index, group, tensor_ptr, own_scalars_ptr = layout.locate(programs_ptr, tensors_ptr, scalars_ptr)
     own_search_ptr = search_ptr + index * SEARCH_COLUMNS
     if scalars.merges(own_scalars_ptr, SPEC):
         low = tl.load(own_search_ptr + SEARCH.low).to(tl.int32)
@@ -212,9 +203,9 @@ def count_kernel(
             if listed < 0:
                 numel = tl.load(tensor_ptr + ENTRY.numel)
                 for block in range(SEARCH_BLOCKS):
-                    base = (group * SEARCH_BLOCKS + block) * SPEC.BLOCK
+                    base, inside = layout.block_of_tensor(tensor_ptr, group * SEARCH_BLOCKS + block, SPEC)
                     if base < numel:
-                        b = layout.block_at(tensor_ptr, own_scalars_ptr, base, numel - base, SPEC)
+                        b = Block(tensor_ptr, own_scalars_ptr, base, inside if SPEC.MASKED else None)
                         u = step.update_again(b, projection.coefficients(b, coefficients_ptr, SPEC), SPEC)
                         pattern = sparsify.pattern(u)
                         total += bin_counts(pattern, memory.within(b, pattern >= low), low, last)

@@ -1,10 +1,9 @@
 """From lists of tensors to launches: which tensors share a compiled form, and the tables that describe them.
 
 A step is a sequence of passes over the tensors of one `Specialization`: the scalars; what the projection needs; for a
-ranked F the marks and the rounds of the search; the step itself. A pass is a launch for blocks that lie wholly in their
-tensor and one for those at the ends of tensors, where there are such. Everything is decided on the device, so that the
-host never waits and a step can be captured in a CUDA graph. The tables are kept, with the last thresholds, in a `Plan`,
-and made again when an address or an option changes.
+ranked F the marks and the rounds of the search; the step itself. Everything is decided on the device, so that the host
+never waits and a step can be captured in a CUDA graph. The tables are kept, with the last thresholds, in a `Plan`, and
+made again when an address or an option changes.
 """
 
 from __future__ import annotations
@@ -30,26 +29,23 @@ from fused_merge.kernels.projection import ROW_BLOCKS, project_kernel
 from fused_merge.kernels.sums import Reduction
 from fused_merge.methods import MergeRule
 
-# From this share of kept elements on, groups of neighbours that hold none are too rare to skip.
+# From this share of kept elements on, groups of neighbors that hold none are too rare to skip.
 SKIPS_UP_TO = 0.1
-FLOATS = (
-    "weights",
-    "gradients",
-    "first moments",
-    "second moments",
-    "reference deltas",
-    "dense reference deltas",
-    "anchors",
-)
 MASTER = {torch.float32: "fp32", torch.int16: "split"}
 
 
 def why_unsupported(o: Operands, rule: MergeRule) -> str | None:
     """Return in a few words why the kernels cannot step this tensor, or None."""
-    anchor = o.anchor.weights if o.anchor else None
-    for tensor, what in zip(
-        (o.param, o.grad, o.exp_avg, o.exp_avg_sq, o.tau, o.tau_dense, anchor), FLOATS, strict=True
-    ):
+    floats = {
+        "weights": o.param,
+        "gradients": o.grad,
+        "first moments": o.exp_avg,
+        "second moments": o.exp_avg_sq,
+        "reference deltas": o.tau,
+        "dense reference deltas": o.tau_dense,
+        "anchors": o.anchor and o.anchor.weights,
+    }
+    for what, tensor in floats.items():
         if tensor is not None and tensor.dtype not in layout.TL_DTYPE:
             return f"{tensor.dtype} {what} have no kernel"
     if o.tau is not None and rule.update not in ("none", "random", *sparsify.RANKED):
@@ -63,19 +59,15 @@ def why_unsupported(o: Operands, rule: MergeRule) -> str | None:
 
 def _projects_rows(o: Operands, rule: MergeRule) -> bool:
     """Return whether a tensor is projected over rows and has more than one."""
-    projects = rule.project is not None and o.tau is not None
-    long = o.param.ndim > 1 and o.param.shape[0] > 1 and o.param.numel() > 0
-    return projects and rule.project_over == "rows" and long
+    projects = rule.project is not None and rule.project_over == "rows" and o.tau is not None
+    return projects and o.param.ndim > 1 and o.param.shape[0] > 1 and o.param.numel() > 0
 
 
 def _specialization(o: Operands, rule: MergeRule, stats: bool, block: int) -> Specialization:
     """Return which compiled form steps a tensor."""
     numel, row_length = o.param.numel(), o.param.shape[1:].numel()
+    dtypes = (layout.TL_DTYPE[x.dtype] for x in (o.param, o.grad, o.exp_avg, o.exp_avg_sq))
     common = {
-        "PARAM": layout.TL_DTYPE[o.param.dtype],
-        "GRAD": layout.TL_DTYPE[o.grad.dtype],
-        "EXP_AVG": layout.TL_DTYPE[o.exp_avg.dtype],
-        "EXP_AVG_SQ": layout.TL_DTYPE[o.exp_avg_sq.dtype],
         "MASTER": "none" if o.master is None else MASTER[o.master.dtype],
         "STOCHASTIC": rule.rounding == "stochastic",
         "STRIDED": o.shard.local_inner < numel,
@@ -86,15 +78,17 @@ def _specialization(o: Operands, rule: MergeRule, stats: bool, block: int) -> Sp
         o.shard.local_inner >= numel or o.shard.local_inner % 4 == o.shard.global_inner % 4 == 0
     )
     if o.tau is None:
-        return Specialization(**common, ALIGNED=layout.is_aligned(dense), QUADS=runs)
+        return Specialization(*dtypes, **common, ALIGNED=layout.is_aligned(dense), QUADS=runs)
     sparse = isinstance(o.tau, SparseTensor)
     f_of_u = "none" if rule.reserve_rate == 1.0 else rule.update
     ranked = f_of_u in sparsify.RANKED
     rows = _projects_rows(o, rule)
     row_programs = rows and not ranked and not stats
+    plain = o.anchor is None and not stats
     wide = o.exp_avg.dtype == o.exp_avg_sq.dtype == torch.float32
     dense += [None if sparse else o.tau, o.tau_dense if rule.project else None, o.anchor and o.anchor.weights]
     return Specialization(
+        *dtypes,
         **common,
         TAU=layout.TL_DTYPE[o.tau.dtype],
         SPARSE=sparse,
@@ -107,14 +101,9 @@ def _specialization(o: Operands, rule: MergeRule, stats: bool, block: int) -> Sp
         ANCHOR=o.anchor and layout.TL_DTYPE[o.anchor.weights.dtype],
         STATS=stats,
         RANKED=ranked,
-        RESUMES=ranked and wide and o.anchor is None and not stats,
+        RESUMES=ranked and wide and plain,
         ROW_PROGRAMS=row_programs,
-        SKIPS=sparse
-        and f_of_u != "none"
-        and rule.reserve_rate <= SKIPS_UP_TO
-        and o.anchor is None
-        and o.master is None
-        and not stats,
+        SKIPS=sparse and plain and f_of_u != "none" and rule.reserve_rate <= SKIPS_UP_TO and o.master is None,
         # Rows must begin as aligned as the tensor does.
         ALIGNED=layout.is_aligned(dense) and (not rows or row_length % 8 == 0),
         QUADS=runs and (not row_programs or row_length % 4 == 0),
@@ -172,7 +161,7 @@ class Launch:
         self.members = members
         self.addresses = [o.param.data_ptr() for o in operands]
         self._spec = spec
-        self._device = device = operands[0].param.device
+        device = operands[0].param.device
         numels = tuple(o.param.numel() for o in operands)
         heights = [o.param.shape[0] if spec.PROJECT_ROWS else 1 for o in operands]
         blocks = [layout.block_count(numel, spec.BLOCK) for numel in numels]
@@ -200,11 +189,12 @@ class Launch:
             return self._step(table, coefficients, search, mark_bits)
 
     def _scalars(self, hyper_entry: Tensor, hyper: Hyper) -> Tensor:
-        table = torch.empty(len(self._tensors), layout.SCALAR.count, dtype=torch.float32, device=self._device)
-        own = (
-            value.to(self._device, torch.float64) if isinstance(value, Tensor) else hyper_entry[column:]
-            for column, value in enumerate((hyper.lr, hyper.grad_factor, hyper.found_inf))
-        )
+        device = self._tensors.device
+        table = torch.empty(len(self._tensors), layout.SCALAR.count, dtype=torch.float32, device=device)
+        own = []
+        for name in scalars.OWN:
+            x, column = getattr(hyper, name), getattr(scalars.HYPER, name)
+            own.append(x.to(device, torch.float64) if isinstance(x, Tensor) else hyper_entry[column:])
         scalars.scalars_kernel[(len(table),)](
             self._tensors, hyper_entry, *own, table, num_warps=1, enable_fp_fusion=False
         )
@@ -279,9 +269,7 @@ class Plan:
         """Return the launches of these tensors, made again if anything about them has changed."""
 
         def make() -> list[Launch]:
-            groups: dict[Specialization, list[int]] = {}
-            for index, o in enumerate(operands):
-                groups.setdefault(_specialization(o, rule, stats, block), []).append(index)
+            groups = layout.group(_specialization(o, rule, stats, block) for o in operands)
             thresholds = {
                 address: threshold
                 for launch in self._launches
@@ -356,12 +344,8 @@ def prepare(
     device = operands[0].param.device
     if device.type != "cpu":
         # The host reads its own tensors; to copy them would wait for the device.
-        on_host = {
-            field: float(value)
-            for field, value in hyper._asdict().items()
-            if isinstance(value, Tensor) and value.device.type == "cpu"
-        }
-        hyper = hyper._replace(**on_host)
+        tensors = {field: x for field, x in hyper._asdict().items() if isinstance(x, Tensor)}
+        hyper = hyper._replace(**{field: float(x) for field, x in tensors.items() if x.device.type == "cpu"})
     plan = plan or Plan()
     hyper_entry = plan.hyper_entry(hyper, rule, device)
     launches = plan.launches([operands[i] for i in contiguous], rule, seed, stats, block)
@@ -387,29 +371,24 @@ def run(prepared: PreparedLaunches) -> list[MergeSums | None]:
     return gathered
 
 
-def _dense(o: Operands) -> list[Tensor]:
-    """Return the tensors that must be contiguous."""
-    dense = (o.param, o.grad, o.exp_avg, o.exp_avg_sq, o.tau, o.tau_dense, o.anchor and o.anchor.weights, o.master)
-    return [tensor for tensor in dense if isinstance(tensor, Tensor)]
+def _dense(o: Operands, *, written_only: bool = False) -> list[Tensor]:
+    """Return the tensors of the parameter's shape: those that a step writes, and those that it reads."""
+    written = (o.param, o.exp_avg, o.exp_avg_sq, o.anchor and o.anchor.weights, o.master)
+    read = () if written_only else (o.grad, o.tau, o.tau_dense)
+    return [x for x in (*written, *read) if isinstance(x, Tensor)]
 
 
 def _step_copy(o: Operands, step: PreparedLaunches) -> MergeSums | None:
     """Step a contiguous copy of a tensor and copy back what is mutated."""
 
-    def contiguous(tensor: Any) -> Any:
-        return tensor.contiguous() if isinstance(tensor, Tensor) else tensor
+    def contiguous(x: Any) -> Any:
+        if isinstance(x, Anchor):
+            return Anchor(*map(contiguous, x))
+        return x.contiguous() if isinstance(x, Tensor) else x
 
     copy = Operands(*map(contiguous, o))
-    if o.anchor is not None:
-        copy = copy._replace(anchor=Anchor(o.anchor.weights.contiguous(), o.anchor.decay))
     (sums,) = run(prepare([copy], step.rule, step.hyper, seed=step.seed, stats=step.stats, block=step.block))
-    for original, stepped in zip(_written(o), _written(copy), strict=True):
+    for original, stepped in zip(_dense(o, written_only=True), _dense(copy, written_only=True), strict=True):
         if original is not stepped:
             original.copy_(stepped)
     return sums
-
-
-def _written(o: Operands) -> list[Tensor]:
-    """Return the tensors of the parameter's shape that a step mutates."""
-    written = (o.param, o.exp_avg, o.exp_avg_sq, o.anchor and o.anchor.weights, o.master)
-    return [tensor for tensor in written if isinstance(tensor, Tensor)]

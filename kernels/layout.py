@@ -20,7 +20,7 @@ from torch import Tensor
 from fused_merge.eager.scalars import Scalars
 from fused_merge.kernels import INTERPRETED
 
-Kept = TypeVar("Kept")
+Kept, Spec = TypeVar("Kept"), TypeVar("Spec")
 
 TL_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -116,7 +116,7 @@ class Specialization(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A block of elements of one tensor, as device functions take it."""
+    """A block of elements of one tensor, as device functions take it; none returns one whose `where` is None."""
 
     tensor_ptr: Any  # int64, its `TensorEntry`
     scalars_ptr: Any  # fp32, its `ScalarEntry`
@@ -125,7 +125,7 @@ class Block(NamedTuple):
 
 
 @triton.jit
-def locate(programs_ptr, tensors_ptr, scalars_ptr, tensor_columns, scalar_columns):
+def locate(programs_ptr, tensors_ptr, scalars_ptr, tensor_columns=ENTRY_COLUMNS, scalar_columns=SCALAR_COLUMNS):
     """What this program works on: the number of its tensor, which part of it, and its entries in two tables."""
     program_ptr = programs_ptr + 2 * tl.program_id(0)
     index = tl.load(program_ptr)
@@ -134,23 +134,10 @@ def locate(programs_ptr, tensors_ptr, scalars_ptr, tensor_columns, scalar_column
 
 
 @triton.jit
-def block_at(tensor_ptr, scalars_ptr, base, left, SPEC: tl.constexpr):
-    """The block that begins at element `base`, with `left` elements from there to the end."""
-    where = None
-    if SPEC.MASKED:
-        where = tl.arange(0, SPEC.BLOCK) < left
-    return Block(tensor_ptr, scalars_ptr, base, where)
-
-
-@triton.jit
-def locate_block(programs_ptr, tensors_ptr, scalars_ptr, SPEC: tl.constexpr):
-    """The number of this program's tensor, the number of its block there, and that block."""
-    index, part, tensor_ptr, own_scalars_ptr = locate(
-        programs_ptr, tensors_ptr, scalars_ptr, ENTRY_COLUMNS, SCALAR_COLUMNS
-    )
-    base = part * SPEC.BLOCK
-    left = tl.load(tensor_ptr + ENTRY.numel) - base
-    return index, part, block_at(tensor_ptr, own_scalars_ptr, base, left, SPEC)
+def block_of_tensor(tensor_ptr, number, SPEC: tl.constexpr):
+    """The first element of a block of a tensor, by its number, and which of its elements the tensor has."""
+    base = number * SPEC.BLOCK
+    return base, tl.arange(0, SPEC.BLOCK) < tl.load(tensor_ptr + ENTRY.numel) - base
 
 
 def block_count(numel: int, block: int) -> int:
@@ -194,6 +181,14 @@ def launch(kernel: Any, programs: Programs, *arguments: Any, spec: Any) -> None:
                 kernel[(len(table),)](
                     table, *arguments, SPEC=spec._replace(MASKED=masked), num_warps=NUM_WARPS, enable_fp_fusion=False
                 )
+
+
+def group(specs: Iterable[Spec]) -> dict[Spec, list[int]]:
+    """Return which tensors share a compiled form, by their numbers."""
+    groups: dict[Spec, list[int]] = {}
+    for index, spec in enumerate(specs):
+        groups.setdefault(spec, []).append(index)
+    return groups
 
 
 def is_aligned(tensors: Iterable[Tensor | None]) -> bool:

@@ -33,10 +33,7 @@ def load(b, column, dtype: tl.constexpr, SPEC: tl.constexpr, OTHER: tl.constexpr
 @triton.jit
 def store(b, column, x, dtype: tl.constexpr, SPEC: tl.constexpr):
     """Write the elements of a block, rounded to `dtype`."""
-    if b.where is None:
-        tl.store(pointers(b, column, dtype, SPEC), rounding.nearest(x, dtype))
-    else:
-        tl.store(pointers(b, column, dtype, SPEC), rounding.nearest(x, dtype), mask=b.where)
+    tl.store(pointers(b, column, dtype, SPEC), rounding.nearest(x, dtype), mask=b.where)
 
 
 @triton.jit

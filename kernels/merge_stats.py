@@ -30,7 +30,8 @@ def add_up(b, u, u_kept, tau, merged, start, sums_ptr, SPEC: tl.constexpr):
         tau = memory.or_zero(b, tau)
         merged = memory.or_zero(b, merged)
         update_weight = tl.load(b.scalars_ptr + SCALAR.update_weight)
-        without = consensus.merge(u_kept, tau, update_weight, 0.0, SPEC.CONSENSUS)
+        CONSENSUS: tl.constexpr = SPEC.CONSENSUS
+        without = consensus.merge(u_kept, tau, update_weight, 0.0, CONSENSUS)
         changed = rounding.nearest(start + merged, STORED) != rounding.nearest(start + without, STORED)
         both = (u != 0) & (tau != 0)
         count(u_kept != 0, counts_ptr + 0)

@@ -13,16 +13,13 @@ Bytes per element, all fp32: reads theta 4, g 4, m 4, v 4; writes theta 4, m 4, 
 - Where few elements are kept and nothing decays, theta is read and written only in groups of eight neighbors that
   hold one: of its 8 bytes 1.2 remain at p = 0.01 for u and for tau.
 - Random masks cost arithmetic and no bytes.
-- Ranked F (the k-th largest magnitude): a first pass reads g, m, v and writes m, v, a bit, and a list of what lies near
-  the last threshold (20 1/8 and less than 1/8); four rounds read the list; the step reads the bits and, of m and v, the
-  groups that hold a marked element, and touches theta as above. Where the last threshold tells nothing each round
-  reads m and v whole, 8, and so does the step. With 16-bit moments, step-K or statistics the passes read g, m and v
-  instead, and the step is a whole one.
+- Ranked F: a first pass reads g, m, v and writes m, v, a bit, and a list of what lies near the last threshold (20 1/8
+  and less than 1/8); four rounds read the list; the step reads the bits and, of m and v, the groups that hold a marked
+  element, and touches theta as above. Where the last threshold tells nothing, each round and the step read m and v
+  whole, 8. With 16-bit moments, step-K or statistics the passes read g, m and v instead, and the step is a whole one.
 - Projection over tensors: one pass more over g and tau (over g, m, v and tau for the update). Over rows: nothing,
   since a program that owns a row finds it in the cache again.
 - Step-K: the anchor is read and written at merges, and only then is tau read.
-
-Contract: tensors are contiguous and of the dtypes that `layout.Specialization` names.
 """
 
 from __future__ import annotations
@@ -31,16 +28,8 @@ import triton
 import triton.language as tl
 
 from fused_merge.kernels import kth_largest, layout, memory, merge_stats, projection, scalars, step
-from fused_merge.kernels.layout import ENTRY, ENTRY_COLUMNS, SCALAR_COLUMNS
-
-
-@triton.jit
-def step_row(tensor_ptr, scalars_ptr, row, SPEC: tl.constexpr):
-    """The step of a row, projected as it goes."""
-    along = projection.row_products(tensor_ptr, scalars_ptr, row, SPEC)
-    for block in range(0, tl.cdiv(tl.load(tensor_ptr + ENTRY.row_length), SPEC.BLOCK)):
-        b = projection.block_of_row(tensor_ptr, scalars_ptr, row, block * SPEC.BLOCK, SPEC)
-        step.step_block(b, along, 0, (0, 0), SPEC)
+from fused_merge.kernels.kth_largest import SEARCH, SEARCH_COLUMNS
+from fused_merge.kernels.layout import ENTRY, Block
 
 
 @triton.jit
@@ -57,14 +46,17 @@ def merging_adamw_kernel(
     SPEC: tl.constexpr,
 ):
     """The step; one program a block of elements, or a row."""
+    index, number, tensor_ptr, own_scalars_ptr = layout.locate(programs_ptr, tensors_ptr, scalars_ptr)
     if SPEC.ROW_PROGRAMS:
-        _, row, tensor_ptr, own_scalars_ptr = layout.locate(
-            programs_ptr, tensors_ptr, scalars_ptr, ENTRY_COLUMNS, SCALAR_COLUMNS
-        )
         if scalars.advances(own_scalars_ptr):
-            step_row(tensor_ptr, own_scalars_ptr, row, SPEC)
+            along = projection.row_products(tensor_ptr, own_scalars_ptr, number, SPEC)
+            for block in range(0, tl.cdiv(tl.load(tensor_ptr + ENTRY.row_length), SPEC.BLOCK)):
+                base, inside = projection.block_of_row(tensor_ptr, number, block * SPEC.BLOCK, SPEC)
+                b = Block(tensor_ptr, own_scalars_ptr, base, inside if SPEC.MASKED else None)
+                step.step_block(b, along, 0, (0, 0), SPEC)
     else:
-        index, number, b = layout.locate_block(programs_ptr, tensors_ptr, scalars_ptr, SPEC)
+        base, inside = layout.block_of_tensor(tensor_ptr, number, SPEC)
+        b = Block(tensor_ptr, own_scalars_ptr, base, inside if SPEC.MASKED else None)
         kth = 0
         if SPEC.RANKED:
             kth = tl.load(thresholds_ptr + index)
@@ -72,7 +64,9 @@ def merging_adamw_kernel(
             if scalars.merges(b.scalars_ptr, SPEC):
                 words = kth_largest.first_word(b.tensor_ptr, SPEC.BLOCK) + number * (SPEC.BLOCK // 32)
                 marks = memory.load_bits(mark_bits_ptr + words, SPEC.BLOCK)
-                marks |= kth_largest.looks_at_all(search_ptr + index * kth_largest.SEARCH_COLUMNS)
+                # Where the threshold was sought among all elements, what is kept may have no mark.
+                listed = tl.load(search_ptr + index * SEARCH_COLUMNS + SEARCH.listed)
+                marks |= (listed < 0).to(tl.int32)
                 step.resume_block(b, projection.coefficients(b, coefficients_ptr, SPEC), kth, marks, SPEC)
         elif scalars.advances(b.scalars_ptr):
             block = tl.load(b.tensor_ptr + ENTRY.first_block) + number

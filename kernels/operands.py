@@ -74,19 +74,15 @@ def load_weight(b, SPEC: tl.constexpr):
 @triton.jit
 def random_bits(b, domain: tl.constexpr, SPEC: tl.constexpr):
     """The random 32 bits of each element at this step."""
-    return philox.random_bits(
-        b.base,
-        tl.load(b.tensor_ptr + ENTRY.offset),
-        tl.load(b.tensor_ptr + ENTRY.local_inner),
-        tl.load(b.tensor_ptr + ENTRY.global_inner),
-        tl.load(b.tensor_ptr + ENTRY.seed),
-        tl.load(b.scalars_ptr + SCALAR.step).to(tl.uint32),
-        tl.load(b.tensor_ptr + ENTRY.tensor_id).to(tl.uint32),
-        domain,
-        SPEC.STRIDED,
-        SPEC.QUADS,
-        SPEC.BLOCK,
+    entry_ptr = b.tensor_ptr
+    shard = (
+        tl.load(entry_ptr + ENTRY.offset),
+        tl.load(entry_ptr + ENTRY.local_inner),
+        tl.load(entry_ptr + ENTRY.global_inner),
     )
+    step = tl.load(b.scalars_ptr + SCALAR.step).to(tl.uint32)
+    key = tl.load(entry_ptr + ENTRY.seed), step, tl.load(entry_ptr + ENTRY.tensor_id).to(tl.uint32)
+    return philox.random_bits(b.base, shard, key, domain, SPEC.STRIDED, SPEC.QUADS, SPEC.BLOCK)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from fused_merge.eager import projection as eager
 from fused_merge.kernels import adamw, layout, memory, operands, sums
-from fused_merge.kernels.layout import ENTRY, ENTRY_COLUMNS, SCALAR, SCALAR_COLUMNS
+from fused_merge.kernels.layout import ENTRY, SCALAR, Block
 
 RESIDUE = tl.constexpr(eager.RESIDUE)
 # Blocks of a row that a program can project as it goes.
@@ -18,33 +18,33 @@ ROW_BLOCKS = tl.constexpr(256)
 
 
 @triton.jit
-def project(x, tau, dot, norm, rest_share, onto_share, HOW: tl.constexpr, ASCENT: tl.constexpr):
-    """`eager.projection.project` with dot = <x, tau> and norm = <tau, tau> given, one for all elements or one each."""
-    direction = norm > 0
-    component = tl.where(direction, tl.div_rn(dot, tl.where(direction, norm, 1.0)), 0.0) * tau
-    if HOW == "onto":
-        return tl.where(direction, rest_share * x + onto_share * component, x)
-    else:
-        tl.static_assert(HOW == "conflict")
-        rest = x - component
-        rest = tl.where(tl.abs(rest) < (tl.abs(x) + tl.abs(component)) * RESIDUE, 0.0, rest)
-        if ASCENT:
-            against = dot > 0
-        else:
-            against = dot < 0
-        return tl.where(direction & against, rest, x)
+def project(b, x, tau, along, SPEC: tl.constexpr, ON: tl.constexpr):
+    """`eager.projection.project` of a block, if the gradient or the update (ON) is projected.
 
-
-@triton.jit
-def project_if(b, x, tau_dense, along, SPEC: tl.constexpr, ON: tl.constexpr):
-    """x of a block, projected if the gradient or the update (ON) is; `along` is <x, tau> and <tau, tau>."""
+    `along` is <x, tau> and <tau, tau>, one for all elements or one each.
+    """
     if SPEC.PROJECT is None or SPEC.PROJECT_ON != ON:
         return x
     else:
         dot, norm = along
-        rest_share = tl.load(b.scalars_ptr + SCALAR.rest_share)
-        onto_share = tl.load(b.scalars_ptr + SCALAR.onto_share)
-        return project(x, tau_dense, dot, norm, rest_share, onto_share, SPEC.PROJECT, ON == "gradient")
+        direction = norm > 0
+        component = tl.where(direction, tl.div_rn(dot, tl.where(direction, norm, 1.0)), 0.0) * tau
+        if SPEC.PROJECT == "onto":
+            rest_share, onto_share = (
+                tl.load(b.scalars_ptr + SCALAR.rest_share),
+                tl.load(b.scalars_ptr + SCALAR.onto_share),
+            )
+            return tl.where(direction, rest_share * x + onto_share * component, x)
+        else:
+            tl.static_assert(SPEC.PROJECT == "conflict")
+            rest = x - component
+            rest = tl.where(tl.abs(rest) < (tl.abs(x) + tl.abs(component)) * RESIDUE, 0.0, rest)
+            # A gradient points uphill: the step goes along -g.
+            if ON == "gradient":
+                against = dot > 0
+            else:
+                against = dot < 0
+            return tl.where(direction & against, rest, x)
 
 
 @triton.jit
@@ -74,14 +74,14 @@ def products(b, SPEC: tl.constexpr):
 
 
 @triton.jit
-def block_of_row(tensor_ptr, scalars_ptr, row, offset, SPEC: tl.constexpr):
-    """The block that begins at element `offset` of a row."""
+def block_of_row(tensor_ptr, row, offset, SPEC: tl.constexpr):
+    """The first element of the block at `offset` in a row, and which of its elements the row has."""
     row_length = tl.load(tensor_ptr + ENTRY.row_length)
     start, left = row * row_length, row_length - offset
     if SPEC.ALIGNED:
         # Rows begin and end as aligned as the tensor does: bounds do not forbid wide accesses.
         start, left = tl.multiple_of(start, 8), tl.multiple_of(left, 8)
-    return layout.block_at(tensor_ptr, scalars_ptr, start + offset, left, SPEC)
+    return start + offset, tl.arange(0, SPEC.BLOCK) < left
 
 
 @triton.jit
@@ -91,7 +91,8 @@ def row_products(tensor_ptr, scalars_ptr, row, SPEC: tl.constexpr):
     dots = tl.zeros((ROW_BLOCKS,), tl.float32)
     norms = tl.zeros((ROW_BLOCKS,), tl.float32)
     for block in range(0, tl.cdiv(tl.load(tensor_ptr + ENTRY.row_length), SPEC.BLOCK)):
-        dot, norm = products(block_of_row(tensor_ptr, scalars_ptr, row, block * SPEC.BLOCK, SPEC), SPEC)
+        base, inside = block_of_row(tensor_ptr, row, block * SPEC.BLOCK, SPEC)
+        dot, norm = products(Block(tensor_ptr, scalars_ptr, base, inside if SPEC.MASKED else None), SPEC)
         dots = tl.where(blocks == block, dot, dots)
         norms = tl.where(blocks == block, norm, norms)
     return sums.tree(dots, ROW_BLOCKS), sums.tree(norms, ROW_BLOCKS)
@@ -106,15 +107,13 @@ def project_kernel(
     SPEC: tl.constexpr,
 ):
     """<x, tau> and <tau, tau> of what is projected: sums of a block, or those of a row."""
+    _, number, tensor_ptr, own_scalars_ptr = layout.locate(programs_ptr, tensors_ptr, scalars_ptr)
     if SPEC.PROJECT_ROWS:
-        _, row, tensor_ptr, own_scalars_ptr = layout.locate(
-            programs_ptr, tensors_ptr, scalars_ptr, ENTRY_COLUMNS, SCALAR_COLUMNS
-        )
-        dot, norm = row_products(tensor_ptr, own_scalars_ptr, row, SPEC)
-        at = out_ptr + 2 * (tl.load(tensor_ptr + ENTRY.first_coefficient) + row)
+        dot, norm = row_products(tensor_ptr, own_scalars_ptr, number, SPEC)
+        at = out_ptr + 2 * (tl.load(tensor_ptr + ENTRY.first_coefficient) + number)
     else:
-        _, number, b = layout.locate_block(programs_ptr, tensors_ptr, scalars_ptr, SPEC)
-        dot, norm = products(b, SPEC)
-        at = out_ptr + 2 * (tl.load(b.tensor_ptr + ENTRY.first_block) + number)
+        base, inside = layout.block_of_tensor(tensor_ptr, number, SPEC)
+        dot, norm = products(Block(tensor_ptr, own_scalars_ptr, base, inside if SPEC.MASKED else None), SPEC)
+        at = out_ptr + 2 * (tl.load(tensor_ptr + ENTRY.first_block) + number)
     tl.store(at, dot)
     tl.store(at + 1, norm)

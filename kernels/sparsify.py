@@ -1,13 +1,11 @@
-"""F on loaded values; the equations of `fused_merge/eager/sparsify.py`.
-
-A new F that compares with the k-th largest magnitude is a function, a name in `RANKED` and a line of `by_rank`.
-"""
+"""F on loaded values, as in `fused_merge/eager/sparsify.py`; a new F is a function and a line of `step.sparsified`."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+# Those that compare with the k-th largest magnitude.
 RANKED = ("magnitude", "soft_threshold")
 
 
@@ -35,13 +33,3 @@ def soft_threshold(x, kth):
     threshold = kth.to(tl.float32, bitcast=True)
     shrunk = tl.where(tl.abs(x) > threshold, x - tl.where(x < 0, -threshold, threshold), 0.0)
     return tl.where(x == x, shrunk, x)
-
-
-@triton.jit
-def by_rank(x, kth, SPARSIFY: tl.constexpr):
-    """F(x) for the F that compare with the k-th largest magnitude."""
-    if SPARSIFY == "magnitude":
-        return magnitude(x, kth)
-    else:
-        tl.static_assert(SPARSIFY == "soft_threshold")
-        return soft_threshold(x, kth)

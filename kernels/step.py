@@ -12,9 +12,9 @@ from fused_merge.kernels.layout import ENTRY, SCALAR
 @triton.jit
 def fresh_update(b, tau_dense, along, SPEC: tl.constexpr):
     """The moments after this step and u, with what is projected projected; `along` is <x, tau> and <tau, tau>."""
-    g = projection.project_if(b, operands.gradient(b, SPEC), tau_dense, along, SPEC, "gradient")
+    g = projection.project(b, operands.gradient(b, SPEC), tau_dense, along, SPEC, "gradient")
     m, v, u = adamw.advance(b, g, SPEC)
-    return m, v, projection.project_if(b, u, tau_dense, along, SPEC, "update")
+    return m, v, projection.project(b, u, tau_dense, along, SPEC, "update")
 
 
 @triton.jit
@@ -28,8 +28,10 @@ def since_anchor(b, decayed, u, SPEC: tl.constexpr):
 @triton.jit
 def sparsified(b, u, kth, SPEC: tl.constexpr):
     """F(u)."""
-    if SPEC.RANKED:
-        return sparsify.by_rank(u, kth, SPEC.SPARSIFY)
+    if SPEC.SPARSIFY == "magnitude":
+        return sparsify.magnitude(u, kth)
+    elif SPEC.SPARSIFY == "soft_threshold":
+        return sparsify.soft_threshold(u, kth)
     elif SPEC.SPARSIFY == "random":
         threshold = tl.load(b.tensor_ptr + ENTRY.keep_threshold).to(tl.uint32)
         return sparsify.random(u, operands.random_bits(b, operands.UPDATE_DOMAIN, SPEC), threshold)
@@ -43,7 +45,8 @@ def merge(b, u_kept, tau, SPEC: tl.constexpr):
     """F(u) ⊕ F(tau)."""
     update_weight = tl.load(b.scalars_ptr + SCALAR.update_weight)
     tau_weight = tl.load(b.scalars_ptr + SCALAR.tau_weight)
-    return consensus.merge(u_kept, tau, update_weight, tau_weight, SPEC.CONSENSUS)
+    CONSENSUS: tl.constexpr = SPEC.CONSENSUS
+    return consensus.merge(u_kept, tau, update_weight, tau_weight, CONSENSUS)
 
 
 @triton.jit
@@ -111,7 +114,7 @@ def update_again(b, along, SPEC: tl.constexpr):
     if SPEC.RESUMES:
         # Of 0, an IEEE root takes the long way: what is left out is 1.
         m, v = operands.load_moments(b, SPEC, 1)
-        return projection.project_if(b, adamw.update_of(b, m, v), tau_dense, along, SPEC, "update")
+        return projection.project(b, adamw.update(b, m, v), tau_dense, along, SPEC, "update")
     else:
         _, _, u = fresh_update(b, tau_dense, along, SPEC)
         return update_since_merge(b, u, SPEC)
@@ -123,7 +126,4 @@ def resume_block(b, along, kth, marks, SPEC: tl.constexpr):
     u = update_again(memory.near(b, marks, SPEC), along, SPEC)
     # What is not marked is dropped without having been looked at.
     u_kept = tl.where(marks != 0, sparsified(b, u, kth, SPEC), 0.0)
-    tau_dense = 0.0
-    if SPEC.PROJECT is not None and SPEC.TAU_DENSE is None and not SPEC.SPARSE:
-        tau_dense = operands.load_tau_dense(b, SPEC)
-    add_merged(b, u, u_kept, tau_dense, (0, 0), SPEC)
+    add_merged(b, u, u_kept, operands.load_tau_dense(b, SPEC), (0, 0), SPEC)

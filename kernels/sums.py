@@ -10,6 +10,7 @@ Bytes per element: what x, y and z take, each read once; the difference is never
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_merge.kernels import layout, memory
-from fused_merge.kernels.layout import Columns
+from fused_merge.kernels.layout import Block, Columns
 
 # Block sums that one program adds up.
 FAN_IN = 1024
@@ -59,16 +60,8 @@ def tree_kernel(
         tl.store(out_ptr + program.to(tl.int64) * COLUMNS + column, tree(x, SIZE))
 
 
-class TripleEntry(NamedTuple):
-    """What a launch knows of x, y and z, int64: addresses (0 where there is nothing) and numbers."""
-
-    x: int
-    y: int
-    z: int
-    numel: int
-    first_block: int  # of these tensors, among the blocks of all
-
-
+# What a launch knows of x, y and z, int64; `first_block` is that of these tensors among the blocks of all.
+TripleEntry = namedtuple("TripleEntry", "x y z numel first_block")
 TRIPLE = Columns(TripleEntry)
 TRIPLE_COLUMNS = tl.constexpr(TRIPLE.count)
 
@@ -95,7 +88,8 @@ def inner_products_kernel(
     """<s*x, y - z> of a block of elements: a node of the tree."""
     _, number, triple_ptr, _ = layout.locate(programs_ptr, triples_ptr, scale_ptr, TRIPLE_COLUMNS, 0)
     base = number * SPEC.BLOCK
-    b = layout.block_at(triple_ptr, scale_ptr, base, tl.load(triple_ptr + TRIPLE.numel) - base, SPEC)
+    inside = tl.arange(0, SPEC.BLOCK) < tl.load(triple_ptr + TRIPLE.numel) - base
+    b = Block(triple_ptr, scale_ptr, base, inside if SPEC.MASKED else None)
     x = tl.load(scale_ptr) * memory.load(b, TRIPLE.x, SPEC.X, SPEC).to(tl.float32)
     y = x
     if SPEC.Y is not None:
@@ -141,47 +135,30 @@ def why_unsupported(triple: Triple) -> str | None:
     return None
 
 
-class Launch(NamedTuple):
-    """The products of all tensors that share a `Specialization`."""
-
-    spec: Specialization
-    members: list[int]  # the numbers of the tensors
-    programs: layout.Programs
-    triples: Tensor
-    add_up: Reduction
+# The products of all tensors that share a `Specialization`, these by their numbers: programs, entries, block sums.
+Launch = tuple[Specialization, list[int], layout.Programs, Tensor, Reduction]
 
 
-class Plan:
-    """What repeated products of the same tensors keep on a device: their layout."""
-
-    def __init__(self) -> None:
-        self._launches: layout.Remembered[list[Launch]] = layout.Remembered()
-
-    def launches(self, triples: Sequence[Triple], block: int) -> list[Launch]:
-        """Return the launches of these tensors, made again if anything about them has changed."""
-
-        def make() -> list[Launch]:
-            groups: dict[Specialization, list[int]] = {}
-            for index, triple in enumerate(triples):
-                dtypes = (None if x is None else layout.TL_DTYPE[x.dtype] for x in triple)
-                spec = Specialization(*dtypes, ALIGNED=layout.is_aligned(triple), BLOCK=block)
-                groups.setdefault(spec, []).append(index)
-            return [_launch(spec, members, [triples[i] for i in members]) for spec, members in groups.items()]
-
-        tensors = [[x is not None and (x.data_ptr(), x.numel(), x.dtype) for x in triple] for triple in triples]
-        return self._launches.get((block, tensors), make)
+class Plan(layout.Remembered[list[Launch]]):
+    """What repeated products of the same tensors keep on a device: their tables."""
 
 
-def _launch(spec: Specialization, members: list[int], triples: Sequence[Triple]) -> Launch:
-    device = triples[0][0].device
-    numels = tuple(x.numel() for x, _, _ in triples)
-    counts = [layout.block_count(numel, spec.BLOCK) for numel in numels]
-    entries = [
-        TripleEntry(*(0 if x is None else x.data_ptr() for x in triple), numel, first_block)
-        for triple, numel, first_block in zip(triples, numels, accumulate(counts, initial=0), strict=False)
-    ]
-    table = torch.tensor(entries, dtype=torch.int64).to(device, non_blocking=True)
-    return Launch(spec, members, layout.split_programs(numels, spec.BLOCK, device), table, Reduction(counts, device))
+def _launches(triples: Sequence[Triple], block: int) -> list[Launch]:
+    dtypes = [[None if x is None else layout.TL_DTYPE[x.dtype] for x in triple] for triple in triples]
+    aligned = map(layout.is_aligned, triples)
+    groups = layout.group(Specialization(*own, wide, block) for own, wide in zip(dtypes, aligned, strict=True))
+    device, launches = triples[0][0].device, []
+    for spec, members in groups.items():
+        numels = tuple(triples[i][0].numel() for i in members)
+        counts = [layout.block_count(numel, block) for numel in numels]
+        entries = [
+            TripleEntry(*(0 if x is None else x.data_ptr() for x in triples[i]), numel, first_block)
+            for i, numel, first_block in zip(members, numels, accumulate(counts, initial=0), strict=False)
+        ]
+        table = torch.tensor(entries, dtype=torch.int64).to(device, non_blocking=True)
+        programs = layout.split_programs(numels, block, device)
+        launches.append((spec, members, programs, table, Reduction(counts, device)))
+    return launches
 
 
 def inner_products(
@@ -197,7 +174,9 @@ def inner_products(
     """
     contiguous = [(x.contiguous(), *(t if t is None else t.contiguous() for t in others)) for x, *others in triples]
     results: list[Tensor] = [scale] * len(triples)
-    for spec, members, programs, table, add_up in (plan or Plan()).launches(contiguous, block):
+    tensors = [[x is not None and (x.data_ptr(), x.numel(), x.dtype) for x in triple] for triple in contiguous]
+    launches = (plan or Plan()).get((block, tensors), lambda: _launches(contiguous, block))
+    for spec, members, programs, table, add_up in launches:
         out = torch.empty(sum(map(len, programs)), 1, dtype=torch.float32, device=scale.device)
         layout.launch(inner_products_kernel, programs, table, scale, out, spec=spec)
         for member, product in zip(members, add_up(out).unbind(), strict=True):

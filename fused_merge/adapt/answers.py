@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from fused_merge.adapt.adapt import adapt_ratios, answer_loss
-from fused_merge.adapt.options import AnswerOptions, SamplingOptions, check_share
+from fused_merge.adapt.options import AnswerOptions, RateOptions, SamplingOptions, TargetOptions, check_share
 from fused_merge.checkpoints.interpolate import plan_interpolation
 from fused_merge.functional.backend import check_device
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.io.transformers import import_function, load_model, load_tokenizer, stored_dtype
-from fused_merge.options import documented, resolve
+from fused_merge.options import documented, resolve, split
 from fused_merge.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -170,16 +170,8 @@ def adapt_checkpoints(
     plan_interpolation(base, tuned, {MODEL: o["mean_ratio"]}, out)
     model = load_model(source.path, check_device(o["device"]), o["dtype"] or stored_dtype(source))
     tokenizer = load_tokenizer(source.path)
-    answers = sample_answers(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=o["max_new_tokens"],
-        temperature=o["temperature"],
-        batch_size=o["batch_size"],
-        seed=o["seed"],
-        progress=o["progress"],
-    )
+    sampling, target, rate, _ = split(options, SamplingOptions, TargetOptions, RateOptions, AnswerOptions)
+    answers = sample_answers(model, tokenizer, prompts, **sampling)
     if not answers:
         raise ValueError(f"{tuned} answers none of {len(prompts)} prompts; give others, or a higher temperature")
     if reward is not None:
@@ -188,19 +180,7 @@ def adapt_checkpoints(
     out.mkdir(parents=True, exist_ok=True)
     padding = tokenizer.pad_token_id or 0
     batches = answer_batches(answers, batch_size=o["batch_size"], padding=padding, device=model.device)
-    found = adapt_ratios(
-        model,
-        base,
-        tuned,
-        answer_loss,
-        batches,
-        o["mean_ratio"],
-        o["parts"],
-        o["steps"],
-        lr=o["lr"],
-        journal=out / JOURNAL,
-        progress=o["progress"],
-    )
+    found = adapt_ratios(model, base, tuned, answer_loss, batches, **target, **rate, journal=out / JOURNAL)
     found.save(out / RATIOS)
     (written,) = plan_interpolation(base, tuned, {MODEL: found}, out).run(device=o["device"], progress=o["progress"])
     return written

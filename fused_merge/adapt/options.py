@@ -46,18 +46,16 @@ class TargetOptions(TypedDict, total=False):
     """What is searched for: options of `adapt_ratios` and `adapt_checkpoints`.
 
     Options:
-        mean_ratio: rho, in [0, 1]: the unweighted mean over the parts, kept to 1e-9.
-        parts: K equal slices by depth, or a `LayerRatios` whose parts are taken and whose ratios, projected, are the
-            start, except with `parametrization="paper"`, which starts at rho everywhere.
-        steps: at most so many updates; without gradients, so many evaluations.
+        mean_ratio: mean of the ratios over the parts (rho), in [0, 1]; unweighted, and kept to 1e-9.
+        parts: number of equal slices of the layers, each with a ratio of its own; or a `LayerRatios` whose parts are
+            taken and whose ratios, projected, are the start, except with `parametrization="paper"`, which starts at
+            rho everywhere.
+        steps: at most so many updates of the ratios; without gradients, so many evaluations.
     """
 
-    mean_ratio: Annotated[float, Option(0.4, within(0, 1), cli={"help": "Mean of the ratios over the parts."})]
-    parts: Annotated[
-        "int | LayerRatios",
-        Option(3, cli={"help": "Equal slices of the layers, each with a ratio of its own.", "min": 1}),
-    ]
-    steps: Annotated[int, Option(100, at_least(1), cli={"help": "Updates of the ratios.", "min": 1})]
+    mean_ratio: Annotated[float, Option(0.4, within(0, 1), cli={})]
+    parts: Annotated["int | LayerRatios", Option(3, cli={"min": 1})]
+    steps: Annotated[int, Option(100, at_least(1), cli={"min": 1})]
 
 
 @definition
@@ -68,7 +66,7 @@ class RateOptions(ProgressOption, total=False):
         lr: how far a ratio may move in the first step.
     """
 
-    lr: Annotated[float, Option(0.05, _check_lr, cli={"help": "How far a ratio may move in the first step."})]
+    lr: Annotated[float, Option(0.05, _check_lr, cli={})]
 
 
 @definition
@@ -111,20 +109,16 @@ class SamplingOptions(ProgressOption, total=False):
     """The options of `sample_answers`.
 
     Options:
-        max_new_tokens: maximum length of an answer.
-        temperature: sampling temperature; 0 takes the likeliest token.
-        batch_size: how many prompts are answered at once.
-        seed: seed of the samples; the caller's random numbers are not touched.
+        max_new_tokens: maximum length of an answer, in tokens.
+        temperature: sampling temperature of the answers; 0 takes the likeliest token.
+        batch_size: number of prompts that are answered at once.
+        seed: seed of the answers; the caller's random numbers are not touched.
     """
 
-    max_new_tokens: Annotated[
-        int, Option(128, at_least(1), cli={"help": "Maximum length of an answer, in tokens.", "min": 1})
-    ]
-    temperature: Annotated[
-        float, Option(1.0, at_least(0), cli={"help": "Sampling temperature of the answers.", "min": 0.0})
-    ]
-    batch_size: Annotated[int, Option(8, at_least(1), cli={"help": "Answers at once.", "min": 1})]
-    seed: Annotated[int, Option(0, cli={"help": "Seed of the answers."})]
+    max_new_tokens: Annotated[int, Option(128, at_least(1), cli={"min": 1})]
+    temperature: Annotated[float, Option(1.0, at_least(0), cli={"min": 0.0})]
+    batch_size: Annotated[int, Option(8, at_least(1), cli={"min": 1})]
+    seed: Annotated[int, Option(0, cli={})]
 
 
 @definition
@@ -132,20 +126,10 @@ class AnswerOptions(TargetOptions, RateOptions, SamplingOptions, ModelOptions, t
     """The options of `adapt_checkpoints`.
 
     Options:
-        reward: `"module:function"`, called with a list of (prompt, answer) texts, which returns a number for each; only
-            the `best` share is kept. None keeps all.
-        best: share of the answers to keep, in (0, 1].
+        reward: function of a list of (prompt, answer) texts that returns a number for each, as `"module:function"`;
+            only the `best` share is kept. None keeps all.
+        best: share of the answers to keep with `reward`, in (0, 1].
     """
 
-    reward: Annotated[
-        "str | None",
-        Option(
-            None,
-            cli={
-                "type": str,
-                "metavar": "MODULE:FUNCTION",
-                "help": "Takes a list of (prompt, answer), returns a number for each; only the best are kept.",
-            },
-        ),
-    ]
-    best: Annotated[float, Option(0.4, check_share, cli={"help": "Share of the answers to keep, with --reward."})]
+    reward: Annotated["str | None", Option(None, cli={"metavar": "MODULE:FUNCTION"})]
+    best: Annotated[float, Option(0.4, check_share, cli={})]

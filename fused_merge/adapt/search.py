@@ -57,9 +57,9 @@ class Search(ABC):
     def learn(self, loss: float, gradient: Vector | None) -> None:
         """Take the outcome of the last proposal."""
 
-    @abstractmethod
     def best(self) -> Vector:
         """Return the ratios that it would choose now."""
+        return self.propose()
 
 
 class ProjectedAdam(Search):
@@ -87,10 +87,6 @@ class ProjectedAdam(Search):
             metric = np.maximum(root, _FLOOR * root.max())
             self._ratios = project_ratios(self._ratios - step / metric, self._mean, metric)
 
-    def best(self) -> Vector:
-        """Return the ratios that it would choose now."""
-        return self._ratios
-
 
 class SigmoidAdam(Search):
     """Adam on w, with r_k = K * rho * (sigmoid(w_k) + e) / sum of the same, as in the paper's code."""
@@ -115,10 +111,6 @@ class SigmoidAdam(Search):
         by_w = len(share) * self._mean / share.sum() * sigmoid * (1 - sigmoid) * (gradient - np.sum(weight * gradient))
         step, root = self._adam.step(by_w)
         self._w = self._w - step / np.where(root > 0, root, 1.0)
-
-    def best(self) -> Vector:
-        """Return the ratios that it would choose now."""
-        return self.propose()
 
     def _sigmoid(self) -> Vector:
         sigmoid: Vector = 1.0 / (1.0 + np.exp(-self._w))

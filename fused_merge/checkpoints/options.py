@@ -6,16 +6,13 @@ This module imports no torch, so that the command line can show its help at once
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
+from fused_merge.io.options import check_dtype
 from fused_merge.options import Option, at_least, definition, one_of, optional, options_of
-from fused_merge.per_tensor import parse_bytes, parse_dtype
+from fused_merge.per_tensor import parse_bytes
 from fused_merge.progress import ProgressOption
 
 if TYPE_CHECKING:
     import torch
-
-
-def _check_dtype(name: str, dtype: Any) -> Any:
-    return parse_dtype(dtype, what=name)
 
 
 def _check_bytes(name: str, size: int | str) -> int:
@@ -51,7 +48,7 @@ class PlanOptions(FileOptions, total=False):
             `files_from` names, and rows that only this one has are copied.
     """
 
-    dtype: Annotated["torch.dtype | str | None", Option(None, _check_dtype, cli={"show_default": "as stored"})]
+    dtype: Annotated["torch.dtype | str | None", Option(None, check_dtype, cli={"show_default": "as stored"})]
     unmatched: Annotated[str, Option("refuse", one_of("refuse", "copy", "drop"), cli={})]
     align_vocabulary: Annotated[bool, Option(False, cli={})]
 

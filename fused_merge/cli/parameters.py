@@ -114,7 +114,7 @@ def wanted_ratios(ratios: list[float] | None, file: Path | None) -> list[float] 
     """Return the ratios of --ratios, or those of --ratios-file by name; the file is JSON if it is named so, else YAML.
 
     Raises BadParameter if neither or both are given, ValueError if the file holds anything but {name: number or
-    {regular expression: number}}, ImportError for YAML without PyYAML, and OSError if the file cannot be read.
+    {regular expression: number}}, and else as `read_plain`.
     """
     if file is None:
         if ratios is None:
@@ -122,7 +122,9 @@ def wanted_ratios(ratios: list[float] | None, file: Path | None) -> list[float] 
         return ratios
     if ratios is not None:
         raise BadParameter("--ratios and --ratios-file exclude each other; give one")
-    content = _read(file)
+    from fused_merge.io.plain import read_plain
+
+    content = read_plain(file)
     if not (content and isinstance(content, dict)):
         raise ValueError(f"{file} must map folder names to ratios, such as 'half: 0.5'; correct it")
     for folder, ratio in content.items():
@@ -136,20 +138,6 @@ def wanted_ratios(ratios: list[float] | None, file: Path | None) -> list[float] 
                 "expressions to numbers"
             )
     return content
-
-
-def _read(path: Path) -> Any:
-    text, is_json = path.read_bytes(), path.suffix == ".json"
-    try:
-        if is_json:
-            return json.loads(text)
-        import yaml
-
-        return yaml.safe_load(text)
-    except ImportError as error:
-        raise ImportError(f"{path} needs PyYAML: pip install 'fused_merge[cli]', or write a .json file") from error
-    except Exception as error:
-        raise ValueError(f"{path} is not {'JSON' if is_json else 'YAML'} ({error}); correct it") from error
 
 
 Base = Annotated[Path, typer.Argument(help="Safetensors file or Hugging Face folder: ratio 0.")]

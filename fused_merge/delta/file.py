@@ -4,7 +4,7 @@ Dense, it holds tau under the canonical names. Sparse, it holds `NAME.mask` and 
 format of `fused_merge.eager.sparse`. docs/reference_delta.md has the layout and a reader in numpy. Its metadata:
 
 * `format`: `"pt"`.
-* `fused_merge.delta.reference_delta`: version of this layout, `"1"`.
+* `fused_merge.reference_delta`: version of this layout, `"1"`.
 * `identity`: of the dense delta, whatever the file holds; see `ReferenceDelta.identity`.
 * `method`, `reserve_rate`, `seed`: how a sparse delta was made; absent in dense ones.
 * `tensors`: JSON, `[[name, dtype, shape], ...]`, dtypes by their safetensors code.
@@ -32,7 +32,7 @@ from fused_merge.io.headers import CODES, DTYPES
 from fused_merge.io.sources import FileSource, PathLike, bits, open_files
 from fused_merge.io.writer import Manifest, SafetensorsWriter
 
-_VERSION_KEY = "fused_merge.delta.reference_delta"
+_VERSION_KEY = "fused_merge.reference_delta"
 _VERSION = "1"
 _MASK, _VALUES = ".mask", ".values"
 # Bytes of each tensor that the identity of a delta depends on.

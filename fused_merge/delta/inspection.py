@@ -6,7 +6,8 @@ Everything is read tensor by tensor and added up in fp64; the sums of a layer ar
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections import defaultdict
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
@@ -21,34 +22,6 @@ from fused_merge.progress import progress_bar
 
 # Elements converted to fp64 at once.
 _CHUNK = 1 << 20
-
-
-@dataclass
-class _Sums:
-    numel: float = 0
-    squares: float = 0  # of tau
-    nonzero: float = 0
-    base: float = 0  # squares of the base
-    top: float = 0  # elements that top-p keeps
-    other: float = 0  # squares of the other delta
-    dot: float = 0
-    both: float = 0  # elements at which neither delta is zero
-    agree: float = 0  # of these, those with equal signs
-
-    def add(self, more: _Sums) -> None:
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(more, field.name))
-
-    def measurements(self) -> dict[str, float | None]:
-        return {
-            "numel": self.numel,
-            "norm": math.sqrt(self.squares),
-            "density": _quotient(self.nonzero, self.numel),
-            "relative_norm": _quotient(math.sqrt(self.squares), math.sqrt(self.base)),
-            "kept": _quotient(self.top, self.numel),
-            "cosine": _quotient(self.dot, math.sqrt(self.squares) * math.sqrt(self.other)),
-            "sign_agreement": _quotient(self.agree, self.both),
-        }
 
 
 def inspect_delta(
@@ -82,29 +55,28 @@ def inspect_delta(
         raise ValueError(f"reserve_rate must lie in (0, 1], got {reserve_rate}")
     weights = None if base is None else open_source(base, role="base")
     _check_same(delta, weights, other)
-    layers: dict[str, _Sums] = {}
-    tensors: dict[str, _Sums] = {}
-    everything = _Sums()
+    tensors: dict[str, Mapping[str, float]] = {}
+    layers: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(int))
+    everything: defaultdict[str, float] = defaultdict(int)
     nbytes = {name: prod(delta.shape(name)) * delta.dtype(name).itemsize for name in delta.names}
     with progress_bar("inspecting the reference delta", sum(nbytes.values())) as advance:
         for name in delta.names:
-            sums = _measure(
+            tensors[name] = sums = _measure(
                 name,
                 delta.tensor(name),
                 None if weights is None else weights[name],
                 None if other is None else other.tensor(name),
                 reserve_rate,
             )
-            tensors[name] = sums
-            layers.setdefault(layer_name(name), _Sums()).add(sums)
-            everything.add(sums)
+            for key, value in sums.items():
+                layers[layer_name(name)][key] += value
+                everything[key] += value
             advance(nbytes[name])
     asked = {"relative_norm": base is not None, "kept": reserve_rate is not None}
     asked |= dict.fromkeys(("cosine", "sign_agreement"), other is not None)
     return [
-        {"scope": scope, "name": name}
-        | {key: value for key, value in sums.measurements().items() if asked.get(key, True)}
-        for scope, group in (("tensor", tensors), ("layer", layers), ("all", {"all": everything}))
+        {"scope": scope, "name": name} | {key: value for key, value in _measures(sums).items() if asked.get(key, True)}
+        for scope, group in (("tensor", tensors), ("layer", dict(layers)), ("all", {"all": everything}))
         for name, sums in group.items()
     ]
 
@@ -135,27 +107,42 @@ def _check_same(delta: ReferenceDelta, base: TensorSource | None, other: Referen
         raise ValueError(f"only the other reference delta holds {some(map(repr, extra))}; both must be of one model")
 
 
-def _measure(name: str, tau: Tensor, base: Tensor | None, other: Tensor | None, rate: float | None) -> _Sums:
-    sums = _Sums(numel=tau.numel())
+def _measure(name: str, tau: Tensor, base: Tensor | None, other: Tensor | None, rate: float | None) -> dict[str, float]:
+    """Return what can be added up over tensors; squares are of norms, and `both` is where neither delta is zero."""
+    sums: defaultdict[str, float] = defaultdict(int, numel=tau.numel())
     if rate is not None:
         kept = sparsify_tau(tau, name=name, method="magnitude", reserve_rate=rate, seed=0)
-        sums.top = int(kept.count_nonzero())
+        sums["top"] = int(kept.count_nonzero())
     chunks = [_chunks(tensor) for tensor in (tau, base, other)]
     for i, part in enumerate(chunks[0]):
         x = part.double()
-        sums.squares += float(x.dot(x))
-        sums.nonzero += int(x.count_nonzero())
+        sums["tau_squares"] += float(x.dot(x))
+        sums["nonzero"] += int(x.count_nonzero())
         if base is not None:
             b = chunks[1][i].to(x)
-            sums.base += float(b.dot(b))
+            sums["base_squares"] += float(b.dot(b))
         if other is not None:
             y = chunks[2][i].double()
             both = (x != 0) & (y != 0)
-            sums.other += float(y.dot(y))
-            sums.dot += float(x.dot(y))
-            sums.both += int(both.sum())
-            sums.agree += int((both & ((x > 0) == (y > 0))).sum())
+            sums["other_squares"] += float(y.dot(y))
+            sums["dot"] += float(x.dot(y))
+            sums["both"] += int(both.sum())
+            sums["agree"] += int((both & ((x > 0) == (y > 0))).sum())
     return sums
+
+
+def _measures(sums: Mapping[str, float]) -> dict[str, float | None]:
+    numel = sums["numel"]
+    norm, base, other = (math.sqrt(sums.get(f"{of}_squares", 0.0)) for of in ("tau", "base", "other"))
+    return {
+        "numel": numel,
+        "norm": norm,
+        "density": _quotient(sums.get("nonzero", 0), numel),
+        "relative_norm": _quotient(norm, base),
+        "kept": _quotient(sums.get("top", 0), numel),
+        "cosine": _quotient(sums.get("dot", 0), norm * other),
+        "sign_agreement": _quotient(sums.get("agree", 0), sums.get("both", 0)),
+    }
 
 
 def _chunks(tensor: Tensor | None) -> tuple[Tensor, ...]:

@@ -192,19 +192,11 @@ class ReferenceDelta:
         return f"<ReferenceDelta: {len(self)} tensors, {self.nbytes / 1e6:.3g} MB, {how}{where}>"
 
     def shape(self, name: str) -> torch.Size:
-        """Return the shape of a tensor; reads no data.
-
-        Raises:
-            KeyError: if there is none of that name.
-        """
+        """Return the shape of a tensor, or raise KeyError if there is none of that name; reads no data."""
         return self._spec(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of a tensor; reads no data.
-
-        Raises:
-            KeyError: if there is none of that name.
-        """
+        """Return the dtype of a tensor, or raise KeyError if there is none of that name; reads no data."""
         return self._spec(name).dtype
 
     def tensor(self, name: str) -> Tensor:

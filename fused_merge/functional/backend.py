@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -41,11 +42,7 @@ def why_not_compiled(device: torch.device) -> str | None:
 
 
 def check_device(device: str | torch.device) -> torch.device:
-    """Return a device that can compute here.
-
-    Raises:
-        ValueError: if there is none of that name.
-    """
+    """Return a device that can compute here, or raise ValueError."""
     try:
         where = torch.device(device)
     except RuntimeError as error:
@@ -56,11 +53,7 @@ def check_device(device: str | torch.device) -> torch.device:
 
 
 def check_impl(impl: str) -> str:
-    """Return the implementation asked for, after `FUSED_MERGE_IMPL` had its say.
-
-    Raises:
-        ValueError: if it is not one of `IMPLS`.
-    """
+    """Return the implementation asked for, after `FUSED_MERGE_IMPL` had its say; ValueError if there is none such."""
     override = os.environ.get("FUSED_MERGE_IMPL")
     asked, source = (override, "FUSED_MERGE_IMPL") if override else (impl, "impl")
     if asked not in IMPLS:
@@ -104,16 +97,10 @@ class Share(NamedTuple):
 
 
 def choose(impl: str, tensors: Sequence[Tensor], *, worth_compiling: bool = False) -> dict[torch.device, str]:
-    """Return the backend for each device that the tensors are on; see `resolve`.
-
-    Args:
-        impl: as asked for.
-        tensors: whose devices and sizes decide.
-        worth_compiling: whether the same will run so often that "auto" may compile it.
-    """
-    numels: dict[torch.device, int] = {}
+    """Return the backend for each device of the tensors; "auto" may only compile what will run often enough."""
+    numels = Counter[torch.device]()
     for tensor in tensors:
-        numels[tensor.device] = numels.get(tensor.device, 0) + tensor.numel()
+        numels[tensor.device] += tensor.numel()
     return {device: resolve(impl, device, numel if worth_compiling else 0) for device, numel in numels.items()}
 
 
@@ -127,14 +114,9 @@ def group(
     """Decide what runs which tensors, before anything is changed.
 
     Args:
-        impl: as asked for.
-        chosen: what `choose` returned.
-        tensors: whose devices decide.
+        impl, tensors: as for `choose`, which returned `chosen`.
         names: tensor names, used in error messages.
-        refusals: why the kernels cannot take each tensor, or None.
-
-    Raises:
-        RuntimeError: if `impl` is "triton" and a tensor is refused.
+        refusals: why the kernels cannot take each tensor, or None; a RuntimeError if `impl` is "triton".
     """
     explicit = check_impl(impl) == "triton"
     shares: dict[tuple[str, torch.device], Share] = {}

@@ -68,10 +68,7 @@ def prepare(
     workspace: Workspace,
     impl: str,
 ) -> PreparedStep:
-    """Check everything that a step needs and decide what runs it; nothing is changed.
-
-    Args and errors are those of `merging_adamw_`.
-    """
+    """Check everything that a step needs and decide what runs it; args and errors are those of `merging_adamw_`."""
     for o in operands:
         _check(o, rule)
     hyper = hyper._replace(update_scale=rule.scale(rule.reserve_rate), tau_scale=rule.scale(rule.tau_reserve_rate))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -15,7 +14,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from fused_merge.interpolation.parts import kind_of, slices_by_depth, summarize
-from fused_merge.io.headers import load_json
+from fused_merge.io.plain import plain_text, read_plain
 from fused_merge.io.sources import PathLike, open_source
 from fused_merge.io.writer import write_text
 from fused_merge.names import canonical_name, some
@@ -210,12 +209,9 @@ class LayerRatios(NamedRatios):
         if self.history:
             content["history"] = self.history
         try:
-            text = json.dumps(content, indent=2) + "\n"
+            text = plain_text(path, content)
         except TypeError as error:
             raise TypeError(f"the history cannot be written to {path}: {error}; record plain data") from error
-        if not _is_json(path):
-            # From JSON, which has no tuples and no subclasses of numbers: the two forms say the same.
-            text = _yaml(path).safe_dump(json.loads(text), sort_keys=False, width=math.inf)
         write_text(path, text)
 
     @classmethod
@@ -233,7 +229,7 @@ class LayerRatios(NamedRatios):
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; give a file that LayerRatios.save wrote")
-        content = _read(path)
+        content = read_plain(path)
         if not isinstance(content, dict) or not {"parts"} <= content.keys() <= {"parts", "history"}:
             raise ValueError(f"{path} is not a mapping of parts, and history if there is any; correct it")
         parts, history = content["parts"], content.get("history", [])
@@ -322,46 +318,9 @@ def _listed(ratios: Iterable[float]) -> list[float]:
     return listed
 
 
-def _is_json(path: Path) -> bool:
-    return path.suffix.lower() == ".json"
-
-
-def _read(path: Path) -> Any:
-    text = path.read_bytes()
-    if _is_json(path):
-        try:
-            return load_json(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON ({error}); correct it") from error
-    yaml = _yaml(path)
-
-    class Loader(yaml.SafeLoader):  # type: ignore[name-defined, misc]
-        """Refuses a key that stands twice, of which YAML would silently take the last."""
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            pairs = node.value if isinstance(node, yaml.MappingNode) else ()
-            for key, count in Counter(str(key.value) for key, _ in pairs).items():
-                if count > 1:
-                    raise ValueError(f"{key!r} stands in it twice")
-            return super().construct_mapping(node, deep)
-
-    try:
-        return yaml.load(text, Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not YAML ({' '.join(str(error).split())}); correct it") from error
-
-
 def _number(ratio: Any, label: str) -> Any:
     """Return a ratio as it is meant; the constructor refuses whatever else is no number."""
     if isinstance(ratio, bool):
         raise TypeError(f"a ratio of {label!r} must be a number, got {ratio}")
     # YAML takes 1e-3, which lacks the point, for text.
     return float(ratio) if isinstance(ratio, str) and _EXPONENT.fullmatch(ratio) else ratio
-
-
-def _yaml(path: Path) -> Any:
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError(f"{path} needs PyYAML: pip install 'fused_merge[cli]', or take a .json file") from error
-    return yaml

@@ -47,33 +47,20 @@ class NamedGroup(NamedTuple):
 
 
 class Binding:
-    """The deltas of an optimizer's parameters by canonical name, found and sparsified when they are first needed.
-
-    Args:
-        delta: the reference delta.
-    """
+    """The deltas of an optimizer's parameters by canonical name, found and sparsified when they are first needed."""
 
     def __init__(self, delta: ReferenceDelta) -> None:
         self.delta = delta
         self._bound: dict[str, Bound] = {}
 
     def names(self, groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-        """Return the canonical names of the parameters of each group, in its order.
-
-        Raises:
-            ValueError: if the parameters have no names and cannot be matched with the delta in order.
-        """
+        """Return the canonical names of the parameters of each group; unnamed ones are matched with the delta."""
         if any("param_names" in group for group in groups):
             return [[canonical_name(name) for name in group["param_names"]] for group in groups]
         return _names_in_order([group["params"] for group in groups], self.delta)
 
     def bind(self, groups: Iterable[NamedGroup]) -> None:
-        """Find the delta of every parameter that has none yet.
-
-        Raises:
-            ValueError: naming the parameters that share a name or that the delta lacks or holds in another shape, or
-                saying how a sparse delta was made if that is not what the group asks for. Nothing is bound then.
-        """
+        """Find the delta of every parameter that has none yet, or raise ValueError and bind none."""
         owners: dict[str, Tensor] = {}
         wanted: list[Wanted] = []
         for group in groups:

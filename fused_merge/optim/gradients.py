@@ -20,25 +20,14 @@ def inverse_of(grad_scale: Tensor | None) -> float | Tensor:
 def grad_norm(grads: Sequence[Tensor], inverse_scale: float | Tensor, *, workspace: Workspace, impl: str) -> Tensor:
     """Return the norm of all unscaled gradients, 0-d fp64 on the device of the first; nothing waits for it.
 
-    Args:
-        grads: gradients of any shapes, floating dtypes and devices; read once and not written.
-        inverse_scale: what undoes their loss scale; first of all, since the squares of scaled gradients may leave the
-            range of fp32.
-        workspace: what calls with the same gradients share.
-        impl: what computes it.
+    Gradients are unscaled first of all, since the squares of scaled ones may leave the range of fp32.
     """
     squares = inner_products(grads, scale=inverse_scale, workspace=workspace, impl=impl)
     return torch.stack([square.to(squares[0].device, torch.float64) for square in squares]).sum().sqrt()
 
 
 def grad_factor(group: Mapping[str, Any], norm: Tensor | None, inverse_scale: float | Tensor) -> float | Tensor:
-    """Return the one factor of a group's gradients: 1 / grad_scale, the clipping coefficient, -1 to maximize.
-
-    Args:
-        group: the options of the group.
-        norm: of all gradients, where any group clips.
-        inverse_scale: what undoes the loss scale.
-    """
+    """Return the one factor of a group's gradients: 1 / grad_scale, the clipping coefficient, -1 to maximize."""
     factor: float | Tensor = -inverse_scale if group["maximize"] else inverse_scale
     if group["max_grad_norm"] is not None and norm is not None:
         factor = factor * (group["max_grad_norm"] / (norm + 1e-6)).clamp(max=1.0)

@@ -347,15 +347,8 @@ class MergingAdamW(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep; the delta is found again by the copy's first step."""
         kept = ("impl", "stats_every", "verify_steps", "grad_norm", "_calls", "_stats", "_fixed")
-        own = {key: self.__dict__[key] for key in kept}
-        return (
-            super().__getstate__()
-            | own
-            | {
-                "_binding": Binding(self.reference_delta),
-                "_workspace": Workspace(),
-            }
-        )
+        fresh = {"_binding": Binding(self.reference_delta), "_workspace": Workspace()}
+        return super().__getstate__() | {key: self.__dict__[key] for key in kept} | fresh
 
     def _fix_options(self) -> None:
         """Remember what the states of each group that has any were made with."""
@@ -372,12 +365,10 @@ class OnDAREAdamW(MergingAdamW):
     Source: Lu et al. 2024 (arXiv 2405.17931), equation 4. Arguments, state and errors: `MergingAdamW`.
 
     Args:
-        params: as in `MergingAdamW`.
-        reference_delta: as in `MergingAdamW`.
+        params, reference_delta, options: as in `MergingAdamW`.
         reserve_rate: p, in (0, 1].
         rescale: divide (1 - alpha)*F(u) and alpha*F(tau) by p, as in the authors' experiments; False is equation 4
             as printed.
-        options: as in `MergingAdamW`.
     """
 
     def __init__(
@@ -389,14 +380,8 @@ class OnDAREAdamW(MergingAdamW):
         rescale: bool = True,
         **options: Unpack[CommonOptions],
     ) -> None:
-        super().__init__(
-            params,
-            reference_delta=reference_delta,
-            method="ondare",
-            reserve_rate=reserve_rate,
-            rescale=rescale,
-            **options,
-        )
+        own: Any = {"reserve_rate": reserve_rate, "rescale": rescale}
+        super().__init__(params, reference_delta=reference_delta, method="ondare", **own, **options)
 
 
 @documented(CommonOptions)
@@ -408,13 +393,11 @@ class OnTIESAdamW(MergingAdamW):
     and ties. Source: Lu et al. 2024 (arXiv 2405.17931), equations 5-7. Arguments, state, errors: `MergingAdamW`.
 
     Args:
-        params: as in `MergingAdamW`.
-        reference_delta: as in `MergingAdamW`.
+        params, reference_delta, options: as in `MergingAdamW`.
         reserve_rate: p, in (0, 1].
         vote: `"reference"`, of u and tau keep what has the sign of u + tau, then take the weighted sum, as in the
             authors' code; `"paper"`, of (1 - alpha)*u and alpha*tau keep the larger where their signs differ, as
             printed. With a small alpha these are two different optimizers.
-        options: as in `MergingAdamW`.
     """
 
     def __init__(
@@ -426,14 +409,8 @@ class OnTIESAdamW(MergingAdamW):
         vote: str = "reference",
         **options: Unpack[CommonOptions],
     ) -> None:
-        super().__init__(
-            params,
-            reference_delta=reference_delta,
-            method="onties",
-            reserve_rate=reserve_rate,
-            vote=vote,
-            **options,
-        )
+        own: Any = {"reserve_rate": reserve_rate, "vote": vote}
+        super().__init__(params, reference_delta=reference_delta, method="onties", **own, **options)
 
 
 @documented(CommonOptions)
@@ -446,9 +423,8 @@ class OnProjAdamW(MergingAdamW):
     `MergingAdamW`.
 
     Args:
-        params: as in `MergingAdamW`.
-        reference_delta: as in `MergingAdamW`; dense.
-        options: as in `MergingAdamW`; `project` is `"conflict"` unless it is given.
+        params, reference_delta, options: as in `MergingAdamW`; the delta is dense, and `project` is `"conflict"` unless
+            it is given.
     """
 
     def __init__(

@@ -1,17 +1,14 @@
 """The options of the optimizers: what they may be, and what they mean to a step."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from fused_merge.functional.backend import check_impl
 from fused_merge.methods import MergeRule, ProjectionOptions, RuleOptions, merge_rule
-from fused_merge.options import Option, at_least, definition, one_of, options_of, within
-
-if TYPE_CHECKING:
-    pass
+from fused_merge.options import Option, at_least, definition, need, one_of, options_of, within
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -23,11 +20,9 @@ FOREIGN = ("amsgrad",)
 
 
 def _check_lr(name: str, lr: float | Tensor) -> float | Tensor:
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"a tensor lr must hold one number, got shape {tuple(lr.shape)}")
-        return lr
-    if not lr >= 0.0:
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"a tensor lr must hold one number, got shape {tuple(lr.shape)}")
+    if not isinstance(lr, Tensor) and not lr >= 0.0:
         raise ValueError(f"{name} must be at least 0, got {lr}")
     return lr
 
@@ -37,24 +32,6 @@ def _check_betas(name: str, betas: tuple[float, float]) -> tuple[float, float]:
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"{name}[{i}] must lie in [0, 1), got {beta}")
     return betas
-
-
-def _check_steps(name: str, steps: int) -> int:
-    if not (isinstance(steps, int) and steps >= 1):
-        raise ValueError(f"{name} must be a whole number of steps, at least 1, got {steps}")
-    return steps
-
-
-def _check_norm(name: str, norm: float | None) -> float | None:
-    if norm is not None and not norm > 0.0:
-        raise ValueError(f"{name} must be above 0, or None not to clip, got {norm}")
-    return norm
-
-
-def _check_state_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    if dtype not in STATE_DTYPES:
-        raise ValueError(f"{name} must be torch.float32, bfloat16 or float16, got {dtype}")
-    return dtype
 
 
 def _check_impl(name: str, impl: str) -> str:
@@ -87,11 +64,17 @@ class AdamWOptions(ProjectionOptions, total=False):
     eps: Annotated[float, Option(1e-8, at_least(0))]
     weight_decay: Annotated[float, Option(0.0, at_least(0))]
     alpha: Annotated[float, Option(1e-6, within(0, 1))]
-    merge_every: Annotated[int, Option(1, _check_steps)]
-    max_grad_norm: Annotated[float | None, Option(None, _check_norm)]
+    merge_every: Annotated[
+        int, Option(1, need(lambda k: isinstance(k, int) and k >= 1, "be a whole number of steps, at least 1"))
+    ]
+    max_grad_norm: Annotated[
+        float | None, Option(None, need(lambda norm: norm is None or norm > 0.0, "be above 0, or None not to clip"))
+    ]
     maximize: Annotated[bool, Option(False)]
     missing: Annotated[str, Option("error", one_of("error", "plain"))]
-    state_dtype: Annotated[torch.dtype, Option(torch.float32, _check_state_dtype)]
+    state_dtype: Annotated[
+        torch.dtype, Option(torch.float32, need(STATE_DTYPES.__contains__, "be torch.float32, bfloat16 or float16"))
+    ]
     master: Annotated[str, Option("none", one_of("none", "fp32", "split"))]
     seed: Annotated[int, Option(0)]
 
@@ -123,11 +106,7 @@ RUN_OPTIONS = options_of(RunOptions)
 
 
 def rule_of(group: Mapping[str, Any]) -> MergeRule:
-    """Return the rule that a group asks for.
-
-    Raises:
-        ValueError: as `fused_merge.methods.merge_rule`.
-    """
+    """Return the rule that a group asks for; raises what `merge_rule` does."""
     return merge_rule(
         group["method"],
         tau_reserve_rate=group["reference"]["reserve_rate"] if "reference" in group else None,

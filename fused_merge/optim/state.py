@@ -33,13 +33,9 @@ def state_dtypes(param: Tensor, options: Mapping[str, Any]) -> dict[str, torch.d
 def complete_state(
     state: Mapping[str, Tensor], param: Tensor, options: Mapping[str, Any], *, merged: bool
 ) -> Mapping[str, Tensor]:
-    """Return the state of a parameter with all that a step needs, beside the parameter.
+    """Return the state of a parameter with all that a step needs, beside the parameter; itself if it is complete.
 
-    Args:
-        state: what there is: nothing, or what was loaded, possibly from a plain AdamW. Returned if it is complete.
-        param: the parameter.
-        options: those of its group.
-        merged: whether it has a reference delta, so that step-K needs an anchor.
+    What there is may be nothing, or loaded from a plain AdamW. What is `merged` needs an anchor for step-K.
     """
     master = {"fp32": "master", "split": "master_low"}.get(options["master"])
     anchored = merged and options["merge_every"] > 1
@@ -94,13 +90,7 @@ def check_loadable(state_dict: StateDict, delta: ReferenceDelta) -> None:
 def restore_states(
     state: Mapping[Tensor, dict[str, Any]], param_groups: list[dict[str, Any]], state_dict: StateDict
 ) -> None:
-    """Undo what torch does to states on loading, which is to cast them to the parameter's dtype or to share them.
-
-    Args:
-        state: that of the optimizer; mutated.
-        param_groups: those of the optimizer.
-        state_dict: what was loaded.
-    """
+    """Undo what torch does to states on loading: cast them to the dtype of the parameter, or share them."""
     saved = (index for group in state_dict["param_groups"] for index in group["params"])
     params = ((param, group) for group in param_groups for param in group["params"])
     for index, (param, group) in zip(saved, params, strict=True):

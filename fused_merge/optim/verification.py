@@ -51,11 +51,7 @@ def verify(optimizer: Verifiable, steps: int = 10) -> None:
 
 
 def verify_as_the_environment_says(optimizer: Verifiable) -> None:
-    """Compare the first n steps of an optimizer where the environment variable `FUSED_MERGE_VERIFY` is n.
-
-    Raises:
-        ValueError: if it is not a number of steps. Where eager code runs there is only a warning.
-    """
+    """Compare the first n steps where the environment variable `FUSED_MERGE_VERIFY` is n; eager code only warns."""
     steps = os.environ.get("FUSED_MERGE_VERIFY", "0")
     if not steps.isdecimal():
         raise ValueError(f"FUSED_MERGE_VERIFY must be a number of steps to compare, got {steps!r}")
@@ -66,16 +62,7 @@ def verify_as_the_environment_says(optimizer: Verifiable) -> None:
 
 
 def take_verified(prepared: PreparedStep, workspace: Workspace, impl: str) -> list[MergeStats | None]:
-    """Take a prepared step tensor by tensor, and compare each one with the eager code.
-
-    Args:
-        prepared: the step.
-        workspace: what the steps of these tensors share.
-        impl: what runs the step, as for `fused_merge.functional.merging_adamw_`.
-
-    Raises:
-        RuntimeError: naming the first tensor and state that differ.
-    """
+    """Take a step tensor by tensor; RuntimeError names the first tensor and state that eager code has otherwise."""
     _, rule, hyper, seed, stats, _ = prepared
     gathered = []
     for o in prepared.operands:

@@ -93,8 +93,8 @@ def evaluate_ratios(
     """
     o = resolve(options, EvaluateOptions)
     processes = Processes.of(sweep.model) if isinstance(sweep, RatioSweep) else None
-    run = _Run(ratios, list(scorers), out, checkpoints or {}, o["minimize"], processes=processes)
-    return run.finish(sweep, scorers, progress=o["progress"])
+    state = _Sweep(ratios, list(scorers), out, checkpoints or {}, o["minimize"], processes=processes)
+    return state.finish(sweep, scorers, progress=o["progress"])
 
 
 @documented(SweepOptions)
@@ -134,8 +134,8 @@ def sweep_checkpoints(
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise ValueError(f"two scorers are called {twice[0]!r}; rename one")
     also = {"scorers": [*o["scorers"], *o["tasks"]], "dtype": dtype and dtype_name(dtype)}
-    run = _Run(ratios, names, out, {"base": base, "tuned": tuned}, o["minimize"], also=also)
-    if run.missing:
+    state = _Sweep(ratios, names, out, {"base": base, "tuned": tuned}, o["minimize"], also=also)
+    if state.missing:
         model = load_model(source.path, device, dtype)
         functions: dict[str, Scorer] = {scorer.name: scorer for scorer in imported}
         if harness is not None or any(scorer.takes_tokenizer for scorer in imported):
@@ -144,12 +144,12 @@ def sweep_checkpoints(
                 scorer.tokenizer = tokenizer
             if harness is not None:
                 functions |= harness.scorers(o["tasks"], model, tokenizer, o["batch_size"])
-        run.finish(RatioSweep(model, base, tuned), functions, progress=o["progress"])
+        state.finish(RatioSweep(model, base, tuned), functions, progress=o["progress"])
     return write_report(out, o["compare"])
 
 
-class _Run:
-    """One sweep and its results, whose file the first of several processes keeps; `also` belongs to what it is of."""
+class _Sweep:
+    """One sweep and its results, whose file the first of several processes keeps; they belong to `also` besides."""
 
     def __init__(
         self,

@@ -72,4 +72,4 @@ class SweepOptions(EvaluateOptions, ModelOptions, total=False):
             },
         ),
     ]
-    batch_size: Annotated[int, Option(1, at_least(1), cli={"help": "Batch size of --task.", "min": 1})]
+    batch_size: Annotated[int, Option(1, at_least(1), cli={"min": 1})]

@@ -118,7 +118,7 @@ def test_the_roofline_knows_builds_that_exist_and_sets_measurements_beside_them(
     spec = importlib.util.spec_from_file_location("bench_kernels", BENCH / "kernels.py")
     kernels = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(kernels)
-    builds = [{"build": name, "target": t, "instructions": 800} for name in kernels.builds() for t in kernels.TARGETS]
+    builds = [job._asdict() | {"instructions": 800} for job in kernels.jobs()]
     predicted = roofline.report(builds, [])
     assert predicted.count("### ") == len(roofline.DEVICES)
     assert "measured" not in predicted

@@ -138,7 +138,7 @@ def test_ratio_files_that_say_something_else(name, text, sentence, run, job, tmp
 def test_a_yaml_file_without_pyyaml(run, job, tmp_path, monkeypatch):
     (tmp_path / "r.yaml").write_text("a: 0.5")
     monkeypatch.setitem(sys.modules, "yaml", None)
-    sentence = f"error: {tmp_path}/r.yaml needs PyYAML: pip install 'fused_merge[cli]', or write a .json file\n"
+    sentence = f"error: {tmp_path}/r.yaml needs PyYAML: pip install 'fused_merge[cli]', or take a .json file\n"
     assert run("interpolate", "a", "b", "--ratios-file", tmp_path / "r.yaml", "--out", "x") == (1, "", sentence)
 
 

@@ -326,7 +326,7 @@ def altered(path, *, tensors=(), drop=(), metadata=()):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"metadata": {"fused_merge.delta.reference_delta": "2"}}, "is a reference delta of version 2; load it with"),
+        ({"metadata": {"fused_merge.reference_delta": "2"}}, "is a reference delta of version 2; load it with"),
         ({"metadata": {"tensors": None}}, r"contradicts its own metadata \('tensors'\); save the delta again"),
         ({"metadata": {"identity": None}}, "contradicts its own metadata"),
         ({"metadata": {"tensors": "{"}}, "contradicts its own metadata"),

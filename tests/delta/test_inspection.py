@@ -81,6 +81,8 @@ def test_a_hand_worked_example():
     cosine = exactly((9 - 16 + 144) / (13 * math.sqrt(75 + 145)))
     assert layers["model.layers.0"] == [8, 13, 3 / 8, 1.3, 3 / 8, cosine, exactly(2 / 3)]
     assert list(rows[-1]) == ["scope", "name", *KEYS]
+    # Counts stay whole numbers.
+    assert {type(row["numel"]) for row in rows} == {int}
     assert [rows[-1][key] for key in KEYS[:3]] == [12, exactly(math.sqrt(169 + 2 + 1)), 0.5]
     assert rows[-1]["relative_norm"] == exactly(math.sqrt(172 / (100 + 5 + 4)))
     assert rows[-1]["kept"] == 0.5

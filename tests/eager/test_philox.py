@@ -121,8 +121,8 @@ def _words_kernel(
 ):  # fmt: skip
     start = base + tl.program_id(0).to(tl.int64) * BLOCK
     words = device_functions.random_bits(
-        start, tl.load(offset), tl.load(local_inner), tl.load(global_inner), tl.load(seed),
-        tl.load(step).to(tl.uint32), tl.load(tensor_id).to(tl.uint32), 0, STRIDED, QUADS, BLOCK,
+        start, (tl.load(offset), tl.load(local_inner), tl.load(global_inner)),
+        (tl.load(seed), tl.load(step).to(tl.uint32), tl.load(tensor_id).to(tl.uint32)), 0, STRIDED, QUADS, BLOCK,
     )  # fmt: skip
     tl.store(out + start + tl.arange(0, BLOCK), words.to(tl.int64))
 

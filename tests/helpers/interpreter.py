@@ -27,8 +27,13 @@ class _Outermost:
         _patched.difference_update(self._modules)
 
 
+@cache
+def _modules(fn):
+    return {value for value in fn.__globals__.values() if inspect.ismodule(value) and value in (tl, tl.core)}
+
+
 def _patch_once(fn):
-    modules = {value for value in fn.__globals__.values() if inspect.ismodule(value) and value in (tl, tl.core)}
+    modules = _modules(fn)
     if modules and modules <= _patched:
         return interpreter._LangPatchScope()
     new = modules - _patched

@@ -127,31 +127,26 @@ METHODS = [
     {"method": "onties-paper", "special": "ties", "alpha": 0.5},
 ]
 RARE = {"tau": "sparse-bf16", "reserve_rate": 0.02, "weight_decay": 0.0}
+NOISY = {"weights": "bf16", "rounding": "stochastic", "special": "nonfinite"}
 BY_ROWS = {"method": "onproj", "project_over": "rows"}
 # The compiled forms that pairs of options reach by chance alone: a row in one pass, weights that are skipped, and the
 # moments of a ranked F that are stored before it is known what is kept.
 FORMS = [
     *(BY_ROWS | {"tau": tau, "project_on": on} for tau, on in product(("bf16", "fp32"), OPTIONS["project_on"])),
-    *(
-        BY_ROWS | {"method": "ondare", "project": "conflict", "tau_dense": "bf16", **RARE, "project_on": on}
-        for on in OPTIONS["project_on"]
-    ),
     BY_ROWS | {"method": "ondare", "project": "onto-0.3", "weights": "bf16", "rounding": "stochastic", "shard": "rows"},
     BY_ROWS | {"found_inf": "overflow", "eps": 0.0},
     BY_ROWS | {"lr": "zero", "special": "signed-zeros"},
     *(RARE | {"method": method} for method in ("ondare", "onties", "onsoft")),
-    RARE | {"method": "ondare", "shard": "columns"},
     *(RARE | {"method": method, "weight_decay": 0.1, "eps": 0.0} for method in ("ondare", "onties", "onsoft")),
-    *(
-        RARE | {"method": method, "weights": "bf16", "rounding": "stochastic", "special": "nonfinite"}
-        for method in ("ondare", "onties")
-    ),
+    *(RARE | NOISY | {"method": method} for method in ("ondare", "onties")),
     *(RARE | {"method": method, "lr": "zero", "special": "nonfinite"} for method in ("onties", "onsoft")),
     *(RARE | {"method": method, "found_inf": "overflow"} for method in ("ondare", "onties")),
     *(
-        RARE | {"method": "onties", "project": "conflict", "project_on": on, "tau_dense": "bf16"}
+        RARE | {"project": "conflict", "tau_dense": "bf16", "project_on": on} | method
+        for method in ({"method": "onties"}, {"method": "ondare", "project_over": "rows"})
         for on in OPTIONS["project_on"]
     ),
+    RARE | {"method": "ondare", "shard": "columns"},
     RARE | {"method": "onsoft", "project": "onto", "project_over": "rows", "project_on": "update", "tau_dense": "fp32"},
 ]
 CASES = {f"{number}-{named(case)}": Case(**case) for number, case in enumerate(cover(FORMS, METHODS))}

@@ -12,6 +12,14 @@ from fused_merge.eager.sparse import SparseTensor
 ACCESSES = {"create_masked_load": (0, 1), "create_masked_store": (0, 2), "create_atomic_rmw": (1, 3)}
 
 
+def tensors_in(part):
+    """Return the tensors among operands, and those that sparse ones and tuples hold."""
+    if isinstance(part, torch.Tensor):
+        return [part]
+    inner = vars(part).values() if isinstance(part, SparseTensor) else part if isinstance(part, tuple) else ()
+    return [x for each in inner for x in tensors_in(each)]
+
+
 class Watch:
     """Notes accesses outside the tensors of a step and its kernels' arguments, and promises that do not hold."""
 
@@ -19,8 +27,7 @@ class Watch:
         from fused_merge.kernels import launch
 
         self.seen = self.wrong = frozenset()
-        self._tensors = []
-        self._starts = self._ends = np.zeros(0, np.int64)
+        self.tensors = []
         for name, places in ACCESSES.items():
             access = getattr(interpreter.InterpreterBuilder, name)
             monkeypatch.setattr(interpreter.InterpreterBuilder, name, self._checked(access, *places))
@@ -28,28 +35,17 @@ class Watch:
         run, entry = interpreter.GridExecutor.__call__, launch._entry
 
         def watched_run(executor, *args, **kwargs):
-            arguments = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
-            ranges = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in (*self._tensors, *arguments))
-            self._starts, ends = np.array(ranges).T
+            known = [*self.tensors, *(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))]
+            self._starts, ends = np.array(sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in known)).T
             self._ends = np.maximum.accumulate(ends)
             return run(executor, *args, **kwargs)
 
         def watched_entry(operands, *args):
-            self.add(*operands)
+            self.tensors += tensors_in(operands)
             return entry(operands, *args)
 
         monkeypatch.setattr(interpreter.GridExecutor, "__call__", watched_run)
         monkeypatch.setattr(launch, "_entry", watched_entry)
-
-    def add(self, *parts):
-        """Allow accesses to these tensors, and to what sparse ones and tuples hold."""
-        for part in parts:
-            if isinstance(part, torch.Tensor):
-                self._tensors.append(part)
-            elif isinstance(part, SparseTensor):
-                self.add(part.mask, part.values, part.offsets)
-            elif isinstance(part, tuple):
-                self.add(*part)
 
     def _note(self, what, right):
         self.seen |= {what}
@@ -61,14 +57,12 @@ class Watch:
             pointers, mask = np.asarray(args[pointers_at].data), np.asarray(args[mask_at].data).astype(bool)
             addresses = pointers[np.broadcast_to(mask, pointers.shape)].astype(np.int64)
             size = max(1, args[pointers_at].get_element_ty().primitive_bitwidth // 8)
-            self._note(access.__name__, self._inside(addresses, size) and not (addresses % size).any())
+            found = np.searchsorted(self._starts, addresses, side="right") - 1
+            inside = (found >= 0).all() and (addresses + size <= self._ends[found]).all()
+            self._note(access.__name__, inside and not (addresses % size).any())
             return access(builder, *args, **kwargs)
 
         return checked
-
-    def _inside(self, addresses, size):
-        found = np.searchsorted(self._starts, addresses, side="right") - 1
-        return (found >= 0).all() and (addresses + size <= self._ends[found]).all()
 
     def _check_promise(self, handle, key, values):
         data = np.asarray(handle.data).astype(np.int64)

@@ -5,10 +5,11 @@ Triton's interpreter is watched meanwhile, for addresses outside every tensor an
 
 from __future__ import annotations
 
+from collections import namedtuple
 from functools import partial
+from itertools import combinations
 from math import prod
 from re import escape
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from kernel_cases import CASES, Case, complete, every_pair, pairs_shown
 
 from fused_merge import functional
 from fused_merge.eager import rounding
+from fused_merge.eager.operands import Operands
 from fused_merge.eager.sparse import SparseTensor
-from fused_merge.functional import Anchor, Hyper, MergeStats, ShardIndex, merge_rule
+from fused_merge.functional import Anchor, Hyper, ShardIndex, merge_rule
+from fused_merge.functional.merging_adamw import step_
 from fused_merge.names import tensor_id
 
 INTERPRETED = DEVICE.type == "cpu"
@@ -31,7 +34,6 @@ MIDDLE = 1
 # Those at odd places take the special values.
 EDGES = {"empty": (0,), "scalar": (), "block": (2, 512)}
 SHAPES = [(2, 1032), (3, 5, 7), (70,)]
-IDS = [tensor_id(f"layers.{i}.weight") for i in range(1 + len(SHAPES))]
 SEED = 2**63 + 5
 LR = 1e-2
 # What sparse deltas keep, in turn.
@@ -40,21 +42,16 @@ DENSITIES = (0.4, 0.05, 1.0)
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 GUARD, SENTINEL = 64, 7
+WRITTEN, READ = ("param", "exp_avg", "exp_avg_sq", "step", "anchor", "master"), ("grad", "tau", "tau_dense")
 
 
-class Values(NamedTuple):
-    """What one tensor starts from and meets, in fp32."""
+# What one tensor starts from, and the gradients that it meets, in fp32.
+Values = namedtuple("Values", "weight exp_avg exp_avg_sq delta grads")
 
-    weight: torch.Tensor
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
-    delta: torch.Tensor
-    grads: list[torch.Tensor]  # of each step
 
-    @classmethod
-    def draw(cls, shape, generator):
-        weight, exp_avg, root, delta, *grads = torch.randn((4 + MIDDLE + 2, *shape), generator=generator).unbind()
-        return cls(weight, 0.1 * exp_avg, (0.1 * root).square(), 1e-2 * delta, [0.1 * grad for grad in grads])
+def draw(shape, generator):
+    weight, exp_avg, root, delta, *grads = torch.randn((4 + MIDDLE + 2, *shape), generator=generator).unbind()
+    return Values(weight, 0.1 * exp_avg, (0.1 * root).square(), 1e-2 * delta, [0.1 * grad for grad in grads])
 
 
 def nonfinite(t):
@@ -62,25 +59,6 @@ def nonfinite(t):
     t.grads[0].view(-1)[-64:] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30]).repeat(16)
     # Infinite, and the largest of fp16, bf16 and fp32.
     t.weight.view(-1)[:5] = torch.tensor([torch.inf, -torch.inf, 65504.0, 3.3895e38, 3.4028e38])
-
-
-def ties(t):
-    for x in (t.exp_avg, t.exp_avg_sq, t.delta, *t.grads):
-        x.copy_(x.sign() * 0.0625)
-
-
-def zeros(t):
-    for x in (*t[:-1], *t.grads):
-        x.zero_()
-
-
-def zero_delta(t):
-    (t.delta if t.delta.ndim == 1 else t.delta[::2]).zero_()
-
-
-def signed_zeros(t):
-    for x in (*t[:-1], *t.grads):
-        x[x.abs() < x.std()] *= 0.0
 
 
 def tiny(t):
@@ -93,10 +71,10 @@ def tiny(t):
 SPECIAL = {
     "none": lambda t: None,
     "nonfinite": nonfinite,
-    "ties": ties,
-    "zeros": zeros,
-    "zero-delta": zero_delta,
-    "signed-zeros": signed_zeros,
+    "ties": lambda t: [x.copy_(x.sign() * 0.0625) for x in (t.exp_avg, t.exp_avg_sq, t.delta, *t.grads)],
+    "zeros": lambda t: [x.zero_() for x in (*t[:-1], *t.grads)],
+    "zero-delta": lambda t: (t.delta if t.delta.ndim == 1 else t.delta[::2]).zero_(),
+    "signed-zeros": lambda t: [x.mul_(x.abs() >= x.std()) for x in (*t[:-1], *t.grads)],
     "tiny": tiny,
 }
 
@@ -108,103 +86,93 @@ class Tensors:
         self.case = case
         self.workspace = functional.Workspace()
         generator = torch.Generator().manual_seed(0)
-        shapes = [EDGES[case.edge], *SHAPES]
-        drawn = [Values.draw(shape, generator) for shape in shapes]
+        drawn = [draw(shape, generator) for shape in (EDGES[case.edge], *SHAPES)]
         for values in drawn[1::2]:
             SPECIAL[case.special](values)
-        weights, exp_avgs, exp_avg_sqs, deltas, grads = zip(*drawn, strict=True)
-
-        def place(tensors, dtype):
-            return [placed(x.to(DTYPE[dtype]), case, case.layout) for x in tensors]
-
-        self.new_grads = list(zip(*grads, strict=True))
-        self.grads = place(self.new_grads[0], case.grad)
-        self.exp_avgs = place(exp_avgs, case.exp_avg)
-        self.exp_avg_sqs = place(exp_avg_sqs, case.exp_avg_sq)
-        # Not all of them merge at the same step.
-        self.steps = [placed(torch.tensor(4.0 + i % 2), case) for i in range(len(shapes))]
-        if case.special == "ties":
-            for delta, u in list(zip(deltas, self.first_updates(), strict=True))[1::2]:
-                delta.view(-1)[::2] = -u.reshape(-1)[::2]
-
-        stored = [weight_and_master(weight, case) for weight in weights]
-        self.params = [placed(param, case, case.layout) for param, _ in stored]
-        self.masters = [None if master is None else placed(master, case, case.layout) for _, master in stored]
-        self.anchors = [None] * len(shapes)
-        if case.merge_every is not None:
-            anchors = place([0.99 * weight for weight in weights], case.weights if case.master == "none" else "fp32")
-            self.anchors = [Anchor(anchor, placed(torch.tensor(0.97), case)) for anchor in anchors]
-
-        shares = [torch.rand(shape, generator=generator) for shape in shapes]
-        self.taus = [
-            stored_tau(delta, share < DENSITIES[i % 3], case)
-            for i, (delta, share) in enumerate(zip(deltas, shares, strict=True))
-        ]
-        self.dense_taus = [
-            None if case.tau_dense == "none" else placed(delta.to(DTYPE[case.tau_dense]), case) for delta in deltas
-        ]
-        self.taus[-1] = self.dense_taus[-1] = None
-        # Between merges of what?
-        self.anchors = [None if tau is None else anchor for anchor, tau in zip(self.anchors, self.taus, strict=True)]
-
-    def first_updates(self):
-        """Return u of the first step: where plain AdamW gets from zero."""
-        ends = [torch.zeros_like(grad, dtype=torch.float32) for grad in self.grads]
-        states = [[x.clone() for x in state] for state in (self.exp_avgs, self.exp_avg_sqs, self.steps)]
-        functional.merging_adamw_(
-            ends, self.grads, *states, [None] * len(ends), rule=merge_rule("onproj"), hyper=hyper_of(self.case, 0),
-            tensor_ids=IDS, impl="eager",
-        )  # fmt: skip
-        return [end.cpu() for end in ends]
+        self.grads = list(zip(*(values.grads for values in drawn), strict=True))
+        self.operands = [operands_of(case, i, values, generator) for i, values in enumerate(drawn)]
 
     def step(self, impl, index):
         """Take a step, see that it changes only what it may, and return its statistics by name."""
-        for grad, new in zip(self.grads, self.new_grads[index], strict=True):
-            grad.copy_(new)
-        read = snapshot(self.read())
-        stats = functional.merging_adamw_(
-            self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.steps, self.taus,
-            rule=rule_of(self.case), hyper=hyper_of(self.case, index), tensor_ids=IDS, seed=SEED,
-            shards=shards_of(self.case), dense_taus=self.dense_taus, anchors=self.anchors, masters=self.masters,
+        for o, grad in zip(self.operands, self.grads[index], strict=True):
+            o.grad.copy_(grad)
+        read = snapshot(parts(self.operands, READ))
+        stats = step_(
+            self.operands, rule=rule_of(self.case), hyper=hyper_of(self.case, index), seed=SEED,
             stats=self.case.statistics, workspace=self.workspace, impl=impl,
         )  # fmt: skip
-        assert_same_bits(self.read(), read)
-        assert_guards_hold(self.read() | self.written())
-        return by_name(**{field: [getattr(entry, field, None) for entry in stats] for field in MergeStats._fields})
+        assert_same_bits(parts(self.operands, READ), read)
+        assert_guards_hold(parts(self.operands, READ + WRITTEN))
+        return {f"{field} of {i}": x for i, entry in enumerate(stats) if entry for field, x in entry._asdict().items()}
 
     def written(self):
         """Return by name what a step may change."""
-        return by_name(
-            param=self.params,
-            exp_avg=self.exp_avgs,
-            exp_avg_sq=self.exp_avg_sqs,
-            step=self.steps,
-            master=self.masters,
-            anchor=[getattr(anchor, "weights", None) for anchor in self.anchors],
-            anchor_decay=[getattr(anchor, "decay", None) for anchor in self.anchors],
-        )
-
-    def read(self):
-        """Return by name what a step only reads."""
-        return by_name(
-            grad=self.grads,
-            tau_dense=self.dense_taus,
-            tau=[tau if isinstance(tau, torch.Tensor) else None for tau in self.taus],
-            **{
-                part: [getattr(tau, part) if isinstance(tau, SparseTensor) else None for tau in self.taus]
-                for part in ("mask", "values", "offsets")
-            },
-        )
+        return parts(self.operands, WRITTEN)
 
 
-def by_name(**columns):
-    """Return the tensors of some columns under names such as "param of tensor 1"."""
-    return {
-        f"{column} of tensor {i}": tensor
-        for column, tensors in columns.items()
-        for i, tensor in enumerate(tensors)
-        if tensor is not None
-    }
+def operands_of(case, number, t, generator):
+    """Return the operands of a tensor, the last of which have no delta."""
+
+    def place(x, dtype=None):
+        return placed(x if dtype is None else x.to(DTYPE[dtype]), case, case.layout)
+
+    shape, length = t.weight.shape, prod(t.weight.shape[1:])
+    shard = {
+        "whole": ShardIndex.whole(prod(shape)),
+        # Odd, and beyond what 32 bits count.
+        "rows": ShardIndex.whole(prod(shape))._replace(offset=2**34 + 7),
+        # The middle columns, at distances that are no multiple of 4.
+        "columns": ShardIndex(length, length, 2 * length + 2),
+    }[case.shard]
+    param, master = weight_and_master(t.weight, case)
+    o = Operands(
+        name=f"tensor {number}",
+        param=place(param),
+        grad=place(t.grads[0], case.grad),
+        exp_avg=place(t.exp_avg, case.exp_avg),
+        exp_avg_sq=place(t.exp_avg_sq, case.exp_avg_sq),
+        # Not all of them merge at the same step.
+        step=placed(torch.tensor(4.0 + number % 2), case),
+        tau=None,
+        tau_dense=None,
+        anchor=None,
+        master=None if master is None else place(master),
+        tensor_id=tensor_id(f"layers.{number}.weight"),
+        shard=shard,
+    )
+    if number == len(SHAPES) or case.tau == "none":
+        return o
+    if case.special == "ties" and number % 2:
+        t.delta.view(-1)[::2] = -first_update(case, o).reshape(-1)[::2]
+    anchor = None
+    if case.merge_every is not None:
+        weights = place(0.99 * t.weight, case.weights if case.master == "none" else "fp32")
+        anchor = Anchor(weights, placed(torch.tensor(0.97), case))
+    keep = torch.rand(shape, generator=generator) < DENSITIES[number]
+    dense = None if case.tau_dense == "none" else placed(t.delta.to(DTYPE[case.tau_dense]), case)
+    return o._replace(tau=stored_tau(t.delta, keep, case), tau_dense=dense, anchor=anchor)
+
+
+def first_update(case, o):
+    """Return u of the first step: where plain AdamW gets from zero."""
+    end = torch.zeros_like(o.grad, dtype=torch.float32)
+    states = {field: getattr(o, field).clone() for field in ("exp_avg", "exp_avg_sq", "step")}
+    step_(
+        [o._replace(param=end, master=None, **states)], rule=merge_rule("onproj"), hyper=hyper_of(case, 0), impl="eager"
+    )
+    return end.cpu()
+
+
+def parts(operands, fields):
+    """Return the tensors of some fields under names such as "param of tensor 1" and "anchor.decay of tensor 0"."""
+    found = {}
+    for o in operands:
+        for field in fields:
+            x = getattr(o, field)
+            inner = x._asdict() if isinstance(x, Anchor) else vars(x) if isinstance(x, SparseTensor) else {"": x}
+            tensors = {part: y for part, y in inner.items() if isinstance(y, torch.Tensor)}
+            found |= {f"{field}{part and '.'}{part} of {o.name}": y for part, y in tensors.items()}
+    return found
 
 
 def placed(x, case, layout="contiguous"):
@@ -243,21 +211,14 @@ def stored_tau(delta, keep, case):
 def rule_of(case):
     method, _, vote = case.method.partition("-")
     project, _, strength = case.project.partition("-")
-    return merge_rule(
-        method,
-        case.reserve_rate,
-        rescale=None if case.rescale else False,
-        vote=vote or None,
-        project=None if project == "none" else project,
-        project_strength=float(strength or 1.0),
-        project_over=case.project_over,
-        project_on=case.project_on,
-        rounding=case.rounding,
-    )
+    own = {name: getattr(case, name) for name in ("project_over", "project_on", "rounding")}
+    own |= {} if project == "none" else {"project": project, "project_strength": float(strength or 1.0)}
+    return merge_rule(method, case.reserve_rate, rescale=None if case.rescale else False, vote=vote or None, **own)
 
 
 def hyper_of(case, index):
     in_the_middle = float(index == MIDDLE)
+    number = partial(torch.tensor, device=DEVICE)
     return Hyper(
         lr={"float": LR, "zero": LR * (1.0 - in_the_middle), "tensor": number(LR)}[case.lr],
         betas=(0.9, 0.95),
@@ -268,21 +229,6 @@ def hyper_of(case, index):
         found_inf={"absent": 0.0, "clear": number(0.0), "overflow": number(in_the_middle)}[case.found_inf],
         merge_every=case.merge_every or 1,
     )
-
-
-def number(value):
-    return torch.tensor(value, device=DEVICE)
-
-
-def shards_of(case):
-    shapes = [EDGES[case.edge], *SHAPES]
-    return {
-        "whole": None,
-        # Odd, and beyond what 32 bits count.
-        "rows": [ShardIndex.whole(prod(shape))._replace(offset=2**34 + 7) for shape in shapes],
-        # The middle columns, at distances that are no multiple of 4.
-        "columns": [ShardIndex(length, length, 2 * length + 2) for length in (prod(shape[1:]) for shape in shapes)],
-    }[case.shard]
 
 
 def snapshot(tensors):
@@ -309,11 +255,6 @@ def assert_guards_hold(tensors):
         untouched = torch.full_like(buffer, SENTINEL)
         untouched.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
         assert torch.equal(bits(buffer), bits(untouched)), f"{name}: written beside"
-
-
-def columns_that_differ(found, expected):
-    """Return which columns, such as "param", differ somewhere."""
-    return {name.split()[0] for name, x in found.items() if not torch.equal(bits(x), bits(expected[name]))}
 
 
 @pytest.fixture
@@ -346,7 +287,8 @@ def test_the_kernel_equals_eager(case, watch):
         if case.found_inf == "overflow" and index == MIDDLE:
             assert_same_bits(by_kernel.written(), before)
     # Equal because both did nothing would be no equality.
-    assert columns_that_differ(by_kernel.written(), start) == {name.split()[0] for name in start}
+    moved = {name.split()[0] for name, x in by_kernel.written().items() if not torch.equal(bits(x), bits(start[name]))}
+    assert moved == {name.split()[0] for name in start}
     assert bool(merges) == (case.statistics and case.tau != "none")
     if watch:
         assert {"create_masked_load", "create_masked_store"} <= watch.seen
@@ -360,7 +302,7 @@ def test_a_false_promise_and_a_foreign_address_are_noticed(watch, monkeypatch):
     Tensors(Case(**complete({"method": "ondare"}))).step("triton", 0)
     assert not watch.wrong
     # Tensors that nobody knows.
-    monkeypatch.setattr(watch, "add", lambda *parts: None)
+    monkeypatch.setattr("watch.tensors_in", lambda operands: [])
     Tensors(Case(**complete({"method": "ondare"}))).step("triton", 0)
     assert "create_masked_store" in watch.wrong
     watch.wrong = frozenset()
@@ -373,43 +315,27 @@ def test_a_false_promise_and_a_foreign_address_are_noticed(watch, monkeypatch):
 def test_the_cases_show_every_legal_pair_of_options():
     assert len(CASES) <= 250
     shown = set().union(*(pairs_shown(case._asdict()) for case in CASES.values()))
-    for pair in every_pair():
-        assert pair in shown or complete(dict(pair)) is None, pair
+    assert not [pair for pair in every_pair() if pair not in shown and complete(dict(pair))]
 
 
-class Prepared(Exception):
-    """Where a step stops whose compiled forms are asked for."""
-
-
-def test_the_cases_show_every_compiled_form(monkeypatch):
+def test_the_cases_show_every_compiled_form():
     from fused_merge.kernels import launch
 
-    specs = set()
-
-    def collect(operands, rule, hyper, *, stats, **options):
-        specs.update(launch._specialization(o, rule, stats, BLOCK) for o in operands)
-        raise Prepared
-
-    monkeypatch.setattr(launch, "prepare", collect)
-    for case in CASES.values():
-        with pytest.raises(Prepared):
-            Tensors(case).step("triton", 0)
-    flags = "SPARSE PROJECT_ROWS STOCHASTIC STATS RANKED RESUMES ROW_PROGRAMS SKIPS STRIDED QUADS ALIGNED"
-    for flag in flags.split():
+    specs = {
+        launch._specialization(o, rule_of(case), case.statistics, BLOCK)
+        for case in CASES.values()
+        for o in Tensors(case).operands
+    }
+    flags = {flag for flag, value in next(iter(specs))._asdict().items() if isinstance(value, bool)} - {"MASKED"}
+    for flag in flags:
         assert {getattr(spec, flag) for spec in specs} == {False, True}, flag
-    for pair in (
-        "ROW_PROGRAMS SPARSE",
-        "ROW_PROGRAMS STOCHASTIC",
-        "ROW_PROGRAMS SKIPS",
-        "ROW_PROGRAMS ALIGNED",
-        "SKIPS RESUMES",
-        "SKIPS STOCHASTIC",
-        "SKIPS STRIDED",
-        "RESUMES PROJECT_ROWS",
-        "RANKED STATS",
-        "RANKED ANCHOR",
-    ):
-        assert any(all(getattr(spec, flag) for flag in pair.split()) for spec in specs), pair
+    together = {frozenset(pair) for spec in specs for pair in combinations((f for f in flags if getattr(spec, f)), 2)}
+    for other in ("SPARSE", "STOCHASTIC", "SKIPS", "ALIGNED"):
+        assert {"ROW_PROGRAMS", other} in together
+    for other in ("RESUMES", "STOCHASTIC", "STRIDED"):
+        assert {"SKIPS", other} in together
+    assert {frozenset({"RESUMES", "PROJECT_ROWS"}), frozenset({"RANKED", "STATS"})} <= together
+    assert any(spec.RANKED and spec.ANCHOR for spec in specs)
 
 
 def test_one_bit_of_any_output_shows_and_one_element_beside_it():

@@ -1,4 +1,4 @@
-"""Triton's own launch path, which the interpreter leaves out: specialisation, compilation, the call of the driver."""
+"""Triton's own launch path, which the interpreter leaves out: specialization, compilation, the call of the driver."""
 
 from __future__ import annotations
 
@@ -28,9 +28,6 @@ def test_steps_are_launched_and_nothing_is_compiled_twice(tmp_path):
     run = subprocess.run([sys.executable, STUB / "launch.py", library], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     results = json.loads(run.stdout)
-    assert len(results) == 10
-    for result in results:
-        assert result["launched"] > 0
-        # Neither a learning rate of 1 nor new gradients make another kernel of it.
-        assert result["later"] == 0
-    assert all(result["first"] > 0 for result in results)
+    assert len(results) == 8
+    # Neither a learning rate of 1 nor new gradients make another kernel of it.
+    assert all(result["launched"] > 0 and result["first"] > 0 and result["later"] == 0 for result in results)
