@@ -24,16 +24,11 @@ class NamedRatios(Mapping[str, float]):
 
 
 def per_tensor(value: PerTensor, names: Sequence[str], *, what: str) -> dict[str, float]:
-    """Return the number of every tensor, in the order of the names.
+    """Return the number of every tensor, in the order of their canonical names.
 
-    Args:
-        value: a number, or a mapping whose keys are as for `match_keys`. The keys of `NamedRatios` are names only, and
-            those that are not asked for are passed over.
-        names: canonical names.
-        what: what error messages call it, for example `"ratio"`.
-
-    Raises:
-        ValueError: if a number is not finite, and as `match_keys`.
+    The keys of a mapping are as for `match_keys`; those of `NamedRatios` are names only, and those that are not asked
+    for are passed over. Error messages call the value `what`, for example `"ratio"`. Raises ValueError as `match_keys`
+    and `finite`.
     """
     if not isinstance(value, Mapping):
         return dict.fromkeys(names, finite(value, what=what))
@@ -49,17 +44,13 @@ def per_tensor(value: PerTensor, names: Sequence[str], *, what: str) -> dict[str
 
 
 def match_keys(keys: Collection[str], names: Sequence[str], *, what: str, partial: bool = False) -> dict[str, str]:
-    """Return the key of every name, in the order of the names.
+    """Return the key of every canonical name, in the order of the names.
 
-    Args:
-        keys: names and regular expressions. A name that is a key is its own key; any other name has the first key that
-            matches all of it.
-        names: canonical names.
-        what: what error messages call the values of the keys.
-        partial: leave out names without a key instead of refusing them.
+    Keys are names and regular expressions. A name that is a key is its own key; any other name has the first key that
+    matches all of it. Error messages call the values of the keys `what`.
 
-    Raises:
-        ValueError: if a key is not a regular expression or belongs to no name, or a name has no key.
+    Raises ValueError if a key is not a regular expression or belongs to no name, or a name has no key; the last with
+    `partial` is left out instead.
     """
     known = set(names)
     patterns = {key: _compiled(key, what) for key in keys if key not in known}
@@ -83,9 +74,7 @@ def match_keys(keys: Collection[str], names: Sequence[str], *, what: str, partia
 def check_ratios(ratios: Iterable[PerTensor]) -> list[PerTensor]:
     """Return ratios as a list: numbers as Python floats, and mappings as they are.
 
-    Raises:
-        ValueError: if there is none, or a number is not finite.
-        TypeError: for a single number, or for anything that is not a number.
+    Raises TypeError for a single number and as `finite`, ValueError if there is none.
     """
     if isinstance(ratios, (int, float, NamedRatios)):
         raise TypeError(f"ratios must be a sequence, got {ratios!r}; put it into a list")
@@ -106,9 +95,7 @@ def is_tuned(ratio: PerTensor, decided: Mapping[str, float]) -> bool:
 def plain(value: PerTensor, *, what: str) -> float | dict[str, float]:
     """Return a number or mapping in Python's own numbers and strings, as a recipe in JSON holds it.
 
-    Raises:
-        ValueError: if a number is not finite.
-        TypeError: if a value is not a number, or a key is not a string.
+    Raises TypeError if a key is not a string, and as `finite`.
     """
     if not isinstance(value, Mapping):
         return finite(value, what=what)
@@ -118,12 +105,7 @@ def plain(value: PerTensor, *, what: str) -> float | dict[str, float]:
 
 
 def finite(number: float, *, what: str) -> float:
-    """Return a number as a Python float.
-
-    Raises:
-        ValueError: if it is not finite.
-        TypeError: if it is not a number.
-    """
+    """Return a number as a Python float; raise TypeError if it is none, ValueError if it is not finite."""
     if isinstance(number, (str, bytes)) or not hasattr(number, "__float__"):
         raise TypeError(f"a {what} must be a number, got {number!r}")
     if not math.isfinite(number):
@@ -132,29 +114,18 @@ def finite(number: float, *, what: str) -> float:
 
 
 def parse_dtype(dtype: torch.dtype | str | None, *, what: str = "dtype") -> torch.dtype | None:
-    """Return the dtype of a name, one that floating tensors can be written in.
-
-    Raises:
-        ValueError: for any other name.
-    """
+    """Return the dtype of a name, one that floating tensors can be written in; raise ValueError for any other."""
     # Here, because the help of the command line needs this module and must not wait for torch.
     import torch
 
-    if dtype is None:
-        return None
     name = str(dtype).removeprefix("torch.")
-    if name not in _DTYPES:
+    if dtype is not None and name not in _DTYPES:
         raise ValueError(f"{what} must be {', '.join(map(repr, _DTYPES))} or None, got {dtype!r}")
-    found: torch.dtype = getattr(torch, name)
-    return found
+    return None if dtype is None else getattr(torch, name)
 
 
 def parse_bytes(text: int | str, *, what: str) -> int:
-    """Return the number of bytes that a number or a string such as `"5GB"` or `"256MiB"` means.
-
-    Raises:
-        ValueError: if it is neither, or is not positive.
-    """
+    """Return the bytes that a number or a string such as `"5GB"` or `"256MiB"` means; raise ValueError if below 1."""
     size = str(text).strip().upper()
     unit = next((unit for unit in _UNITS if size.endswith(unit)), "")
     try:

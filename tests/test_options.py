@@ -35,27 +35,10 @@ FUNCTIONS = {
     plan_mergekit: FileOptions,
     Job.run: RunOptions,
 }
-DEFAULTS = {
-    "max_shard_size": None,
-    "overwrite": False,
-    "dtype": None,
-    "unmatched": "refuse",
-    "align_vocabulary": False,
-    "threads": None,
-    "max_memory": None,
-    "device": "cpu",
-    "verify": False,
-    "progress": True,
-}
-MERGE_DEFAULTS = {
-    "density": None,
-    "normalize": None,
-    "rescale": None,
-    "scale": 1.0,
-    "trim": "tensor",
-    "seed": 0,
-    "files_from": None,
-}
+DEFAULTS = {"max_shard_size": None, "overwrite": False, "dtype": None, "unmatched": "refuse", "align_vocabulary": False}
+DEFAULTS |= {"threads": None, "max_memory": None, "device": "cpu", "verify": False, "progress": True}
+MERGE_DEFAULTS = {"density": None, "normalize": None, "rescale": None, "scale": 1.0, "trim": "tensor", "seed": 0}
+MERGE_DEFAULTS |= {"files_from": None}
 
 
 @pytest.mark.parametrize(
@@ -128,28 +111,17 @@ def test_checks_name_the_option_and_the_value(name, value, error, message):
 
 def test_resolved_options_are_as_they_are_used():
     found = resolve({"dtype": "bfloat16", "max_shard_size": "5GB", "threads": 3, "seed": torch.tensor(7)}, MergeOptions)
-    assert found == DEFAULTS | MERGE_DEFAULTS | {
-        "dtype": torch.bfloat16,
-        "max_shard_size": 5 * 10**9,
-        "threads": 3,
-        "seed": 7,
-    }
+    changed = {"dtype": torch.bfloat16, "max_shard_size": 5 * 10**9, "threads": 3, "seed": 7}
+    assert found == DEFAULTS | MERGE_DEFAULTS | changed
     # What was resolved can be resolved again.
     assert resolve(found, MergeOptions) == found
-    assert described(found) == {
-        "max_shard_size": 5 * 10**9,
-        "dtype": "bfloat16",
-        "unmatched": "refuse",
-        "align_vocabulary": False,
-    }
+    said = {"max_shard_size": 5 * 10**9, "dtype": "bfloat16", "unmatched": "refuse", "align_vocabulary": False}
+    assert described(found) == said
 
 
 def test_options_are_split_between_definitions():
-    assert split({"dtype": 1, "threads": 2, "overwrite": 3}, PlanOptions, RunOptions, FileOptions) == [
-        {"dtype": 1, "overwrite": 3},
-        {"threads": 2},
-        {"overwrite": 3},
-    ]
+    own = [{"dtype": 1, "overwrite": 3}, {"threads": 2}, {"overwrite": 3}]
+    assert split({"dtype": 1, "threads": 2, "overwrite": 3}, PlanOptions, RunOptions, FileOptions) == own
     with pytest.raises(TypeError, match="there is no option 'thread'; did you mean 'threads'"):
         split({"thread": 2}, PlanOptions, RunOptions)
 

@@ -34,41 +34,16 @@ def test_the_order_is_that_of_the_tensors():
 
 
 def test_no_tensors_have_no_numbers():
-    assert per_tensor(0.5, [], what="ratio") == {}
-    assert per_tensor({}, [], what="ratio") == {}
+    assert per_tensor(0.5, [], what="ratio") == per_tensor({}, [], what="ratio") == {}
 
 
 def test_a_name_comes_before_every_expression_and_of_those_the_first_one_decides():
-    value = {".*": 0.1, r"model\.layers\.\d+\..*": 0.2, NORM: 0.3}
-    with pytest.raises(ValueError, match=r"ratio key 'model.*' matches no tensor"):
-        per_tensor(value, NAMES, what="ratio")
     value = {r"model\.layers\.\d+\..*": 0.2, ".*": 0.1, NORM: 0.3}
     assert per_tensor(value, NAMES, what="ratio") == {UP0: 0.2, UP1: 0.2, NORM: 0.3, HEAD: 0.1}
 
 
-def test_expressions_are_on_whole_names():
-    with pytest.raises(ValueError, match=f"no ratio is given for '{UP0}'; add its name, or '.*' as the last key"):
-        per_tensor({"layers.0": 0.2, "mlp": 0.3}, NAMES, what="ratio")
-    with pytest.raises(ValueError, match="ratio key 'head' matches no tensor"):
-        per_tensor({"head": 0.2, ".*": 0.3}, NAMES, what="ratio")
-
-
-def test_a_name_is_no_expression_for_other_names():
-    # As an expression, the dots of the first name would match the second one.
-    assert per_tensor({"a.b": 1, "a.*": 2}, ["a.b", "axb"], what="weight") == {"a.b": 1.0, "axb": 2.0}
-
-
-def test_keys_without_a_tensor_are_named():
-    with pytest.raises(ValueError, match="density key 'head' matches no tensor"):
-        per_tensor({".*": 0.5, "head": 0.1}, NAMES, what="density")
-    with pytest.raises(
-        ValueError,
-        match=r"weight keys 'a', 'b', 'c' and 1 more match no tensor that an earlier key has not already taken; "
-        rf"keys are regular expressions on whole names, such as '{UP0}'",
-    ):
-        per_tensor({".*": 1, "a": 1, "b": 1, "c": 1, "d": 1}, NAMES, what="weight")
-    with pytest.raises(ValueError, match="weight key 'a' matches no tensor"):
-        per_tensor({"a": 1}, [], what="weight")
+IDLE = "weight keys 'a', 'b', 'c' and 1 more match no tensor that an earlier key has not already taken; "
+IDLE += f"keys are regular expressions on whole names, such as '{UP0}'"
 
 
 @pytest.mark.parametrize(
@@ -84,12 +59,26 @@ def test_keys_without_a_tensor_are_named():
         (1j, TypeError, "a weight must be a number, got 1j"),
         ({".*": "0.5"}, TypeError, r"a weight of '\.\*' must be a number, got '0.5'"),
         ({"(": 0.5}, ValueError, r"weight key '\(' is not a regular expression: missing \)"),
+        # Expressions are on whole names.
+        (
+            {"layers.0": 0.2, "mlp": 0.3},
+            ValueError,
+            f"no weight is given for '{UP0}'; add its name, or '.*' as the last",
+        ),
+        ({"head": 0.2, ".*": 0.3}, ValueError, "weight key 'head' matches no tensor"),
+        ({".*": 0.1, r"model\..*": 0.2, NORM: 0.3}, ValueError, "weight key 'model.*' matches no tensor"),
+        ({".*": 1, "a": 1, "b": 1, "c": 1, "d": 1}, ValueError, IDLE),
         ({3: 0.5}, ValueError, "weight key 3 is not a regular expression: first argument must be string"),
     ],
 )
-def test_values_that_are_not_numbers(value, kind, message):
+def test_values_that_are_not_for_these_tensors(value, kind, message):
     with pytest.raises(kind, match=message):
         per_tensor(value, NAMES, what="weight")
+
+
+def test_a_key_without_any_tensor():
+    with pytest.raises(ValueError, match="density key 'a' matches no tensor"):
+        per_tensor({"a": 1}, [], what="density")
 
 
 def test_plain_numbers_are_json():
@@ -152,27 +141,21 @@ def test_dtypes_that_are_not_written(dtype):
 # --- sizes
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        (1, 1),
-        (5_000_000_000, 5_000_000_000),
-        (2.5e9, 2_500_000_000),
-        ("7", 7),
-        ("7B", 7),
-        ("5GB", 5 * 10**9),
-        ("5 gb", 5 * 10**9),
-        (" 256MiB ", 256 * 2**20),
-        ("1KiB", 2**10),
-        ("3kb", 3000),
-        ("0.5TB", 5 * 10**11),
-        ("2GiB", 2**31),
-        ("1e3", 1000),
-        ("1.5", 1),
-    ],
-)
-def test_sizes(text, size):
-    assert parse_bytes(text, what="max_memory") == size
+SIZES = {1: 1, 5_000_000_000: 5_000_000_000, 2.5e9: 2_500_000_000, "7": 7, "7B": 7, "5GB": 5 * 10**9, "5 gb": 5 * 10**9}
+SIZES |= {
+    " 256MiB ": 256 * 2**20,
+    "1KiB": 2**10,
+    "3kb": 3000,
+    "0.5TB": 5 * 10**11,
+    "2GiB": 2**31,
+    "1e3": 1000,
+    "1.5": 1,
+}
+
+
+@pytest.mark.parametrize("text", SIZES)
+def test_sizes(text):
+    assert parse_bytes(text, what="max_memory") == SIZES[text]
 
 
 @pytest.mark.parametrize("text", [0, -1, "0.5B", "5G", "GB", "", "five", "1e30", "nan", "inf", "-3MB", "5GBB", None])

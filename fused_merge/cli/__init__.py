@@ -19,6 +19,6 @@ def main() -> None:
     try:
         from fused_merge.cli.commands import app
     except ModuleNotFoundError as error:
-        print(f"fused-merge needs {error.name}: pip install 'fused_merge[cli]'", file=sys.stderr)
+        print(f"fused-merge needs {str(error.name).partition('.')[0]}: pip install 'fused_merge[cli]'", file=sys.stderr)
         raise SystemExit(2) from None
     app()

@@ -7,16 +7,15 @@ import os
 import re
 import sys
 import traceback
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from io import StringIO
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
+from rich.table import Column, Table
 
 from fused_merge.checkpoints.options import InterpolateOptions
 from fused_merge.options import options_of
@@ -28,38 +27,28 @@ _EXPECTED = (ValueError, OSError, RuntimeError, ImportError, MemoryError)
 _ARGUMENT = re.compile(rf"(?<![\w./\\-])({'|'.join(options_of(InterpolateOptions))})=(?:True|'([^']*)'|(\w+))")
 
 
-@contextmanager
-def one_sentence(*, debug: bool, json_output: bool, resumes: bool = False) -> Iterator[None]:
-    """Turn every exception into one sentence and an exit code; with `debug`, leave the traceback.
+def fail(error: BaseException, *, debug: bool, json_output: bool, resumes: bool) -> NoReturn:
+    """End with one sentence for an exception and an exit code; with `debug`, leave the traceback.
 
-    Args:
-        debug: show the traceback.
-        json_output: print the sentence on standard output too, as `{"error": sentence}`.
-        resumes: whether an interrupted command goes on where it stopped when it is given again.
+    With `json_output`, the sentence is also printed on standard output, as `{"error": sentence}`. A command that
+    `resumes` goes on where it was interrupted when it is given again.
     """
-    try:
-        yield
-    except KeyboardInterrupt:
-        if debug:
-            traceback.print_exc()
-        _fail("interrupted" + "; run the same command again to go on from there" * resumes, 130, json_output)
-    except Exception as error:
+    interrupted = isinstance(error, KeyboardInterrupt)
+    if interrupted:
+        sentence = "interrupted" + "; run the same command again to go on from there" * resumes
+    else:
         sentence = _sentence(error)
-        if not debug:
-            _fail(sentence, 1, json_output)
-        if json_output:
-            say(json.dumps({"error": sentence}))
-        raise
-
-
-def _fail(sentence: str, code: int, json_output: bool) -> NoReturn:
     if json_output:
         say(json.dumps({"error": sentence}))
+    if debug and not interrupted:
+        raise error
+    if debug:
+        traceback.print_exc()
     print(f"error: {sentence}", file=sys.stderr)
-    raise SystemExit(code)
+    raise SystemExit(130 if interrupted else 1) from None
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: BaseException) -> str:
     # Parsers speak in several lines.
     text = "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
     if not isinstance(error, _EXPECTED):
@@ -90,38 +79,19 @@ def say(text: str) -> None:
             raise SystemExit(1) from None
 
 
-def say_result(paths: Sequence[Path], document: Any, *, json_output: bool, quiet: bool = False) -> None:
-    """Print the paths that were written, one per line, or `document` as JSON."""
-    if json_output:
-        say(json.dumps(document))
-    elif not quiet and paths:
-        say("\n".join(map(str, paths)))
+def plan_lines(plan: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what a job would do, as a table; `plan` is the result of `Job.describe`."""
+    numbers = [Column(name, justify="right") for name in ("files", "size")]
+    table = Table(Column("folder", overflow="fold"), *numbers, box=None)
+    for folder, files in groupby(plan["files"], lambda file: str(Path(file["path"]).parent)):
+        sizes = [file["bytes"] for file in files]
+        table.add_row(folder, str(len(sizes)), decimal(sum(sizes)))
+    return table_text(table), f"reads {decimal(plan['bytes_read'])}, writes {decimal(plan['bytes_written'])}"
 
 
-def say_plan(plan: Mapping[str, Any], *, json_output: bool, quiet: bool) -> None:
-    """Print what a job would do; `plan` is the result of `Job.describe`."""
-    if json_output:
-        say(json.dumps(plan))
-    elif not quiet:
-        table = Table(box=None)
-        table.add_column("folder", overflow="fold")
-        table.add_column("files", justify="right")
-        table.add_column("size", justify="right")
-        files: Counter[str] = Counter()
-        sizes: Counter[str] = Counter()
-        for file in plan["files"]:
-            folder = str(Path(file["path"]).parent)
-            files[folder] += 1
-            sizes[folder] += file["bytes"]
-        for folder in files:
-            table.add_row(folder, str(files[folder]), decimal(sizes[folder]))
-        say_table(table)
-        say(f"reads {decimal(plan['bytes_read'])}, writes {decimal(plan['bytes_written'])}")
-
-
-def say_table(table: Table) -> None:
-    """Print a table, as wide as the terminal; without a terminal, so wide that no name is broken."""
+def table_text(table: Table) -> str:
+    """Return a table as wide as the terminal; without a terminal, so wide that no name is broken."""
     terminal = Console().is_terminal
     text = StringIO()
     Console(file=text, force_terminal=terminal, width=None if terminal else 10_000).print(table)
-    say(text.getvalue().removesuffix("\n"))
+    return text.getvalue().removesuffix("\n")

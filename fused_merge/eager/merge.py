@@ -33,16 +33,10 @@ COLLINEAR = 0.9995
 def trim_threshold(x: Tensor, density: float) -> int:
     """Return the threshold with which `trim` keeps the largest k = max(1, floor(density * n)) magnitudes of x.
 
-    Args:
-        x: fp32 or fp64, any shape: one delta, or those of a whole model joined to one vector.
-        density: in (0, 1]; 1 keeps everything.
-
-    Returns:
-        The integer pattern of the k-th largest |x|; 0, which keeps everything, at density 1 and for an empty x.
+    It is the integer pattern of the k-th largest |x|, or 0, which keeps everything, at density 1 and for an empty x. x
+    is fp32 or fp64, of any shape: one delta, or those of a whole model joined to one vector.
     """
-    if density == 1.0 or x.numel() == 0:
-        return 0
-    return int(kth_largest(x, density))
+    return 0 if density == 1.0 or x.numel() == 0 else int(kth_largest(x, density))
 
 
 def trim(x: Tensor, threshold: int) -> Tensor:
@@ -56,11 +50,8 @@ def trim(x: Tensor, threshold: int) -> Tensor:
 def drop(x: Tensor, density: float, key: MaskKey, *, rescale: bool) -> Tensor:
     """Return x where its random mask keeps it, divided by the density if rescaled, else 0 (DARE, equation 2).
 
-    Args:
-        x: fp32 or fp64, any shape.
-        density: probability of keeping an element, in (0, 1]; 1 returns x.
-        key: key of the random mask.
-        rescale: divide, so that the mean over masks is x.
+    x is fp32 or fp64, of any shape; `density`, in (0, 1], is the probability of keeping an element. Rescaled, the mean
+    over masks is x.
     """
     kept = random(x, density, key)
     return kept / _scalar(density, x) if rescale and density < 1.0 else kept
@@ -74,14 +65,8 @@ def consensus(deltas: Sequence[Tensor], weights: Sequence[float], *, elect: bool
     sum is divided by the sum of the weights, under a vote by the sum of the weights that agree (the disjoint mean);
     where that is 0 (without a vote: less than 1e-8 in magnitude) the sum is divided by 1.
 
-    Args:
-        deltas: one per model, all of one shape, all fp32 or all fp64; not changed.
-        weights: one per model, rounded once to that dtype.
-        elect: take a vote.
-        normalize: divide.
-
-    Returns:
-        A tensor of the same shape and dtype.
+    The deltas are all of one shape, all fp32 or all fp64, as the result, and not changed; weights are rounded once to
+    that dtype.
     """
     shares = [_scalar(weight, deltas[0]) for weight in weights]
     terms = [share * delta for share, delta in zip(shares, deltas, strict=True)]
@@ -93,10 +78,9 @@ def consensus(deltas: Sequence[Tensor], weights: Sequence[float], *, elect: bool
     if not normalize:
         return total
     if elect:
-        divisor = _sum([torch.where(chosen, share, 0.0) for chosen, share in zip(agrees, shares, strict=True)])
-        return total / torch.where(divisor == 0, 1.0, divisor)
+        shares = [torch.where(chosen, share, 0.0) for chosen, share in zip(agrees, shares, strict=True)]
     divisor = _sum(shares)
-    return total / torch.where(divisor.abs() < 1e-8, 1.0, divisor)
+    return total / torch.where(divisor == 0 if elect else divisor.abs() < 1e-8, 1.0, divisor)
 
 
 def slerp_coefficients(t: float, norm_a: float, norm_b: float, dot: float) -> tuple[float, float]:
@@ -104,13 +88,7 @@ def slerp_coefficients(t: float, norm_a: float, norm_b: float, dot: float) -> tu
 
     They are sin((1 - t) * phi) / sin(phi) and sin(t * phi) / sin(phi), where phi is the angle between a and b. Where
     the two are nearly collinear (|cos phi| > 0.9995) or have no angle, because one is zero or a norm is not finite,
-    they are 1 - t and t, as on a straight line. Computed in fp64.
-
-    Args:
-        t: position on the arc.
-        norm_a: |a|.
-        norm_b: |b|.
-        dot: <a, b>.
+    they are 1 - t and t, as on a straight line. Computed in fp64 from |a|, |b| and <a, b>.
     """
     norms = norm_a * norm_b
     cosine = dot / norms if 0.0 < norms < math.inf else math.nan
@@ -121,15 +99,9 @@ def slerp_coefficients(t: float, norm_a: float, norm_b: float, dot: float) -> tu
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Return the point at t on the arc from a to b, each taken as one long vector.
+    """Return the point at t on the arc from a (t = 0) to b (t = 1), each taken as one long vector.
 
-    Args:
-        a: fp32 or fp64, any shape.
-        b: the same.
-        t: 0 is a, 1 is b.
-
-    Returns:
-        A tensor of the same shape and dtype: the sum of a and b with `slerp_coefficients` as weights.
+    It is the sum of a and b, of one shape, both fp32 or both fp64, with `slerp_coefficients` as weights.
     """
     norm_a, norm_b = (math.sqrt(inner_product(x, x)) for x in (a, b))
     weights = slerp_coefficients(t, norm_a, norm_b, float(inner_product(a, b)))
@@ -185,16 +157,8 @@ def merge(
     if base is not None and decided.sparsify == "magnitude":
         deltas = [theta.to(wide) - base.to(wide) for theta in thetas]
         thresholds = [trim_threshold(x, p) for x, p in zip(deltas, densities or [1.0] * len(deltas), strict=True)]
-    return merge_block(
-        base,
-        thetas,
-        weights,
-        decided,
-        densities=densities,
-        thresholds=thresholds,
-        key=mask_key(name, seed),
-        dtype=dtype,
-    )
+    key = mask_key(name, seed)
+    return merge_block(base, thetas, weights, decided, densities, thresholds, key=key, dtype=dtype)
 
 
 def merge_block(
@@ -202,13 +166,13 @@ def merge_block(
     thetas: Sequence[Tensor],
     weights: Sequence[float],
     method: MergeMethod,
-    *,
     densities: Sequence[float] | None,
     thresholds: Sequence[int] | None,
+    *,
     key: MaskKey,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the merge of a block of one tensor; options that `merge` has checked are not checked again.
+    """Return the merge of a block of one tensor; what `merge` has checked is not checked again.
 
     Args:
         base: elements of theta0; None for "linear".
@@ -243,10 +207,9 @@ def merge_block(
 
 
 def mask_key(name: str, seed: int) -> MaskKey:
-    """Return the key of the random masks of a whole tensor.
+    """Return the key of the random masks of a whole tensor, those of `fused_merge.eager.sparsify.sparsify_tau`.
 
-    The mask of model i, counted from 0, is drawn at step i, so that the first mask is that of
-    `fused_merge.eager.sparsify.sparsify_tau`.
+    The mask of model i, counted from 0, is drawn at step i.
     """
     return MaskKey(seed=seed, step=0, tensor_id=tensor_id(name), domain=DOMAIN_TAU)
 

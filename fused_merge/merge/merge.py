@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -36,7 +34,7 @@ from fused_merge.eager.shard import ShardIndex
 from fused_merge.eager.sparsify import kept_count
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.merge.options import MergeOptions, MergePlanOptions
-from fused_merge.merge.whole_tensors import Advance, Map, Pair, inner_products, kth_magnitude, reads_of_kth
+from fused_merge.merge.whole_tensors import Advance, Map, Pair, inner_products, kth_magnitude, lowest_bits
 from fused_merge.methods import MergeMethod, check_coefficients, merge_method
 from fused_merge.names import some
 from fused_merge.options import documented, resolve, split
@@ -56,25 +54,15 @@ class Coefficients(NamedTuple):
     densities: tuple[float, ...] | None  # one per model; None keeps everything
 
 
-@dataclass(frozen=True)
-class MergeTensorRule:
-    """The rule of one tensor that is merged; see `fused_merge.eager.merge.merge`.
+class MergeTensorRule(NamedTuple):
+    """The rule of one tensor that is merged; see `fused_merge.eager.merge.merge`."""
 
-    Attributes:
-        name: name of the tensor.
-        method: as `merge_method` returned it.
-        weights: one per model.
-        densities: one per model, or None.
-        seed: seed of the random masks.
-        thresholds: what trims, one per model; None where nothing does or they are not known yet.
-    """
-
-    name: str
-    method: MergeMethod
-    weights: tuple[float, ...]
-    densities: tuple[float, ...] | None
-    seed: int
-    thresholds: tuple[int, ...] | None = None
+    name: str  # of the tensor
+    method: MergeMethod  # as `merge_method` returned it
+    weights: tuple[float, ...]  # one per model
+    densities: tuple[float, ...] | None  # one per model, or None
+    seed: int  # of the random masks
+    thresholds: tuple[int, ...] | None = None  # of a trim, one per model; None while they are not known
 
     def __call__(
         self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None
@@ -84,16 +72,11 @@ class MergeTensorRule:
         key = mask_key(self.name, self.seed)
         for start in range(0, out.numel(), _BLOCK):
             blocks = [tensor[start : start + _BLOCK] for tensor in inputs]
+            base = blocks.pop(0) if self.method.has_base else None
             numel = len(blocks[0])
+            own = key._replace(shard=ShardIndex(first + start, numel, numel))
             out[start : start + numel] = merge_block(
-                blocks[0] if self.method.has_base else None,
-                blocks[1:] if self.method.has_base else blocks,
-                self.weights,
-                self.method,
-                densities=self.densities,
-                thresholds=self.thresholds,
-                key=key._replace(shard=ShardIndex(first + start, numel, numel)),
-                dtype=out.dtype,
+                base, blocks, self.weights, self.method, self.densities, self.thresholds, key=own, dtype=out.dtype
             )
 
 
@@ -159,7 +142,7 @@ def plan_merge(
     if not isinstance(models, Mapping):
         raise TypeError(f"models must map paths to weights, got a {type(models).__name__}; write {{path: weight}}")
     density = plan["density"]
-    densities = list(density) if isinstance(density, Sequence) else [density] * len(models)
+    densities = density if isinstance(density, Sequence) else [density] * len(models)
     if len(densities) != len(models):
         raise ValueError(f"{len(models)} models need one density or as many, got {len(densities)}")
     decided = merge_method(method, normalize=plan["normalize"], rescale=plan["rescale"], scale=plan["scale"])
@@ -169,19 +152,20 @@ def plan_merge(
         kept = [per_tensor(1.0 if each is None else each, names, what="density") for each in densities]
         found = {}
         for name in names:
-            own = tuple(each[name] for each in weights), tuple(each[name] for each in kept)
-            found[name] = Coefficients(own[0], None if density is None else own[1])
+            shares = None if density is None else tuple(each[name] for each in kept)
+            found[name] = Coefficients(tuple(each[name] for each in weights), shares)
             try:
                 check_coefficients(decided, len(models), *found[name])
             except ValueError as error:
                 raise ValueError(f"{name!r}: {error}") from None
         return found
 
-    said = {
-        path: {"weight": plain(weight, what="weight")}
-        | ({} if each is None else {"density": plain(each, what="density")})
-        for (path, weight), each in zip(models.items(), densities, strict=True)
+    said: dict[PathLike, dict[str, Any]] = {
+        path: {"weight": plain(each, what="weight")} for path, each in models.items()
     }
+    for own, each in zip(said.values(), densities, strict=True):
+        if each is not None:
+            own["density"] = plain(each, what="density")
     return merge_job(base, said, decided, coefficients, out, plan)
 
 
@@ -194,19 +178,10 @@ def merge_job(
     options: Mapping[str, Any],
     recipe: Mapping[str, Any] | None = None,
 ) -> Job:
-    """Check a merge against its models and return the job.
+    """Check a merge against its models and return the job; raise ValueError if models or options do not fit.
 
-    Args:
-        base: theta0, or None.
-        models: path -> what the recipe says of this model.
-        method: as `merge_method` returned it.
-        coefficients: called with the names of the tensors to merge.
-        out: the folder to write.
-        options: as `resolve` returned them for `MergePlanOptions`.
-        recipe: what else the recipe says.
-
-    Raises:
-        ValueError: if models or options do not fit.
+    `models` maps paths to what the recipe says of them, and `recipe` is what else it says. `coefficients` is called
+    with the names of the tensors to merge. `method` and `options` are decided: by `merge_method` and `resolve`.
     """
     if options["trim"] == "model" and method.sparsify != "magnitude":
         raise ValueError(f"method {method.name!r} has no option trim='model': it trims nothing; leave it out")
@@ -219,9 +194,13 @@ def merge_job(
         raise ValueError("there is no model to merge; pass at least one")
     paths = [*models] if base is None else [base, *models]
     sources = [open_files(path, role="a model") for path in paths]
-    files_from = options["files_from"]
-    is_base = files_from is None or (files_from == "base" and method.has_base)
-    config_source = 0 if is_base else _index(files_from, paths)
+    config_source, files_from = 0, options["files_from"]
+    if files_from is not None and not (files_from == "base" and method.has_base):
+        same = [i for i, path in enumerate(paths) if Path(path) == Path(files_from)]
+        if not same:
+            listed = some(repr(str(path)) for path in paths)
+            raise ValueError(f"files_from must be one of {listed}, got {str(files_from)!r}")
+        config_source = same[0]
     tensors = align(sources, config_source, options)
     merged = [tensor for tensor in tensors if tensor.merged]
     decided = coefficients([tensor.name for tensor in merged])
@@ -261,87 +240,74 @@ def merge_job(
         lay_out_files(tensors, sources[0], rule_of, options["max_shard_size"]),
         work=folder.with_name(f".{folder.name}.part"),
         options=options,
-        whole_tensor_pass=WholeTensorPass(options["trim"]) if needs_whole_tensors else None,
+        whole_tensor_pass=WholeTensorPass(over_model=options["trim"] == "model") if needs_whole_tensors else None,
     )
 
 
-def _index(files_from: PathLike, paths: Sequence[PathLike]) -> int:
-    for i, path in enumerate(paths):
-        if Path(path) == Path(files_from):
-            return i
-    raise ValueError(f"files_from must be one of {some(repr(str(path)) for path in paths)}, got {str(files_from)!r}")
-
-
 class WholeTensorPass:
-    """Completes the rules of a file, before it is written, with what whole tensors or whole models decide.
+    """Completes the rules of a file, before it is written, with what whole tensors or whole models decide."""
 
-    Args:
-        trim: `"tensor"` or `"model"`.
-    """
-
-    def __init__(self, trim: str) -> None:
-        self._over_model = trim == "model"
+    def __init__(self, *, over_model: bool) -> None:
+        self._over_model = over_model
         # Of a trim over whole models: found once.
         self._thresholds: tuple[int, ...] | None = None
 
     def bytes_read(self, files: Sequence[OutputFile], mine: Sequence[OutputFile]) -> int:
         """Return the bytes that this reads for `mine` of the files of a job."""
-        return sum(_bytes_read(segment) for file in (files if self._over_model else mine) for segment in _merged(file))
+        return sum(_bytes_read(*each) for file in (files if self._over_model else mine) for each in _merged(file))
 
     def complete(
         self, files: Sequence[OutputFile], file: OutputFile, resources: Resources, advance: Advance
     ) -> OutputFile:
         """Return one of the files of a job with rules that know all they need."""
         with workers(resources.threads) as pool:
-            own = _merged(file)
-            if self._over_model and self._thresholds is None and own:
-                everywhere = [segment for each in files for segment in _merged(each)]
-                self._thresholds = _thresholds(everywhere, advance, pool.map)
-            rules = dict(zip(own, pool.map(lambda segment: self._completed(segment, advance), own), strict=True))
-        completed = (segment._replace(rule=rules.get(segment, segment.rule)) for segment in file.segments)
-        return file._replace(segments=tuple(completed))
+            if self._over_model and self._thresholds is None and _merged(file):
+                merged = [each for any_file in files for each in _merged(any_file)]
+                self._thresholds = _thresholds(merged, advance, pool.map)
+            segments = pool.map(lambda segment: self._completed(segment, advance), file.segments)
+            return file._replace(segments=tuple(segments))
 
-    def _completed(self, segment: Segment, advance: Advance) -> MergeTensorRule:
-        rule = _rule(segment)
+    def _completed(self, segment: Segment, advance: Advance) -> Segment:
+        rule = segment.rule
+        if not isinstance(rule, MergeTensorRule):
+            return segment
         if rule.method.spherical:
-            (pair,) = _pairs(segment)
-            a, b, both = inner_products(pair, advance)
+            a, b, both = inner_products(_pairs(segment)[0], advance)
             weights = slerp_coefficients(rule.weights[0], math.sqrt(a), math.sqrt(b), both)
-            return replace(rule, method=merge_method("linear", normalize=False), weights=weights)
-        thresholds = _thresholds([segment], advance) if self._thresholds is None else self._thresholds
-        return replace(rule, thresholds=thresholds)
+            rule = rule._replace(method=merge_method("linear", normalize=False), weights=weights)
+        else:
+            thresholds = self._thresholds or _thresholds([(rule, _pairs(segment))], advance)
+            rule = rule._replace(thresholds=thresholds)
+        return segment._replace(rule=rule)
 
 
-def _thresholds(segments: Sequence[Segment], advance: Advance, map_pairs: Map = map) -> tuple[int, ...]:
-    """Return what trims the deltas of each model, taken over all the segments together."""
-    found = []
-    for model, density in enumerate(_rule(segments[0]).densities or ()):
-        pairs = [_pairs(segment)[model] for segment in segments]
-        numel = sum(pair.numel for pair in pairs)
-        found.append(0 if density == 1.0 else kth_magnitude(pairs, kept_count(numel, density), advance, map_pairs))
-    return tuple(found) or (0,) * len(_rule(segments[0]).weights)
-
-
-def _bytes_read(segment: Segment) -> int:
-    """Return the bytes that are read of a tensor before it is merged."""
-    rule, pairs = _rule(segment), _pairs(segment)
-    if rule.method.spherical:
-        return pairs[0].nbytes
-    trimmed = compress(pairs, [density < 1.0 for density in rule.densities or ()])
-    return sum(reads_of_kth(pair.wide) * pair.nbytes for pair in trimmed)
-
-
-def _merged(file: OutputFile) -> list[Segment]:
-    return [segment for segment in file.segments if isinstance(segment.rule, MergeTensorRule)]
-
-
-def _rule(segment: Segment) -> MergeTensorRule:
-    assert isinstance(segment.rule, MergeTensorRule)
-    return segment.rule
+def _merged(file: OutputFile) -> list[tuple[MergeTensorRule, list[Pair]]]:
+    """Return what a file merges, and the base of each with each model."""
+    return [(each.rule, _pairs(each)) for each in file.segments if isinstance(each.rule, MergeTensorRule)]
 
 
 def _pairs(segment: Segment) -> list[Pair]:
-    """Return the base with each model."""
     base, *models = segment.inputs
     wide = compute_dtype(*(each.dtype for each in segment.inputs))
     return [Pair(base, model, segment.numel, wide) for model in models]
+
+
+def _thresholds(
+    merged: Sequence[tuple[MergeTensorRule, list[Pair]]], advance: Advance, each: Map = map
+) -> tuple[int, ...]:
+    """Return what trims the deltas of each model, taken over all the tensors together."""
+    rule, _ = merged[0]
+    found = []
+    for model, density in enumerate(rule.densities or [1.0] * len(rule.weights)):
+        pairs = [own[model] for _, own in merged]
+        k = kept_count(sum(pair.numel for pair in pairs), density)
+        found.append(0 if density == 1.0 else kth_magnitude(pairs, k, advance, each))
+    return tuple(found)
+
+
+def _bytes_read(rule: MergeTensorRule, pairs: Sequence[Pair]) -> int:
+    """Return the bytes that are read of a tensor before it is merged."""
+    if rule.method.spherical:
+        return pairs[0].nbytes
+    kept = zip(pairs, rule.densities or [1.0] * len(pairs), strict=True)
+    return sum(len(lowest_bits(pair.wide)) * pair.nbytes for pair, density in kept if density < 1.0)

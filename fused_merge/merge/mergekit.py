@@ -18,12 +18,9 @@ A file means something else here than in mergekit in these points:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
-
-import torch
 
 from fused_merge.checkpoints.job import Job
 from fused_merge.checkpoints.options import FileOptions
@@ -49,55 +46,37 @@ _REFUSED = {
 _BEFORE_THE_LAYERS = ("embed", "wte", "wpe")
 
 
-class _Condition(NamedTuple):
-    """One condition of a parameter: a number, or the points of a gradient, for names that contain the filter."""
-
-    filter: str  # "" is part of every name
-    values: tuple[float, ...]
-
-
-_Parameters: TypeAlias = "dict[str, tuple[_Condition, ...]]"
-
-
-class _Source(NamedTuple):
-    model: Path
-    parameters: _Parameters
+# Parameter -> conditions: a part of tensors' names ("" is part of all), and a number or the points of a gradient.
+_Parameters: TypeAlias = "dict[str, tuple[tuple[str, tuple[float, ...]], ...]]"
 
 
 class _Slice(NamedTuple):
     """Layers first to end - 1 of all its sources; end is None where it is the whole model."""
 
-    sources: tuple[_Source, ...]
+    sources: dict[Path, _Parameters]  # in the order of their sum
     scopes: tuple[_Parameters, ...]  # its own parameters and those of the file
     base: Path | None
     first: int = 0
     end: int | None = None
 
 
-@dataclass(frozen=True)
-class MergeRecipe:
-    """The merge that a mergekit file asks for.
-
-    The folder of the base is None for "linear"; the folders of the models are in the order of their sum; `options` is
-    what the file says of the options of `plan_merge`.
-    """
+class MergeRecipe(NamedTuple):
+    """The merge that a mergekit file asks for."""
 
     path: Path
     method: MergeMethod
-    base: Path | None
-    models: tuple[Path, ...]
-    options: Mapping[str, Any]
-    _slices: tuple[_Slice, ...] = field(repr=False)
+    base: Path | None  # None for "linear"
+    models: tuple[Path, ...]  # in the order of their sum
+    options: Mapping[str, Any]  # what the file says of the options of `plan_merge`
+    slices: tuple[_Slice, ...]
 
     def coefficients(self, names: Iterable[str]) -> dict[str, Coefficients]:
         """Return the weights and densities of each tensor.
 
         The layer of a tensor is the first numeric component of its name, as in `model.layers.3.mlp.up_proj.weight`, and
         the components before it are its stack. A gradient runs from the first to the last layer of a stack, or of the
-        slice; tensors outside the layers have its first value, and those of a single layer its last.
-
-        Args:
-            names: names of all tensors of the models.
+        slice; tensors outside the layers have its first value, and those of a single layer its last. The names are
+        those of all tensors of the models.
 
         Raises:
             ValueError: for a weight or t that is missing or out of range, or slices that are not all of the layers.
@@ -106,45 +85,49 @@ class MergeRecipe:
         layers: dict[str, int] = {}
         for stack, layer in filter(None, places.values()):
             layers[stack] = max(layers.get(stack, 0), layer + 1)
-        if self._slices[-1].end is not None and [*layers.values()] != [self._slices[-1].end]:
+        if self.slices[-1].end is not None and [*layers.values()] != [self.slices[-1].end]:
             found = " and ".join(f"{count} ({stack})" for stack, count in layers.items()) or "0"
             raise ValueError(
-                f"the slices of {self.path} are {self._slices[-1].end} layers, but the models have {found}; "
+                f"the slices of {self.path} are {self.slices[-1].end} layers, but the models have {found}; "
                 "slices must be all of the layers, in order"
             )
         return {name: self._of(name, place, layers) for name, place in places.items()}
 
     def _of(self, name: str, place: tuple[str, int] | None, layers: Mapping[str, int]) -> Coefficients:
-        part, t = self._slices[0], 0.0
+        part, t = self.slices[0], 0.0
         if place is not None:
             stack, layer = place
-            part = next(part for part in self._slices if part.end is None or layer < part.end)
+            part = next(part for part in self.slices if part.end is None or layer < part.end)
             count = (layers[stack] if part.end is None else part.end) - part.first
             t = (layer - part.first) / (count - 1) if count > 1 else 1.0
         elif "embed_out" in name or not any(word in name for word in _BEFORE_THE_LAYERS):
-            part = self._slices[-1]
+            part = self.slices[-1]
 
-        scopes = {source.model: (source.parameters, *part.scopes) for source in part.sources}
-        densities = None
+        scopes = {model: (own, *part.scopes) for model, own in part.sources.items()}
         if self.method.spherical:
-            weights: tuple[float, ...] = (self._number("t", name, t, part.scopes),)
+            weights: tuple[float, ...] = (self._value("t", name, t, part.scopes),)
         else:
-            weights = tuple(self._number("weight", name, t, scopes[model], model) for model in self.models)
+            weights = tuple(self._value("weight", name, t, scopes[own], f" in {str(own)!r}") for own in self.models)
+        densities = None
         if self.method.sparsify != "none":
-            found = [_evaluate("density", name, t, scopes[model]) for model in self.models]
-            densities = tuple(1.0 if density is None else density for density in found)
+            densities = tuple(self._value("density", name, t, scopes[own]) for own in self.models)
         try:
             check_coefficients(self.method, len(self.models), weights, densities)
         except ValueError as error:
             raise ValueError(f"{self.path}, tensor {name!r}: {error}") from None
         return Coefficients(weights, densities)
 
-    def _number(self, key: str, name: str, t: float, scopes: Sequence[_Parameters], model: Path | None = None) -> float:
-        number = _evaluate(key, name, t, scopes)
-        if number is None:
-            whose = "" if model is None else f" in {str(model)!r}"
-            raise ValueError(f"{self.path} gives no {key} for {name!r}{whose}; write it under parameters")
-        return number
+    def _value(self, key: str, name: str, t: float, scopes: Iterable[_Parameters], whose: str = "") -> float:
+        """Return the value of the nearest scope that has one for a tensor, t of the way through its layers."""
+        for scope in scopes:
+            if values := next((values for part, values in scope.get(key, ()) if part in name), ()):
+                at = t * (len(values) - 1)
+                left = int(at)
+                right = min(left + 1, len(values) - 1)
+                return (1 - (at - left)) * values[left] + (at - left) * values[right]
+        if key == "density":
+            return 1.0
+        raise ValueError(f"{self.path} gives no {key} for {name!r}{whose}; write it under parameters")
 
 
 @documented(FileOptions)
@@ -160,17 +143,11 @@ def plan_mergekit(config: PathLike, out: PathLike, **options: Unpack[FileOptions
         ValueError: if the file asks for something that is not supported, or models do not fit.
         FileNotFoundError: if the file or a model is not there.
     """
-    files = resolve(options, FileOptions)
-    recipe = read_mergekit(config)
-    return merge_job(
-        recipe.base,
-        {model: {} for model in recipe.models},
-        recipe.method,
-        recipe.coefficients,
-        out,
-        resolve({**recipe.options, **files}, MergePlanOptions),
-        {"mergekit": recipe.path.read_text(encoding="utf-8")},
-    )
+    files, recipe = resolve(options, FileOptions), read_mergekit(config)
+    models: dict[PathLike, dict[str, Any]] = {model: {} for model in recipe.models}
+    plan = resolve({**recipe.options, **files}, MergePlanOptions)
+    said = {"mergekit": recipe.path.read_text(encoding="utf-8")}
+    return merge_job(recipe.base, models, recipe.method, recipe.coefficients, out, plan, said)
 
 
 def read_mergekit(path: PathLike) -> MergeRecipe:
@@ -208,30 +185,33 @@ def read_mergekit(path: PathLike) -> MergeRecipe:
     entry = MERGE_METHODS[method]
     slices = _slices(top, str(path))
     base = slices[0].base
-    sources = tuple(source.model for source in slices[0].sources)
-    if entry.has_base and base not in sources:
+    if entry.has_base and base not in slices[0].sources:
         raise ValueError(f"{path} has no base_model, or slices without it, and {method!r} starts from one")
-    models = tuple(model for model in sources if not (entry.has_base and model == base))
+    models = tuple(model for model in slices[0].sources if not (entry.has_base and model == base))
     if not models or (entry.spherical and len(models) > 1):
         count = "one model" if entry.spherical else "at least one model"
         raise ValueError(f"{path} names {len(models)} models besides base_model, and {method!r} takes {count}")
 
-    normalize, rescale = _flag("normalize", slices, path), _flag("rescale", slices, path)
+    normalize, rescale, scale = (_constant(key, slices, path) for key in ("normalize", "rescale", "lambda"))
     if rescale and entry.sparsify == "magnitude":
         raise ValueError(f"{path}: rescale is not supported for {method!r}, whose paper scales nothing; leave it out")
-    scale = _constant("lambda", slices, path)
     decided: dict[str, Any] = {
         "normalize": None if entry.spherical else normalize,
         "rescale": rescale if entry.sparsify == "random" else None,
         "scale": scale if scale is not None and entry.deltas else 1.0,
     }
+    dtypes = [parse_dtype(top.get(key), what=f"{path}: {key}") for key in ("out_dtype", "dtype")]
     return MergeRecipe(
         path=path,
         method=merge_method(method, **decided),
         base=base if entry.has_base else None,
         models=models,
-        options={**decided, "dtype": _dtype(top, path), "files_from": _files_from(top, base, models, path)},
-        _slices=slices,
+        options={
+            **decided,
+            "dtype": dtypes[0] or dtypes[1],
+            "files_from": _files_from(top.get("tokenizer_source"), base, models, path),
+        },
+        slices=slices,
     )
 
 
@@ -243,14 +223,12 @@ def _slices(top: Mapping[str, Any], where: str) -> tuple[_Slice, ...]:
     outer = _parameters(top, where)
     if top.get("models") is not None:
         sources = _sources(top["models"], f"{where}, models", ("model", "parameters"))
-        if base is not None and base not in [source.model for source in sources]:
-            sources += (_Source(base, {}),)
+        if base is not None:
+            sources.setdefault(base, {})
         return (_Slice(sources, (outer,), base),)
 
     slices: list[_Slice] = []
-    for i, item in enumerate(_list(top["slices"], f"{where}, slices")):
-        inside = f"{where}, slices[{i}]"
-        part = _mapping(item, inside, ("sources", "base_model", "parameters"))
+    for inside, part in _entries(top["slices"], f"{where}, slices", ("sources", "base_model", "parameters")):
         own = base if part.get("base_model") is None else _folder(part["base_model"], f"{inside}, base_model")
         sources = _sources(part.get("sources"), f"{inside}, sources", ("model", "layer_range", "parameters"))
         ranges = {_range(source, f"{inside}, sources") for source in part["sources"]}
@@ -261,20 +239,20 @@ def _slices(top: Mapping[str, Any], where: str) -> tuple[_Slice, ...]:
                 "stacking layers anew is not supported"
             )
         slices.append(_Slice(sources, (_parameters(part, inside), outer), own, first, end))
-        kept = [(part.base, [source.model for source in part.sources]) for part in (slices[0], slices[-1])]
+        kept = [(part.base, [*part.sources]) for part in (slices[0], slices[-1])]
         if kept[0] != kept[1]:
             raise ValueError(f"{inside} has other sources or another base than slices[0], or another order of them")
     return tuple(slices)
 
 
-def _sources(items: Any, where: str, keys: Sequence[str]) -> tuple[_Source, ...]:
-    sources = []
-    for i, item in enumerate(_list(items, where)):
-        source = _mapping(item, f"{where}[{i}]", keys)
-        sources.append(_Source(_folder(source.get("model"), f"{where}[{i}]"), _parameters(source, f"{where}[{i}]")))
-        if sources[-1].model in [earlier.model for earlier in sources[:-1]]:
-            raise ValueError(f"{where} names {str(sources[-1].model)!r} twice")
-    return tuple(sources)
+def _sources(items: Any, where: str, keys: Sequence[str]) -> dict[Path, _Parameters]:
+    sources: dict[Path, _Parameters] = {}
+    for inside, source in _entries(items, where, keys):
+        model = _folder(source.get("model"), inside)
+        if model in sources:
+            raise ValueError(f"{where} names {str(model)!r} twice")
+        sources[model] = _parameters(source, inside)
+    return sources
 
 
 def _range(source: Mapping[str, Any], where: str) -> tuple[int, int]:
@@ -294,96 +272,63 @@ def _folder(reference: Any, where: str) -> Path:
     return Path(reference)
 
 
-def _files_from(top: Mapping[str, Any], base: Path | None, models: Sequence[Path], path: Path) -> Path:
-    source = top.get("tokenizer_source")
-    if source is None:
-        return models[0] if base is None else base
+def _files_from(source: Any, base: Path | None, models: Sequence[Path], path: Path) -> Path:
     if source == "union":
         raise ValueError(f"{path}: tokenizer_source 'union' is not supported; name the base or a model")
-    if source == "base":
-        if base is None:
-            raise ValueError(f"{path} has tokenizer_source 'base', but no base_model")
-        return base
+    if source == "base" and base is None:
+        raise ValueError(f"{path} has tokenizer_source 'base', but no base_model")
+    if source in (None, "base"):
+        return base or models[0]
     folder = _folder(source, f"{path}, tokenizer_source")
     if folder not in (base, *models):
         raise ValueError(f"{path} has tokenizer_source {source!r}, which is neither the base nor a model of the merge")
     return folder
 
 
-def _dtype(top: Mapping[str, Any], path: Path) -> torch.dtype | None:
-    try:
-        written, arithmetic = (parse_dtype(top.get(key), what=key) for key in ("out_dtype", "dtype"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return written or arithmetic
-
-
 def _parameters(part: Mapping[str, Any], where: str) -> _Parameters:
     where = f"{where}, parameters"
-    parameters = part.get("parameters")
-    if parameters is None:
-        return {}
-    return {
-        key: _conditions(value, f"{where}, {key}") for key, value in _mapping(parameters, where, _PARAMETERS).items()
-    }
+    given = {} if part.get("parameters") is None else _mapping(part["parameters"], where, _PARAMETERS)
+    return {key: tuple(_conditions(value, f"{where}, {key}")) for key, value in given.items()}
 
 
-def _conditions(parameter: Any, where: str) -> tuple[_Condition, ...]:
-    items = [parameter] if isinstance(parameter, dict) else parameter
-    if not isinstance(items, list) or not any(isinstance(item, dict) for item in items):
-        return (_Condition("", _numbers(parameter, where)),)
-    conditions = []
+def _conditions(parameter: Any, where: str) -> Iterator[tuple[str, tuple[float, ...]]]:
+    """Read a parameter: a number, a gradient, or one or several conditions with a filter."""
+    items = parameter if isinstance(parameter, list) else [parameter]
+    if not any(isinstance(item, dict) for item in items):
+        items = [{"value": parameter}]
     for item in items:
         condition = _mapping(item, where, ("filter", "value"))
-        part = condition.get("filter")
+        part, value = condition.get("filter"), condition.get("value")
         if part is not None and not isinstance(part, str):
             raise ValueError(f"{where} has the filter {part!r}; write a part of tensors' names")
-        conditions.append(_Condition("" if part in (None, "*") else part, _numbers(condition.get("value"), where)))
-    return tuple(conditions)
-
-
-def _numbers(value: Any, where: str) -> tuple[float, ...]:
-    try:
-        # YAML reads 1e-3 as a string, and mergekit as the number.
-        return tuple(float(number) for number in (value if isinstance(value, list) else [value]))
-    except (TypeError, ValueError):
-        raise ValueError(f"{where} is {value!r}; write a number, or a list of numbers for a gradient") from None
-
-
-def _evaluate(key: str, name: str, t: float, scopes: Iterable[_Parameters]) -> float | None:
-    """Return the value of the nearest scope that has one for a tensor, t of the way through its layers."""
-    for scope in scopes:
-        values = next((each.values for each in scope.get(key, ()) if each.filter in name), ())
-        if values:
-            at = t * (len(values) - 1)
-            left = int(at)
-            right = min(left + 1, len(values) - 1)
-            return (1 - (at - left)) * values[left] + (at - left) * values[right]
-    return None
+        try:
+            # YAML reads 1e-3 as a string, and mergekit as the number.
+            numbers = tuple(map(float, value if isinstance(value, list) else [value]))
+        except (TypeError, ValueError):
+            raise ValueError(f"{where} is {value!r}; write a number, or a list of numbers for a gradient") from None
+        yield "" if part in (None, "*") else part, numbers
 
 
 def _constant(key: str, slices: Sequence[_Slice], path: Path) -> float | None:
-    """Return a parameter that must be one number for the whole merge, or None where it is not given."""
+    """Return a parameter that must be one value for the whole merge, or None where it is not given."""
     given = {next((scope[key] for scope in part.scopes if key in scope), None) for part in slices}
     match [*given]:
         case [None]:
             return None
         case [(("", (float(number),)),)]:
-            return number
+            if key == "lambda":
+                return number
+            if number in (0.0, 1.0):
+                return bool(number)
+            raise ValueError(f"{path}: {key} must be true or false, got {number}")
     raise ValueError(f"{path}: {key} must be one value for all tensors; gradients and filters of it are not supported")
 
 
-def _flag(key: str, slices: Sequence[_Slice], path: Path) -> bool | None:
-    number = _constant(key, slices, path)
-    if number not in (None, 0.0, 1.0):
-        raise ValueError(f"{path}: {key} must be true or false, got {number}")
-    return None if number is None else bool(number)
-
-
-def _list(value: Any, where: str) -> list[Any]:
+def _entries(value: Any, where: str, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"{where} must be a list with an entry, got {value!r}")
-    return value
+    for i, entry in enumerate(value):
+        yield f"{where}[{i}]", _mapping(entry, f"{where}[{i}]", keys)
 
 
 def _mapping(value: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:

@@ -28,16 +28,12 @@ Map = Callable[..., Iterable[Any]]
 
 
 class Pair(NamedTuple):
-    """The same elements in two files: of a base and of a model.
-
-    Attributes:
-        wide: the dtype that they are merged in, which other models of the merge decide too.
-    """
+    """The same elements in two files: of a base and of a model."""
 
     base: FileRange
     model: FileRange
     numel: int
-    wide: torch.dtype
+    wide: torch.dtype  # that they are merged in, which other models of the merge decide too
 
     @property
     def nbytes(self) -> int:
@@ -48,35 +44,29 @@ class Pair(NamedTuple):
         """Read both, block by block, widened."""
         with reading(self.base.file) as first, reading(self.model.file) as second:
             for start in range(0, self.numel, _BLOCK):
-                numel = min(_BLOCK, self.numel - start)
-                tensors = []
-                for handle, file_range in ((first, self.base), (second, self.model)):
-                    tensor = torch.empty(numel, dtype=file_range.dtype)
-                    read_into(
-                        handle, file_range.file, bytes_of(tensor), file_range.offset + start * file_range.dtype.itemsize
-                    )
-                    tensors.append(tensor.to(self.wide))
-                advance(numel * (self.base.dtype.itemsize + self.model.dtype.itemsize))
-                yield tensors[0], tensors[1]
+                widened = []
+                for handle, place in ((first, self.base), (second, self.model)):
+                    tensor = torch.empty(min(_BLOCK, self.numel - start), dtype=place.dtype)
+                    read_into(handle, place.file, bytes_of(tensor), place.offset + start * place.dtype.itemsize)
+                    advance(tensor.nbytes)
+                    widened.append(tensor.to(self.wide))
+                yield widened[0], widened[1]
 
 
-def reads_of_kth(wide: torch.dtype) -> int:
-    """Return how often `kth_magnitude` reads everything."""
-    return len(_lowest_bits(wide))
+def lowest_bits(wide: torch.dtype) -> list[int]:
+    """Return the lowest bit of each digit of a magnitude's pattern, highest digit first; each takes one read."""
+    # The sign has no digit.
+    return [max(0, low) for low in range(wide.itemsize * 8 - 1 - _DIGIT, -_DIGIT, -_DIGIT)]
 
 
 def kth_magnitude(pairs: Sequence[Pair], k: int, advance: Advance, each: Map = map) -> int:
-    """Return the integer pattern of the k-th largest |model - base| of all pairs together.
+    """Return the integer pattern of the k-th largest |model - base| of all pairs together, 1 being the largest.
 
-    Args:
-        pairs: all of one `wide` dtype.
-        k: 1 is the largest; at most as many as there are elements.
-        advance: called with the bytes just read.
-        each: maps a function over the pairs.
+    The pairs are of one `wide` dtype. `advance` is called with the bytes just read; `each` maps a function over pairs.
     """
     (wide,) = {pair.wide for pair in pairs}
     found, above = 0, wide.itemsize * 8 - 1
-    for low in _lowest_bits(wide):
+    for low in lowest_bits(wide):
         histogram = _Histogram(found, above, low)
         for _ in each(lambda pair, histogram=histogram: histogram.add(pair, advance), pairs):
             pass
@@ -89,9 +79,8 @@ class _Histogram:
     """How often each value of one digit of a magnitude's pattern is found with given digits above it."""
 
     def __init__(self, found: int, above: int, low: int) -> None:
-        self._found = found  # the digits above
-        self._above = above  # lowest bit of those
-        self._low = low  # lowest bit of this one
+        # The digits above, the lowest bit of those, and the lowest bit of this one.
+        self._found, self._above, self._low = found, above, low
         self._counts = torch.zeros(1 << (above - low), dtype=torch.int64)
         self._lock = threading.Lock()
 
@@ -115,12 +104,5 @@ class _Histogram:
 def inner_products(pair: Pair, advance: Advance) -> tuple[float, float, float]:
     """Return <a, a>, <b, b> and <a, b> of base a and model b: the sums of `fused_merge.eager.sums`."""
     nodes = [torch.stack([tree_sum(x * y) for x, y in ((a, a), (b, b), (a, b))]) for a, b in pair.blocks(advance)]
-    if not nodes:
-        return 0.0, 0.0, 0.0
-    first, second, both = tree_sum(torch.stack(nodes, dim=1)).tolist()
+    first, second, both = tree_sum(torch.stack(nodes, dim=1)).tolist() if nodes else (0.0, 0.0, 0.0)
     return first, second, both
-
-
-def _lowest_bits(wide: torch.dtype) -> list[int]:
-    """Return the lowest bit of each digit of a magnitude's pattern, from the highest digit on; the sign has none."""
-    return [max(0, low) for low in range(wide.itemsize * 8 - 1 - _DIGIT, -_DIGIT, -_DIGIT)]

@@ -37,16 +37,10 @@ class StandIn:
 
     def __init__(self):
         self.outputs = [Path("line/r0.10"), Path("line/half")]
-        self.plan = {
-            "outputs": ["line/r0.10", "line/half"],
-            "files": [
-                {"path": "line/r0.10/a.safetensors", "bytes": 1_500_000_000},
-                {"path": "line/r0.10/config.json", "bytes": 700},
-                {"path": "line/half/a.safetensors", "bytes": 2_000},
-            ],
-            "bytes_read": 3_000_000_000,
-            "bytes_written": 1_500_002_700,
-        }
+        sizes = {"r0.10/a.safetensors": 1_500_000_000, "r0.10/config.json": 700, "half/a.safetensors": 2_000}
+        files = [{"path": f"line/{name}", "bytes": size} for name, size in sizes.items()]
+        self.plan = {"outputs": list(map(str, self.outputs)), "files": files}
+        self.plan |= {"bytes_read": 3_000_000_000, "bytes_written": 1_500_002_700}
         self.fails = self.planned = self.ran = None
 
     def plan_by(self, name):
@@ -69,10 +63,10 @@ class StandIn:
 @pytest.fixture
 def job(monkeypatch):
     job = StandIn()
-    for home, name in (
-        ("checkpoints.interpolate", "plan_interpolation"),
-        ("merge.merge", "plan_merge"),
-        ("merge.mergekit", "plan_mergekit"),
+    for place in (
+        "checkpoints.interpolate.plan_interpolation",
+        "merge.merge.plan_merge",
+        "merge.mergekit.plan_mergekit",
     ):
-        monkeypatch.setattr(f"fused_merge.{home}.{name}", job.plan_by(name))
+        monkeypatch.setattr(f"fused_merge.{place}", job.plan_by(place.rpartition(".")[2]))
     return job

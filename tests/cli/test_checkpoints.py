@@ -22,14 +22,8 @@ MERGE = ["merge", "--base", "a", "--model", "b=0.5", "--model", "dir=1/c=-2", "-
 PLAN = ["--dtype", "float32", "--unmatched", "copy", "--align-vocabulary", "--files-from", "base", "--overwrite"]
 PLAN += ["--max-shard-size", "5GB"]
 RUN = ["--threads", "4", "--max-memory", "1000000", "--device", "cuda:1", "--verify", "--quiet"]
-PLAN_ASKED = {
-    "dtype": "float32",
-    "unmatched": "copy",
-    "align_vocabulary": True,
-    "files_from": "base",
-    "max_shard_size": "5GB",
-    "overwrite": True,
-}
+PLAN_ASKED = {"dtype": "float32", "unmatched": "copy", "align_vocabulary": True, "files_from": "base"}
+PLAN_ASKED |= {"max_shard_size": "5GB", "overwrite": True}
 RUN_ASKED = {"threads": 4, "max_memory": "1000000", "device": "cuda:1", "verify": True, "progress": False}
 
 
@@ -37,26 +31,28 @@ def defaults(*definitions):
     return {name: option.default for name, option in options_of(*definitions).items()}
 
 
+def check_wrong_usage(arguments, message, run, job):
+    code, printed, errors = run(*arguments, "--json")
+    assert (code, printed, job.planned) == (2, "", None)
+    assert message in errors
+
+
 # --- interpolate
 
 
 def test_interpolate(run, files, tmp_path):
     out = tmp_path / "out"
-    code, printed, errors = run("interpolate", *files, "--ratios", "0.25,0.5", "--out", out)
-    assert (code, printed.split(), errors) == (0, [str(out / "r0.25"), str(out / "r0.50")], "")
+    common = ["interpolate", *files, "--out", out]
+    assert run(*common, "--ratios", "0.25,0.5") == (0, f"{out}/r0.25\n{out}/r0.50\n", "")
     assert load_file(out / "r0.25" / "model.safetensors")["w"].tolist() == [0.25] * 3
 
-    code, printed, errors = run("interpolate", *files, "--ratios", "0.5", "--out", out)
-    assert (code, printed) == (1, "")
     # What the library calls overwrite=True is an option here.
-    assert errors == f"error: {out / 'r0.50'} exists; pass --overwrite to replace a folder, or choose another\n"
+    sentence = f"error: {out / 'r0.50'} exists; pass --overwrite to replace a folder, or choose another\n"
+    assert run(*common, "--ratios", "0.5") == (1, "", sentence)
 
-    code, printed, _ = run("interpolate", *files, "--ratios=-0.5,0.5", "--out", out, "--overwrite", "--json")
-    assert code == 0
-    assert json.loads(printed) == [
-        {"ratio": -0.5, "path": str(out / "r-0.50")},
-        {"ratio": 0.5, "path": str(out / "r0.50")},
-    ]
+    code, printed, _ = run(*common, "--ratios=-0.5,0.5", "--overwrite", "--json")
+    written = [{"ratio": ratio, "path": f"{out}/r{ratio:.2f}"} for ratio in (-0.5, 0.5)]
+    assert (code, json.loads(printed)) == (0, written)
 
 
 def test_a_dry_run_says_what_the_run_does(run, files, tmp_path):
@@ -68,9 +64,7 @@ def test_a_dry_run_says_what_the_run_does(run, files, tmp_path):
     assert plan["outputs"] == [str(out / "r0.25"), str(out / "r0.50")]
     assert {Path(file["path"]).name for file in plan["files"]} >= {"model.safetensors"}
     assert not list(tmp_path.rglob("r0.25"))
-    code, printed, errors = run(*arguments, "--dry-run")
-    assert (code, errors) == (0, "")
-    assert str(out / "r0.25") in printed
+    assert str(out / "r0.25") in run(*arguments, "--dry-run")[1]
     assert run(*arguments)[0] == 0
     weights = [file for file in plan["files"] if file["path"].endswith(".safetensors")]
     assert [file["bytes"] for file in weights] == [Path(file["path"]).stat().st_size for file in weights]
@@ -109,14 +103,10 @@ def test_ratios_and_ranges(text, ratios, run, job):
 @pytest.mark.parametrize("suffix", [".yaml", ".json"])
 def test_ratios_from_a_file(suffix, run, job, tmp_path):
     ratios = {"r0.10": 0.1, "half": {r"model\.layers\..*": 0.5, ".*norm.*": 1}}
-    file = tmp_path / f"ratios{suffix}"
-    if suffix == ".json":
-        file.write_text(json.dumps(ratios))
-    else:
-        file.write_text("r0.10: 0.1\nhalf:\n  model\\.layers\\..*: 0.5\n  .*norm.*: 1\n")
+    file, yaml = tmp_path / f"ratios{suffix}", "r0.10: 0.1\nhalf:\n  model\\.layers\\..*: 0.5\n  .*norm.*: 1\n"
+    file.write_text(json.dumps(ratios) if suffix == ".json" else yaml)
     code, printed, _ = run("interpolate", "a", "b", "--ratios-file", file, "--out", "line", "--json")
-    assert code == 0
-    assert job.planned[1][2] == ratios
+    assert (code, job.planned[1][2]) == (0, ratios)
     assert json.loads(printed) == [{"ratio": 0.1, "path": "line/r0.10"}, {"ratio": ratios["half"], "path": "line/half"}]
 
 
@@ -148,33 +138,29 @@ def test_ratio_files_that_say_something_else(name, text, sentence, run, job, tmp
 def test_a_yaml_file_without_pyyaml(run, job, tmp_path, monkeypatch):
     (tmp_path / "r.yaml").write_text("a: 0.5")
     monkeypatch.setitem(sys.modules, "yaml", None)
-    code, _, errors = run("interpolate", "a", "b", "--ratios-file", tmp_path / "r.yaml", "--out", "x")
-    assert code == 1
-    assert errors.endswith("r.yaml needs PyYAML: pip install 'fused_merge[cli]', or take a .json file\n")
+    sentence = f"error: {tmp_path}/r.yaml needs PyYAML: pip install 'fused_merge[cli]', or take a .json file\n"
+    assert run("interpolate", "a", "b", "--ratios-file", tmp_path / "r.yaml", "--out", "x") == (1, "", sentence)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ratios", "a,b", "--out", "x"], "could not convert string to float: 'a'; write numbers with commas"),
-        (["--ratios", "0:1", "--out", "x"], "'0:1' is no range start:end:step; write numbers with commas"),
-        (["--ratios", "0:x:1", "--out", "x"], "'0:x:1' is no range start:end:step"),
-        (["--ratios", "0:nan:1", "--out", "x"], "'0:nan:1' does not go from its start to its end"),
-        (["--ratios", "0:1:0", "--out", "x"], "'0:1:0' is no range start:end:step"),
-        (["--ratios", "0:1:-0.1", "--out", "x"], "'0:1:-0.1' does not go from its start to its end in at most 1000"),
-        (["--ratios", "0:1:1e-9", "--out", "x"], "'0:1:1e-9' does not go from its start to its end in at most 1000"),
-        (["--ratios", "0.1"], "Missing option '--out'"),
-        (["--out", "x"], "Missing option '--ratios' or '--ratios-file'"),
-        (["--ratios", "1", "--ratios-file", "f", "--out", "x"], "--ratios and --ratios-file exclude each other"),
-        (["--ratios", "0.1", "--out", "x", "--fast"], "No such option"),
-        (["--ratios", "0.1", "--out", "x", "--threads", "0"], "'--threads'"),
+        ("--ratios a,b --out x", "could not convert string to float: 'a'; write numbers with commas"),
+        ("--ratios 0:1 --out x", "'0:1' is no range start:end:step; write numbers with commas"),
+        ("--ratios 0:x:1 --out x", "'0:x:1' is no range start:end:step"),
+        ("--ratios 0:nan:1 --out x", "'0:nan:1' does not go from its start to its end"),
+        ("--ratios 0:1:0 --out x", "'0:1:0' is no range start:end:step"),
+        ("--ratios 0:1:-0.1 --out x", "'0:1:-0.1' does not go from its start to its end in at most 1000"),
+        ("--ratios 0:1:1e-9 --out x", "'0:1:1e-9' does not go from its start to its end in at most 1000"),
+        ("--ratios 0.1", "Missing option '--out'"),
+        ("--out x", "Missing option '--ratios' or '--ratios-file'"),
+        ("--ratios 1 --ratios-file f --out x", "--ratios and --ratios-file exclude each other"),
+        ("--ratios 0.1 --out x --fast", "No such option"),
+        ("--ratios 0.1 --out x --threads 0", "'--threads'"),
     ],
 )
 def test_wrong_usage_of_interpolate(arguments, message, run, job):
-    code, printed, errors = run("interpolate", "a", "b", *arguments)
-    assert (code, printed) == (2, "")
-    assert message in errors
-    assert job.planned is None
+    check_wrong_usage(["interpolate", "a", "b", *arguments.split()], message, run, job)
 
 
 # --- merge
@@ -209,13 +195,10 @@ def test_merge_of_two_files(run, files, tmp_path):
     save_file({"w": torch.full((3,), 3.0)}, tmp_path / "third.safetensors")
     out = tmp_path / "merged"
     models = ["--model", f"{files[1]}=1", "--model", f"{tmp_path / 'third.safetensors'}=0.5"]
-    common = ["merge", "--base", files[0], *models, "--method", "task_arithmetic", "--out", out]
-    code, printed, errors = run(*common)
-    assert (code, printed, errors) == (0, f"{out}\n", "")
+    arguments = ["merge", "--base", files[0], *models, "--method", "task_arithmetic", "--out", out]
+    assert run(*arguments) == (0, f"{out}\n", "")
     assert load_file(out / "model.safetensors")["w"].tolist() == [2.5] * 3
-    code, printed, errors = run("verify", out)
-    assert (code, errors) == (0, "")
-    assert printed.startswith(f"{out}: ")
+    assert run("verify", out)[0] == 0
 
 
 def test_merge_of_a_file_of_mergekit(run, tmp_path, monkeypatch):
@@ -225,34 +208,31 @@ def test_merge_of_a_file_of_mergekit(run, tmp_path, monkeypatch):
     assert everything_in(tmp_path / "command" / "out") == everything_in(out)
 
 
+MODEL_IS_MISSING = "--model is missing; give --base, --model and --method, or CONFIG.yaml"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--model is missing; give --base, --model and --method, or CONFIG.yaml"),
-        (["--base", "a", "--method", "ties", "--out", "x"], "--model is missing; give --base, --model and --method"),
-        (["--base", "a", "--model", "b=1", "--out", "x"], "--method is missing; give --base, --model and --method"),
-        (["--base", "a", "--model", "b=1", "--method", "ties"], "--out is missing; give the folder to write"),
-        (["c.yaml"], "--out is missing; give the folder to write"),
-        (["c.yaml", "x", "--out", "x"], "OUT and --out exclude each other; give one"),
-        (["c.yaml", "x", "--density", "0.2"], "--density is for c.yaml to say; leave one of them out"),
+        ("", MODEL_IS_MISSING),
+        ("--base a --method ties --out x", MODEL_IS_MISSING),
+        ("--base a --model b=1 --out x", "--method is missing; give --base, --model and --method"),
+        ("--base a --model b=1 --method ties", "--out is missing; give the folder to write"),
+        ("c.yaml", "--out is missing; give the folder to write"),
+        ("c.yaml x --out x", "OUT and --out exclude each other; give one"),
+        ("c.yaml x --density 0.2", "--density is for c.yaml to say; leave one of them out"),
         # What is given counts, not whether it is the default.
-        (["c.yaml", "x", "--seed", "0"], "--seed is for c.yaml to say"),
-        (["c.yaml", "x", "--align-vocabulary"], "--align-vocabulary is for c.yaml to say"),
-        (["c.yaml", "x", "--model", "a=1"], "--model is for c.yaml to say"),
-        (["--model", "b"], "'b' is not a model and its weight; write PATH=WEIGHT, such as sft/=0.5"),
-        (["--model", "b=c"], "'b=c' is not a model and its weight"),
-        (["--model", "=1"], "'=1' is not a model and its weight"),
-        (
-            ["--base", "a", "--model", "b=1", "--model", "b=2", "--method", "ties", "--out", "x"],
-            "a --model is given twice; give each one weight",
-        ),
+        ("c.yaml x --seed 0", "--seed is for c.yaml to say"),
+        ("c.yaml x --align-vocabulary", "--align-vocabulary is for c.yaml to say"),
+        ("c.yaml x --model a=1", "--model is for c.yaml to say"),
+        ("--model b", "'b' is not a model and its weight; write PATH=WEIGHT, such as sft/=0.5"),
+        ("--model b=c", "'b=c' is not a model and its weight"),
+        ("--model =1", "'=1' is not a model and its weight"),
+        ("--base a --model b=1 --model b=2 --method ties --out x", "a --model is given twice; give each one weight"),
     ],
 )
 def test_wrong_usage_of_merge(arguments, message, run, job):
-    code, printed, errors = run("merge", *arguments, "--json")
-    assert (code, printed) == (2, "")
-    assert message in errors
-    assert job.planned is None
+    check_wrong_usage(["merge", *arguments.split()], message, run, job)
 
 
 # --- verify
@@ -260,22 +240,17 @@ def test_wrong_usage_of_merge(arguments, message, run, job):
 
 def test_verify_reads_every_folder(run, monkeypatch):
     monkeypatch.setattr("fused_merge.checkpoints.folders.verify_checkpoint", lambda folder: len(str(folder)) * 1000)
-    assert run("verify", "a", "bb", "--json") == (
-        0,
-        '[{"path": "a", "bytes": 1000}, {"path": "bb", "bytes": 2000}]\n',
-        "",
-    )
-    code, printed, _ = run("verify", "a", "bb")
-    assert code == 0
-    assert printed == "a: 1.0 kB, every tensor as it was written\nbb: 2.0 kB, every tensor as it was written\n"
+    document = '[{"path": "a", "bytes": 1000}, {"path": "bb", "bytes": 2000}]\n'
+    assert run("verify", "a", "bb", "--json") == (0, document, "")
+    lines = "a: 1.0 kB, every tensor as it was written\nbb: 2.0 kB, every tensor as it was written\n"
+    assert run("verify", "a", "bb") == (0, lines, "")
     assert run("verify", "a", "--quiet") == (0, "", "")
 
 
 def test_verify_names_what_has_changed(run, files, tmp_path):
     out = tmp_path / "out"
     assert run("interpolate", *files, "--ratios", "0.25,0.5", "--out", out)[0] == 0
-    code, printed, errors = run("verify", out / "r0.25", out / "r0.50")
-    assert (code, printed.count("\n"), errors) == (0, 2, "")
+    assert run("verify", out / "r0.25", out / "r0.50")[0] == 0
     weights = out / "r0.50" / "model.safetensors"
     raw = weights.read_bytes()
     weights.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
@@ -289,8 +264,7 @@ def test_verify_names_what_has_changed(run, files, tmp_path):
 
 def test_the_table_of_a_plan(run, job):
     code, printed, errors = run(*INTERPOLATE, "--dry-run")
-    assert (code, errors) == (0, "")
-    assert job.ran is None
+    assert (code, errors, job.ran) == (0, "", None)
     assert [line.split() for line in printed.splitlines()] == [
         ["folder", "files", "size"],
         ["line/r0.10", "2", "1.5", "GB"],
@@ -303,8 +277,7 @@ def test_the_table_of_a_plan(run, job):
 @pytest.mark.parametrize("arguments", [INTERPOLATE, MERGE, ["merge", "c.yaml", "line"]], ids=lambda x: " ".join(x[:2]))
 def test_a_plan_as_json(arguments, run, job):
     code, printed, errors = run(*arguments, "--dry-run", "--json")
-    assert (code, json.loads(printed), errors) == (0, job.plan, "")
-    assert job.ran is None
+    assert (code, json.loads(printed), errors, job.ran) == (0, job.plan, "", None)
 
 
 def test_long_names_are_whole_where_there_is_no_terminal(run, job, monkeypatch):

@@ -14,23 +14,15 @@ from tiny import llama, save
 from fused_merge.delta.reference_delta import ReferenceDelta
 
 SWEEP = ["sweep", "a", "b", "--out", "out", "--ratios", "0:1:0.5"]
-SWEEP_DEFAULTS = {
-    "scorers": [],
-    "tasks": [],
-    "minimize": [],
-    "compare": [],
-    "device": "cpu",
-    "dtype": None,
-    "batch_size": 1,
-    "progress": True,
-}
+SWEEP_DEFAULTS = {"scorers": [], "tasks": [], "minimize": [], "compare": [], "device": "cpu", "dtype": None}
+SWEEP_DEFAULTS |= {"batch_size": 1, "progress": True}
 
 
 @pytest.fixture
 def swept(monkeypatch, tmp_path):
     """What `sweep_checkpoints` was asked for; it prints, and has written what a sweep of two ratios writes."""
-    asked = SimpleNamespace(arguments=None, options=None, fails=None)
     files = [tmp_path / name for name in ("results.json", "results.md", "pareto.png")]
+    asked = SimpleNamespace(arguments=None, options=None, fails=None, files=list(map(str, files)))
     files[0].write_text('{"rows": [], "front": ["0.5"]}')
 
     def stand_in(*arguments, **options):
@@ -41,7 +33,6 @@ def swept(monkeypatch, tmp_path):
         return files
 
     monkeypatch.setattr("fused_merge.sweep.evaluate.sweep_checkpoints", stand_in)
-    asked.files = [str(file) for file in files]
     return asked
 
 
@@ -54,24 +45,16 @@ def test_sweep_passes_everything_on(run, swept):
 
     asked = "--scorer m:f --scorer n:g --task x --task y --minimize g --minimize x/loss --compare o/results.json "
     asked += "--compare p/results.json --device cuda --dtype bfloat16 --batch-size 8 --quiet"
-    code, printed, _ = run(*SWEEP, *asked.split())
-    assert (code, printed) == (0, "")
-    assert swept.options == {
-        "scorers": ["m:f", "n:g"],
-        "tasks": ["x", "y"],
-        "minimize": ["g", "x/loss"],
-        "compare": ["o/results.json", "p/results.json"],
-        "device": "cuda",
-        "dtype": "bfloat16",
-        "batch_size": 8,
-        "progress": False,
-    }
+    assert run(*SWEEP, *asked.split())[:2] == (0, "")
+    wanted = {"scorers": ["m:f", "n:g"], "tasks": ["x", "y"], "minimize": ["g", "x/loss"], "device": "cuda"}
+    wanted |= {"compare": ["o/results.json", "p/results.json"], "dtype": "bfloat16", "batch_size": 8}
+    assert swept.options == wanted | {"progress": False}
 
 
 def test_sweep_as_json(run, swept):
     code, printed, errors = run(*SWEEP, "--task", "x", "--json")
-    assert (code, errors) == (0, "a scorer at work\n")
-    assert json.loads(printed) == {"rows": [], "front": ["0.5"], "files": swept.files}
+    document = {"rows": [], "front": ["0.5"], "files": swept.files}
+    assert (code, json.loads(printed), errors) == (0, document, "a scorer at work\n")
 
 
 def test_sweep_with_ratios_from_a_file(run, swept, tmp_path):
@@ -88,25 +71,23 @@ def test_a_sweep_that_fails(run, swept):
     assert (code, json.loads(printed)) == (1, {"error": sentence})
     assert errors == f"a scorer at work\nerror: {sentence}\n"
     swept.fails = KeyboardInterrupt()
-    code, _, errors = run(*SWEEP, "--scorer", "m:f")
-    assert code == 130
-    assert errors.endswith("error: interrupted; run the same command again to go on from there\n")
+    errors = "a scorer at work\nerror: interrupted; run the same command again to go on from there\n"
+    assert run(*SWEEP, "--scorer", "m:f") == (130, "", errors)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ratios", "0.1"], "Missing option '--scorer' or '--task'"),
-        (["--scorer", "m:f"], "Missing option '--ratios' or '--ratios-file'"),
-        (["--scorer", "m:f", "--ratios", "1", "--ratios-file", "f"], "--ratios and --ratios-file exclude each other"),
-        (["--task", "x", "--ratios", "1", "--batch-size", "0"], "'--batch-size'"),
+        ("--ratios 0.1", "Missing option '--scorer' or '--task'"),
+        ("--scorer m:f", "Missing option '--ratios' or '--ratios-file'"),
+        ("--scorer m:f --ratios 1 --ratios-file f", "--ratios and --ratios-file exclude each other"),
+        ("--task x --ratios 1 --batch-size 0", "'--batch-size'"),
     ],
 )
 def test_wrong_usage_of_sweep(arguments, message, run, swept):
-    code, printed, errors = run("sweep", "a", "b", "--out", "out", *arguments, "--json")
-    assert (code, printed) == (2, "")
+    code, printed, errors = run("sweep", "a", "b", "--out", "out", *arguments.split(), "--json")
+    assert (code, printed, swept.arguments) == (2, "", None)
     assert message in errors
-    assert swept.arguments is None
 
 
 def test_sweep_of_two_models(run, tmp_path, monkeypatch):
@@ -122,14 +103,11 @@ def test_sweep_of_two_models(run, tmp_path, monkeypatch):
     assert code == 0
     # Transformers may have a bar of its own before.
     assert errors.endswith("norm\nnorm\n")
-    assert [entry["scores"]["norm"] for entry in json.loads(printed)["rows"]] == [
-        llama(seed).lm_head.weight.detach().norm().item() for seed in range(2)
-    ]
+    norms = [llama(seed).lm_head.weight.detach().norm().item() for seed in range(2)]
+    assert [entry["scores"]["norm"] for entry in json.loads(printed)["rows"]] == norms
     code, printed, errors = run(*common, "--scorer", "cli_scores:nothing")
     assert (code, printed) == (1, "")
-    assert errors.startswith(
-        f"error: {tmp_path / 'out' / 'results.json'} holds the results of a sweep with other scorers"
-    )
+    assert errors.startswith(f"error: {tmp_path}/out/results.json holds the results of a sweep with other scorers")
     code, printed, errors = run(*common[:-1], tmp_path / "other", "--scorer", "cli_scores:nothing")
     assert (code, printed) == (1, "")
     assert errors.startswith("error: scorer 'nothing' at ratio 0 returned nan, which is no finite number; correct it")
@@ -137,27 +115,18 @@ def test_sweep_of_two_models(run, tmp_path, monkeypatch):
 
 def test_delta(run, files, tmp_path):
     out = tmp_path / "new" / "tau.safetensors"
-    code, printed, errors = run("delta", *files, "--out", out)
-    assert (code, printed, errors) == (0, f"{out}\n", "")
-    dense = ReferenceDelta.load(out)
-    assert dense.tensor("w").tolist() == [1.0] * 3
-
-    code, printed, errors = run("delta", *files, "--out", out)
-    assert (code, printed) == (1, "")
-    assert errors == f"error: {out} exists; pass --overwrite to replace it, or choose another\n"
+    assert run("delta", *files, "--out", out) == (0, f"{out}\n", "")
+    assert ReferenceDelta.load(out).tensor("w").tolist() == [1.0] * 3
+    sentence = f"error: {out} exists; pass --overwrite to replace it, or choose another\n"
+    assert run("delta", *files, "--out", out) == (1, "", sentence)
 
     sparse = ["--reserve-rate", "0.5", "--method", "random", "--seed", "3", "--dtype", "bfloat16"]
     code, printed, errors = run("delta", *files, "--out", out, "--overwrite", "--json", *sparse)
     assert (code, errors) == (0, "")
     loaded = ReferenceDelta.load(out)
-    assert loaded.sparsity == ("random", 0.5, 3)
-    assert loaded.dtype("w") == torch.bfloat16
-    assert json.loads(printed) == {
-        "path": str(out),
-        "identity": loaded.identity,
-        "tensors": 1,
-        "bytes": out.stat().st_size,
-    }
+    assert (loaded.sparsity, loaded.dtype("w")) == (("random", 0.5, 3), torch.bfloat16)
+    document = {"path": str(out), "identity": loaded.identity, "tensors": 1, "bytes": out.stat().st_size}
+    assert json.loads(printed) == document
     code, _, errors = run("delta", *files, "--out", tmp_path / "other", "--reserve-rate", "0.5")
     assert (code, errors.startswith("error: method must be 'random' or 'magnitude'")) == (1, True)
     assert not (tmp_path / "other").exists()
@@ -166,6 +135,5 @@ def test_delta(run, files, tmp_path):
 def test_delta_replaces_no_checkpoint(run, files):
     before = files[1].read_bytes()
     code, _, errors = run("delta", *files, "--out", files[1], "--overwrite")
-    assert code == 1
-    assert errors.startswith(f"error: {files[1]} is a file that the delta is made of")
+    assert (code, errors.startswith(f"error: {files[1]} is a file that the delta is made of")) == (1, True)
     assert files[1].read_bytes() == before

@@ -11,19 +11,9 @@ from bits import same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fused_merge.eager.merge import (
-    consensus,
-    drop,
-    mask_key,
-    merge,
-    merge_block,
-    slerp,
-    slerp_coefficients,
-    trim,
-    trim_threshold,
-)
+from fused_merge.eager.merge import consensus, mask_key, merge, merge_block, slerp, slerp_coefficients, trim
+from fused_merge.eager.merge import trim_threshold as threshold_of
 from fused_merge.eager.shard import ShardIndex
-from fused_merge.eager.sparsify import sparsify_tau
 from fused_merge.methods import MERGE_METHODS, merge_method
 
 NAN, INF = float("nan"), float("inf")
@@ -60,7 +50,7 @@ def summed(deltas, weights, elect, normalize):
     return np.array(merged, deltas[0].dtype).reshape(deltas[0].shape)
 
 
-def expected(base, thetas, weights, keeps, *, elect, normalize, divide_by=(1.0, 1.0, 1.0), scale=1.0):
+def expected(base, thetas, weights, keeps, *, elect, normalize, divide_by, scale):
     deltas = [
         np.where(keep, theta - base, 0) / base.dtype.type(p)
         for theta, keep, p in zip(thetas, keeps, divide_by, strict=True)
@@ -82,52 +72,30 @@ ALL_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, to
 
 
 @ALL_DTYPES
-@pytest.mark.parametrize("normalize", [None, True, False])
-def test_task_arithmetic_is_the_weighted_sum_of_task_vectors(dtype, normalize):
+@pytest.mark.parametrize("choice", [None, True, False])
+@pytest.mark.parametrize("method", [name for name in MERGE_METHODS if name != "slerp"])
+def test_methods_are_what_their_papers_say(method, choice, dtype):
+    """The choice is to normalize, for the two DARE to rescale."""
     base, thetas = models((19, 23), dtype)
     first, *rest = as_numpy([base, *thetas])
-    want = expected(first, rest, WEIGHTS, [True] * 3, elect=False, normalize=bool(normalize), scale=0.8)
-    got = merge(base, thetas, WEIGHTS, method="task_arithmetic", name=NAME, normalize=normalize, scale=0.8)
-    assert_merged(got, want, dtype)
-
-
-@ALL_DTYPES
-@pytest.mark.parametrize("normalize", [None, True, False])
-def test_ties_trims_elects_and_takes_the_disjoint_mean(dtype, normalize):
-    base, thetas = models((19, 23), dtype, seed=1)
-    first, *rest = as_numpy([base, *thetas])
-    keeps = [reference.top(theta - first, p) for theta, p in zip(rest, DENSITIES, strict=True)]
-    want = expected(first, rest, WEIGHTS, keeps, elect=True, normalize=normalize is not False, scale=1.5)
-    got = merge(base, thetas, WEIGHTS, method="ties", name=NAME, densities=DENSITIES, normalize=normalize, scale=1.5)
-    assert_merged(got, want, dtype)
-
-
-@ALL_DTYPES
-@pytest.mark.parametrize("rescale", [None, True, False])
-@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
-def test_dare_drops_by_the_mask_of_each_model_and_divides_by_its_density(dtype, rescale, method):
-    base, thetas = models((19, 23), dtype, seed=2)
-    first, *rest = as_numpy([base, *thetas])
-    keeps = [reference.keep(437, p, 11, i, NAME, 1).reshape(19, 23) for i, p in enumerate(DENSITIES[:2])] + [True]
-    want = expected(
-        first,
-        rest,
-        WEIGHTS,
-        keeps,
-        elect=method == "dare_ties",
-        normalize=False,
-        divide_by=(1.0,) * 3 if rescale is False else DENSITIES,
-    )
-    got = merge(base, thetas, WEIGHTS, method=method, name=NAME, densities=DENSITIES, rescale=rescale, seed=11)
-    assert_merged(got, want, dtype)
-
-
-@ALL_DTYPES
-@pytest.mark.parametrize("normalize", [None, True, False])
-def test_linear_is_the_weighted_mean_of_models(dtype, normalize):
-    _, thetas = models((19, 23), dtype, seed=3)
-    want = summed(as_numpy(thetas), WEIGHTS, False, normalize is not False)
-    assert_merged(merge(None, thetas, WEIGHTS, method="linear", name=NAME, normalize=normalize), want, dtype)
+    asked, densities, divide_by = {"normalize": choice}, None, [1.0] * 3
+    keeps, normalize, scale = [True] * 3, MERGE_METHODS[method].normalize if choice is None else choice, 0.8
+    if method == "ties":
+        densities = DENSITIES
+        keeps = [reference.top(theta - first, p) for theta, p in zip(rest, densities, strict=True)]
+    elif "dare" in method:
+        densities, asked, normalize = DENSITIES, {"rescale": choice}, False
+        # Each model is dropped by a mask of its own.
+        keeps = [reference.keep(437, p, 11, i, NAME, 1).reshape(19, 23) for i, p in enumerate(densities[:2])] + [True]
+        divide_by = divide_by if choice is False else densities
+    elif method == "linear":
+        want = summed(rest, WEIGHTS, False, normalize)
+        assert_merged(merge(None, thetas, WEIGHTS, method=method, name=NAME, **asked), want, dtype)
+        return
+    elect = method in ("ties", "dare_ties")
+    want = expected(first, rest, WEIGHTS, keeps, elect=elect, normalize=normalize, divide_by=divide_by, scale=scale)
+    asked |= {"densities": densities, "scale": scale, "seed": 11}
+    assert_merged(merge(base, thetas, WEIGHTS, method=method, name=NAME, **asked), want, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -145,9 +113,8 @@ def test_slerp_turns_by_a_share_of_the_angle(dtype, t):
     want = torch.from_numpy(share_a * x + share_b * y)
     got = merge(a, [b], [t], method="slerp", name=NAME)
     assert got.dtype == dtype
-    torch.testing.assert_close(
-        got.double(), want.to(dtype).double(), rtol=1e-6 if dtype != torch.bfloat16 else 2**-7, atol=1e-6
-    )
+    rtol = 2**-7 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(got.double(), want.to(dtype).double(), rtol=rtol, atol=1e-6)
 
 
 # --- by hand
@@ -179,14 +146,6 @@ def test_the_mean_is_of_those_that_agree():
     assert consensus(deltas, [1.0, 1.0, 2.0], elect=False, normalize=True).tolist() == [4.75, 3.5]
 
 
-def test_dare_by_hand():
-    key = mask_key("a", 3)
-    keep = reference.keep(6, 0.5, 3, 0, "a", 1)
-    assert 0 < keep.sum() < 6
-    assert drop(torch.full((6,), 3.0), 0.5, key, rescale=True).tolist() == [6.0 if k else 0.0 for k in keep]
-    assert drop(torch.full((6,), 3.0), 0.5, key, rescale=False).tolist() == [3.0 if k else 0.0 for k in keep]
-
-
 def test_the_mean_over_masks_is_the_delta():
     base, theta = torch.zeros(20_000), torch.ones(20_000)
     got = merge(base, [theta], [1.0], method="dare_linear", name="a", densities=[0.25])
@@ -202,24 +161,14 @@ def test_slerp_by_hand():
     # 60 degrees, a third of the way: sin 40 / sin 60 and sin 20 / sin 60.
     third = [math.sin(math.radians(angle)) / math.sin(math.radians(60)) for angle in (40, 20)]
     assert slerp_coefficients(1 / 3, 2.0, 5.0, 5.0) == pytest.approx(third)
-    assert slerp(torch.tensor([2.0, 0.0]), torch.tensor([0.0, 3.0]), 0.5).tolist() == pytest.approx(
-        [2 * half, 3 * half]
-    )
+    got = slerp(torch.tensor([2.0, 0.0]), torch.tensor([0.0, 3.0]), 0.5)
+    assert got.tolist() == pytest.approx([2 * half, 3 * half])
 
 
-@pytest.mark.parametrize(
-    ("norm_a", "norm_b", "dot"),
-    [
-        (1.0, 2.0, 1.9999),
-        (1.0, 2.0, -1.9999),
-        (1.0, 1.0, 1.0 + 1e-7),
-        (0.0, 2.0, 0.0),
-        (0.0, 0.0, 0.0),
-        (INF, 1.0, 1.0),
-        (1.0, NAN, NAN),
-        (INF, INF, INF),
-    ],
-)
+STRAIGHT = [(1, 2, 1.9999), (1, 2, -1.9999), (1, 1, 1 + 1e-7), (0, 2, 0), (0, 0, 0), (INF, 1, 1), (1, NAN, NAN)]
+
+
+@pytest.mark.parametrize(("norm_a", "norm_b", "dot"), [*STRAIGHT, (INF, INF, INF)])
 def test_without_an_angle_slerp_is_a_straight_line(norm_a, norm_b, dot):
     assert slerp_coefficients(0.25, norm_a, norm_b, dot) == (0.75, 0.25)
 
@@ -236,20 +185,12 @@ def test_slerp_of_nearly_one_line_of_zeros_and_of_nan():
 # --- what a method keeps
 
 
-def test_the_first_mask_is_that_of_a_reference_delta():
-    base, thetas = models((30, 40))
-    delta = thetas[0] - base
-    drawn = sparsify_tau(delta, name="module.a", method="random", reserve_rate=0.3, seed=5)
-    got = merge(base, thetas[:1], [1.0], method="dare_linear", name="a", densities=[0.3], rescale=False, seed=5)
-    assert torch.equal(got, base + drawn)
-
-
 def test_ties_at_the_threshold_all_stay():
     x = torch.tensor([2.0, -2.0, 1.0, 2.0, -0.5])
-    assert trim(x, trim_threshold(x, 0.2)).tolist() == [2.0, -2.0, 0.0, 2.0, 0.0]
-    assert trim(x, trim_threshold(x, 1.0)).tolist() == x.tolist()
-    assert trim(x, trim_threshold(x, 0.001)).tolist() == [2.0, -2.0, 0.0, 2.0, 0.0]
-    assert trim_threshold(torch.zeros(0), 0.5) == 0
+    assert trim(x, threshold_of(x, 0.2)).tolist() == [2.0, -2.0, 0.0, 2.0, 0.0]
+    assert trim(x, threshold_of(x, 1.0)).tolist() == x.tolist()
+    assert trim(x, threshold_of(x, 0.001)).tolist() == [2.0, -2.0, 0.0, 2.0, 0.0]
+    assert threshold_of(torch.zeros(0), 0.5) == 0
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties"])
@@ -310,20 +251,14 @@ def test_blocks_have_the_bits_of_the_whole(method, dtype, cuts, normalize, scale
     whole = merge(start, thetas, WEIGHTS, method=method, name=NAME, **options)
     wide = dtype if dtype == torch.float64 else torch.float32
     deltas = [theta.to(wide) - base.to(wide) for theta in thetas]
-    thresholds = [trim_threshold(x, p) for x, p in zip(deltas, DENSITIES, strict=True)]
-    blocks = [
-        merge_block(
-            None if start is None else start[i:j],
-            [theta[i:j] for theta in thetas],
-            WEIGHTS,
-            decided,
-            densities=densities,
-            thresholds=thresholds if decided.sparsify == "magnitude" else None,
-            key=mask_key(NAME, 7)._replace(shard=ShardIndex(i, max(j - i, 1), max(j - i, 1))),
-            dtype=dtype,
-        )
-        for i, j in pairwise([0, *sorted(cuts), 437])
-    ]
+    thresholds = None
+    if decided.sparsify == "magnitude":
+        thresholds = [threshold_of(x, p) for x, p in zip(deltas, DENSITIES, strict=True)]
+    blocks = []
+    for i, j in pairwise([0, *sorted(cuts), 437]):
+        first, own = None if start is None else start[i:j], [theta[i:j] for theta in thetas]
+        key = mask_key(NAME, 7)._replace(shard=ShardIndex(i, max(j - i, 1), max(j - i, 1)))
+        blocks.append(merge_block(first, own, WEIGHTS, decided, densities, thresholds, key=key, dtype=dtype))
     assert same_bits(torch.cat(blocks), whole)
 
 
@@ -334,17 +269,10 @@ def test_shapes(method, shape, dtype):
     entry = MERGE_METHODS[method]
     base, thetas = models(shape, dtype, count=1 if entry.spherical else 2)
     before = [tensor.clone() for tensor in (base, *thetas)]
-    got = merge(
-        base if entry.has_base else None,
-        thetas,
-        [0.5] * len(thetas),
-        method=method,
-        name=NAME,
-        densities=None if entry.sparsify == "none" else [0.5] * len(thetas),
-    )
-    assert got.shape == shape
-    assert got.dtype == dtype
-    assert not got.isnan().any()
+    halves = [0.5] * len(thetas)
+    densities = None if entry.sparsify == "none" else halves
+    got = merge(base if entry.has_base else None, thetas, halves, method=method, name=NAME, densities=densities)
+    assert (got.shape, got.dtype, got.isnan().any()) == (shape, dtype, False)
     assert all(same_bits(a, b) for a, b in zip(before, (base, *thetas), strict=True))
 
 
@@ -366,10 +294,9 @@ def test_views_of_any_strides():
     densities = [0.3, 0.5, 0.9]
     across = merge(base.T, [x.T for x in thetas], WEIGHTS, method="ties", name=NAME, densities=densities)
     assert torch.equal(across.T, merge(base, thetas, WEIGHTS, method="ties", name=NAME, densities=densities))
-    assert torch.equal(
-        merge(base.T, [thetas[0].T.contiguous()], [0.2], method="slerp", name=NAME),
-        slerp(base.T.contiguous(), thetas[0].T.contiguous(), 0.2),
-    )
+    other = thetas[0].T.contiguous()
+    turned = merge(base.T, [other], [0.2], method="slerp", name=NAME)
+    assert torch.equal(turned, slerp(base.T.contiguous(), other, 0.2))
 
 
 @given(
@@ -388,26 +315,23 @@ def test_any_consensus_is_that_of_its_elements(elements, weights, elect, normali
 
 
 @pytest.mark.parametrize(
-    ("base", "other", "method", "message"),
+    ("change", "message"),
     [
-        (None, torch.ones(3), "ties", "method 'ties' needs a base"),
-        (None, torch.ones(3), "slerp", "method 'slerp' needs a base"),
-        (torch.ones(3), torch.ones(3), "linear", "method 'linear' needs no base; pass None"),
-        (torch.ones(3), torch.ones(1), "ties", r"'a' is \[3\] and \[1\]; all models need one shape"),
+        ({"base": None}, "method 'ties' needs a base"),
+        ({"base": None, "method": "slerp"}, "method 'slerp' needs a base"),
+        ({"method": "linear"}, "method 'linear' needs no base; pass None"),
+        ({"thetas": [torch.ones(1)]}, r"'a' is \[3\] and \[1\]; all models need one shape"),
+        ({"thetas": [torch.ones(3)] * 2}, "2 models need as many weights, got 1"),
+        ({"rescale": True}, "'ties' has no option 'rescale'"),
     ],
 )
-def test_tensors_that_do_not_fit(base, other, method, message):
+def test_what_does_not_fit(change, message):
+    arguments = {"base": torch.ones(3), "thetas": [torch.ones(3)], "weights": [1.0], "method": "ties", "name": "a"}
     with pytest.raises(ValueError, match=message):
-        merge(base, [other], [1.0], method=method, name="a")
-    with pytest.raises(ValueError, match="2 models need as many weights, got 1"):
-        merge(torch.ones(3), [torch.ones(3)] * 2, [1.0], method="ties", name="a")
-    with pytest.raises(ValueError, match="'ties' has no option 'rescale'"):
-        merge(torch.ones(3), [torch.ones(3)], [1.0], method="ties", name="a", rescale=True)
+        merge(**arguments | change)
 
 
 def test_a_block_cannot_find_its_own_threshold():
     ones = torch.ones(3)
     with pytest.raises(AssertionError, match="'ties' merges blocks with thresholds of the whole tensor"):
-        merge_block(
-            ones, [ones], [1.0], MERGE_METHODS["ties"], densities=[0.5], thresholds=None, key=None, dtype=ones.dtype
-        )
+        merge_block(ones, [ones], [1.0], MERGE_METHODS["ties"], [0.5], None, key=None, dtype=ones.dtype)

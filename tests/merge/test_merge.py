@@ -13,7 +13,7 @@ from fused_merge.checkpoints import engine
 from fused_merge.delta.reference_delta import ReferenceDelta
 from fused_merge.eager.merge import mask_key, merge_block, trim_threshold
 from fused_merge.eager.merge import merge as eager_merge
-from fused_merge.merge import merge, whole_tensors
+from fused_merge.merge import whole_tensors
 from fused_merge.merge.merge import merge_checkpoints, plan_merge
 from fused_merge.methods import MERGE_METHODS
 
@@ -37,10 +37,10 @@ def test_there_is_a_case_of_every_method():
 def merged(folders, case, out, **more):
     """What a case makes of models."""
     method, weights, options = CASES[case]
-    base = [folders[0] if MERGE_METHODS[method].has_base else None]
+    base = folders[0] if MERGE_METHODS[method].has_base else None
     models = dict(zip(folders[-len(weights) :], weights, strict=True))
     asked = {"density" if key == "densities" else key: value for key, value in options.items()}
-    return merge_checkpoints(*base, models, method, out, **asked, **more)
+    return merge_checkpoints(base, models, method, out, **asked, **more)
 
 
 def needed(case):
@@ -52,8 +52,7 @@ def needed(case):
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("case", CASES)
 def test_streams_have_the_bits_of_whole_tensors(case, mix, models, tmp_path, small_blocks):
-    method, weights, options = CASES[case]
-    dtypes, dtype = MIXES[mix]
+    (method, weights, options), (dtypes, dtype) = CASES[case], MIXES[mix]
     folders, tensors = models(*dtypes[: needed(case)])
     made = load(merged(folders, case, tmp_path / "out", dtype=dtype, threads=3))
     assert made.keys() == {*SHAPES, "count"}
@@ -67,16 +66,8 @@ def test_streams_have_the_bits_of_whole_tensors(case, mix, models, tmp_path, sma
 
 def trimmed_merge(base, thetas, weights, thresholds):
     """TIES by the eager code, with thresholds of a whole model."""
-    return merge_block(
-        base,
-        thetas,
-        weights,
-        MERGE_METHODS["ties"],
-        densities=None,
-        thresholds=thresholds,
-        key=mask_key("w", 0),
-        dtype=base.dtype,
-    )
+    ties, key = MERGE_METHODS["ties"], mask_key("w", 0)
+    return merge_block(base, thetas, weights, ties, None, thresholds, key=key, dtype=base.dtype)
 
 
 # --- a trim over a whole model
@@ -96,29 +87,19 @@ def test_a_trim_over_the_whole_model_of_fp64(models, tmp_path, small_blocks):
 
 def test_one_model_of_fp64_makes_every_trim_one_of_fp64(models, tmp_path, small_blocks):
     folders, tensors = models(torch.float32, torch.bfloat16, torch.float64)
-    weights = [0.5, 0.25]
-    out = merge_checkpoints(
-        folders[0],
-        dict(zip(folders[1:], weights, strict=True)),
-        "ties",
-        tmp_path / "out",
-        density=0.3,
-        trim="model",
-        dtype="float64",
-    )
+    models, options = {folders[1]: 0.5, folders[2]: 0.25}, {"density": 0.3, "trim": "model", "dtype": "float64"}
+    made = load(merge_checkpoints(folders[0], models, "ties", tmp_path / "out", **options))
     base, *thetas = [{name: x.double() for name, x in own.items()} for own in tensors]
     levels = [trim_threshold(torch.cat([(own[n] - base[n]).flatten() for n in SHAPES]), 0.3) for own in thetas]
     for name in SHAPES:
-        own = [theta[name] for theta in thetas]
-        want = trimmed_merge(base[name], own, weights, levels)
-        assert same_bits(load(out)[name], want)
+        want = trimmed_merge(base[name], [theta[name] for theta in thetas], [0.5, 0.25], levels)
+        assert same_bits(made[name], want)
 
 
 def test_a_trim_over_a_model_in_several_files(models, tmp_path, small_blocks):
     folders, tensors = models(*[torch.float32] * 3)
-    out = merge_checkpoints(
-        folders[1], {folders[0]: 0.5, folders[2]: 0.25}, "ties", tmp_path / "out", density=[0.3, 1.0], trim="model"
-    )
+    models, options = {folders[0]: 0.5, folders[2]: 0.25}, {"density": [0.3, 1.0], "trim": "model"}
+    out = merge_checkpoints(folders[1], models, "ties", tmp_path / "out", **options)
     assert len([*out.glob("*.safetensors")]) == 2
     delta = torch.cat([(tensors[0][name] - tensors[1][name]).flatten() for name in SHAPES])
     for name in SHAPES:
@@ -129,37 +110,29 @@ def test_a_trim_over_a_model_in_several_files(models, tmp_path, small_blocks):
 
 def test_the_first_mask_is_that_of_a_reference_delta(models, tmp_path):
     folders, tensors = models(torch.float32, torch.float32)
-    out = merge_checkpoints(folders[0], {folders[1]: 1}, "dare_linear", tmp_path / "out", density=0.25, seed=3)
+    made = load(merge_checkpoints(folders[0], {folders[1]: 1}, "dare_linear", tmp_path / "out", density=0.25, seed=3))
     path = ReferenceDelta.from_checkpoints(*folders).save(tmp_path / "tau.safetensors", 0.25, "random", 3)
     delta = ReferenceDelta.load(path)
     for name in (UP0, UP1):
-        moved = load(out)[name] != tensors[0][name]
-        assert torch.equal(moved, delta.sparse(name, delta.sparsity).unpack() != 0)
+        assert torch.equal(made[name] != tensors[0][name], delta.sparse(name, delta.sparsity).unpack() != 0)
 
 
 # --- nothing shows how it was done
 
 
-SPELLINGS = {
-    "one thread": {"threads": 1},
-    "many threads": {"threads": 5},
-    "little memory": {"threads": 2, "max_memory": 4_300_000},
-    "small files": {"max_shard_size": 3000},
-    "one file": {"max_shard_size": "1GB"},
-    "verified": {"verify": True},
-}
+SPELLINGS = [{"threads": 1}, {"threads": 5}, {"threads": 2, "max_memory": 4_300_000}, {"verify": True}]
+SPELLINGS += [{"max_shard_size": size} for size in (3000, "1GB")]
 
 
 @pytest.mark.parametrize("case", ["ties", "slerp", "dare ties"])
-def test_threads_memory_and_sharding_do_not_show(case, models, tmp_path, monkeypatch):
+def test_threads_memory_and_sharding_do_not_show(case, models, tmp_path, request):
     folders, _ = models(*[torch.bfloat16] * needed(case), shapes=FILLED)
     plain = load(merged(folders, case, tmp_path / "plain"))
-    for module, name, size in ((engine, "_LARGEST_BLOCK", 4096), (merge, "_BLOCK", 77), (whole_tensors, "_BLOCK", 64)):
-        monkeypatch.setattr(module, name, size)
-    for spelling, more in SPELLINGS.items():
-        other = load(merged(folders, case, tmp_path / spelling, **more))
+    request.getfixturevalue("small_blocks")
+    for i, more in enumerate(SPELLINGS):
+        other = load(merged(folders, case, tmp_path / str(i), **more))
         assert other.keys() == plain.keys()
-        assert all(same_bits(other[name], plain[name]) for name in plain), spelling
+        assert all(same_bits(other[name], plain[name]) for name in plain), more
 
 
 def test_the_order_and_the_files_of_the_models_do_not_show(tmp_path):
@@ -193,8 +166,8 @@ def test_bytes_are_read_once_and_as_often_as_a_trim_says(models, tmp_path, monke
 
     monkeypatch.setattr(engine, "read_into", counted)
     monkeypatch.setattr(whole_tensors, "read_into", counted)
-    floats = sum(x.nbytes for x in tensors[0].values() if x.is_floating_point())
     size = sum(x.nbytes for x in tensors[0].values())
+    floats = size - tensors[0]["count"].nbytes
     both = {folders[1]: 1, folders[2]: 1}
     # What the stream reads, and what is read before it.
     for method, chosen, options, before in (

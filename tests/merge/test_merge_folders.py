@@ -20,7 +20,9 @@ from fused_merge.checkpoints.folders import verify_checkpoint
 from fused_merge.checkpoints.interpolate import interpolate_checkpoints
 from fused_merge.eager.merge import merge as eager_merge
 from fused_merge.merge.merge import merge_checkpoints, plan_merge
+from fused_merge.merge.options import MergePlanOptions
 from fused_merge.methods import MERGE_METHODS
+from fused_merge.options import options_of
 
 # --- what is written
 
@@ -31,16 +33,10 @@ def test_folders_that_transformers_loads(tmp_path):
     originals[1].generation_config.do_sample = True
     folders = [save(model, tmp_path / name, "3KB") for name, model in zip(NAMES, originals, strict=False)]
     (folders[1] / "tokenizer.json").write_text("{}")
-    for options, files in (({}, True), ({"max_shard_size": "5KB"}, True), ({"max_shard_size": "1GB"}, False)):
-        out = merge_checkpoints(
-            folders[0],
-            {folders[1]: 0.5, folders[2]: 0.3},
-            "task_arithmetic",
-            tmp_path / "out",
-            files_from=folders[1],
-            overwrite=True,
-            **options,
-        )
+    models, options = {folders[1]: 0.5, folders[2]: 0.3}, {"files_from": folders[1], "overwrite": True}
+    for size, files in ((None, True), ("5KB", True), ("1GB", False)):
+        out = tmp_path / "out"
+        merge_checkpoints(folders[0], models, "task_arithmetic", out, max_shard_size=size, **options)
         assert (out / "model.safetensors.index.json").exists() == files
         loaded = LlamaForCausalLM.from_pretrained(out, dtype="auto")
         assert loaded.generation_config.temperature == 0.25
@@ -67,44 +63,28 @@ def rerun(recipe, out):
     """The call that a recipe tells of."""
     models = recipe["models"]
     densities = [model.get("density") for model in models]
-    options = ("method", "normalize", "rescale", "scale", "trim", "seed", "dtype", "unmatched", "align_vocabulary")
-    return plan_merge(
-        None if recipe["base"] is None else recipe["base"]["path"],
-        {model["path"]: model["weight"] for model in models},
-        out=out,
-        density=None if not any(densities) else densities,
-        files_from=recipe["files_from"],
-        max_shard_size=recipe["max_shard_size"],
-        **{key: recipe[key] for key in options},
-    )
+    base = None if recipe["base"] is None else recipe["base"]["path"]
+    options = {name: recipe[name] for name in options_of(MergePlanOptions) if name in recipe}
+    options["density"] = densities if any(densities) else None
+    return plan_merge(base, {each["path"]: each["weight"] for each in models}, recipe["method"], out, **options)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_recipe_is_everything_that_it_takes(case, models, tmp_path):
     method, weights, options = CASES[case]
-    options = dict(options)
+    options = {"max_shard_size": "3KB", "dtype": "float32", **options}
     has_base = MERGE_METHODS[method].has_base
     folders, _ = models(*[torch.bfloat16] * (len(weights) + has_base))
     if "densities" in options:
         options["density"] = [{UP0: 0.25, ".*": 0.5}, *options.pop("densities")[1:]]
     weights = [{r".*\.layers\.0.*": np.float32(weights[0]), ".*": torch.tensor(0.5)}, *weights[1:]]
-    out = tmp_path / "out"
-    merge_checkpoints(
-        folders[0] if has_base else None,
-        dict(zip(folders[has_base:], weights, strict=True)),
-        method,
-        out,
-        files_from=folders[-1],
-        max_shard_size="3KB",
-        dtype="float32",
-        **options,
-    )
+    base, own = folders[0] if has_base else None, dict(zip(folders[has_base:], weights, strict=True))
+    out = merge_checkpoints(base, own, method, tmp_path / "out", files_from=folders[-1], **options)
     recipe = recipe_of(out)
     assert recipe["method"] == method
-    again = rerun(recipe, out)
-    assert again.identity == manifest_of(out)["plan"]
-    again = rerun(recipe, tmp_path / "again" / "out").run()
-    assert everything_in(again[0]) == everything_in(out)
+    assert rerun(recipe, out).identity == manifest_of(out)["plan"]
+    (again,) = rerun(recipe, tmp_path / "again" / "out").run()
+    assert everything_in(again) == everything_in(out)
 
 
 # --- weights and densities by name
@@ -114,10 +94,8 @@ def test_weights_and_densities_by_regular_expression(models, tmp_path, small_blo
     folders, tensors = models(*[torch.float32] * 3)
     weights = {UP0: 0.9, r"model\.layers\.\d+\..*": 0.6, ".*": 0.1}
     densities = {r".*layers.*": 0.4, ".*": 1.0}
-    out = merge_checkpoints(
-        folders[0], {folders[1]: weights, folders[2]: 0.3}, "ties", tmp_path / "out", density=[densities, 0.7]
-    )
-    made = load(out)
+    own = {folders[1]: weights, folders[2]: 0.3}
+    made = load(merge_checkpoints(folders[0], own, "ties", tmp_path / "out", density=[densities, 0.7]))
     for name, weight, density in ((UP0, 0.9, 0.4), (UP1, 0.6, 0.4), (NORM, 0.1, 1.0), (SCALAR, 0.1, 1.0)):
         thetas = [own[name] for own in tensors[1:]]
         want = eager_merge(tensors[0][name], thetas, [weight, 0.3], method="ties", name=name, densities=[density, 0.7])
@@ -127,24 +105,12 @@ def test_weights_and_densities_by_regular_expression(models, tmp_path, small_blo
 def test_one_density_for_all_models_and_none_for_some(models, tmp_path):
     folders, tensors = models(*[torch.float32] * 3)
     weights = dict.fromkeys(folders[1:], 1.0)
-    one = load(merge_checkpoints(folders[0], weights, "ties", tmp_path / "one", density=0.3))
-    list_of = load(merge_checkpoints(folders[0], weights, "ties", tmp_path / "list", density=(0.3, 0.3)))
-    some = load(merge_checkpoints(folders[0], weights, "ties", tmp_path / "some", density=[None, 0.3]))
-    for name in SHAPES:
-        thetas = [own[name] for own in tensors[1:]]
-        want = {
-            p: eager_merge(tensors[0][name], thetas, [1, 1], method="ties", name=name, densities=[p, 0.3])
-            for p in (0.3, 1.0)
-        }
-        assert same_bits(one[name], want[0.3])
-        assert same_bits(list_of[name], want[0.3])
-        assert same_bits(some[name], want[1.0])
-
-
-def test_weights_of_tensors_that_are_not_merged_are_refused(models, tmp_path):
-    folders, _ = models(torch.float32, torch.float32)
-    with pytest.raises(ValueError, match="weight key 'count' matches no tensor"):
-        merge_checkpoints(folders[0], {folders[1]: {"count": 1, ".*": 1}}, "ties", tmp_path / "out")
+    for i, (density, first) in enumerate(((0.3, 0.3), ((0.3, 0.3), 0.3), ([None, 0.3], 1.0))):
+        made = load(merge_checkpoints(folders[0], weights, "ties", tmp_path / str(i), density=density))
+        for name in SHAPES:
+            thetas = [own[name] for own in tensors[1:]]
+            want = eager_merge(tensors[0][name], thetas, [1, 1], method="ties", name=name, densities=[first, 0.3])
+            assert same_bits(made[name], want)
 
 
 # --- tensors that are not merged, or not in all models
@@ -161,10 +127,8 @@ def test_integers_and_booleans_come_from_the_model_whose_files_go_along(config_s
         if (index := folder / "model.safetensors.index.json").exists():
             listed = json.loads(index.read_text())["weight_map"]
             index.write_text(json.dumps({"weight_map": {**listed, "flag": file.name, "half": file.name}}))
-    out = merge_checkpoints(
-        folders[0], {folders[1]: 1, folders[2]: 1}, "ties", tmp_path / "out", files_from=folders[config_source]
-    )
-    made = load(out)
+    both, source = dict.fromkeys(folders[1:], 1), folders[config_source]
+    made = load(merge_checkpoints(folders[0], both, "ties", tmp_path / "out", files_from=source))
     assert torch.equal(made["flag"], own[config_source]["flag"])
     assert made["half"].dtype == torch.uint16
     assert made["half"].tolist() == [config_source] * 3
@@ -216,20 +180,12 @@ def test_vocabularies_of_two_sizes(method, config_source, models, tmp_path, smal
     arguments = folders[0] if has_base else None, dict(zip(folders[has_base:], weights, strict=True)), method
     with pytest.raises(ValueError, match=r"'embed.weight' is \[40, 30\] and \[43, 30\]; resize one model to the voca"):
         merge_checkpoints(*arguments, tmp_path / "out")
-    density = {} if method in ("linear", "slerp") else {"density": 0.5}
-    out = merge_checkpoints(
-        *arguments, tmp_path / "out", align_vocabulary=True, files_from=folders[config_source], threads=3, **density
-    )
-    ends = tensors[0]["embed.weight"], longer[:40]
-    want = eager_merge(
-        ends[0] if has_base else None,
-        ends[has_base:],
-        weights,
-        method=method,
-        name="embed.weight",
-        densities=[0.5] if density else None,
-    )
-    made = load(out)["embed.weight"]
+    density = None if method in ("linear", "slerp") else 0.5
+    options = {"align_vocabulary": True, "files_from": folders[config_source], "threads": 3, "density": density}
+    made = load(merge_checkpoints(*arguments, tmp_path / "out", **options))["embed.weight"]
+    base, *thetas = [*([] if has_base else [None]), tensors[0]["embed.weight"], longer[:40]]
+    densities = None if density is None else [density]
+    want = eager_merge(base, thetas, weights, method=method, name="embed.weight", densities=densities)
     assert same_bits(made[:40], want)
     assert same_bits(made[40:], longer[40:] if config_source else longer[:0])
 
@@ -238,11 +194,10 @@ def test_vocabularies_of_two_sizes(method, config_source, models, tmp_path, smal
 
 
 def test_bare_files_of_one_folder(tmp_path):
-    files = []
-    for i, name in enumerate(NAMES[:3]):
-        files.append(tmp_path / "runs" / f"{name}.safetensors")
-        files[-1].parent.mkdir(exist_ok=True)
-        save_file(tensors_of(i), files[-1])
+    (tmp_path / "runs").mkdir()
+    files = [tmp_path / "runs" / f"{name}.safetensors" for name in NAMES[:3]]
+    for i, file in enumerate(files):
+        save_file(tensors_of(i), file)
     out = merge_checkpoints(files[0], {files[1]: 0.5, str(files[2]): 0.5}, "ties", tmp_path / "runs" / "merged")
     assert sorted(os.listdir(out)) == ["README.md", "fused_merge.json", "model.safetensors"]
     assert sorted(os.listdir(tmp_path / "runs")) == ["a.safetensors", "b.safetensors", "base.safetensors", "merged"]
@@ -257,11 +212,9 @@ def test_a_model_given_twice_counts_twice(models, tmp_path):
     once = load(merge_checkpoints(folders[0], {folders[1]: 0.5}, "task_arithmetic", tmp_path / "once"))
     assert all(same_bits(made[name], once[name]) for name in made)
     # Each time with a mask of its own.
-    dare = [
-        load(merge_checkpoints(folders[0], weights, "dare_linear", tmp_path / f"dare{i}", density=0.5))
-        for i, weights in enumerate([twice, {folders[1]: 0.5}])
-    ]
-    assert not torch.equal(dare[0][UP0], dare[1][UP0])
+    made = load(merge_checkpoints(folders[0], twice, "dare_linear", tmp_path / "dare2", density=0.5))
+    once = load(merge_checkpoints(folders[0], {folders[1]: 0.5}, "dare_linear", tmp_path / "dare1", density=0.5))
+    assert not torch.equal(made[UP0], once[UP0])
 
 
 def test_the_base_may_be_a_model_too(models, tmp_path):
@@ -276,20 +229,12 @@ def test_spellings_of_the_model_whose_files_go_along(models, tmp_path, monkeypat
         (folder / "config.json").write_text(json.dumps({"from": folder.name}))
     monkeypatch.chdir(tmp_path)
     spellings = [(None, "base"), ("base", "base"), (Path("a"), "a"), ("a/", "a"), ("./b//", "b"), (Path("b"), "b")]
-    for files_from, want in spellings:
-        merge_checkpoints(
-            "base", {"a/": 1, Path("b"): 1}, "ties", "out", files_from=files_from, overwrite=True, progress=False
-        )
+    asked = [(("base", {"a/": 1, Path("b"): 1}, "ties"), *each) for each in spellings]
+    # Without a base, "base" is a folder of that name.
+    asked += [((None, {"a": 1, "base": 1}, "linear"), *each) for each in (("base", "base"), (None, "a"))]
+    for arguments, files_from, want in asked:
+        merge_checkpoints(*arguments, "out", files_from=files_from, overwrite=True)
         assert json.loads(Path("out/config.json").read_text()) == {"from": want}
-    # Without a base, it is a folder of that name.
-    merge_checkpoints(None, {"a": 1, "base": 1}, "linear", "out", files_from="base", overwrite=True)
-    assert json.loads(Path("out/config.json").read_text()) == {"from": "base"}
-    merge_checkpoints(None, {"a": 1, "base": 1}, "linear", "out", overwrite=True)
-    assert json.loads(Path("out/config.json").read_text()) == {"from": "a"}
-    with pytest.raises(ValueError, match="files_from must be one of 'a', 'b', got 'base'"):
-        merge_checkpoints(None, {"a": 1, "b": 1}, "linear", "out", files_from="base")
-    with pytest.raises(ValueError, match="files_from must be one of 'base', 'a', got 'b'"):
-        merge_checkpoints("base", {"a": 1}, "ties", "out", files_from="b")
 
 
 def test_a_line_is_a_task_arithmetic_of_one_model(models, tmp_path):
@@ -300,6 +245,8 @@ def test_a_line_is_a_task_arithmetic_of_one_model(models, tmp_path):
 
 
 # --- sentences
+
+LINEAR = {"method": "linear", "base": None}
 
 
 @pytest.mark.parametrize(
@@ -314,16 +261,17 @@ def test_a_line_is_a_task_arithmetic_of_one_model(models, tmp_path):
         ({"models": {"gone": 1.0}}, FileNotFoundError, "gone does not exist; give a local .safetensors file"),
         ({"models": {"a": "1"}}, TypeError, "a weight must be a number, got '1'"),
         ({"models": {"a": float("nan")}}, ValueError, "a weight must be finite, got nan"),
+        ({"models": {"a": {"count": 1, ".*": 1}}}, ValueError, "weight key 'count' matches no tensor"),
         ({"models": {"a": {"x": 1}}}, ValueError, "no weight is given for 'model.layers.0.mlp.up_proj.weight'"),
         ({"method": "slerp"}, ValueError, ".*: method 'slerp' goes from the base to one model, got 2 models"),
         ({"method": "slerp", "normalize": True}, ValueError, "method 'slerp' has no option 'normalize'"),
         ({"rescale": True}, ValueError, "method 'ties' has no option 'rescale': it drops nothing at random"),
         (
-            {"method": "linear", "base": None, "models": {"a": 1, "b": -1}},
+            LINEAR | {"models": {"a": 1, "b": -1}},
             ValueError,
-            r"'model.layers.1.mlp.up_proj.weight': a mean of models divides by the sum of \[1.0, -1.0\]",
+            f"'{UP1}': a mean of models divides by the sum of .1.0, -1.0",
         ),
-        ({"method": "linear", "base": None, "scale": 2}, ValueError, "method 'linear' has no option 'scale'"),
+        (LINEAR | {"scale": 2}, ValueError, "method 'linear' has no option 'scale'"),
         ({"density": [0.5]}, ValueError, "2 models need one density or as many, got 1"),
         ({"density": 0.0}, ValueError, r"density must lie in \(0, 1\], got 0.0"),
         ({"density": 1.5}, ValueError, r"density must lie in \(0, 1\], got 1.5"),
@@ -332,6 +280,8 @@ def test_a_line_is_a_task_arithmetic_of_one_model(models, tmp_path):
         ({"trim": "model", "method": "dare_ties"}, ValueError, "method 'dare_ties' has no option trim='model'"),
         ({"trim": "model", "density": {UP0: 0.5, ".*": 0.2}}, ValueError, "give one density for each model, and tens"),
         ({"files_from": "tuned"}, ValueError, "files_from must be one of 'base', 'a', 'b', got 'tuned'"),
+        ({"models": {"a": 1}, "files_from": "b"}, ValueError, "files_from must be one of 'base', 'a', got 'b'"),
+        (LINEAR | {"files_from": "base"}, ValueError, "files_from must be one of 'a', 'b', got 'base'"),
         ({"densty": 0.5}, TypeError, "there is no option 'densty'; did you mean 'density'?"),
     ],
 )
@@ -348,6 +298,4 @@ def test_a_trim_over_models_of_two_precisions(models, tmp_path):
     folders, tensors = models(torch.float32, torch.float32)
     write(tmp_path / "mixed", {**tensors[1], NORM: tensors[1][NORM].double()})
     with pytest.raises(ValueError, match="give one density for each model, and tensors that are all float64 or none"):
-        merge_checkpoints(
-            folders[0], {tmp_path / "mixed": 1}, "ties", tmp_path / "out", density=0.5, trim="model", dtype="float32"
-        )
+        plan_merge(folders[0], {tmp_path / "mixed": 1}, "ties", tmp_path, density=0.5, trim="model", dtype="float32")

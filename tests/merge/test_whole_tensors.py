@@ -17,7 +17,7 @@ from fused_merge.eager.sums import inner_product
 from fused_merge.io.headers import CODES
 from fused_merge.io.sources import FileRange, open_files
 from fused_merge.merge import whole_tensors
-from fused_merge.merge.whole_tensors import Pair, inner_products, kth_magnitude, reads_of_kth
+from fused_merge.merge.whole_tensors import Pair, inner_products, kth_magnitude, lowest_bits
 
 BLOCK = 64
 INF, NAN = float("inf"), float("nan")
@@ -143,18 +143,16 @@ def test_what_is_read_is_counted(wide, tmp_path):
     pair = pair_of(tmp_path, base, model, wide)
     read = []
     kth_magnitude([pair, pair], 7, read.append)
-    assert reads_of_kth(wide) == (2 if wide == torch.float32 else 4)
-    assert sum(read) == reads_of_kth(wide) * 2 * pair.nbytes == reads_of_kth(wide) * 2 * 4000
-    assert max(read) == BLOCK * 4
+    assert len(lowest_bits(wide)) == (2 if wide == torch.float32 else 4)
+    assert sum(read) == len(lowest_bits(wide)) * 2 * pair.nbytes == len(lowest_bits(wide)) * 2 * 4000
+    assert max(read) == BLOCK * 2
+
+
+EDGES = st.sampled_from([0, 1, 2**10, 2**17 - 1, 2**17, 2**24, 2**31 - 1])
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    data=st.data(),
-    patterns=st.lists(
-        st.sampled_from([0, 1, 2**10, 2**17 - 1, 2**17, 2**24, 2**31 - 1]) | st.integers(0, 2**31 - 1), min_size=1
-    ),
-)
+@given(data=st.data(), patterns=st.lists(EDGES | st.integers(0, 2**31 - 1), min_size=1))
 def test_any_patterns(data, patterns, tmp_path, small_digits):
     k = data.draw(st.integers(1, len(patterns)))
     model = torch.tensor(patterns, dtype=torch.int32).view(torch.float32)
@@ -167,40 +165,37 @@ def test_any_patterns(data, patterns, tmp_path, small_digits):
 # --- inner products
 
 
+def products(a, b):
+    return tuple(float(inner_product(*two)) for two in ((a, a), (b, b), (a, b)))
+
+
 @WIDE
-@pytest.mark.parametrize(
-    "numel", [0, 1, 2, 3, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 3 * BLOCK, 5 * BLOCK + 17, 16 * BLOCK, 1000 * 7]
-)
+@pytest.mark.parametrize("numel", [0, 1, 2, 3, 63, 64, 65, 2 * BLOCK, 3 * BLOCK, 5 * BLOCK + 17, 16 * BLOCK, 7000])
 def test_inner_products_are_the_tree_of_the_whole(wide, numel, tmp_path):
     torch.manual_seed(numel)
     base, model = torch.randn(2, numel, dtype=wide)
-    want = [float(inner_product(*two)) for two in ((base, base), (model, model), (base, model))]
     read = []
-    assert [*inner_products(pair_of(tmp_path, base, model), read.append)] == want
+    assert inner_products(pair_of(tmp_path, base, model), read.append) == products(base, model)
     assert sum(read) == 2 * numel * wide.itemsize
 
 
 def test_inner_products_of_what_cancels_overflows_or_is_no_number(tmp_path):
     cancelling = torch.randn(500, generator=torch.Generator().manual_seed(0)) * 1e4
-    for i, (base, model) in enumerate(
-        [
-            (cancelling, torch.cat([cancelling[:250], -cancelling[250:]])),
-            (torch.full((200,), 1e30), torch.full((200,), -1e30)),
-            (torch.full((200,), -0.0), torch.ones(200)),
-            (torch.tensor([NAN] + [1.0] * 99), torch.ones(100)),
-        ]
-    ):
-        want = [float(inner_product(*two)) for two in ((base, base), (model, model), (base, model))]
+    ends = [
+        (cancelling, torch.cat([cancelling[:250], -cancelling[250:]])),
+        (torch.full((200,), 1e30), torch.full((200,), -1e30)),
+        (torch.full((200,), -0.0), torch.ones(200)),
+        (torch.tensor([NAN] + [1.0] * 99), torch.ones(100)),
+    ]
+    for i, (base, model) in enumerate(ends):
         got = inner_products(pair_of(tmp_path, base, model, name=f"w{i}"), unread)
-        np.testing.assert_array_equal(np.array(got).view(np.int64), np.array(want).view(np.int64))
+        np.testing.assert_array_equal(np.array(got).view(np.int64), np.array(products(base, model)).view(np.int64))
 
 
 def test_inner_products_of_16_bits_are_taken_in_fp32(tmp_path):
     torch.manual_seed(0)
     base, model = torch.randn(300).bfloat16(), torch.randn(300).half()
-    wide = base.float(), model.float()
-    want = tuple(float(inner_product(wide[i], wide[j])) for i, j in ((0, 0), (1, 1), (0, 1)))
-    assert inner_products(pair_of(tmp_path, base, model), unread) == want
+    assert inner_products(pair_of(tmp_path, base, model), unread) == products(base.float(), model.float())
 
 
 # --- files that are not what they were

@@ -1,7 +1,7 @@
 """Run mergekit on three tiny Llama models and keep what it writes.
 
     python -m venv ENV && ENV/bin/pip install mergekit==0.1.5
-    cd tests/data/mergekit && ENV/bin/python record.py
+    cd tests/merge/mergekit && ENV/bin/python record.py
 
 The models are folders of float32 weights beside this file, a merge is a `NAME.yaml`, and what mergekit made of it is
 `expected/NAME.safetensors`. Random merges are left out, but for densities of 1.
