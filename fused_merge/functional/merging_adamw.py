@@ -34,8 +34,7 @@ class PreparedStep(NamedTuple):
     hyper: Hyper
     seed: int
     stats: bool
-    # Backend and device -> the operands that they serve together, and the launches where the backend is Triton.
-    shares: Sequence[tuple[backend.Share, Any]]
+    shares: Sequence[tuple[backend.Share, Any]]  # what each backend serves, with the launches where it is Triton
 
 
 def step_(
@@ -48,13 +47,9 @@ def step_(
     workspace: Workspace | None = None,
     impl: str = "auto",
 ) -> list[MergeStats | None]:
-    """Take one merged AdamW step on every tensor: theta += F(u) ⊕ F(tau).
-
-    Args, result and errors are those of `merging_adamw_`; `operands` holds what that takes as lists.
-    """
-    return take(
-        prepare(operands, rule=rule, hyper=hyper, seed=seed, stats=stats, workspace=workspace or Workspace(), impl=impl)
-    )
+    """Do what `merging_adamw_` does, for what that takes as lists in one list of operands."""
+    workspace = workspace or Workspace()
+    return take(prepare(operands, rule=rule, hyper=hyper, seed=seed, stats=stats, workspace=workspace, impl=impl))
 
 
 @torch.no_grad()

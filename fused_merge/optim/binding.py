@@ -108,15 +108,10 @@ class Binding:
         rule, stored = group.rule, self.delta.sparsity
         if stored is None and (rule.tau_reserve_rate == 1.0 or rule.tau == "none"):
             return Bound(self.delta.tensor(name))
-        if stored is not None and rule.project:
+        if stored is not None and (rule.project or rule.tau == "none"):
+            what = f"project={rule.project!r}" if rule.project else f"method {group.options['method']!r}"
             raise ValueError(
-                f"project={rule.project!r} needs the whole reference delta and {self.delta.path} holds a sparse one; "
-                "use the dense delta"
-            )
-        if stored is not None and rule.tau == "none":
-            raise ValueError(
-                f"method {group.options['method']!r} needs the whole reference delta and {self.delta.path} holds a "
-                "sparse one; use the dense delta"
+                f"{what} needs the whole reference delta and {self.delta.path} holds a sparse one; use the dense delta"
             )
         tau = self.delta.sparse(name, Sparsity(rule.tau, rule.tau_reserve_rate, group.options["seed"]))
         return Bound(tau, self.delta.tensor(name) if rule.project else None)
@@ -169,8 +164,5 @@ def _log(bound: Mapping[str, Bound], wanted: Iterable[Wanted]) -> None:
             "adding alpha * tau will change no bit for more than %.0f %% of the kept entries of %d tensors (%.0f %% of "
             "%r): the weights are too coarse for it; use rounding='stochastic', a larger alpha or, for 16-bit weights, "
             "a master",
-            100 * _LOST,
-            len(lost),
-            100 * lost[worst],
-            worst,
+            *(100 * _LOST, len(lost), 100 * lost[worst], worst),
         )

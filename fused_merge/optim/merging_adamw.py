@@ -163,8 +163,7 @@ class MergingAdamW(Optimizer):
             What the closure returned.
 
         Raises:
-            ValueError: for a gradient or an option that cannot be stepped or a delta that cannot be bound. Nothing
-                has changed then.
+            ValueError: for what cannot be stepped or a delta that cannot be bound. Nothing has changed then.
             RuntimeError: while `fused_merge.verify` is on, if a kernel differs from the eager code.
         """
         loss = None
@@ -234,14 +233,9 @@ class MergingAdamW(Optimizer):
         options = batch.options
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         hyper = Hyper(
-            options["lr"],
-            options["betas"],
-            options["eps"],
-            options["weight_decay"],
-            options["alpha"],
+            **{name: options[name] for name in ("lr", "betas", "eps", "weight_decay", "alpha", "merge_every")},
             grad_factor=factor,
             found_inf=0.0 if found_inf is None else found_inf.double().view(()),
-            merge_every=options["merge_every"],
         )
         return prepare(
             [self._operands(name, param, options) for name, param in zip(batch.names, batch.params, strict=True)],

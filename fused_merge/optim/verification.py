@@ -19,6 +19,8 @@ from fused_merge.io.sources import bits
 
 logger = logging.getLogger("fused_merge")
 
+_STATES = ("param", "grad", "exp_avg", "exp_avg_sq", "step")
+
 
 class Verifiable(Protocol):
     """What `verify` needs of an optimizer; `MergingAdamW` has it."""
@@ -78,7 +80,7 @@ def take_verified(prepared: PreparedStep, workspace: Workspace, impl: str) -> li
 def _copy(o: Operands) -> Operands:
     """Return operands whose tensors a step may mutate without touching those of `o`."""
     return o._replace(
-        **{field: getattr(o, field).clone() for field in ("param", "grad", "exp_avg", "exp_avg_sq", "step")},
+        **{field: getattr(o, field).clone() for field in _STATES},
         anchor=o.anchor and Anchor(*(tensor.clone() for tensor in o.anchor)),
         master=None if o.master is None else o.master.clone(),
     )
@@ -86,7 +88,7 @@ def _copy(o: Operands) -> Operands:
 
 def _states(o: Operands) -> dict[str, Tensor]:
     """Return by name what a step reads and writes of a parameter."""
-    states = {field: getattr(o, field) for field in ("param", "grad", "exp_avg", "exp_avg_sq", "step")}
+    states = {field: getattr(o, field) for field in _STATES}
     if o.anchor is not None:
         states |= {"anchor": o.anchor.weights, "anchor_decay": o.anchor.decay}
     if o.master is not None:
