@@ -66,13 +66,8 @@ class ReferenceDelta:
     def from_checkpoints(cls, base: PathLike, tuned: PathLike) -> ReferenceDelta:
         """Read headers now and each tensor of the two checkpoints when it is asked for.
 
-        Args:
-            base: theta_base: a safetensors file or a Hugging Face folder.
-            tuned: theta_SFT: the same.
-
-        Raises:
-            FileNotFoundError: if a path or a shard is not there.
-            ValueError: if a file is broken, or names or shapes differ; the sentence names file or tensor.
+        `base`, theta_base, and `tuned`, theta_SFT, are safetensors files or Hugging Face folders. Raises
+        FileNotFoundError if a path or a shard is not there, ValueError if a file is broken, or names or shapes differ.
         """
         return cls(TauOfCheckpoints(base, tuned))
 

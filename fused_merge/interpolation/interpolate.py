@@ -86,7 +86,7 @@ def _points(base: Tensor, tuned: Tensor, ratios: Sequence[float], impl: str) -> 
             f"base is {list(base.shape)} {base.dtype} on {base.device} but tuned {list(tuned.shape)} "
             f"{tuned.dtype} on {tuned.device}; make shape, dtype and device the same"
         )
-    points = torch.empty(len(ratios), base.numel(), dtype=base.dtype, device=base.device)
+    points = base.new_empty(len(ratios), base.numel())
     bases, tuneds = (torch.split(end.reshape(-1), _CHUNK) for end in (base, tuned))
     outs = zip(*(torch.split(point, _CHUNK) for point in points), strict=True)
     functional.interpolate(bases, tuneds, ratios, list(outs), impl=impl)
