@@ -139,17 +139,14 @@ def merge_rule(
     if rate is None:
         rate = 1.0 if row.update == "none" else 0.01
     return MergeRule(
-        update=row.update,
-        tau=row.tau,
-        consensus=f"sign_{vote or 'reference'}" if row.consensus == "sign" else row.consensus,
-        reserve_rate=rate,
-        tau_reserve_rate=rate if tau_reserve_rate is None else tau_reserve_rate,
-        rescale=row.update == "random" if rescale is None else rescale,
-        project=project,
-        project_strength=o["project_strength"],
-        project_over=o["project_over"],
-        project_on=o["project_on"],
-        rounding=o["rounding"],
+        row.update,
+        row.tau,
+        f"sign_{vote or 'reference'}" if row.consensus == "sign" else row.consensus,
+        rate,
+        rate if tau_reserve_rate is None else tau_reserve_rate,
+        row.update == "random" if rescale is None else rescale,
+        project,
+        *(o[name] for name in ("project_strength", "project_over", "project_on", "rounding")),
     )
 
 
@@ -225,23 +222,15 @@ def merge_method(
 def check_coefficients(
     method: MergeMethod, models: int, weights: Sequence[float], densities: Sequence[float] | None = None
 ) -> None:
-    """Raise ValueError for the first weight or density of a tensor that a merge could not use.
-
-    Args:
-        method: as `merge_method` returned it.
-        models: how many models there are besides the base.
-        weights: one per model; for slerp, t.
-        densities: one per model, or None.
-    """
+    """Raise ValueError for the first weight (for slerp, t) or density of a model, besides the base, that has no use."""
     if models < 1:
         raise ValueError("there is no model to merge; pass at least one")
     if method.spherical and models != 1:
         raise ValueError(f"method {method.name!r} goes from the base to one model, got {models} models")
     if len(weights) != models:
         raise ValueError(f"{models} models need as many weights, got {len(weights)}")
-    for weight in weights:
-        if not math.isfinite(weight):
-            raise ValueError(f"a weight must be finite, got {weight}")
+    if (odd := next((weight for weight in weights if not math.isfinite(weight)), None)) is not None:
+        raise ValueError(f"a weight must be finite, got {odd}")
     if method.normalize and not method.deltas and abs(sum(weights)) < 1e-8:
         raise ValueError(f"a mean of models divides by the sum of {list(weights)}, which is 0; use normalize=False")
     if densities is None:
@@ -251,5 +240,4 @@ def check_coefficients(
     if len(densities) != models:
         raise ValueError(f"{models} models need as many densities, got {len(densities)}")
     for density in densities:
-        if not 0.0 < density <= 1.0:
-            raise ValueError(f"density must lie in (0, 1], got {density}")
+        share("density", density)

@@ -49,15 +49,13 @@ def complete_state(
         return torch.zeros_like(param, dtype=dtypes[key], memory_format=torch.preserve_format)
 
     complete = {key: tensor.to(device) for key, tensor in state.items()}
-    for key in ("exp_avg", "exp_avg_sq"):
-        if key not in complete:
-            complete[key] = like_param(key)
-    if "step" not in complete:
-        # On a GPU the count too lives beside the parameter, so that no step waits for the host.
-        complete["step"] = torch.zeros((), dtype=dtypes["step"], device=device)
-    if master and master not in complete:
-        # What bf16 weights lack of fp32 is nothing yet.
-        complete[master] = like_param(master) if master == "master_low" else like_param(master).copy_(param)
+    for key in needed:
+        if key == "step" and key not in complete:
+            # On a GPU the count too lives beside the parameter, so that no step waits for the host.
+            complete[key] = torch.zeros((), dtype=dtypes[key], device=device)
+        elif key not in complete and key != "anchor":
+            # Moments start at 0, and what bf16 weights lack of fp32 is nothing yet.
+            complete[key] = like_param(key).copy_(param) if key == "master" else like_param(key)
     if anchored and "anchor" not in complete:
         low = complete.get("master_low")
         complete["anchor"] = like_param("anchor").copy_(
