@@ -57,7 +57,8 @@ def _compared(paths: Sequence[Path]) -> dict[str, Results]:
             raise ValueError(f"{path} has no finished ratio yet; run that sweep first")
         if set(results.scores) != set(main.scores):
             here, there = (some(map(repr, each.scores)) for each in (results, main))
-            raise ValueError(f"{path} has the scores {here} and {paths[0]} has {there}; compare sweeps with the same")
+            what = f"{path} has the scores {here} and {paths[0]} has {there}"
+            raise ValueError(f"{what}; compare sweeps with the same scores")
         finished = [replace(one, scores={key: one.scores[key] for key in main.scores}) for one in results.finished]
         sweeps[name] = replace(main, sweep=results.sweep, finished=finished)
     return sweeps

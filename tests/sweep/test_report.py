@@ -72,7 +72,9 @@ def test_several_sweeps_in_one_report(tmp_path):
 def test_sweeps_that_cannot_be_compared(tmp_path):
     main = write_results(tmp_path / "main", {"0": {"reward": 0.0, "tax": 9.0}})
     other = write_results(tmp_path / "other", {"0": {"reward": 0.0, "loss": 9.0}})
-    message = f"{other} has the scores 'reward', 'loss' and {main} has 'reward', 'tax'; compare sweeps with"
+    message = (
+        f"{other} has the scores 'reward', 'loss' and {main} has 'reward', 'tax'; compare sweeps with the same scores"
+    )
     with pytest.raises(ValueError, match=message):
         write_report(tmp_path / "main", [other])
     empty = tmp_path / "empty.json"
