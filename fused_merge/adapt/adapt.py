@@ -293,7 +293,7 @@ def _cycle(batches: Iterable[Any]) -> Iterator[Any]:
         for seen, batch in enumerate(batches, before + 1):  # noqa: B007
             yield batch
         if seen == before:
-            raise ValueError(f"batches ended after {seen}; pass something that can be gone through again, as a list")
+            raise ValueError(f"batches ended after {seen}; pass something that can be cycled, such as a list")
 
 
 def _has_settled(history: Sequence[Mapping[str, Any]], patience: int, tolerance: float) -> bool:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 RATIOS = "ratios.json"
-JOURNAL = "journal.json"
 MODEL = "model"
 
 
@@ -159,7 +158,7 @@ def adapt_checkpoints(
     out.mkdir(parents=True, exist_ok=True)
     padding = tokenizer.pad_token_id or 0
     batches = answer_batches(answers, batch_size=o["batch_size"], padding=padding, device=model.device)
-    run = {"journal": out / JOURNAL, "progress": o["progress"]}
+    run = {"journal": out / "journal.json", "progress": o["progress"]}
     found = adapt_ratios(model, base, tuned, answer_loss, batches, **target, **run)
     found.save(out / RATIOS)
     (written,) = plan_interpolation(base, tuned, {MODEL: found}, out).run(device=o["device"], progress=o["progress"])
@@ -169,9 +168,7 @@ def adapt_checkpoints(
 def read_prompts(path: Path) -> list[str]:
     """Read the `prompt` of each line of a `.jsonl` file, or every line of another file that is not empty.
 
-    Raises:
-        ValueError: if a line has no prompt; the sentence names it.
-        OSError: if the file cannot be read.
+    Raises ValueError if a line has no prompt; the sentence names it.
     """
     prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if path.suffix.lower() == ".jsonl":

@@ -20,7 +20,7 @@ def read_plain(path: Path) -> Any:
         OSError: if it cannot be read.
     """
     text = path.read_bytes()
-    if _is_json(path):
+    if path.suffix.lower() == ".json":
         try:
             return load_json(text)
         except (ValueError, RecursionError) as error:
@@ -44,14 +44,10 @@ def read_plain(path: Path) -> Any:
 def plain_text(path: Path, content: Any) -> str:
     """Return the text of plain data for a path; raises TypeError for other data, ImportError as `read_plain`."""
     text = json.dumps(content, indent=2) + "\n"
-    if _is_json(path):
+    if path.suffix.lower() == ".json":
         return text
     # From JSON, which has no tuples and no subclasses of numbers: the two forms say the same.
     return str(_yaml(path).safe_dump(json.loads(text), sort_keys=False, width=math.inf))
-
-
-def _is_json(path: Path) -> bool:
-    return path.suffix.lower() == ".json"
 
 
 def _yaml(path: Path) -> Any:

@@ -171,7 +171,10 @@ class _Sweep:
                 raise ValueError(f"minimize names {score!r}, which is no score of {some(map(repr, names))}; correct it")
         self._path, self._processes = Path(out) / RESULTS, processes
         with processes.raising_together():
-            described = {role: _describe(checkpoint) for role, checkpoint in checkpoints.items()}
+            described = {}
+            for role, path in checkpoints.items():
+                files = {file.name: list(stamp_of(file)) for file in open_files(path).files()}
+                described[role] = {"path": str(Path(path).absolute()), "files": files}
             belongs_to = {"checkpoints": described, "ratios": self._ratios, "scorers": list(names), **(also or {})}
             found = resume(self._path, belongs_to) if processes.is_first else Results(belongs_to)
         finished, lower = processes.from_first((found.finished, found.lower_is_better))
@@ -211,8 +214,7 @@ class _Sweep:
         return list(self._results.finished)
 
     def _in_order(self, finished: Iterable[ScoredRatio]) -> list[ScoredRatio]:
-        order = list(self._ratios)
-        return sorted(finished, key=lambda scored: order.index(scored.label))
+        return sorted(finished, key=lambda scored: list(self._ratios).index(scored.label))
 
     def _save(self) -> None:
         with self._processes.raising_together():
@@ -276,11 +278,6 @@ def _labeled(ratios: Ratios) -> dict[str, PerTensor]:
             raise ValueError(f"ratio {label} is given twice; leave one out")
         labeled[label] = number
     return labeled
-
-
-def _describe(path: PathLike) -> dict[str, Any]:
-    files = {file.name: list(stamp_of(file)) for file in open_files(path).files()}
-    return {"path": str(Path(path).absolute()), "files": files}
 
 
 def _number(value: Any) -> float:

@@ -10,7 +10,7 @@ from fused_merge.io.sources import PathLike
 from fused_merge.io.writer import write_text, writing
 from fused_merge.names import some
 from fused_merge.sweep.plots import draw_fronts
-from fused_merge.sweep.results import MOST_SCORES_OF_A_VOLUME, PICTURE, RESULTS, TABLE, Results, read_results
+from fused_merge.sweep.results import MOST_SCORES_OF_A_VOLUME, RESULTS, Results, read_results
 
 
 def write_report(out: PathLike, compare: Sequence[PathLike] = ()) -> list[Path]:
@@ -33,10 +33,10 @@ def write_report(out: PathLike, compare: Sequence[PathLike] = ()) -> list[Path]:
     """
     folder = Path(out)
     sweeps = _compared([folder / RESULTS, *map(Path, compare)])
-    files = [folder / RESULTS, folder / TABLE]
+    files = [folder / RESULTS, folder / "results.md"]
     write_text(files[1], _markdown(sweeps))
     if len(next(iter(sweeps.values())).scores) > 1:
-        files.append(folder / PICTURE)
+        files.append(folder / "pareto.png")
         figure = draw_fronts(sweeps)
         with writing(files[2]):
             # The name of the program would have its version in it.
@@ -57,9 +57,9 @@ def _compared(paths: Sequence[Path]) -> dict[str, Results]:
             raise ValueError(f"{path} has no finished ratio yet; run that sweep first")
         if set(results.scores) != set(main.scores):
             here, there = (some(map(repr, each.scores)) for each in (results, main))
-            raise ValueError(f"{path} has the scores {here} and {paths[0]} has {there}; compare sweeps with the same")
-        order = main.scores
-        finished = [replace(each, scores={key: each.scores[key] for key in order}) for each in results.finished]
+            what = f"{path} has the scores {here} and {paths[0]} has {there}"
+            raise ValueError(f"{what}; compare sweeps with the same scores")
+        finished = [replace(one, scores={key: one.scores[key] for key in main.scores}) for one in results.finished]
         sweeps[name] = replace(main, sweep=results.sweep, finished=finished)
     return sweeps
 

@@ -15,8 +15,6 @@ from fused_merge.per_tensor import PerTensor
 from fused_merge.sweep.pareto import hypervolume, knee, pareto_front
 
 RESULTS = "results.json"
-TABLE = "results.md"
-PICTURE = "pareto.png"
 
 # Slicing a volume takes n^(d - 1) steps for d scores.
 MOST_SCORES_OF_A_VOLUME = 4
@@ -33,13 +31,11 @@ class ScoredRatio:
 
 @dataclass(frozen=True)
 class Results:
-    """The finished ratios of a sweep.
+    """The finished ratios of a sweep, in the order of its ratios, each with the same scores.
 
     Attributes:
         sweep: what they belong to: checkpoints, ratios by label, names of scorers, dtype of the model if it is known.
-        finished: in the order of the ratios, each with the same scores.
-        minimize: the scores for which less is better, as the caller said.
-        lower_is_better: the same, as the scorers said.
+        minimize, lower_is_better: the scores for which less is better, as the caller and as the scorers said.
     """
 
     sweep: Mapping[str, Any]
@@ -84,7 +80,7 @@ class Results:
         return hypervolume(self.points, reference, maximize=self.maximize)
 
     def document(self) -> dict[str, Any]:
-        """Return what `results.json` holds, in plain data; front, knee and volume once every ratio is finished."""
+        """Return what `results.json` holds; front, knee and volume once every ratio is finished."""
         content: dict[str, Any] = {"fused_merge": __version__, "sweep": self.sweep}
         content |= {"minimize": sorted(self.minimize), "lower_is_better": sorted(self.lower_is_better)}
         content["rows"] = [asdict(scored) for scored in self.finished]

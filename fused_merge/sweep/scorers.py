@@ -22,8 +22,7 @@ class ImportedScorer:
 
     Attributes:
         name: of the function.
-        takes_tokenizer: whether it is called with one.
-        tokenizer: what it is called with; to be set before the first call.
+        takes_tokenizer: whether it is called with `tokenizer`, which is to be set before the first call.
 
     Raises:
         ValueError: if the text is something else, or there is no such function.

@@ -36,19 +36,20 @@ def folders(tmp_path):
 def test_answers_are_sampled_once_and_for_all():
     model = llama(0).eval()
     state = torch.random.get_rng_state()
-    answers = sample_answers(model, tokenizer(), PROMPTS, max_new_tokens=6, batch_size=2, seed=3, progress=False)
+    answers, again, other = (
+        sample_answers(model, tokenizer(), PROMPTS, max_new_tokens=6, batch_size=2, seed=seed, progress=False)
+        for seed in (3, 3, 4)
+    )
     assert torch.equal(torch.random.get_rng_state(), state)
     assert [answer.prompt for answer in answers] == [[3, 4], [5], [6, 7, 8], [9, 10], [11]]
     assert all(1 <= len(answer.answer) <= 6 and 2 not in answer.answer[:-1] for answer in answers)
-    again = sample_answers(model, tokenizer(), PROMPTS, max_new_tokens=6, batch_size=2, seed=3, progress=False)
-    other = sample_answers(model, tokenizer(), PROMPTS, max_new_tokens=6, batch_size=2, seed=4, progress=False)
     assert answers == again != other
 
 
 def test_the_likeliest_answer_depends_on_its_own_prompt_alone():
     model = llama(0).eval()
-    together = sample_answers(model, tokenizer(), PROMPTS, max_new_tokens=4, temperature=0.0, progress=False)
-    alone = sample_answers(model, tokenizer(), PROMPTS, max_new_tokens=4, temperature=0.0, batch_size=1, progress=False)
+    options = {"max_new_tokens": 4, "temperature": 0.0, "progress": False}
+    together, alone = (sample_answers(model, tokenizer(), PROMPTS, batch_size=size, **options) for size in (8, 1))
     assert together == alone
     with torch.no_grad():
         first = model(torch.tensor([[3, 4]])).logits[0, -1].argmax()
@@ -77,12 +78,13 @@ def test_the_best_answers_stay_in_their_order():
     answers = [Answer([i], [i], str(i)) for i in range(5)]
     assert [a.text for a in best_answers(answers, [0.0, 3.0, 1.0, 2.0, -1.0], 0.4)] == ["1", "3"]
     assert len(best_answers(answers, [0.0] * 5, 0.01)) == 1
-    with pytest.raises(ValueError, match=r"one finite number for each of 5 answers, got \[1\.0\]"):
-        best_answers(answers, [1.0], 0.5)
-    with pytest.raises(ValueError, match="one finite number for each of 5 answers"):
-        best_answers(answers, [float("nan")] * 5, 0.5)
-    with pytest.raises(ValueError, match=r"must lie in \(0, 1\], got 0"):
-        best_answers(answers, [1.0] * 5, 0)
+    for rewards, share, message in (
+        ([1.0], 0.5, r"one finite number for each of 5 answers, got \[1\.0\]"),
+        ([float("nan")] * 5, 0.5, "one finite number for each of 5 answers"),
+        ([1.0] * 5, 0, r"must lie in \(0, 1\], got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            best_answers(answers, rewards, share)
 
 
 def test_a_model_with_the_ratios_that_were_found(folders, tmp_path):
@@ -102,20 +104,12 @@ def test_a_model_with_the_ratios_that_were_found(folders, tmp_path):
         adapt_checkpoints(*folders, PROMPTS, tmp_path / "out", progress=False)
 
 
-@pytest.fixture
-def run(capsys):
-    def call(*arguments):
-        try:
+def test_the_command(folders, tmp_path, capsys, monkeypatch):
+    def run(*arguments):
+        with pytest.raises(SystemExit) as end:
             app([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = end.code or 0
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
+        return end.value.code or 0, *capsys.readouterr()
 
-    return call
-
-
-def test_the_command(folders, tmp_path, run, monkeypatch):
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     (tmp_path / "judges.py").write_text(
         "def longest(pairs):\n"
@@ -135,23 +129,17 @@ def test_the_command(folders, tmp_path, run, monkeypatch):
     assert errors.startswith("error: ")
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("p.jsonl", '{"prompt": "a"}\nno', r"line 2 of .*p\.jsonl is no JSON object with a 'prompt'"),
-        ("p.jsonl", '{"text": "a"}', r"line 1 of .*p\.jsonl is no JSON object with a 'prompt'"),
-        ("p.jsonl", '{"prompt": 3}', r"the 'prompt' in line 1 of .*p\.jsonl is no text"),
-    ],
-)
-def test_prompts_that_are_none(name, text, message, tmp_path):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_prompts(tmp_path / name)
-
-
-def test_prompts_a_line(tmp_path):
+def test_prompts_of_files(tmp_path):
     (tmp_path / "p.txt").write_text("a b\n\n c\n")
     assert read_prompts(tmp_path / "p.txt") == ["a b", " c"]
+    for text, message in (
+        ('{"prompt": "a"}\nno', r"line 2 of .*p\.jsonl is no JSON object with a 'prompt'"),
+        ('{"text": "a"}', r"line 1 of .*p\.jsonl is no JSON object with a 'prompt'"),
+        ('{"prompt": 3}', r"the 'prompt' in line 1 of .*p\.jsonl is no text"),
+    ):
+        (tmp_path / "p.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_prompts(tmp_path / "p.jsonl")
 
 
 def test_nothing_to_answer(folders, tmp_path):

@@ -27,17 +27,9 @@ def write_results(folder, scores, minimize=(), lower=()):
 
 
 def test_the_table_by_hand(tmp_path):
-    write_results(
-        tmp_path / "path",
-        {
-            "0": {"reward": 0.0, "tax|x": 1.0},
-            "0.5": {"reward": 6.0, "tax|x": 2.0},
-            "0.7": {"reward": 5.0, "tax|x": 2.5},
-            "0.8": {"reward": 8.0, "tax|x": 6.0},
-            "1": {"reward": 10.123456789, "tax|x": 11.0},
-        },
-        minimize=["tax|x"],
-    )
+    points = {"0": (0.0, 1.0), "0.5": (6.0, 2.0), "0.7": (5.0, 2.5), "0.8": (8.0, 6.0), "1": (10.123456789, 11.0)}
+    scores = {label: {"reward": reward, "tax|x": tax} for label, (reward, tax) in points.items()}
+    write_results(tmp_path / "path", scores, minimize=["tax|x"])
     files = write_report(tmp_path / "path")
     assert [file.name for file in files] == ["results.json", "results.md", "pareto.png"]
     assert files[2].read_bytes().startswith(b"\x89PNG")
@@ -80,7 +72,9 @@ def test_several_sweeps_in_one_report(tmp_path):
 def test_sweeps_that_cannot_be_compared(tmp_path):
     main = write_results(tmp_path / "main", {"0": {"reward": 0.0, "tax": 9.0}})
     other = write_results(tmp_path / "other", {"0": {"reward": 0.0, "loss": 9.0}})
-    message = f"{other} has the scores 'reward', 'loss' and {main} has 'reward', 'tax'; compare sweeps with"
+    message = (
+        f"{other} has the scores 'reward', 'loss' and {main} has 'reward', 'tax'; compare sweeps with the same scores"
+    )
     with pytest.raises(ValueError, match=message):
         write_report(tmp_path / "main", [other])
     empty = tmp_path / "empty.json"
