@@ -113,12 +113,17 @@ def finite(number: float, *, what: str) -> float:
     return float(number)
 
 
+def dtype_name(dtype: object) -> str:
+    """Return the name by which `torch` has a dtype, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def parse_dtype(dtype: torch.dtype | str | None, *, what: str = "dtype") -> torch.dtype | None:
     """Return the dtype of a name, one that floating tensors can be written in; raise ValueError for any other."""
     # Here, because the help of the command line needs this module and must not wait for torch.
     import torch
 
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if dtype is not None and name not in _DTYPES:
         raise ValueError(f"{what} must be {', '.join(map(repr, _DTYPES))} or None, got {dtype!r}")
     return None if dtype is None else getattr(torch, name)

@@ -34,12 +34,12 @@ from fused_merge.optim.options import (
     RunOptions,
     check_dtype,
     check_options,
-    dtype_name,
     dtype_of,
 )
 from fused_merge.optim.state import check_loadable, complete_state, restore_states
 from fused_merge.optim.verification import take_verified, verify_as_the_environment_says
 from fused_merge.options import check_known, documented, resolve
+from fused_merge.per_tensor import dtype_name
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

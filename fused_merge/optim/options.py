@@ -9,6 +9,7 @@ from torch import Tensor
 from fused_merge.functional.backend import check_impl
 from fused_merge.methods import MergeRule, ProjectionOptions, RuleOptions, merge_rule
 from fused_merge.options import Option, at_least, definition, need, one_of, options_of, within
+from fused_merge.per_tensor import dtype_name
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -141,11 +142,6 @@ def check_dtype(name: str, param: Tensor, group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"parameter {name!r} is {param.dtype}, and only bf16 is the upper half of fp32; use master='fp32'"
         )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name by which `torch` has a dtype, such as "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 def dtype_of(name: str | torch.dtype) -> torch.dtype | str:

@@ -26,9 +26,8 @@ from fused_merge.io.sources import PathLike, open_files
 from fused_merge.io.transformers import check_transformers, load_model, load_tokenizer, stored_dtype
 from fused_merge.io.writer import stamp_of, write_text
 from fused_merge.names import some
-from fused_merge.optim.options import dtype_name
 from fused_merge.options import documented, resolve
-from fused_merge.per_tensor import PerTensor, finite, plain
+from fused_merge.per_tensor import PerTensor, dtype_name, finite, plain
 from fused_merge.progress import progress_bar
 from fused_merge.sweep.options import EvaluateOptions, SweepOptions
 from fused_merge.sweep.plots import check_matplotlib
