@@ -41,13 +41,8 @@ def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float], *
     last score, each of which is the volume of one score less (Knowles 2002; While et al. 2006, IEEE Transactions on
     Evolutionary Computation 10(1), "hypervolume by slicing objectives"); the time grows as n^(d - 1).
 
-    Args:
-        points: as for `pareto_front`; those that are not better than `reference` in every score add nothing.
-        reference: d scores that count as worthless.
-        maximize: as for `pareto_front`.
-
-    Raises:
-        ValueError: as `pareto_front`, and if the reference does not fit the points.
+    Points and errors are as for `pareto_front`; points that are not better than `reference`, d scores that count as
+    worthless, in every score add nothing.
     """
     worthless = _oriented([reference], maximize, what="the reference")[0]
     scores = _oriented(points, maximize)
@@ -68,15 +63,7 @@ def knee(points: Sequence[Sequence[float]], *, maximize: Directions = True) -> i
     the corners in place of the best points). That is the largest sum of scaled scores. A tie goes to the better first
     score, then to the first point; a front that only bends inwards has its knee at an end.
 
-    Args:
-        points: as for `pareto_front`, at least one; those that are not on the front do not matter.
-        maximize: as for `pareto_front`.
-
-    Returns:
-        An index of `points`.
-
-    Raises:
-        ValueError: as `pareto_front`, and if there is no point.
+    Points and errors are as for `pareto_front`, of which there must be one; returns its index.
     """
     scores = _oriented(points, maximize)
     front = pareto_front(points, maximize=maximize)
