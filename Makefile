@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test kernels lint types check clean
+.PHONY: demo test quick kernels lint types check clean
 
 demo: .venv/installed-demo  ## base, SFT, preference training with online merging, ratio sweep, Pareto plot
 	$(BIN)/python bench/alignment_tax/run.py --quick
 
 test: .venv/installed-test  ## every test; on a CPU the kernels run in Triton's interpreter, on a GPU on the GPU
 	$(BIN)/pytest -n auto
+
+quick: .venv/installed-test  ## the tests that need neither the interpreter nor a compiler nor other processes
+	$(BIN)/pytest -n auto -q -m "not slow"
 
 kernels: .venv/installed-test  ## every build of the kernels, compiled for GPUs that need not be here
 	$(BIN)/python bench/kernels.py

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,33 @@ if not torch.cuda.is_available():
     import interpreter
 
     interpreter.patch_once()
+
+
+# What `make quick` leaves out: kernels in the interpreter, compilers, other processes, and the benchmarks.
+SLOW = (
+    "adapt/",
+    "bench/",
+    "checkpoints/test_disk",
+    "checkpoints/test_interrupted",
+    "cli/test_program",
+    "eager/test_properties",
+    "eager/test_sparsify",
+    "eager/test_step_k",
+    "functional/",
+    "interpolation/test_layer_ratios",
+    "interpolation/test_sharded",
+    "io/test_hostile_files",
+    "kernels/",
+    "merge/test_merge",
+    "optim/",
+    "sweep/test_evaluate",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if str(item.path.relative_to(Path(__file__).parent)).startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

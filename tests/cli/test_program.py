@@ -137,7 +137,7 @@ def test_completion_is_offered(run):
 
 
 def test_help_says_what_jobs_take_by_themselves(run, monkeypatch):
-    monkeypatch.setattr(engine, "_cores", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
     taken = engine.Resources.of(None, None, "cpu", "auto")
     code, printed, _ = run("interpolate", "--help")
     assert code == 0

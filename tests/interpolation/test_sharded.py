@@ -74,7 +74,7 @@ def test_ddp_reduces_no_gradient_meanwhile_and_all_afterwards(pair):
     ("fault", "first", "error", "message"),
     [
         ("nan", 1, ValueError, "loss_fn returned nan; look at the batch"),
-        ("batches", 0, ValueError, "batches ended after 2; pass something that can be gone through again"),
+        ("batches", 0, ValueError, "batches ended after 2; pass something that can be cycled"),
         ("journal", 0, OSError, "cannot write .*journal.json"),
         ("later journal", 0, OSError, "cannot write .*journal.json"),
         ("base", 1, ValueError, "do not match: .* is torch.float64 and torch.float32"),
