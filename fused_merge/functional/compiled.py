@@ -18,38 +18,21 @@ from fused_merge.eager.interpolate import between, nearer_end
 from fused_merge.eager.interpolate import interpolate_ as eager_interpolate_
 from fused_merge.eager.merging_adamw import Anchor, Delta, Terms
 from fused_merge.eager.merging_adamw import merging_adamw_ as eager_merging_adamw_
-from fused_merge.eager.philox import MaskKey
 from fused_merge.eager.precision import compute_dtype
-from fused_merge.eager.scalars import Scalars
 from fused_merge.eager.shard import ShardIndex
-from fused_merge.methods import MergeRule
 
 logger = logging.getLogger("fused_merge")
 
 
-def merging_adamw_(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    delta: Delta | None,
-    s: Scalars,
-    rule: MergeRule,
-    key: MaskKey,
-    *,
-    anchor: Anchor | None = None,
-    master: Tensor | None = None,
-    keep_terms: bool = False,
-) -> Terms | None:
+def merging_adamw_(*arguments: Any, anchor: Anchor | None, master: Tensor | None, keep_terms: bool) -> Terms | None:
     """Do what `fused_merge.eager.merging_adamw.merging_adamw_` does, compiled when it is first needed."""
-    if param.numel() < 2 or param.dtype == torch.float64:
+    *tensors, delta, s, rule, key = arguments
+    numel = tensors[0].numel()
+    if numel < 2 or tensors[0].dtype == torch.float64:
         # Sizes 0 and 1 would be compiled for themselves. And torch's own fp64 square root may be a unit in the last
         # place off where Inductor's is not: fp64 is defined by the eager code.
-        return eager_merging_adamw_(
-            param, grad, exp_avg, exp_avg_sq, delta, s, rule, key, anchor=anchor, master=master, keep_terms=keep_terms
-        )
-    key = key._replace(shard=key.shard or ShardIndex.whole(param.numel()))
-    tensors = [param, grad, exp_avg, exp_avg_sq]
+        return eager_merging_adamw_(*arguments, anchor=anchor, master=master, keep_terms=keep_terms)
+    key = key._replace(shard=key.shard or ShardIndex.whole(numel))
     every = [*tensors, *(t for t in (*(delta or ()), anchor and anchor.weights, master) if t is not None)]
     if not (rule.project and rule.project_over == "rows") and all(t.is_contiguous() for t in every):
         # One compiled form then serves tensors of all shapes.
@@ -57,10 +40,8 @@ def merging_adamw_(
         delta = delta and Delta(delta.tau.view(-1), None if delta.tau_dense is None else delta.tau_dense.view(-1))
         anchor = anchor and Anchor(anchor.weights.view(-1), anchor.decay)
         master = None if master is None else master.view(-1)
-    terms: Terms | None = _compiled_step()(
-        *tensors, delta, s, rule, key, anchor=anchor, master=master, keep_terms=keep_terms
-    )
-    return terms
+    step: Callable[..., Terms | None] = _compiled_step()
+    return step(*tensors, delta, s, rule, key, anchor=anchor, master=master, keep_terms=keep_terms)
 
 
 def interpolate_(base: Tensor, tuned: Tensor, ratios: Sequence[float], outs: Sequence[Tensor]) -> None:
