@@ -16,22 +16,16 @@ from fused_merge.names import some
 
 
 def align(sources: Sequence[FileSource], config_source: int, options: Mapping[str, Any]) -> list[AlignedTensor]:
-    """Pair the tensors of n checkpoints and verify that they fit.
+    """Pair the tensors of n checkpoints by `PlanOptions`, or raise a ValueError that names those that do not fit.
 
-    Args:
-        sources: the checkpoints; the first one gives the order and decides which tied weights are written out.
-        config_source: the index of the checkpoint whose configuration and tokenizer go along. It decides how many
-            rows the tensors of the vocabulary have, and is the first choice for tensors that not all checkpoints hold.
-        options: as `resolve` returned them for `PlanOptions`.
-
-    Raises:
-        ValueError: for tensors that do not fit; the sentence names them.
+    The first source gives the order and decides which tied weights are written out. `config_source` is the index of
+    the one whose configuration and tokenizer go along: the vocabulary has its rows, and it is the first choice for
+    tensors that not all hold.
     """
     base, *others = sources
     dtype, unmatched = options["dtype"], options["unmatched"]
-    matches = [
-        match(base, other, any_rows=options["align_vocabulary"], partial=unmatched != "refuse") for other in others
-    ]
+    rows, partial = options["align_vocabulary"], unmatched != "refuse"
+    matches = [match(base, other, any_rows=rows, partial=partial) for other in others]
     # The name that each tensor of all has in each of them.
     common = {
         name: [name, *(each.resolve(name) for each in matches)]
@@ -64,21 +58,15 @@ def _aligned(
     names: Sequence[str], sources: Sequence[FileSource], config_source: int, dtype: torch.dtype | None
 ) -> AlignedTensor:
     """Return a tensor that all hold, each under its own name."""
-    name, origin = names[0], sources[0].origin
+    name = names[0]
     floating = sources[0].is_merged(name)
     inputs = [source.file_range(own) for source, own in zip(sources, names, strict=True)]
     written = dtype if floating and dtype is not None else inputs[0].dtype
     for source, own in zip(sources, inputs, strict=True):
-        if own.dtype != inputs[0].dtype and not floating:
-            raise ValueError(
-                f"{name!r} is {inputs[0].dtype} in {origin} and {own.dtype} in {source.origin}; "
-                "both must be of one architecture"
-            )
-        if own.dtype != inputs[0].dtype and dtype is None:
-            raise ValueError(
-                f"{origin} and {source.origin} do not match: {name!r} is {inputs[0].dtype} and {own.dtype}; "
-                "say which to write with dtype='bfloat16' or another"
-            )
+        if own.dtype != inputs[0].dtype and not (floating and dtype is not None):
+            kinds = f"{name!r} is {inputs[0].dtype} in {sources[0].origin} and {own.dtype} in {source.origin}"
+            way_out = "say which to write with dtype='bfloat16' or another" if floating else "use one architecture"
+            raise ValueError(f"{kinds}; {way_out}")
     shapes = [source.shape(own) for source, own in zip(sources, names, strict=True)]
     shape, fewest = shapes[config_source], min(map(prod, shapes))
     segments = [AlignedSegment(fewest, tuple(inputs), floating)]

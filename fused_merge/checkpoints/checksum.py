@@ -25,12 +25,7 @@ PIECE = 2 << 20
 
 
 def verify_file(path: Path, expected: Sequence[str]) -> int:
-    """Read a file from the disk again and compare it with the digests of its pieces; returns the bytes read.
-
-    Raises:
-        ValueError: if it is missing or has changed; the sentence names it and the tensors of the pieces that changed.
-        OSError: if it cannot be read.
-    """
+    """Read a file from the disk again and return its bytes; ValueError if those are not what the digests say."""
     if not path.is_file():
         raise ValueError(f"{path} is missing; write the folder again")
     found = []
@@ -43,8 +38,7 @@ def verify_file(path: Path, expected: Sequence[str]) -> int:
         for at in range(0, size, PIECE):
             read_into(handle, path, buffer[: size - at], at)
             found.append(hasher(buffer[: size - at]).hexdigest())
-    changed = [k for k, (own, other) in enumerate(zip_longest(found, expected)) if own != other]
-    if changed:
+    if changed := [k for k, (own, other) in enumerate(zip_longest(found, expected)) if own != other]:
         names = _tensors_in(path, changed)
         where = f", in pieces that hold {some(map(repr, names))}" if names else ""
         raise ValueError(f"{path} is not what was written{where}; write the folder again")

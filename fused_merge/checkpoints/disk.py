@@ -26,10 +26,7 @@ _HUGE_PAGE = 1 << 21
 
 @dataclass
 class DirectFile:
-    """A file on its way, written at any place by any thread, past the page cache where that is possible.
-
-    Used as a context manager, which opens and closes it and leaves its name as it is.
-    """
+    """A file on its way, open in a block and written at any place by any thread, past the page cache if possible."""
 
     path: Path  # what it will be called; messages name it
     part: Path  # what it is called until then: replaced

@@ -83,19 +83,10 @@ class Resources(NamedTuple):
 def write_file(
     file: OutputFile, paths: Sequence[Path], resources: Resources, advance: Callable[[int], None]
 ) -> list[list[str]]:
-    """Write one file of every output, under their names only when all are whole and on the disk.
+    """Write one file to a path in each of R outputs, and return for each the digests of its pieces.
 
-    Args:
-        file: the plan.
-        paths: where it goes in each of the R outputs; written as `PATH.part` first. What is there is removed.
-        resources: what may be used.
-        advance: called with the bytes just written, from any thread.
-
-    Returns:
-        For each output the digests of its pieces; see `fused_merge.checkpoints.checksum`.
-
-    Raises:
-        OSError: if an input vanished or changed, or an output cannot be written; nothing of the file is left.
+    What is there is removed; all get their names when all are whole and on the disk. Threads call `advance` with the
+    bytes just written. Raises OSError if a file cannot be read or written; then nothing of it is left.
     """
     parts = [path.with_name(path.name + ".part") for path in paths]
     try:

@@ -33,10 +33,7 @@ _SIDECAR_FILES = (
 
 
 def sidecar_files(source: FileSource, dtype: torch.dtype | None) -> dict[str, Path | bytes]:
-    """Return the files of a folder that a model needs beside its weights: where they are, or what they become.
-
-    If the weights are converted to a dtype, the configuration says so. A single file has none.
-    """
+    """Return the files that a model needs beside its weights: where they are, or the content that names a dtype."""
     if not source.path.is_dir():
         return {}
     found: dict[str, Path | bytes] = {
@@ -62,12 +59,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def manifest(recipe: Mapping[str, Any], plan: str, digests: Mapping[str, Sequence[str]]) -> bytes:
     """Return a manifest: recipe and identity of the job that made the folder, and file -> digests of its pieces."""
-    content = {
-        "fused_merge": __version__,
-        "recipe": recipe,
-        "plan": plan,
-        "checksums": {"hash": HASH, "piece_bytes": PIECE, "files": digests},
-    }
+    checksums = {"hash": HASH, "piece_bytes": PIECE, "files": digests}
+    content = {"fused_merge": __version__, "recipe": recipe, "plan": plan, "checksums": checksums}
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
@@ -80,18 +73,11 @@ def made_by(folder: Path) -> str | None:
 
 
 def verify_checkpoint(folder: PathLike) -> int:
-    """Read every weight file of a folder from the disk again and compare it with the checksums of its manifest.
-
-    Args:
-        folder: written by `interpolate_checkpoints` or `merge_checkpoints`.
-
-    Returns:
-        The bytes that were read.
+    """Read the weights that a job wrote to a folder again, compare them with its checksums, and return their bytes.
 
     Raises:
         FileNotFoundError: if there is no manifest.
-        ValueError: if a file is missing, has changed or is none of the manifest; the sentence names it, and the
-            tensors of the pieces that changed.
+        ValueError: if a file is missing, changed or not listed; the sentence names it, and tensors that changed.
         OSError: if a file cannot be read.
     """
     folder = Path(folder)

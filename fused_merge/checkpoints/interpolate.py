@@ -37,7 +37,7 @@ class InterpolateRule(NamedTuple):
     def __call__(
         self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None
     ) -> None:
-        """Interpolate; see `fused_merge.functional.interpolate`."""
+        """Interpolate."""
         base, tuned = inputs
         if impl == "eager":
             interpolate_(base, tuned, self.ratios, outs, scratch)
@@ -58,7 +58,7 @@ def interpolate_checkpoints(
     `README.md` a model card. Source: Lin et al. 2024 (arXiv 2309.06256).
 
     Everything is checked before the first byte is written. Until all outputs are complete, they are in
-    `out/.fused_merge.part`; when a run was killed, the same call goes on from there and writes the same bytes.
+    `out/.fused_merge.part`; when a run failed or was killed, the same call goes on there and writes the same bytes.
 
     Args:
         base: theta0: a safetensors file or a Hugging Face folder.
@@ -75,8 +75,7 @@ def interpolate_checkpoints(
     Raises:
         ValueError: if checkpoints, ratios or options do not fit; the sentence names the tensor, file or ratio.
         FileExistsError: if a ratio folder exists and `overwrite` is false.
-        OSError: if `out` cannot be written to, the disk is too small, or an input vanishes. Files that were complete
-            by then are kept in `out/.fused_merge.part`.
+        OSError: if `out` cannot be written to, the disk is too small, or an input vanishes.
         RuntimeError: if `impl="triton"` cannot run here, or another process writes the same outputs.
         TypeError: if `base` or `tuned` is not a path, a ratio is not a number, or an option is unknown.
     """
@@ -88,10 +87,9 @@ def interpolate_checkpoints(
 def plan_interpolation(
     base: PathLike, tuned: PathLike, ratios: Ratios, out: PathLike, **options: Unpack[InterpolatePlanOptions]
 ) -> Job:
-    """Check everything that `interpolate_checkpoints` would, and return the job without writing.
+    """Check everything that `interpolate_checkpoints` would, with its arguments and errors, and write nothing.
 
-    Arguments and errors are those of `interpolate_checkpoints`. `Job.describe()` returns the plan in numbers,
-    `Job.run()` carries it out.
+    `Job.describe()` returns the plan in numbers, `Job.run()` carries it out.
     """
     plan = resolve(options, InterpolatePlanOptions)
     sources = open_files(base, role="base"), open_files(tuned, role="tuned")
@@ -112,35 +110,18 @@ def plan_interpolation(
             return InterpolateRule(tuple(own[tensor.name] for own in decided))
         return CopyRule(copied_from if len(segment.inputs) == 2 else (0,) * len(given))
 
-    recipe = {
-        "operation": "interpolate",
-        "base": describe_source(sources[0]),
-        "tuned": describe_source(sources[1]),
-        **described(plan),
-        "files_from": plan["files_from"],
-    }
+    ends = {"base": describe_source(sources[0]), "tuned": describe_source(sources[1])}
+    recipe = {"operation": "interpolate", **ends, **described(plan), "files_from": plan["files_from"]}
     about = (
         f"An interpolation of two models: base + r * (tuned - base), with base = `{base}` and tuned = `{tuned}`, "
         "computed in fp32 and rounded once ([Lin et al. 2024](https://arxiv.org/abs/2309.06256))."
     )
-    outputs = [
-        Output(
-            Path(out) / label,
-            {**recipe, "ratio": plain(own if isinstance(ratio, NamedRatios) else ratio, what="ratio")},
-            f"Ratio {label}",
-            about,
-        )
-        for label, ratio, own in zip(labels, given, decided, strict=True)
-    ]
-    return Job(
-        "interpolating",
-        outputs,
-        sources,
-        sources[config_source],
-        lay_out_files(tensors, sources[0], rule_of, plan["max_shard_size"]),
-        work=Path(out) / ".fused_merge.part",
-        options=plan,
-    )
+    outputs = []
+    for label, ratio, own in zip(labels, given, decided, strict=True):
+        written = plain(own if isinstance(ratio, NamedRatios) else ratio, what="ratio")
+        outputs.append(Output(Path(out) / label, {**recipe, "ratio": written}, f"Ratio {label}", about))
+    files, work = lay_out_files(tensors, sources[0], rule_of, plan["max_shard_size"]), Path(out) / ".fused_merge.part"
+    return Job("interpolating", outputs, sources, sources[config_source], files, work=work, options=plan)
 
 
 def _labels(ratios: Sequence[PerTensor], decided: Sequence[Mapping[str, float]]) -> list[str]:

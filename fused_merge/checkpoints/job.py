@@ -73,21 +73,21 @@ class Job:
         whole_tensor_pass: GlobalPass | None = None,  # for methods that look at whole tensors first
     ) -> None:
         self.operation, self._targets, self.files = operation, targets, files
-        self._work, self._overwrite, self.whole_tensor_pass = work, options["overwrite"], whole_tensor_pass
+        self._overwrite, self.whole_tensor_pass = options["overwrite"], whole_tensor_pass
         self.outputs = [output.folder for output in targets]
         # Other files of each output by name: where they are, or what they hold.
         self._beside = folders.sidecar_files(config_source, options["dtype"])
         if len(files) > 1 or files[0].name != SINGLE_FILE:
             index = next((source.index for source in sources if source.index is not None), None) or {}
-            content = {
-                **index,
-                "metadata": {**index.get("metadata", {}), "total_size": sum(file.nbytes for file in files)},
-                "weight_map": {name: file.name for file in files for name in file.entries},
-            }
+            metadata = {**index.get("metadata", {}), "total_size": sum(file.nbytes for file in files)}
+            weight_map = {name: file.name for file in files for name in file.entries}
+            content = {**index, "metadata": metadata, "weight_map": weight_map}
             self._beside[INDEX_FILE] = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
         # Size and time of change of every file that is read.
         weights = [path for source in sources for path in source.files()]
         self._stamps = {path: stamp_of(path) for path in (*weights, *self._beside.values()) if isinstance(path, Path)}
+        sizes = {file.name: file.size for file in files}
+        self._work_folder = WorkFolder(work, json.dumps(self.identity).encode(), self.outputs, sizes)
         for folder in self.outputs:
             self._check_name(folder)
             if held := next((path for path in self._stamps if folder.resolve() in path.resolve().parents), None):
@@ -98,16 +98,14 @@ class Job:
     @cached_property
     def identity(self) -> str:
         """SHA-256 over recipes, layout and inputs: jobs of one identity write the same bytes."""
+        beside = {name: str(x.absolute()) if isinstance(x, Path) else _sha256(x) for name, x in self._beside.items()}
         content = [
             __version__,
             [HASH, PIECE],
             [[output.folder.name, output.recipe] for output in self._targets],
             [[file.name, _sha256(file.header)] for file in self.files],
             [[str(path.absolute()), *stamp] for path, stamp in self._stamps.items()],
-            [
-                [name, str(content.absolute()) if isinstance(content, Path) else _sha256(content)]
-                for name, content in self._beside.items()
-            ],
+            [*beside.items()],
         ]
         return _sha256(json.dumps(content).encode())
 
@@ -139,13 +137,10 @@ class Job:
 
     @documented(RunOptions)
     def run(self, **options: Unpack[RunOptions]) -> list[Path]:
-        """Write everything; go on where a killed run of the same job ended.
+        """Write everything and return the folders; go on where a killed run of the same job ended.
 
         Args:
             {options}
-
-        Returns:
-            The folders.
 
         Raises:
             ValueError: if an option is out of range, an unfinished job of another recipe is in the way, or what was
@@ -170,13 +165,9 @@ class Job:
             folders.verify_checkpoint(folder)
         return self.outputs
 
-    @cached_property
-    def _work_folder(self) -> WorkFolder:
-        identity = json.dumps(self.identity).encode()
-        return WorkFolder(self._work, identity, self.outputs, {file.name: file.size for file in self.files})
-
     def _is_done(self) -> bool:
-        return not self._overwrite and not self._work_folder.has_plan and all(map(self._is_finished, self.outputs))
+        begun = self._work_folder.plan() == self._work_folder.identity
+        return not self._overwrite and not begun and all(map(self._is_finished, self.outputs))
 
     def _is_finished(self, folder: Path) -> bool:
         return folders.made_by(folder) == self.identity
@@ -262,9 +253,8 @@ class Job:
         """Verify that the disk can be written to and holds what is still to be written."""
         if not self._overwrite and all(map(self._is_finished, self.outputs)):
             return
-        out = self._work.parent
-        for path in (out, self._work):
-            # The nearest folder that exists.
+        out = self._work_folder.path.parent
+        for path in (out, self._work_folder.path):
             place = next(place for place in (path, *path.absolute().parents) if place.exists())
             if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
                 raise OSError(f"cannot write to {out}: {place} is not a folder that you may write to; choose another")

@@ -1,7 +1,4 @@
-"""The options of checkpoint jobs.
-
-This module imports no torch, so that the command line can show its help at once.
-"""
+"""The options of checkpoint jobs. Nothing here waits for torch: the command line shows its help at once."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict

@@ -25,9 +25,7 @@ class AlignedSegment(NamedTuple):
     """Row-major elements of a tensor that come from the same inputs."""
 
     numel: int
-    inputs: tuple[
-        FileRange, ...
-    ]  # in each checkpoint, in the order of the checkpoints, or in the only one that has them
+    inputs: tuple[FileRange, ...]  # in each checkpoint, or in the only one that has them
     merged: bool  # whether all checkpoints hold them and they are floating
 
 
@@ -51,31 +49,27 @@ class AlignedTensor(NamedTuple):
 
 
 class Rule(Protocol):
-    """Makes elements of the outputs of the same elements of the inputs."""
+    """Makes n elements of R outputs of the same elements of the inputs: vectors, of which `outs` are written.
+
+    `first` is the row-major index of the first element in its tensor, `impl` is "eager" or what is to compute as for
+    `fused_merge.interpolate`, and `scratch` bytes that may be overwritten.
+    """
 
     def __call__(
         self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None
     ) -> None:
-        """Compute.
-
-        Args:
-            inputs: vectors of n elements, one of each input of the segment.
-            outs: R vectors of n elements, one of each output: written.
-            first: the row-major index of the first element in its tensor.
-            impl: `"eager"`, or what is to compute as for `fused_merge.interpolate`.
-            scratch: bytes that may be overwritten, or None.
-        """
+        """Compute."""
 
 
 class CopyRule(NamedTuple):
-    """The rule of what is copied: output k is input `chosen[k]`, converted if dtypes differ."""
+    """The rule of what is copied: output k is input `chosen[k]`, bit for bit or, if dtypes differ, converted."""
 
     chosen: tuple[int, ...]
 
     def __call__(
         self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None
     ) -> None:
-        """Copy; bit for bit where the dtypes are one."""
+        """Copy."""
         for out, chosen in zip(outs, self.chosen, strict=True):
             source = inputs[chosen]
             if source.dtype == out.dtype:
@@ -122,14 +116,7 @@ RuleOf: TypeAlias = Callable[[AlignedTensor, AlignedSegment], Rule]
 def lay_out_files(
     tensors: Sequence[AlignedTensor], base: FileSource, rule_of: RuleOf, max_shard_size: int | None
 ) -> list[OutputFile]:
-    """Distribute tensors over files as `base` does, or by size, and give each its place.
-
-    Args:
-        tensors: the tensors of the output.
-        base: the checkpoint whose files are mirrored; tensors that it lacks go to its last file.
-        rule_of: decides how the elements of a segment are made.
-        max_shard_size: size limit of a file in bytes; None mirrors `base`.
-    """
+    """Give tensors places in files of at most so many bytes, or in those of `base`; what it lacks goes to its last."""
     metadata = {"format": "pt"}
     if max_shard_size is not None:
         shards = _shard_by_size(tensors, max_shard_size)

@@ -46,15 +46,12 @@ class WorkFolder:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Make the folder if there is none, and lock it, or raise RuntimeError; leave no empty one behind.
-
-        On failure, say what is finished and kept, or leave nothing if nothing is.
-        """
+        """Make and lock the folder; on failure say what is finished and kept, or leave nothing if nothing is."""
         handle = self._take_lock()
         try:
             yield
         except BaseException as error:
-            plan = self._plan()
+            plan = self.plan()
             finished = sum(plan == self.identity and self.entry(file).exists() for file in self.sizes)
             if not finished and plan in (None, self.identity):
                 with suppress(OSError):
@@ -67,9 +64,8 @@ class WorkFolder:
             raise
         finally:
             with suppress(OSError):
-                (self.path / "lock").unlink()
-            # Succeeds only where nothing is in it.
-            with suppress(OSError):
+                (self.path / "lock").unlink(missing_ok=True)
+                # Succeeds only where nothing is in it.
                 self.path.rmdir()
             os.close(handle)
 
@@ -110,23 +106,15 @@ class WorkFolder:
         """The outputs that have not got their names."""
         return [output for output in self.outputs if self.staging(output).is_dir()]
 
-    @property
-    def has_plan(self) -> bool:
-        """Whether this job began here and has not removed what it left."""
-        return self._plan() == self.identity
-
-    def _plan(self) -> bytes | None:
+    def plan(self) -> bytes | None:
         """Return the identity of the job that what is here belongs to, None if it is rubbish."""
         with suppress(FileNotFoundError, NotADirectoryError):
             return (self.path / "plan.json").read_bytes()
         return None
 
     def enter(self, finished: Iterable[Path], *, overwrite: bool) -> None:
-        """Go on with what this job left here, or begin, dropping what another job left only to `overwrite`.
-
-        `finished` are the outputs that are already whole under their names.
-        """
-        plan = self._plan()
+        """Go on with what this job left here and has finished, or begin; only `overwrite` drops another job's."""
+        plan = self.plan()
         if plan not in (None, self.identity) and not overwrite:
             raise ValueError(
                 f"{self.path} is what another job, or this one with other inputs, left unfinished; run that one "
@@ -178,9 +166,9 @@ class WorkFolder:
 
     def tidy(self) -> None:
         """Remove what a run left here that was killed at its very beginning or end."""
-        if self.path.is_dir() and self._plan() is None:
+        if self.path.is_dir() and self.plan() is None:
             with self.held():
-                if self._plan() is None:
+                if self.plan() is None:
                     self.remove()
 
     def remove(self) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,12 +59,7 @@ class Header(NamedTuple):
 
 
 def open_safetensors(path: Path) -> tuple[Any, Header]:
-    """Open a safetensors file with `safe_open` and return that and the header; reads no data.
-
-    Raises:
-        OSError: if the file cannot be opened or read.
-        ValueError: if it is no regular file, its header is not what the format says, or torch cannot hold its tensors.
-    """
+    """Open a file with `safe_open`, and read its header but no data; OSError or, if it breaks the rules, ValueError."""
     try:
         with _opened(path) as (file, _):
             length = int.from_bytes(file.read(8), "little")
@@ -103,19 +97,13 @@ def encode_header(entries: Mapping[str, Entry], metadata: Mapping[str, str], *, 
         name: {"dtype": CODES[dtype], "shape": shape, "data_offsets": (start, end)}
         for name, (dtype, shape, start, end) in entries.items()
     }
-    beside = {METADATA: dict(metadata)} if metadata else {}
-    text = json.dumps({**beside, **listed}, separators=(",", ":")).encode()
+    text = json.dumps(({METADATA: dict(metadata)} if metadata else {}) | listed, separators=(",", ":")).encode()
     length = -(-(8 + len(text)) // multiple) * multiple - 8
-    return struct.pack("<Q", length) + text.ljust(length)
+    return length.to_bytes(8, "little") + text.ljust(length)
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file from outside, as `load_json` parses it.
-
-    Raises:
-        OSError: if the file cannot be opened or read.
-        ValueError: if it is no regular file, longer than 100 MB, nested more than 100 levels deep, or not JSON.
-    """
+    """Read a JSON file from outside, as `load_json` parses it; OSError, or ValueError if it is none or too large."""
     try:
         with _opened(path) as (file, size):
             if size > _LONGEST_JSON:

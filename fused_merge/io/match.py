@@ -32,13 +32,10 @@ def match(
     partial: bool = False,  # list the tensors that only one holds instead of refusing them
     ignore: Collection[str] = (),  # names to leave out
 ) -> Match:
-    """Pair the tensors of two sources by name and verify that they fit.
+    """Pair the tensors of two sources by name, or raise a ValueError that names those that do not fit.
 
     A name that only one source holds is accepted if, there, it is bit-equal to a tensor that both hold: tied
     weights that one checkpoint writes out and the other does not. Reads data only to decide that.
-
-    Raises:
-        ValueError: for missing, extra, reshaped or differently typed tensors; one sentence that names them.
     """
     common = [name for name in first if name in second and name not in ignore]
     changed = {name: text for name in common if (text := _difference(name, first, second, same_dtype, any_rows))}

@@ -12,13 +12,7 @@ from fused_merge.io.headers import load_json
 
 
 def read_plain(path: Path) -> Any:
-    """Read plain data; a key that stands twice is refused, of which a reader would silently take the last.
-
-    Raises:
-        ValueError: if the file is no JSON or YAML; the sentence names it.
-        ImportError: for YAML without PyYAML.
-        OSError: if it cannot be read.
-    """
+    """Read plain data; ValueError if it is none or a key stands twice, ImportError for YAML without PyYAML."""
     text = path.read_bytes()
     if path.suffix.lower() == ".json":
         try:

@@ -33,11 +33,7 @@ _BIT_PATTERN = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class TensorSource(Mapping[str, Tensor]):
-    """Named tensors under canonical names, in the order of their source.
-
-    The mapping holds every name; `aliases` tells which names share one tensor. Treat the tensors as read-only: those of
-    files are mapped and those of modules are the module's own.
-    """
+    """Tensors by canonical name, in the order of their source; read-only: files are mapped, modules' are their own."""
 
     origin: str  # what messages call this source: a path, or what was passed
     aliases: dict[str, str]  # name -> the first name of the tensor that both share (tied weights)
@@ -67,10 +63,7 @@ class TensorSource(Mapping[str, Tensor]):
         """Return a box of a tensor, None for all of it, reading nothing else; of a sharded one what is held here."""
 
     def head(self, name: str, n: int) -> Tensor:
-        """Return the first `n` row-major elements, or as many as there are, as a vector.
-
-        Of a file only the rows that hold them are read. Of a sharded tensor they are those of this process.
-        """
+        """Return the first `n` row-major elements, or all, as a vector; of a sharded tensor those of this process."""
         shape, box = self.shape(name), None
         if prod(shape) > n:
             inner = (prod(shape[dim + 1 :]) for dim in range(len(shape)))
@@ -82,11 +75,7 @@ class TensorSource(Mapping[str, Tensor]):
         return ()
 
     def is_merged(self, name: str) -> bool:
-        """Return whether a tensor takes part in merging; integers and booleans do not.
-
-        Raises:
-            ValueError: for complex and 8-bit floating tensors, which cannot be merged.
-        """
+        """Return whether a tensor is merged, as integers are not; ValueError if it is floating but cannot be."""
         dtype = self.dtype(name)
         if dtype not in _MERGED and (dtype.is_floating_point or dtype.is_complex):
             raise ValueError(
@@ -136,19 +125,13 @@ class FileRange(NamedTuple):
 
 
 class FileSource(TensorSource):
-    """The tensors of a safetensors file or of a Hugging Face folder; headers are read now, data on demand.
+    """The tensors of a safetensors file or of a Hugging Face folder; headers are read now, data on demand."""
 
-    Attributes:
-        path: the file or folder as given.
-        shards: name of each safetensors file -> the canonical names of its tensors.
-        index: the parsed `model.safetensors.index.json`, or None where there is none.
-    """
+    index: dict[str, Any] | None = None  # the parsed `model.safetensors.index.json`
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.origin = str(path)
-        self.aliases = {}
-        self.index: dict[str, Any] | None = None
+        self.origin, self.aliases = str(path), {}
         self._folder = path if path.is_dir() else path.parent
         listed: dict[str, set[str]] = {path.name: set()}
         if path.is_dir():
@@ -156,14 +139,16 @@ class FileSource(TensorSource):
         self._opened = {file: open_safetensors(self._folder / file) for file in listed}
         # Where each tensor is: its file, its name there, and what the header says of it.
         self._stored: dict[str, tuple[str, str, Entry]] = {}
-        self.shards: dict[str, tuple[str, ...]] = {}
+        self.shards: dict[str, tuple[str, ...]] = {}  # name of each file -> the canonical names of its tensors
         for file, (_, header) in self._opened.items():
             if self.index is not None and header.entries.keys() != listed[file]:
-                lacking = [f"{name!r:.200}" for name in sorted(listed[file] - header.entries.keys())]
-                unlisted = [f"{name!r:.200}" for name in sorted(header.entries.keys() - listed[file])]
-                fault = f"does not list {some(unlisted)}, which {file} holds"
-                if lacking:
-                    fault = f"lists {some(lacking)} in {file}, which lacks it"
+                lacking, unlisted = listed[file] - header.entries.keys(), header.entries.keys() - listed[file]
+                names = some([f"{name!r:.200}" for name in sorted(lacking or unlisted)])
+                fault = (
+                    f"lists {names} in {file}, which lacks it"
+                    if lacking
+                    else f"does not list {names}, which {file} holds"
+                )
                 raise ValueError(f"{path / INDEX_FILE} {fault}; index and shards must come from one download")
             before = len(self._stored)
             for raw, entry in header.entries.items():
@@ -228,11 +213,7 @@ def open_source(source: SourceLike, *, role: str = "source") -> TensorSource:
 
 
 def open_files(path: PathLike, *, role: str = "source") -> FileSource:
-    """Open a safetensors file or a Hugging Face folder.
-
-    Raises:
-        TypeError: if `path` is not a path; otherwise as `open_source`.
-    """
+    """Open a safetensors file or a Hugging Face folder; raises TypeError for what is no path, else as `open_source`."""
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"{role} must be the path of a safetensors file or a model folder, not a {type(path).__name__}")
     path = Path(path)

@@ -15,12 +15,7 @@ from fused_merge.io.sources import FileSource
 
 
 def import_function(text: str, *, what: str) -> Callable[..., Any]:
-    """Return the function `"module:function"`, which messages call `what`; the working directory is searched first.
-
-    Raises:
-        ValueError: if the text is something else, or there is no such function.
-        ImportError: if the module cannot be imported.
-    """
+    """Return the function `"module:function"`, which messages call `what`; the working directory is searched first."""
     module_name, _, name = text.partition(":")
     if not module_name or not name:
         raise ValueError(f"{text!r} is no {what}; write module:function, such as scores:reward")
@@ -31,11 +26,10 @@ def import_function(text: str, *, what: str) -> Callable[..., Any]:
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         raise ImportError(f"{what} {text!r} cannot be imported ({why}); correct its module") from error
-    function: Callable[..., Any] | None = getattr(module, name, None)
-    if not callable(function):
-        found = getattr(module, "__file__", "built in")
-        raise ValueError(f"module {module_name!r} ({found}) has no function {name!r}; correct the {what} {text!r}")
-    return function
+    if callable(function := getattr(module, name, None)):
+        return function  # type: ignore[no-any-return]
+    found = getattr(module, "__file__", "built in")
+    raise ValueError(f"module {module_name!r} ({found}) has no function {name!r}; correct the {what} {text!r}")
 
 
 def check_transformers() -> Any:
@@ -53,10 +47,7 @@ def stored_dtype(source: FileSource) -> torch.dtype | None:
 
 
 def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Any:
-    """Return the causal language model of a Hugging Face folder, in evaluation mode and without gradients.
-
-    A dtype of None is what the configuration says. Raises ValueError if Transformers cannot load it.
-    """
+    """Return the language model of a folder, in evaluation mode and without gradients; None is its own dtype."""
     transformers = check_transformers()
     transformers.utils.logging.disable_progress_bar()
     model = _pretrained(transformers.AutoModelForCausalLM, folder, dtype=dtype or "auto")

@@ -20,25 +20,17 @@ from fused_merge.names import some
 # Name -> dtype and shape; the shape None is a vector whose length shows when it is written.
 Manifest: TypeAlias = Mapping[str, tuple[torch.dtype, Sequence[int] | None]]
 
-_LONGEST = 2**63 - 1
-
 
 class SafetensorsWriter:
     """Writes a safetensors file one tensor at a time; memory stays at the tensor in hand.
 
-    Used as a context manager. Everything goes to `PATH.part` beside the file, which takes its name when the block ends
+    Used as a context manager. Everything goes to `PATH.part` beside the file, which replaces it when the block ends
     well and is removed when it does not. Room for the header is reserved from the manifest; the header is written last,
     so that the length of a vector may be left open until then. Tensors of known size lie first, widest dtype first, so
     that each is aligned; vectors of open length follow in the order in which they are written.
 
-    Args:
-        path: the file to write; an existing one is replaced at the end.
-        manifest: every tensor that will be written, with its dtype and shape.
-        metadata: free-form strings for the header.
-
     Raises:
-        ValueError: for a dtype that the format lacks, a tensor that contradicts the manifest, one written
-            twice, or one that is missing when the block ends.
+        ValueError: for a dtype that the format lacks, or tensors that are not those of the manifest, each once.
         OSError: if the disk is full or refuses; the sentence names the file.
     """
 
@@ -50,7 +42,6 @@ class SafetensorsWriter:
         for name, (dtype, _) in manifest.items():
             if dtype not in CODES:
                 raise ValueError(f"{name!r} is {dtype}, which safetensors files cannot hold; convert it first")
-        # Where each tensor begins and ends, relative to the end of the header.
         self._entries: dict[str, Entry] = {}
         self._reserved: dict[str, int] = {}
         self._end = 0
@@ -58,8 +49,9 @@ class SafetensorsWriter:
             if shape is not None:
                 self._reserved[name] = self._end
                 self._end += math.prod(shape) * dtype.itemsize
+        most = 2**63 - 1
         widest = {
-            name: Entry(dtype, (_LONGEST,) if shape is None else tuple(shape), _LONGEST, _LONGEST)
+            name: Entry(dtype, (most,) if shape is None else tuple(shape), most, most)
             for name, (dtype, shape) in manifest.items()
         }
         self._room = len(encode_header(widest, self._metadata))
@@ -71,12 +63,7 @@ class SafetensorsWriter:
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, in any order.
-
-        Args:
-            name: as in the manifest.
-            tensor: of the dtype and shape of the manifest; any device and strides.
-        """
+        """Write one tensor of the manifest, in any order, from any device, with any strides."""
         dtype, shape = self._manifest[name]
         if name in self._entries:
             raise ValueError(f"{name!r} is written to {self.path} a second time")
@@ -118,15 +105,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_whole(path: Path, content: bytes | Path) -> None:
-    """Write a small file, or copy one: beside its name, waited for until it is on the disk, and renamed.
-
-    Args:
-        path: the file; an existing one is replaced, and missing folders are made.
-        content: what it is to hold, or the file to copy.
-
-    Raises:
-        OSError: if it cannot be written; the sentence names the file, which stays as it was.
-    """
+    """Write a small file whole, or copy one; its folders are made, and what has its name stays if that fails."""
     part = path.with_name(path.name + ".part")
     with writing(path):
         try:
