@@ -144,11 +144,7 @@ def naive(base: str, tuned: str, out: str, ratios: str) -> None:
         save_file(between, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-CHILDREN: dict[str, Callable[..., None]] = {
-    "call": call,
-    "call in small pages": call_in_small_pages,
-    "naive": naive,
-}
+CHILDREN: dict[str, Callable[..., None]] = {"call": call, "call in small pages": call_in_small_pages, "naive": naive}
 
 
 # ---------------------------------------------------------------- measuring

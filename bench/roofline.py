@@ -119,14 +119,10 @@ def ops(sector: int = 32) -> dict[str, Op]:
         "adamw": Op((Launch("step: adamw", 28),), {FUSED: None}),
         "ondare, p = 1": Op((Launch("step: ondare, all kept", 28 + 2),), {FUSED: 1.10, COMPILED: None}),
         "ondare, p = 0.01": Op((Launch("step: ondare", 4 + states + tau + theta),), {FUSED: 0.85}),
-        "ondare, p = 0.3": Op(
-            (Launch("step: ondare, K", 28 + bit + offsets + 2 * many),),
-            {FUSED: None},
-        ),
+        "ondare, p = 0.3": Op((Launch("step: ondare, K", 28 + bit + offsets + 2 * many),), {FUSED: None}),
         # The window is 2^19 patterns wide: three rounds of 256 bins, over what is listed.
         "onties, p = 0.01": Op(
-            (mark, *3 * [Launch(None, listed)], Launch("step: onties", last + moments_again)),
-            {FUSED: 0.95},
+            (mark, *3 * [Launch(None, listed)], Launch("step: onties", last + moments_again)), {FUSED: 0.95}
         ),
         # Nothing is known of the threshold: four rounds, and all of m and v in each.
         "onties, p = 0.01, first step": Op(
@@ -142,8 +138,7 @@ def ops(sector: int = 32) -> dict[str, Op]:
         LERPS: Op((Launch(None, 3 * 8 * 2),), {LERPS: None}),
         LINE_COPY: Op((Launch(None, (2 + 8) * 2),), {LINE_COPY: None}),
         "interpolation, R = 8": Op(
-            (Launch("interpolate", (2 + 8) * 2, 1 - LOOP + LOOP * 8),),
-            {LERPS: 1 / 2.2, LINE_COPY: 1 / 0.9},
+            (Launch("interpolate", (2 + 8) * 2, 1 - LOOP + LOOP * 8),), {LERPS: 1 / 2.2, LINE_COPY: 1 / 0.9}
         ),
     }
 

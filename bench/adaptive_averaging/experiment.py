@@ -51,11 +51,7 @@ class Setting:
 
 
 FULL = Setting(
-    "full",
-    seeds=(0, 1, 2),
-    mean_ratios=(0.2, 0.4, 0.6, 0.8),
-    more_ratios=RATIOS,
-    part_ratios=(0.0, 0.25, 0.5, 0.75),
+    "full", seeds=(0, 1, 2), mean_ratios=(0.2, 0.4, 0.6, 0.8), more_ratios=RATIOS, part_ratios=(0.0, 0.25, 0.5, 0.75)
 )
 
 QUICK = Setting(

@@ -62,10 +62,7 @@ class AdaptOptions(ProgressOption, total=False):
         impl: `"auto"`, `"triton"` or `"eager"`.
     """
 
-    betas: Annotated[
-        "tuple[float, float]",
-        Option((0.9, 0.99), _check_betas),
-    ]
+    betas: Annotated["tuple[float, float]", Option((0.9, 0.99), _check_betas)]
     accumulate: Annotated[int, Option(1, at_least(1))]
     gradients: Annotated[bool, Option(True)]
     parametrization: Annotated[str, Option("direct", one_of("direct", "paper"))]

@@ -146,8 +146,7 @@ Ratios = Annotated[
     Any, typer.Option(parser=parse_ratios, metavar="R,R,...", help="Such as 0.1,0.2 or 0:1:0.1, end included.")
 ]
 RatiosFile = Annotated[
-    Path | None,
-    typer.Option(help="YAML or JSON: {name: ratio, or {regular expression on tensor names: ratio}}."),
+    Path | None, typer.Option(help="YAML or JSON: {name: ratio, or {regular expression on tensor names: ratio}}.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, show the plan and write nothing.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show neither progress nor results.")]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -43,6 +43,9 @@ from fused_merge.per_tensor import dtype_name
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+# A reference delta, or the path of a saved one.
+DeltaLike: TypeAlias = "ReferenceDelta | str | os.PathLike[str]"
 
 
 @documented(MergingOptions)
@@ -86,12 +89,7 @@ class MergingAdamW(Optimizer):
     _step_supports_amp_scaling = True
 
     def __init__(
-        self,
-        params: ParamsT,
-        *,
-        reference_delta: ReferenceDelta | str | os.PathLike[str],
-        method: str = "ondare",
-        **options: Unpack[MergingOptions],
+        self, params: ParamsT, *, reference_delta: DeltaLike, method: str = "ondare", **options: Unpack[MergingOptions]
     ) -> None:
         check_known(options, GROUP_OPTIONS | RUN_OPTIONS)
         own = resolve({name: value for name, value in options.items() if name in RUN_OPTIONS}, RunOptions)
@@ -369,7 +367,7 @@ class OnDAREAdamW(MergingAdamW):
         self,
         params: ParamsT,
         *,
-        reference_delta: ReferenceDelta | str | os.PathLike[str],
+        reference_delta: DeltaLike,
         reserve_rate: float = 0.01,
         rescale: bool = True,
         **options: Unpack[CommonOptions],
@@ -398,7 +396,7 @@ class OnTIESAdamW(MergingAdamW):
         self,
         params: ParamsT,
         *,
-        reference_delta: ReferenceDelta | str | os.PathLike[str],
+        reference_delta: DeltaLike,
         reserve_rate: float = 0.01,
         vote: str = "reference",
         **options: Unpack[CommonOptions],
@@ -421,11 +419,5 @@ class OnProjAdamW(MergingAdamW):
             it is given.
     """
 
-    def __init__(
-        self,
-        params: ParamsT,
-        *,
-        reference_delta: ReferenceDelta | str | os.PathLike[str],
-        **options: Unpack[CommonOptions],
-    ) -> None:
+    def __init__(self, params: ParamsT, *, reference_delta: DeltaLike, **options: Unpack[CommonOptions]) -> None:
         super().__init__(params, reference_delta=reference_delta, method="onproj", **options)

@@ -124,8 +124,7 @@ def test_nbytes_len_and_repr(models, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("bad", "dtype"),
-    [("nan", torch.float32), ("inf", torch.bfloat16), ("nan", torch.float16), ("-inf", torch.float64)],
+    ("bad", "dtype"), [("nan", torch.float32), ("inf", torch.bfloat16), ("nan", torch.float16), ("-inf", torch.float64)]
 )
 def test_tau_that_is_not_finite(bad, dtype, tmp_path):
     base = {"fine": torch.ones(3, dtype=dtype), "odd": torch.ones(3, 2, dtype=dtype)}

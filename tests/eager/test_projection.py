@@ -47,8 +47,7 @@ def test_onto_takes_the_component_whatever_its_sign(ascent):
 
 
 @pytest.mark.parametrize(
-    ("strength", "expected"),
-    [(0.0, X), (0.25, [2.5, 1.0, 0.25, 0.25]), (0.5, [2.0, 1.0, 0.5, 0.5]), (1.0, [1.0] * 4)],
+    ("strength", "expected"), [(0.0, X), (0.25, [2.5, 1.0, 0.25, 0.25]), (0.5, [2.0, 1.0, 0.5, 0.5]), (1.0, [1.0] * 4)]
 )
 def test_strength_lies_between(strength, expected):
     assert run_project(X, TAU, "onto", strength=strength) == expected

@@ -18,12 +18,7 @@ def philox(c: tuple[Array, Array, Array, Array], k0: int, k1: int) -> Array:
     for _ in range(10):
         p0 = x0 * np.uint64(0xD2511F53)
         p1 = x2 * np.uint64(0xCD9E8D57)
-        x0, x1, x2, x3 = (
-            (p1 >> shift) ^ x1 ^ np.uint64(k0),
-            p1 & low,
-            (p0 >> shift) ^ x3 ^ np.uint64(k1),
-            p0 & low,
-        )
+        x0, x1, x2, x3 = ((p1 >> shift) ^ x1 ^ np.uint64(k0), p1 & low, (p0 >> shift) ^ x3 ^ np.uint64(k1), p0 & low)
         k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
     return np.stack(np.broadcast_arrays(x0, x1, x2, x3), axis=-1)
 

@@ -284,12 +284,7 @@ TAKES = "outside takes 'head', 'embeddings', 'norm'"
             {},
             "no name is that of a numbered layer, .* but 'lm_head.weight', '0.wei",
         ),
-        (
-            [*layers(1), "logit_scale"],
-            [0.1],
-            {},
-            f"cannot tell where 'logit_scale' belongs: it is {GIVE}, or use by_p",
-        ),
+        ([*layers(1), "logit_scale"], [0.1], {}, f"cannot tell where 'logit_scale' belongs: it is {GIVE}, or use by_p"),
         (
             [*layers(1), "a.x", "router.3.x", "b", "c", "d"],
             [0.1],

@@ -117,11 +117,7 @@ def test_the_model_may_have_another_dtype_than_the_files(ends, module, tmp_path)
         (":reward", ValueError, "':reward' is no scorer"),
         ("nowhere:reward", ImportError, r"'nowhere:reward' cannot be imported \(ModuleNotFoundError: No module"),
         ("broken:reward", ImportError, r"'broken:reward' cannot be imported \(SyntaxError: .*; correct its module"),
-        (
-            "fine:other",
-            ValueError,
-            r"module 'fine' \(.*fine.py\) has no function 'other'; correct the scorer",
-        ),
+        ("fine:other", ValueError, r"module 'fine' \(.*fine.py\) has no function 'other'; correct the scorer"),
         ("fine:number", ValueError, r"module 'fine' \(.*fine.py\) has no function 'number'"),
         ("fine:nothing", ValueError, r"'fine:nothing' takes \(\); let it take \(model\) or \(model, tokenizer\)"),
         ("fine:three", ValueError, r"scorer 'fine:three' takes \(model, tokenizer, data\)"),
