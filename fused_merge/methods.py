@@ -190,17 +190,7 @@ MERGE_METHODS: dict[str, MergeMethod] = {
 def merge_method(
     name: str, *, normalize: bool | None = None, rescale: bool | None = None, scale: float = 1.0
 ) -> MergeMethod:
-    """Look up a method of merging finished models and decide its options.
-
-    Args:
-        name: a key of `MERGE_METHODS`.
-        normalize: divide by the sum of the weights; None is the default of the method.
-        rescale: divide what a random drop keeps by the density; None is the default of the method.
-        scale: factor of the merged delta; only methods that merge deltas have it.
-
-    Raises:
-        ValueError: for an unknown name, or an option that the method lacks.
-    """
+    """Look up a key of `MERGE_METHODS` and decide its options; ValueError for one that the method lacks."""
     if name not in MERGE_METHODS:
         raise ValueError(f"unknown merge method {name!r}; the methods are {', '.join(map(repr, MERGE_METHODS))}")
     method = MERGE_METHODS[name]

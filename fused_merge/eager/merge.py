@@ -131,10 +131,7 @@ def merge(
         method: a key of `MERGE_METHODS`.
         name: name of the tensor; it keys the random masks.
         densities: the share of each delta to keep, in (0, 1]; None keeps everything.
-        normalize: divide by the sum of the weights; None is the default of the method.
-        rescale: divide what a random drop keeps by its density; None is the default of the method.
-        scale: factor of the merged delta; 1 multiplies by nothing.
-        seed: seed of the random masks; see `mask_key`.
+        normalize, rescale, scale, seed: as for `fused_merge.merge_checkpoints`.
         dtype: dtype of the result; None is that of the base, without a base that of the first model.
 
     Raises:
@@ -174,16 +171,9 @@ def merge_block(
 ) -> Tensor:
     """Return the merge of a block of one tensor; what `merge` has checked is not checked again.
 
-    Args:
-        base: elements of theta0; None for "linear".
-        thetas: the same elements of each model.
-        weights: one per model.
-        method: as `merge_method` returned it. A block of slerp is one of "linear" over base and model, with
-            `slerp_coefficients` as weights and without normalization.
-        densities: one per model, for methods that drop at random; None keeps everything.
-        thresholds: what `trim` keeps of each model, for methods that trim.
-        key: as `mask_key` returned it, with the block as its shard.
-        dtype: dtype of the result.
+    `method` is as `merge_method` returned it; a block of slerp is one of "linear" over base and model, with
+    `slerp_coefficients` as weights and without normalization. `thresholds`, one per model, are for methods that trim,
+    and `key` is as `mask_key` returned it, with the block as its shard.
     """
     tensors = thetas if base is None else (base, *thetas)
     wide = compute_dtype(*(tensor.dtype for tensor in tensors))
