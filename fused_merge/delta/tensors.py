@@ -123,8 +123,9 @@ def check_finite(name: str, tau: Tensor, *, rounded: bool = False) -> None:
 
 def _specs_of(base: TensorSource, tuned: TensorSource) -> dict[str, TensorSpec]:
     """Return what tau will be, of every floating tensor that is no buffer of a module."""
-    merged = {name for source in (base, tuned) for name in source if source.is_merged(name)}
-    ignored = ({*base, *tuned} - merged) | base.buffers | tuned.buffers
+    buffers = base.buffers | tuned.buffers
+    merged = {name for source in (base, tuned) for name in source if name not in buffers and source.is_merged(name)}
+    ignored = {*base, *tuned} - merged
     return {
         name: TensorSpec(torch.promote_types(base.dtype(name), tuned.dtype(name)), base.shape(name))
         for name in match(base, tuned, ignore=ignored).names

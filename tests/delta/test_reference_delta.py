@@ -215,3 +215,10 @@ def test_files_that_changed_or_went_are_noticed(kind, models, tmp_path):
     file.unlink()
     with pytest.raises(FileNotFoundError, match=re.escape(str(paths[-1]))):
         pickle.loads(pickled)
+
+
+def test_buffers_of_a_module_have_no_delta_whatever_their_dtype():
+    base, tuned = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    for model in (base, tuned):
+        model.register_buffer("rotations", torch.ones(2, dtype=torch.complex64))
+    assert ReferenceDelta.from_models(base, tuned).names == ("weight", "bias")
