@@ -88,7 +88,7 @@ def verify_checkpoint(folder: PathLike) -> int:
         checksums = load_json(path.read_bytes())["checksums"]
         files = {file: list(digests) for file, digests in checksums["files"].items()}
         if (checksums["hash"], checksums["piece_bytes"]) != (HASH, PIECE):
-            raise ValueError("other checksums")
+            raise ValueError(f"its checksums are {checksums['hash']}, and {HASH} is what can be computed here")
         if any(Path(file).name != file for file in files):
             raise ValueError("a file outside the folder")
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:

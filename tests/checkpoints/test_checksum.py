@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 import xxhash
 from jobs import FILES, flip
+from safetensors.torch import save_file
 
 from fused_merge.checkpoints.folders import verify_checkpoint
 from fused_merge.checkpoints.interpolate import interpolate_checkpoints
@@ -118,3 +123,27 @@ def test_a_manifest_that_is_none(old, new, line):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=r"r0\.30 has no fused_merge\.json, so nothing says what it"):
         verify_checkpoint(line)
+
+
+def test_without_xxhash_it_is_a_hash_of_the_standard_library(tmp_path):
+    """In another process: which one it is is decided once."""
+    base, tuned = ({"w": torch.full((5,), float(i))} for i in range(2))
+    for name, tensors in (("a", base), ("b", tuned)):
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    code = (
+        "import sys; sys.modules['xxhash'] = None\n"
+        "import fused_merge as fm\n"
+        "from fused_merge.checkpoints.folders import verify_checkpoint\n"
+        f"(out,) = fm.interpolate_checkpoints({str(tmp_path / 'a.safetensors')!r}, {str(tmp_path / 'b.safetensors')!r},"
+        f" [0.5], {str(tmp_path / 'out')!r}, progress=False)\n"
+        "print(verify_checkpoint(out))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    folder = tmp_path / "out" / "r0.50"
+    assert int(done.stdout) == (folder / "model.safetensors").stat().st_size, done.stderr
+    checksums = json.loads((folder / "fused_merge.json").read_text())["checksums"]
+    content = (folder / "model.safetensors").read_bytes()
+    assert checksums["hash"] == "blake2b_64"
+    assert checksums["files"] == {"model.safetensors": [hashlib.blake2b(content, digest_size=8).hexdigest()]}
+    with pytest.raises(ValueError, match="its checksums are blake2b_64, and xxh3_64 is what can be computed here"):
+        verify_checkpoint(folder)
