@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from every_step import in_children, peak_memory
-from jobs import FILES, NAMES, RATIOS, WORK, contents, leave_unfinished, patched, unhurried
+from jobs import FILES, NAMES, RATIOS, WORK, contents, leave_unfinished, patched, refuse, unhurried
 
 from fused_merge.checkpoints.folders import verify_checkpoint
 from fused_merge.checkpoints.interpolate import interpolate_checkpoints
@@ -29,33 +29,29 @@ def test_a_file_system_that_goes_through_the_page_cache(at, threads, big, expect
     # So that two threads are refused at once.
     together = threading.Barrier(threads)
 
-    def refuse_open(original, path, flags, *mode, **options):
+    def refuse_direct(original, file, flags, *more, **options):
         nonlocal refused
-        if flags & os.O_DIRECT:
-            refused += 1
-            raise OSError(errno.EINVAL, "Invalid argument")
-        return original(path, flags, *mode, **options)
-
-    def refuse_pwrite(original, handle, data, offset):
-        nonlocal refused
-        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_DIRECT:
+        if (flags if at == "open" else fcntl.fcntl(file, fcntl.F_GETFL)) & os.O_DIRECT:
             refused += 1
             together.wait(20)
             raise OSError(errno.EINVAL, "Invalid argument")
-        return original(handle, data, offset)
+        return original(file, flags, *more, **options)
 
-    with patched(os, at, refuse_open if at == "open" else refuse_pwrite):
+    with patched(os, at, refuse_direct):
         interpolate_checkpoints(*big, RATIOS, tmp_path, threads=threads)
     assert refused == len(RATIOS) * len(FILES) * threads
     assert contents(tmp_path) == expected_big
 
 
-def test_a_write_that_is_refused_in_any_way(finish, tmp_path):
-    def refuse(original, handle, data, offset):
-        raise OSError(errno.EINVAL, "Invalid argument")
-
-    message = r"cannot write .*a\.safetensors: Invalid argument"
-    with patched(os, "pwrite", refuse), pytest.raises(OSError, match=message):
+@pytest.mark.parametrize(
+    ("function", "replacement", "message"),
+    [
+        ("pwrite", refuse(errno.EINVAL), r"cannot write .*a\.safetensors: Invalid argument"),
+        ("preadv", lambda *_: 0, r"base/a\.safetensors ends before byte \d+: it changed while it was read; run the s"),
+    ],
+)
+def test_writes_that_are_refused_in_any_way_and_inputs_that_end(function, replacement, message, finish, tmp_path):
+    with patched(os, function, replacement), pytest.raises(OSError, match=message):
         finish()
     assert os.listdir(tmp_path) == []
 
@@ -72,13 +68,6 @@ def test_reads_and_writes_of_only_a_part(finish):
         patched(os, "preadv", lambda preadv, handle, views, at: preadv(handle, [views[0][: some(views[0])]], at)),
     ):
         finish(verify=True)
-
-
-def test_an_input_that_ends_while_it_is_read(finish, tmp_path):
-    message = r"base/a\.safetensors ends before byte \d+: it changed while it was read; run the s"
-    with patched(os, "preadv", lambda *_: 0), pytest.raises(OSError, match=message):
-        finish()
-    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -23,14 +23,25 @@ from fused_merge.io.headers import CODES, read_header
 RATIOS = [0.0, 0.1, 0.125, 1.0, -0.5]
 
 
+def save_ends(folder, *ends):
+    """A file for each mapping of tensors."""
+    folder.mkdir(exist_ok=True)
+    for i, tensors in enumerate(ends):
+        save_file(tensors, folder / f"{i}.safetensors")
+    return [folder / f"{i}.safetensors" for i in range(len(ends))]
+
+
+@pytest.fixture
+def _many_blocks(monkeypatch):
+    monkeypatch.setattr(engine, "_LARGEST_BLOCK", 4096)
+
+
 def test_single_files_and_integers(tmp_path):
     torch.manual_seed(0)
     base = {"w": torch.randn(3, 5), "zero": torch.tensor([-0.0, float("nan")]), "none": torch.zeros(0, 4)}
     base |= {"scalar": torch.tensor(2.0), "count": torch.tensor([1, 2]), "flag": torch.tensor(True)}
     tuned = {name: tensor + 1 if tensor.dtype != torch.bool else ~tensor for name, tensor in base.items()}
-    save_file(base, tmp_path / "a.safetensors")
-    save_file(tuned, tmp_path / "b.safetensors")
-    made = interpolate_checkpoints(tmp_path / "a.safetensors", tmp_path / "b.safetensors", [0, 0.3, 1], tmp_path)
+    made = interpolate_checkpoints(*save_ends(tmp_path, base, tuned), [0, 0.3, 1], tmp_path)
     assert [*everything_in(made[1])] == ["README.md", "fused_merge.json", "model.safetensors"]
     start, between, end = (load_file(folder / "model.safetensors") for folder in made)
     for name in base:
@@ -44,9 +55,7 @@ def test_single_files_and_integers(tmp_path):
 def test_each_byte_is_read_once(tmp_path, monkeypatch):
     torch.manual_seed(0)
     tensors = {"w": torch.randn(700, 1000), "b": torch.randn(3).bfloat16(), "n": torch.arange(5)}
-    ends = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
-    for end in ends:
-        save_file(tensors, end)
+    ends = save_ends(tmp_path, tensors, tensors)
     reads = []
     read = engine.read_into
 
@@ -75,14 +84,13 @@ def ends_of(folder, dtypes, shapes=SHAPES):
     for i, dtype in enumerate(dtypes):
         tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
         ends.append({**tensors, "count": torch.arange(3000) + i})
-        folder.mkdir(exist_ok=True)
-        save_file(ends[-1], folder / f"{i}.safetensors")
-    return [folder / f"{i}.safetensors" for i in range(2)], ends
+    return save_ends(folder, *ends), ends
 
 
 FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
+@pytest.mark.usefixtures("_many_blocks")
 @pytest.mark.parametrize(
     ("dtypes", "dtype"),
     [
@@ -91,8 +99,7 @@ FP32, FP64, BF16, FP16 = torch.float32, torch.float64, torch.bfloat16, torch.flo
         *(((FP16, FP64), "bfloat16"), ((FP64, BF16), "float64")),
     ],
 )
-def test_streams_have_the_bits_of_whole_tensors(dtypes, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "_LARGEST_BLOCK", 4096)
+def test_streams_have_the_bits_of_whole_tensors(dtypes, dtype, tmp_path):
     paths, (base, tuned) = ends_of(tmp_path / "ends", dtypes)
     folders = interpolate_checkpoints(*paths, RATIOS, tmp_path / "out", dtype=dtype, threads=3)
     written = dtypes[0] if dtype is None else getattr(torch, str(dtype).removeprefix("torch."))
@@ -132,9 +139,9 @@ def write_at(byte, path, tensors):
     return path
 
 
+@pytest.mark.usefixtures("_many_blocks")
 @pytest.mark.parametrize("byte", range(8))
-def test_tensors_that_begin_at_any_byte(byte, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "_LARGEST_BLOCK", 4096)
+def test_tensors_that_begin_at_any_byte(byte, tmp_path):
     torch.manual_seed(0)
     base = {"flag": torch.tensor([True, False, True]), "w": torch.randn(3001), "byte": torch.arange(5).byte()}
     base |= {"h": torch.randn(2500).half(), "count": torch.arange(700), "tied": torch.randn(41)}
@@ -155,9 +162,7 @@ def test_tensors_that_begin_at_any_byte(byte, tmp_path, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
 def test_what_is_never_merged_is_copied_bit_for_bit(dtype, tmp_path):
     patterns = torch.arange(256).byte().repeat(8)
-    save_file({"w": torch.ones(2), "odd": patterns.view(dtype)}, tmp_path / "a.safetensors")
-    save_file({"w": torch.zeros(2)}, tmp_path / "b.safetensors")
-    ends = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    ends = save_ends(tmp_path, {"w": torch.ones(2), "odd": patterns.view(dtype)}, {"w": torch.zeros(2)})
     for folder in interpolate_checkpoints(*ends, [0, 0.5], tmp_path / "out", unmatched="copy"):
         assert torch.equal(load(folder)["odd"].view(torch.uint8), patterns)
 
@@ -186,10 +191,8 @@ def test_almost_every_element_is_the_exact_value_rounded_once(crossing, tmp_path
     base = 0.02 * torch.randn(100_000, generator=generator)
     step = 0.02 if crossing else 1e-3
     ends = base.bfloat16(), (base + step * torch.randn(len(base), generator=generator)).bfloat16()
-    for i, end in enumerate(ends):
-        save_file({"w": end}, tmp_path / f"{i}.safetensors")
     ratios = [0.1, 1 / 3, 0.5, 0.9, 1.2]
-    paths = tmp_path / "0.safetensors", tmp_path / "1.safetensors"
+    paths = save_ends(tmp_path, *({"w": end} for end in ends))
     for folder, ratio in zip(interpolate_checkpoints(*paths, ratios, tmp_path / "out"), ratios, strict=True):
         ours = load(folder)["w"]
         a, b = (end.double() for end in ends)
@@ -234,10 +237,9 @@ def test_a_mapping_without_a_label_is_named_after_what_it_decides(tmp_path):
 
 
 def test_tensors_that_only_one_end_holds(tmp_path):
-    paths, (base, tuned) = ends_of(tmp_path / "ends", (BF16, BF16))
+    _, (base, tuned) = ends_of(tmp_path / "ends", (BF16, BF16))
     old, new = torch.randn(5000).bfloat16(), torch.randn(3).bfloat16()
-    save_file({**base, "old": old}, paths[0])
-    save_file({**tuned, "new": new}, paths[1])
+    paths = save_ends(tmp_path, {**base, "old": old}, {**tuned, "new": new})
     dropped = interpolate_checkpoints(*paths, [0, 0.5, 1], tmp_path / "drop", unmatched="drop")
     copied = interpolate_checkpoints(*paths, [0, 0.5, 1], tmp_path / "copy", unmatched="copy")
     for without, all_of_it in zip(map(load, dropped), map(load, copied), strict=True):
@@ -247,10 +249,10 @@ def test_tensors_that_only_one_end_holds(tmp_path):
         assert all(same_bits(all_of_it[name], without[name]) for name in without)
 
 
+@pytest.mark.usefixtures("_many_blocks")
 @pytest.mark.parametrize("rows", [(40, 43), (43, 40)])
 @pytest.mark.parametrize("files_from", ["base", "tuned"])
-def test_vocabularies_of_two_sizes(rows, files_from, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "_LARGEST_BLOCK", 4096)
+def test_vocabularies_of_two_sizes(rows, files_from, tmp_path):
     names = "base", "tuned"
     ends = [save(llama(i, vocabulary=rows[i]), tmp_path / name) for i, name in enumerate(names)]
     made = interpolate_checkpoints(*ends, [0, 0.3, 1], tmp_path, align_vocabulary=True, files_from=files_from)
@@ -272,11 +274,11 @@ def test_vocabularies_of_two_sizes(rows, files_from, tmp_path, monkeypatch):
 # --- on a GPU
 
 
+@pytest.mark.usefixtures("_many_blocks")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [None, "float32"])
 @pytest.mark.parametrize("stored", [FP32, BF16, FP16, FP64])
-def test_a_gpu_makes_the_same_bytes(stored, dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "_LARGEST_BLOCK", 4096)
+def test_a_gpu_makes_the_same_bytes(stored, dtype, tmp_path):
     paths, _ = ends_of(tmp_path / "ends", (stored, stored))
     ratios = [*RATIOS, {"norm": 0.25, ".*": 0.75}]
     ours = interpolate_checkpoints(*paths, ratios, tmp_path / "cpu", dtype=dtype)

@@ -21,7 +21,7 @@ from every_step import (
     write_anew,
     write_over,
 )
-from jobs import NAMES, RATIOS, WORK, contents, leave_unfinished, open_handles, patched
+from jobs import NAMES, RATIOS, WORK, contents, leave_unfinished, open_handles, patched, refuse
 
 from fused_merge.checkpoints.interpolate import interpolate_checkpoints
 
@@ -42,18 +42,11 @@ def leftovers(models, tmp_path):
     return before, old
 
 
-def test_killed_before_each_step(models, expected, tmp_path):
-    (tmp_path / "before").mkdir()
-    answers = every_step(die_at_every_step, tmp_path, expected, {}, models, write_anew, tmp_path / "before")
-    assert [wrong for _, wrong in answers] == [[], []]
-    assert sum(died for died, _ in answers) > 60
-
-
-def test_killed_before_each_step_over_older_folders_and_the_leftovers_of_another_job(
-    models, leftovers, expected, tmp_path
-):
-    before, old = leftovers
-    answers = every_step(die_at_every_step, tmp_path, expected, old, models, write_over, before)
+@pytest.mark.parametrize("over", ["nothing", "older folders and the leftovers of another job"])
+def test_killed_before_each_step(over, models, leftovers, expected, tmp_path):
+    (tmp_path / "empty").mkdir()
+    before, old, run = (tmp_path / "empty", {}, write_anew) if over == "nothing" else (*leftovers, write_over)
+    answers = every_step(die_at_every_step, tmp_path, expected, old, models, run, before)
     assert [wrong for _, wrong in answers] == [[], []]
     assert sum(died for died, _ in answers) > 60
 
@@ -113,10 +106,8 @@ def test_an_interruption_while_threads_write(threads, finish, tmp_path):
 def test_the_first_fault_of_any_thread_is_what_is_said(big, tmp_path):
     calls = iter(range(10**6))
 
-    def fail(preadv, handle, views, at):
-        if next(calls) > 20:
-            raise OSError(errno.EIO, "Input/output error")
-        return preadv(handle, views, at)
+    def fail(preadv, *arguments):
+        return preadv(*arguments) if next(calls) <= 20 else refuse(errno.EIO)()
 
     message = r"cannot read .*a\.safetensors: Input/output error"
     with patched(os, "preadv", fail), pytest.raises(OSError, match=message):

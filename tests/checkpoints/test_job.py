@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,10 +15,6 @@ from fused_merge.checkpoints import job
 from fused_merge.checkpoints.interpolate import interpolate_checkpoints, plan_interpolation
 
 # --- inputs that change
-
-
-def touch(path: Path) -> None:
-    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
 
 
 @pytest.mark.parametrize("name", ["base/a.safetensors", "tuned/b.safetensors", "tuned/config.json"])
@@ -46,18 +41,15 @@ def test_inputs_that_change_while_they_are_read(at, finished, vanishes, name, ow
 
     def change(original, planned, *arguments):
         if planned.name == at:
-            (tmp_path / name).unlink() if vanishes else touch(tmp_path / name)
+            (tmp_path / name).unlink() if vanishes else os.utime(tmp_path / name, (0, 0))
         return original(planned, *arguments)
 
     with patched(job, "write_file", change), pytest.raises(OSError, match=name) as caught:
         interpolate_checkpoints(*own, RATIOS, out)
     assert re.search("vanished or changed after it was looked at; put it back|No such file", str(caught.value))
-    if finished:
-        assert f"; 1 of 2 files are finished and kept in {out / WORK}: once that is mended" in str(caught.value)
-        assert os.listdir(out) == [WORK]
-        assert [path.name for path in (out / WORK / "journal").glob("*.json")] == [f"{FILES[0]}.json"]
-    else:
-        assert os.listdir(out) == []
+    kept = f"; 1 of 2 files are finished and kept in {out / WORK}: once that is mended" in str(caught.value)
+    journal = [path.name for path in out.glob(f"{WORK}/journal/*.json")]
+    assert (kept, os.listdir(out), journal) == ((True, [WORK], [f"{FILES[0]}.json"]) if finished else (False, [], []))
 
 
 def test_a_configuration_that_vanishes_before_it_is_copied(own, expected, tmp_path):
@@ -111,16 +103,12 @@ def test_a_finished_job_is_done_again_at_once(models, tmp_path):
     interpolate_checkpoints(*models, RATIOS, tmp_path, verify=True, overwrite=True)
 
 
-def test_a_finished_job_does_not_mind_what_another_left(models, tmp_path):
+def test_a_finished_job_needs_neither_room_nor_leave_to_write_nor_what_another_left(models, tmp_path, monkeypatch):
     made = interpolate_checkpoints(*models, RATIOS, tmp_path)
     leave_unfinished(models, [0.7], tmp_path)
     kept = contents(tmp_path / WORK)
     assert interpolate_checkpoints(*models, RATIOS, tmp_path) == made
     assert contents(tmp_path / WORK) == kept
-
-
-def test_a_finished_job_needs_neither_room_nor_leave_to_write(models, tmp_path, monkeypatch):
-    made = interpolate_checkpoints(*models, RATIOS, tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     monkeypatch.setattr(os, "access", lambda *arguments: False)
     assert interpolate_checkpoints(*models, RATIOS, tmp_path, verify=True) == made

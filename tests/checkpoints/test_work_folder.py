@@ -8,13 +8,10 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import SimpleNamespace
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from jobs import FILES, NAMES, RATIOS, WORK, contents, flip, leave_unfinished, patched, stop_before_the_name_of
+from jobs import FILES, NAMES, RATIOS, WORK, contents, flip, leave_unfinished, patched, refuse, stop_before_the_name_of
 
 from fused_merge.checkpoints import job
 from fused_merge.checkpoints.interpolate import interpolate_checkpoints
@@ -25,39 +22,26 @@ BUSY = r"another process is writing to .*\.fused_merge\.part; wait for it, or ch
 # --- one process at a time
 
 
-@contextmanager
-def stopped_while_writing(models, out) -> Iterator[SimpleNamespace]:
-    """A run in a thread, whose lock is as that of another process, that stands still at its first file."""
+def test_a_second_process_is_refused_at_once_and_leaves_the_first_alone(models, expected, tmp_path):
+    """The first runs in a thread, whose lock is as that of another process, and stands still at its first file."""
     reached, go_on = threading.Event(), threading.Event()
-    found = SimpleNamespace(made=None)
 
     def wait(original, *arguments):
-        if threading.current_thread() is thread:
-            reached.set()
-            assert go_on.wait(60)
+        reached.set()
+        assert go_on.wait(60)
         return original(*arguments)
 
-    def run():
-        found.made = interpolate_checkpoints(*models, RATIOS, out)
-
-    thread = threading.Thread(target=run)
-    with patched(job, "write_file", wait):
-        thread.start()
-        assert reached.wait(60)
+    with patched(job, "write_file", wait), ThreadPoolExecutor(1) as pool:
+        first = pool.submit(interpolate_checkpoints, *models, RATIOS, tmp_path)
         try:
-            yield found
+            assert reached.wait(60)
+            for ratios, overwrite in ((RATIOS, False), (RATIOS, True), ([0.5], False), ([0.5], True)):
+                with pytest.raises(RuntimeError, match=BUSY):
+                    interpolate_checkpoints(*models, ratios, tmp_path, overwrite=overwrite)
+            assert sorted(os.listdir(tmp_path / WORK)) == ["journal", "lock", "outputs", "plan.json"]
         finally:
             go_on.set()
-            thread.join()
-
-
-def test_a_second_process_is_refused_at_once_and_leaves_the_first_alone(models, expected, tmp_path):
-    with stopped_while_writing(models, tmp_path) as other:
-        for ratios, overwrite in ((RATIOS, False), (RATIOS, True), ([0.5], False), ([0.5], True)):
-            with pytest.raises(RuntimeError, match=BUSY):
-                interpolate_checkpoints(*models, ratios, tmp_path, overwrite=overwrite)
-        assert sorted(os.listdir(tmp_path / WORK)) == ["journal", "lock", "outputs", "plan.json"]
-    assert other.made == [tmp_path / name for name in NAMES]
+        assert first.result() == [tmp_path / name for name in NAMES]
     assert contents(tmp_path) == expected
 
 
@@ -97,10 +81,7 @@ def test_a_lock_that_a_third_process_has_made_anew(finish, tmp_path):
 
 @pytest.mark.parametrize("reason", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_is_a_warning(reason, finish, caplog):
-    def refuse(flock, handle, how):
-        raise OSError(reason, os.strerror(reason))
-
-    with patched(fcntl, "flock", refuse):
+    with patched(fcntl, "flock", refuse(reason)):
         finish()
     (record,) = caplog.records
     warning = rf".*\.part cannot be locked \({os.strerror(reason)}\): let no second process write to it"
@@ -122,8 +103,16 @@ def test_what_finished_while_this_one_took_the_lock_is_not_done_again(finish, tm
 # --- leftovers that lie
 
 
-def journal_of(out) -> Path:
-    return out / WORK / "journal" / f"{FILES[0]}.json"
+@pytest.fixture
+def unfinished(models, tmp_path):
+    """The work folder of a job that died after its first file."""
+    leave_unfinished(models, RATIOS, tmp_path)
+    return tmp_path / WORK
+
+
+@pytest.fixture
+def entry(unfinished):
+    return unfinished / "journal" / f"{FILES[0]}.json"
 
 
 @pytest.mark.parametrize(
@@ -137,9 +126,7 @@ def journal_of(out) -> Path:
         lambda text: re.sub(rb'^\[\["\w+"\], ', b"[", text),
     ],
 )
-def test_an_entry_of_the_journal_that_is_torn_or_odd_is_not_believed(lie, models, finish, tmp_path):
-    leave_unfinished(models, RATIOS, tmp_path)
-    entry = journal_of(tmp_path)
+def test_an_entry_of_the_journal_that_is_torn_or_odd_is_not_believed(lie, entry, finish):
     changed = lie(entry.read_bytes())
     assert changed != entry.read_bytes()
     entry.write_bytes(changed)
@@ -160,16 +147,14 @@ def test_an_entry_of_the_journal_that_is_torn_or_odd_is_not_believed(lie, models
         lambda out: (out.parent / "lock").write_bytes(b"x"),
     ],
 )
-def test_a_work_folder_that_lost_something(damage, models, finish, tmp_path):
-    leave_unfinished(models, RATIOS, tmp_path)
-    damage(tmp_path / WORK / "outputs")
+def test_a_work_folder_that_lost_something(damage, unfinished, finish):
+    damage(unfinished / "outputs")
     finish()
 
 
 @pytest.mark.parametrize("plan", [b"", b"{", b'"another"', b"\xff"])
-def test_a_work_folder_of_something_else(plan, models, finish, tmp_path):
-    leave_unfinished(models, RATIOS, tmp_path)
-    (tmp_path / WORK / "plan.json").write_bytes(plan)
+def test_a_work_folder_of_something_else(plan, unfinished, finish, tmp_path):
+    (unfinished / "plan.json").write_bytes(plan)
     kept = contents(tmp_path)
     with pytest.raises(ValueError, match="left unfinished; run that one again, pass overwrite=True to drop it, or"):
         finish()
@@ -207,9 +192,7 @@ def test_folders_that_a_killed_run_has_named_are_read_again_too(finish, tmp_path
     finish(verify=True)
 
 
-def test_digests_that_lie_are_found_by_reading_again(models, finish, tmp_path):
-    leave_unfinished(models, RATIOS, tmp_path)
-    entry = journal_of(tmp_path)
+def test_digests_that_lie_are_found_by_reading_again(entry, finish, tmp_path):
     entry.write_bytes(re.sub(rb'^\[\["\w', b'[["?', entry.read_bytes()))
     with pytest.raises(ValueError, match=r"r0\.00/a\.safetensors is not what was written"):
         finish(verify=True)

@@ -54,6 +54,15 @@ def patched(owner: object, name: str, replacement: Callable) -> Iterator[None]:
         yield
 
 
+def refuse(reason: int) -> Callable:
+    """What replaces a function, with `patched`, that the operating system refuses for a reason."""
+
+    def refused(*_, **__):
+        raise OSError(reason, os.strerror(reason))
+
+    return refused
+
+
 @contextmanager
 def unhurried() -> Iterator[None]:
     """Wait for no disk: a process that ends loses nothing that it has written to the page cache."""

@@ -69,15 +69,18 @@ TEXT = json.dumps(entry())
         ({"a": entry()}, FOUR + b"\0"),
         ({"a": entry()}, FOUR[1:]),
         *(({METADATA: metadata}, b"") for metadata in [[], "", 0, False, "k", {"k": 1}, {"k": None}, {"k": {}}]),
+        # Lengths that lie.
+        *((None, blob) for blob in [
+            b"", b"\0" * 7, b"\x03" + b"\0" * 7 + b"{}", b"\xff" * 8 + b"{}", struct.pack("<Q", 10**8 + 1) + b"{}"]),
     ],
 )  # fmt: skip
 def test_a_header_that_lies_is_refused_by_the_library_in_one_sentence_of_ours(header, data, tmp_path):
     path = write_raw(tmp_path / "x.safetensors", header, data)
+    if header is None:
+        path.write_bytes(data)
     with pytest.raises(SafetensorError):
         safe_open(path, "pt")
-    with pytest.raises(
-        ValueError, match=r"x\.safetensors cannot be read as a safetensors file \([^\n]+\); copy or downl"
-    ):
+    with pytest.raises(ValueError, match=r"x\.safetensors cannot be read as a safetensors file \([^\n]+\); copy or d"):
         read_header(path)
 
 
@@ -96,16 +99,6 @@ def test_tensors_that_the_library_accepts_and_torch_cannot_hold(changes, kind, t
     path = write_raw(tmp_path / "x.safetensors", {"a": entry(**changes)}, bytes(entry(**changes)["data_offsets"][1]))
     safe_open(path, "pt")
     with pytest.raises(ValueError, match=rf"x\.safetensors cannot be used: 'a' is {kind}, which torch cannot hold"):
-        read_header(path)
-
-
-@pytest.mark.parametrize(
-    "blob", [b"", b"\0" * 7, b"\x03" + b"\0" * 7 + b"{}", b"\xff" * 8 + b"{}", struct.pack("<Q", 10**8 + 1) + b"{}"]
-)
-def test_a_length_that_lies(blob, tmp_path):
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(blob)
-    with pytest.raises(ValueError, match=r"x\.safetensors cannot be read as a safetensors file \(.*\); copy"):
         read_header(path)
 
 
@@ -171,12 +164,6 @@ def test_what_stands_twice_or_is_not_known_is_what_the_library_makes_of_it(tmp_p
     for header in ({"a": entry(more=1)}, {"a": entry(), METADATA: {}}, {"a": entry(), METADATA: None}):
         path = write_raw(tmp_path / "x.safetensors", b" " + json.dumps(header).encode(), FOUR)
         assert read_header(path)[:2] == ({"a": Entry(torch.float32, (1,), 0, 4)}, {})
-
-
-def test_a_symbolic_link_to_a_file(tmp_path):
-    path = write_raw(tmp_path / "blob", {"a": entry()}, FOUR)
-    os.symlink(path, tmp_path / "x.safetensors")
-    assert read_header(tmp_path / "x.safetensors") == read_header(path)
 
 
 # --- held against safetensors itself
@@ -277,8 +264,10 @@ def test_whatever_is_accepted_safetensors_reads_alike(tmp_path):
     [
         (b"", "Expecting value"),
         (b"\xff", "can't decode byte 0xff"),
+        (b"\xef\xbb\xbf{}", "BOM"),
         (b'{"a": 1, "b": {"c": 1, "c": 1}}', "'c' stands in it twice"),
         (b'{"a": NaN}', "Out of range float"),
+        (b'{"a": Infinity}', "Out of range float"),
         (b'{"a": -1e999}', "Out of range float"),
         (b'{"a": "\\udfff"}', "surrogates not allowed"),
         (b"[" * 101 + b"]" * 101, "it is nested too deeply"),
@@ -289,14 +278,6 @@ def test_json_that_is_none(text, reason, tmp_path):
     path = tmp_path / "x.json"
     path.write_bytes(text)
     with pytest.raises(ValueError, match=rf"x\.json is not JSON \(.*{reason}.*\); download it again"):
-        read_json(path)
-
-
-def test_json_of_a_gigabyte_is_not_read(tmp_path):
-    path = tmp_path / "x.json"
-    path.touch()
-    os.truncate(path, 2**40)
-    with pytest.raises(ValueError, match=r"x\.json is not JSON \(it has 1099511627776 bytes\)"):
         read_json(path)
 
 

@@ -80,19 +80,11 @@ def test_head_is_the_first_row_major_elements(shape, n, tmp_path):
         assert torch.equal(open_source({"x": tensor.T}).head("x", n), tensor.T.reshape(-1)[:n])
 
 
-def test_a_path_like_object_and_a_symlinked_shard(tmp_path):
-    model = llama(0)
-    stored = save(model, tmp_path / "blobs", shard="4KB")
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
-    for file in stored.iterdir():
-        os.symlink(file, snapshot / file.name)
-
-    class Folder:
-        def __fspath__(self) -> str:
-            return str(snapshot)
-
-    assert set(open_source(Folder())) == set(open_source(stored))
+def test_a_path_like_object(tmp_path):
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    with os.scandir(tmp_path.parent) as entries:
+        (folder,) = (entry for entry in entries if entry.name == tmp_path.name)
+    assert list(open_source(folder)) == ["w"]
 
 
 def test_bits_tell_apart_what_values_do_not():
@@ -160,15 +152,11 @@ def test_missing_and_extra_tensors_are_counted_and_named():
         match(base, tuned)
 
 
-def test_another_vocabulary():
-    base, tuned = open_source(llama(0), role="base"), open_source(llama(1, vocabulary=50), role="tuned")
-    message = r"'model.embed_tokens.weight' is \[48, 16\] and \[50, 16\].*to the vocabulary of the other"
-    with pytest.raises(ValueError, match=message):
-        match(base, tuned)
-
-
-def test_another_architecture_and_other_dtypes():
+def test_another_vocabulary_another_architecture_and_other_dtypes():
     base = open_source(weights(a=[1, 2], b=[[1, 2]]))
+    message = r"'b' is \[1, 2\] and \[2, 2\]; resize one model to the vocabulary of the other$"
+    with pytest.raises(ValueError, match=message):
+        match(base, open_source(weights(a=[1, 2], b=[[1, 2], [3, 4]])))
     with pytest.raises(ValueError, match=r"'a' is \[2\] and \[3\]; both must be of one architecture$"):
         match(base, open_source(weights(a=[1, 2, 3], b=[[1, 2]])))
     half = open_source({name: tensor.half() for name, tensor in base.items()})
