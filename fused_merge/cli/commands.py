@@ -280,7 +280,7 @@ def _print_version(asked: bool) -> None:
 
 
 app = typer.Typer(
-    help="Merge language models while they train, or along a line between two checkpoints.",
+    help="Merge language models while they train, or along the path between two checkpoints.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
