@@ -71,10 +71,8 @@ def sum_over(values: Tensor, groups: tuple[Any, ...]) -> Tensor:
 class Processes(NamedTuple):
     """The processes that share a model: those of DDP, and of the meshes that its weights are sharded over."""
 
-    # In the same order on all processes; none for a single one.
-    groups: tuple[Any, ...]
-    # Where the model is, and what they exchange.
-    device: torch.device
+    groups: tuple[Any, ...]  # in the same order on all processes; none for a single one
+    device: torch.device  # where the model is, and what they exchange
 
     @classmethod
     def of(cls, model: nn.Module) -> Processes:

@@ -151,10 +151,7 @@ def merge_rule(
 
 
 class MergeMethod(NamedTuple):
-    """theta = theta0 + scale * (F(tau_1) ⊕ ... ⊕ F(tau_K)) with tau_i = theta_i - theta0: one entry of the table.
-
-    `merge_method` returns one whose options are decided.
-    """
+    """theta = theta0 + scale * (F(tau_1) ⊕ ... ⊕ F(tau_K)); `merge_method` returns one whose options are decided."""
 
     name: str
     sparsify: str  # F of each delta: "none", "random" or "magnitude" of `fused_merge.eager.sparsify.SPARSIFY`

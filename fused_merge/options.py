@@ -75,23 +75,14 @@ def types_of(*definitions: type) -> dict[str, str]:
 
 
 def resolve(given: Mapping[str, Any], *definitions: type) -> dict[str, Any]:
-    """Return every option of definitions, checked; those that are not given have their default.
-
-    Raises:
-        TypeError: for the name of no option.
-        ValueError: as their checks.
-    """
+    """Return every option of definitions, checked, given or by default; TypeError for the name of no option."""
     options = options_of(*definitions)
     check_known(given, options)
     return {name: option.check(name, given.get(name, option.default)) for name, option in options.items()}
 
 
 def split(given: Mapping[str, Any], *definitions: type) -> list[dict[str, Any]]:
-    """Return, for each definition, those of the given options that belong to it.
-
-    Raises:
-        TypeError: for a name that is an option of none of them.
-    """
+    """Return, for each definition, those of the given options that belong to it; TypeError for one of none of them."""
     check_known(given, options_of(*definitions))
     return [{name: given[name] for name in given if name in options_of(each)} for each in definitions]
 

@@ -1,8 +1,4 @@
-"""The multi-tensor forms: lists of tensors in, one launch or one eager loop, nothing kept.
-
-`fused_merge.MergingAdamW` and `fused_merge.interpolate` are thin shells around these functions, which are
-here for frameworks that keep their own parameters and states.
-"""
+"""The multi-tensor forms, for frameworks that keep their own parameters: one launch or one eager loop, nothing kept."""
 
 from fused_merge.eager.merge_stats import MergeStats
 from fused_merge.eager.merging_adamw import Anchor

@@ -66,11 +66,7 @@ def resolve(impl: str, device: torch.device, numel: int = 0) -> str:
 
     `"auto"` is Triton on a GPU that it can drive; on a CPU eager below 50 M elements and compiled above, where there
     is a C++ compiler; elsewhere eager. The interpreter, which is there to verify and not to be fast, runs only when
-    asked for by name. The environment variable `FUSED_MERGE_IMPL` overrides `impl`.
-
-    Raises:
-        ValueError: for an unknown name.
-        RuntimeError: if what was asked for by name cannot run; the sentence says why.
+    asked for by name. RuntimeError says why what was asked for by name cannot run.
     """
     asked = check_impl(impl)
     chosen = asked

@@ -1,7 +1,7 @@
 """One merged AdamW step of many tensors: checked, given to a backend, taken.
 
-`prepare` raises all that can go wrong and changes nothing; `take` changes the tensors. `step_` is both, and
-`merging_adamw_` is the same for callers whose tensors stand in parallel lists.
+`prepare` raises all that can go wrong and changes nothing, `take` changes the tensors; `step_` is both, and so is
+`merging_adamw_`, for callers whose tensors stand in parallel lists.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ class Binding:
         return self._bound[name]
 
     def clear(self) -> None:
-        """Forget everything; it is found again when it is needed."""
+        """Forget everything, to find it again when it is needed."""
         self._bound.clear()
 
     def _sparsified(self, name: str, group: NamedGroup) -> Bound:

@@ -113,11 +113,7 @@ class MergingAdamW(Optimizer):
         return self._binding.delta
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its options default to the optimizer's and are checked as the constructor's are.
-
-        Raises:
-            ValueError: for an option out of range or that the method lacks.
-        """
+        """Add a group; its options default to the optimizer's and are checked as the constructor's are."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -139,10 +135,8 @@ class MergingAdamW(Optimizer):
         """Find the delta of every parameter by name and sparsify it; `step` does so when it is needed.
 
         Logs what steps as plain AdamW, what a dense delta costs, and how much of alpha * tau rounding would lose.
-
-        Raises:
-            ValueError: naming the parameters that the delta lacks or holds in another shape, or saying how a
-                sparse delta was made if that is not what the group asks for. Nothing is bound then.
+        ValueError names the parameters that the delta lacks or holds in another shape, or says how a sparse delta was
+        made if that is not what the group asks for. Nothing is bound then.
         """
         self._binding.bind(self._named_groups())
 
@@ -276,15 +270,12 @@ class MergingAdamW(Optimizer):
                 state |= {"anchor": o.anchor.weights, "anchor_decay": o.anchor.decay}
 
     def merge_stats(self) -> dict[str, dict[str, float]]:
-        """Return what the last merge that was looked at did to each tensor; see `stats_every`.
+        """Return what the last merge that was looked at did to each tensor; ValueError without `stats_every`.
 
         Returns:
             Canonical name -> `cosine` of u and tau, `kept_u` and `kept_tau` (shares of elements), `conflicts` (share of
             opposite signs), `norm_u`, `norm_tau`, `norm_merged`, and `lost` (share of the kept entries of tau whose
             addition changed no bit of the weight). Tensors without a delta are absent.
-
-        Raises:
-            ValueError: if nothing is collected.
         """
         if not self.stats_every:
             raise ValueError("no statistics are collected; pass stats_every=n to look at every n-th step")
@@ -304,9 +295,8 @@ class MergingAdamW(Optimizer):
         Moments and masters keep the dtype of the options, whatever the parameters' is, and are copied.
 
         Raises:
-            ValueError: if the state dict was saved with another reference delta, by an AdamW with an option (amsgrad)
-                that this one does not have, or by an Adam whose weight decay is part of the gradient. Nothing has
-                changed then.
+            ValueError: if the state dict was saved with another reference delta, by an AdamW with amsgrad, or by an
+                Adam whose weight decay is part of the gradient. Nothing has changed then.
         """
         check_loadable(state_dict, self.reference_delta)
         before = [dict(group) for group in self.param_groups]

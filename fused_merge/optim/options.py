@@ -116,11 +116,7 @@ def rule_of(group: Mapping[str, Any]) -> MergeRule:
 
 
 def check_options(group: Mapping[str, Any]) -> MergeRule:
-    """Return the rule of a group.
-
-    Raises:
-        ValueError: for the first option of the group that is out of range or that its method lacks.
-    """
+    """Return the rule of a group; ValueError for the first option that is out of range or that its method lacks."""
     rule = rule_of(group)
     for name, option in GROUP_OPTIONS.items():
         option.check(name, group[name])
