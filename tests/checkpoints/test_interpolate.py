@@ -192,20 +192,10 @@ def test_an_output_dtype_is_written_into_every_configuration(folders, tmp_path):
     assert json.loads((wide / "config.json").read_text()) == config | of("float32")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_transformers_loads_an_output_in_its_dtype(dtype, stored, out):
-    (folder,) = interpolate_checkpoints(*stored, [0.5], out, dtype=dtype)
-    loaded = LlamaForCausalLM.from_pretrained(folder, dtype="auto")
-    assert {str(tensor.dtype) for tensor in loaded.state_dict().values()} == {f"torch.{dtype}"}
-    written = load(folder)
-    for name, tensor in loaded.state_dict().items():
-        assert same_bits(tensor, written[name if name in written else "model.embed_tokens.weight"])
-
-
-@pytest.mark.parametrize("size", [1, 3000, "5GB"])
-def test_files_by_size_that_transformers_loads(size, models, tmp_path):
+@pytest.mark.parametrize(("size", "dtype"), [(1, None), (3000, "float32"), ("5GB", "float16")])
+def test_files_by_size_that_transformers_loads_in_their_dtype(size, dtype, models, tmp_path):
     ends = [save(model, tmp_path / name, "3KB") for model, name in zip(models, ["base", "tuned"], strict=True)]
-    (folder,) = interpolate_checkpoints(*ends, [0.3], tmp_path / "out", max_shard_size=size)
+    (folder,) = interpolate_checkpoints(*ends, [0.3], tmp_path / "out", max_shard_size=size, dtype=dtype)
     files = {file.name: load_file(file) for file in folder.glob("*.safetensors")}
     index = folder / "model.safetensors.index.json"
     assert index.exists() == (len(files) > 1) == (size != "5GB")
@@ -213,9 +203,9 @@ def test_files_by_size_that_transformers_loads(size, models, tmp_path):
         listed = json.loads(index.read_text())
         assert listed["weight_map"] == {name: file for file, tensors in files.items() for name in tensors}
         assert listed["metadata"]["total_size"] == sum(x.nbytes for xs in files.values() for x in xs.values())
-    (point,) = interpolate(models[0].state_dict(), models[1].state_dict(), [0.3])
-    for name, tensor in LlamaForCausalLM.from_pretrained(folder).state_dict().items():
-        assert same_bits(tensor, point[name]), name
+    (point,) = interpolate(*(model.float().state_dict() for model in models), [0.3])
+    for name, tensor in LlamaForCausalLM.from_pretrained(folder, dtype="auto").state_dict().items():
+        assert same_bits(tensor, point[name].to(getattr(torch, dtype or "bfloat16"))), name
 
 
 # --- ratios by name

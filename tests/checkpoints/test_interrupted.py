@@ -12,15 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from every_step import (
-    FAILURES,
-    die_at_every_step,
-    die_before_the_new_folder_has_its_name,
-    fail_at_every_step,
-    in_children,
-    write_anew,
-    write_over,
-)
+from every_step import FAILURES, die_at_every_step, die_before_its_name, fail_at_every_step, in_children
 from jobs import NAMES, RATIOS, WORK, contents, leave_unfinished, open_handles, patched, refuse
 
 from fused_merge.checkpoints.interpolate import interpolate_checkpoints
@@ -42,11 +34,11 @@ def leftovers(models, tmp_path):
     return before, old
 
 
-@pytest.mark.parametrize("over", ["nothing", "older folders and the leftovers of another job"])
+@pytest.mark.parametrize("over", [False, True], ids=["nothing", "older folders and the leftovers of another job"])
 def test_killed_before_each_step(over, models, leftovers, expected, tmp_path):
     (tmp_path / "empty").mkdir()
-    before, old, run = (tmp_path / "empty", {}, write_anew) if over == "nothing" else (*leftovers, write_over)
-    answers = every_step(die_at_every_step, tmp_path, expected, old, models, run, before)
+    before, old = leftovers if over else (tmp_path / "empty", {})
+    answers = every_step(die_at_every_step, tmp_path, expected, old, models, over, before)
     assert [wrong for _, wrong in answers] == [[], []]
     assert sum(died for died, _ in answers) > 60
 
@@ -63,7 +55,7 @@ def test_each_step_that_fails_ends_in_a_sentence_and_leaves_older_folders(models
 def test_a_job_that_drops_another_puts_back_what_that_had_moved_away(models, tmp_path):
     interpolate_checkpoints(*models, [0.3], tmp_path)
     old = contents(tmp_path)
-    assert in_children(die_before_the_new_folder_has_its_name, [(models, tmp_path)]) == [9]
+    assert in_children(die_before_its_name, [(models, tmp_path)]) == [9]
     assert os.listdir(tmp_path) == [WORK]
     interpolate_checkpoints(*models, [0.5], tmp_path, overwrite=True)
     shutil.rmtree(tmp_path / "r0.50")

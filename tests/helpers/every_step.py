@@ -115,15 +115,11 @@ def not_whole(out: Path, expected: dict[str, bytes], old: dict[str, bytes]) -> l
     return wrong
 
 
-def write_anew(models, out) -> None:
-    interpolate_checkpoints(*models, RATIOS, out, threads=2)
+def write(models, out, *, over: bool = True) -> None:
+    interpolate_checkpoints(*models, RATIOS, out, threads=1 if over else 2, overwrite=over, verify=over)
 
 
-def write_over(models, out) -> None:
-    interpolate_checkpoints(*models, RATIOS, out, threads=1, overwrite=True, verify=True)
-
-
-def die_at_every_step(first, expected, old, models, run, before, out) -> tuple[int, list[str]]:
+def die_at_every_step(first, expected, old, models, over, before, out) -> tuple[int, list[str]]:
     """Kill runs before every second step; returns the number of runs that died, and what was wrong after which."""
     wrong = []
     for died, at in enumerate(range(first, 10**6, 2)):
@@ -132,11 +128,11 @@ def die_at_every_step(first, expected, old, models, run, before, out) -> tuple[i
 
         def run_until(at=at):
             with steps(CHANGES, lambda number, _: os._exit(9) if number == at else None):
-                run(models, out)
+                write(models, out, over=over)
 
         code = forked(run_until)
         wrong += [f"step {at}: {name} is not whole" for name in not_whole(out, expected, old)]
-        if code == 9 and forked(lambda: run(models, out)):
+        if code == 9 and forked(lambda: write(models, out, over=over)):
             wrong.append(f"step {at}: cannot be resumed")
         elif contents(out) != expected:
             wrong.append(f"step {at}: other bytes")
@@ -163,7 +159,7 @@ def fail_at_every_step(first, expected, old, models, before, out) -> tuple[list[
         with unhurried():
             try:
                 with steps(FAILURES, happens):
-                    write_over(models, out)
+                    write(models, out)
             except OSError as error:
                 failed.append(tried)
                 sentence = str(error)
@@ -171,7 +167,7 @@ def fail_at_every_step(first, expected, old, models, before, out) -> tuple[list[
                 wrong.append(f"step {at}: files or threads are left")
             wrong += [f"step {at}: {name} is not whole" for name in not_whole(out, expected, old)]
             wrong += [f"step {at}: {name} is gone" for name in NAMES if not (out / name).exists()]
-            write_over(models, out)
+            write(models, out)
         if contents(out) != expected:
             wrong.append(f"step {at}: other bytes")
         if sentence is not None:
@@ -187,7 +183,7 @@ def fail_at_every_step(first, expected, old, models, before, out) -> tuple[list[
     raise AssertionError
 
 
-def die_before_the_new_folder_has_its_name(models, out) -> int:
+def die_before_its_name(models, out) -> int:
     def die_between(replace, source, target):
         if Path(target) == out / NAMES[1]:
             os._exit(9)
