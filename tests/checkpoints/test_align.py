@@ -95,9 +95,12 @@ def test_dtypes_must_agree_unless_one_is_asked_for(source):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_integers_keep_their_dtype_and_must_agree(source, dtype):
+def test_integers_keep_their_dtype_and_must_agree_and_copies_are_converted(source, dtype):
     base, a = source("base", {"n": torch.arange(3)}), source("a", {"n": torch.arange(3).int()})
-    assert aligned(base, base, dtype=dtype)["n"].dtype == torch.int64
+    more = source("more", {"n": torch.arange(3), "x": vary(3, seed=1), "copied": torch.arange(2)})
+    found = aligned(base, more, unmatched="copy", dtype=dtype)
+    dtypes = {"n": torch.int64, "x": dtype or torch.float32, "copied": torch.int64}
+    assert {name: tensor.dtype for name, tensor in found.items()} == dtypes
     message = r"'n' is torch.int64 in .*base and torch.int32 in .*a; use one architecture"
     with pytest.raises(ValueError, match=message):
         aligned(base, a, dtype=dtype)
@@ -140,20 +143,12 @@ def test_what_not_all_hold_is_refused_dropped_or_copied(source):
             assert_held(segment, {"base": base, "a": a, "b": b}[home][name])
 
 
-def test_copies_are_converted_like_the_rest_but_integers_are_not(source):
-    base = source("base", {"w": vary(3, seed=0), "x": vary(3, seed=1), "n": torch.arange(3)})
-    found = aligned(base, source("a", {"w": vary(3, seed=0)}), unmatched="copy", dtype=torch.float16)
-    dtypes = {name: tensor.dtype for name, tensor in found.items()}
-    assert dtypes == {"w": torch.float16, "x": torch.float16, "n": torch.int64}
-
-
-@pytest.mark.parametrize("unmatched", ["drop", "refuse"])
-def test_nothing_in_common(unmatched, source):
-    base, a = source("base", {"x": vary(3, seed=0)}), source("a", {"y": vary(3, seed=0)})
-    if unmatched == "refuse":
-        base = a = source("empty", {})
-    with pytest.raises(ValueError, match=r"no tensor is in all of .*(base|empty) and .*(a|empty), so that nothing"):
-        aligned(base, a, unmatched=unmatched)
+def test_nothing_in_common(source):
+    base, a, empty = source("base", {"x": vary(3, seed=0)}), source("a", {"y": vary(3, seed=0)}), source("empty", {})
+    with pytest.raises(ValueError, match=r"no tensor is in all of .*base and .*a, so that nothing"):
+        aligned(base, a, unmatched="drop")
+    with pytest.raises(ValueError, match=r"no tensor is in all of .*empty and .*empty, so that nothing"):
+        aligned(empty, empty)
 
 
 # --- tied weights

@@ -350,11 +350,6 @@ def test_an_index_that_is_wrong_in_both_models(text, message, place):
     assert len(place.refusal) < 1000
 
 
-def huge(path: Path) -> None:
-    path.touch()
-    os.truncate(path, 2**40)
-
-
 @pytest.mark.parametrize("file", [SINGLE, FIRST, INDEX])
 @pytest.mark.parametrize(
     ("become", "message"),
@@ -364,7 +359,7 @@ def huge(path: Path) -> None:
         (os.mkfifo, "it is not a regular file"),
         (Path.mkdir, "it is not a regular file"),
         (lambda path: path.symlink_to("/dev/zero"), "it is not a regular file"),
-        (huge, "it has 1099511627776 bytes|cannot be read as a safetensors file"),
+        (lambda path: (path.touch(), os.truncate(path, 2**40)), "it has 1099511627776 bytes|cannot be read as a safe"),
     ],
 )
 def test_what_stands_where_a_file_should(file, become, message, place):
@@ -391,6 +386,10 @@ def test_symbolic_links_to_files_are_files(place):
         (place.base / name).rename(place.base / "blobs" / name)
         (place.base / name).symlink_to(place.base / "blobs" / name)
     assert place.use()
+    # One file under two names.
+    (place.base / INDEX).write_bytes(index({"flag": "link.safetensors"}))
+    (place.base / "link.safetensors").symlink_to(place.base / FIRST)
+    place.refuse("does not list 'flag'|does not list 'model.odd'")
 
 
 def test_shards_whose_names_differ_in_case_only(place):
@@ -400,12 +399,6 @@ def test_shards_whose_names_differ_in_case_only(place):
         put(folder, {INDEX: text, "x.safetensors": files[FIRST], "X.safetensors": files[SECOND]})
     # Where case does not count, the one has replaced the other.
     assert place.use() == (len(os.listdir(place.base)) == 3)
-
-
-def test_one_file_under_two_names(place):
-    put(place.base, {**sharded(0), INDEX: index({"flag": "link.safetensors"})})
-    (place.base / "link.safetensors").symlink_to(place.base / FIRST)
-    place.refuse("does not list 'flag'|does not list 'model.odd'")
 
 
 def test_the_witness_sees_what_it_should(place):

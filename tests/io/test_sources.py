@@ -82,8 +82,7 @@ def test_head_is_the_first_row_major_elements(shape, n, tmp_path):
 
 def test_a_path_like_object(tmp_path):
     save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
-    with os.scandir(tmp_path.parent) as entries:
-        (folder,) = (entry for entry in entries if entry.name == tmp_path.name)
+    (folder,) = [entry for entry in os.scandir(tmp_path.parent) if entry.name == tmp_path.name]
     assert list(open_source(folder)) == ["w"]
 
 
