@@ -15,45 +15,29 @@ def merged(function, u, tau, alpha):
     return function(torch.tensor([u]), torch.tensor([tau]), 1 - alpha, alpha).item()
 
 
-def test_linear_by_hand():
-    assert merged(linear, 4.0, -2.0, 0.25) == 0.75 * 4.0 - 0.25 * 2.0
-
-
 @pytest.mark.parametrize(
-    ("u", "tau", "expected"),
+    ("u", "tau", "by_code", "as_printed"),
     [
-        (4.0, 2.0, 3.5),  # both +: the weighted sum
-        (-4.0, -2.0, -3.5),
-        (4.0, -2.0, 3.0),  # u + tau = 2 elects +: only u
-        (2.0, -4.0, -1.0),  # u + tau = -2 elects -: only tau
-        (-4.0, 2.0, -3.0),
-        (-2.0, 4.0, 1.0),
-        (4.0, -4.0, 3.0),  # a tie elects +
-        (-4.0, 4.0, 1.0),
-        (0.0, -4.0, -1.0),  # zeros oppose nobody
-        (4.0, 0.0, 3.0),
-        (0.0, 0.0, 0.0),
+        (4.0, 2.0, 3.5, 3.5),  # both +: the weighted sum
+        (-4.0, -2.0, -3.5, -3.5),
+        (4.0, -2.0, 3.0, 3.0),  # u + tau = 2 elects +: only u
+        (2.0, -4.0, -1.0, 1.5),  # u + tau = -2 elects -: only tau; 1.5 against -1: u wins although tau is larger
+        (-4.0, 2.0, -3.0, -3.0),
+        (-2.0, 4.0, 1.0, -1.5),
+        (1.0, -4.0, -1.0, -1.0),  # 0.75 against -1
+        (-1.0, 4.0, 1.0, 1.0),
+        (4.0, -12.0, -3.0, 0.0),  # 3 against -3: equal magnitudes cancel
+        (4.0, -4.0, 3.0, 3.0),  # a tie elects +
+        (-4.0, 4.0, 1.0, -3.0),
+        (0.0, -4.0, -1.0, -1.0),  # zeros oppose nobody
+        (4.0, 0.0, 3.0, 3.0),
+        (0.0, 0.0, 0.0, 0.0),
     ],
 )
-def test_the_vote_of_the_authors_code(u, tau, expected):
-    assert merged(sign_reference, u, tau, 0.25) == expected
-
-
-@pytest.mark.parametrize(
-    ("u", "tau", "expected"),
-    [
-        (4.0, 2.0, 3.5),
-        (-4.0, -2.0, -3.5),
-        (2.0, -4.0, 1.5),  # 1.5 against -1: the update wins although tau is larger
-        (1.0, -4.0, -1.0),  # 0.75 against -1
-        (-1.0, 4.0, 1.0),
-        (4.0, -12.0, 0.0),  # 3 against -3: equal magnitudes cancel
-        (0.0, -4.0, -1.0),
-        (4.0, 0.0, 3.0),
-    ],
-)
-def test_the_vote_as_printed(u, tau, expected):
-    assert merged(sign_paper, u, tau, 0.25) == expected
+def test_every_consensus_by_hand(u, tau, by_code, as_printed):
+    assert merged(linear, u, tau, 0.25) == 0.75 * u + 0.25 * tau
+    assert merged(sign_reference, u, tau, 0.25) == by_code
+    assert merged(sign_paper, u, tau, 0.25) == as_printed
 
 
 def test_opposite_terms_whose_product_underflows_are_still_opposed():

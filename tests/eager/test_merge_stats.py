@@ -15,7 +15,6 @@ from fused_merge.eager.scalars import Hyper, derive_scalars
 from fused_merge.methods import merge_rule
 
 HALF = derive_scalars(1.0, Hyper(0.5, (0.0, 0.0), 0.0, 0.0, alpha=0.5))
-FIELDS = {"cosine", "kept_u", "kept_tau", "conflicts", "norm_u", "norm_tau", "norm_merged", "lost"}
 
 
 def stats_of(u, u_kept, tau, merged, start, stored=torch.float32, method="ondare"):
@@ -35,8 +34,7 @@ FOUR = {
 
 
 def test_each_number_by_hand():
-    stats = stats_of(**FOUR)
-    assert stats == {
+    assert stats_of(**FOUR) == {
         # -12 / (5 * 5)
         "cosine": pytest.approx(-0.48, rel=1e-6),
         "kept_u": 0.25,
@@ -89,8 +87,7 @@ def test_nothing_has_no_direction(zero):
 
 
 def test_an_empty_tensor_has_stats_too():
-    empty = stats_of(**{key: [] for key in FOUR})
-    assert empty == dict.fromkeys(FIELDS, 0.0)
+    assert set(stats_of(**{key: [] for key in FOUR}).values()) == {0.0}
 
 
 def test_lost_share_by_hand():

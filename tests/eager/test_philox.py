@@ -44,15 +44,6 @@ def test_masks_equal_an_independent_calculation(n, rate, monkeypatch):
     assert np.array_equal(keep_mask(n, rate, KEY).numpy(), expected)
 
 
-def test_a_rate_of_one_keeps_everything():
-    assert keep_mask(1000, 1.0, KEY).all()
-
-
-def test_the_step_may_be_a_tensor():
-    step = torch.tensor(7.0)
-    assert torch.equal(keep_mask(5000, 0.3, KEY), keep_mask(5000, 0.3, KEY._replace(step=step)))
-
-
 @pytest.mark.parametrize("offset", [0, 1, 2, 3, 4, 1021, 2**34 + 5])
 def test_a_shard_of_rows_sees_its_part_of_the_mask(offset):
     # Of far elements the high word of the counter is in use.
@@ -96,11 +87,14 @@ def test_masks_have_their_rate_and_are_independent():
             assert abs(int((a & b).sum()) - n * rate**2) < 5 * (n * rate**2) ** 0.5
 
 
-def test_words_are_what_masks_are_made_of():
+def test_masks_are_words_below_a_threshold():
     words = random_words(5000, KEY)
     assert torch.equal(words < philox.keep_threshold(0.3), keep_mask(5000, 0.3, KEY))
     assert words.min() >= 0
     assert words.max() < 2**32
+    assert keep_mask(1000, 1.0, KEY).all()
+    # The step may be a tensor.
+    assert torch.equal(random_words(5000, KEY._replace(step=torch.tensor(7.0))), words)
 
 
 @triton.jit

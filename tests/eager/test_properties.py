@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import reference
 import torch
@@ -14,13 +12,9 @@ from one_tensor import ADAMW, HYPER, assert_near, delta_of, draw, joined, of_eve
 from torch import nn
 
 import fused_merge as fm
-from fused_merge import functional
-from fused_merge.delta.tensors import Sparsity
 from fused_merge.eager import adamw
 from fused_merge.eager.projection import project
 from fused_merge.eager.scalars import Hyper, derive_scalars
-from fused_merge.methods import merge_rule
-from fused_merge.names import tensor_id
 
 ROWS = [
     *of_every_method(0.4),
@@ -200,28 +194,3 @@ def test_a_random_drop_drops_a_nan_update_as_any_other(n, seed):
     optimizer.step()
     assert param.isnan().tolist() == reference.keep(n, 0.4, 0, 1, "w", 0).tolist()
     assert optimizer.state[param]["exp_avg"].isnan().all()
-
-
-def test_masks_of_steps_tensors_and_domains_are_independent():
-    """As the weights show them: what has moved was kept."""
-    n, rate, names = 50_000, 0.1, ["a", "b"]
-    rule, masks = merge_rule("ondare", rate), []
-    kept_taus = [delta_of({name: torch.ones(n)}).sparse(name, Sparsity("random", rate, 0)) for name in names]
-    for alpha, steps in ((0.0, 3), (1.0, 1)):
-        params, states = [torch.zeros(n) for _ in names], [torch.zeros(2, n) for _ in names]
-        counts = [torch.zeros(()) for _ in names]
-        for _ in range(steps):
-            before = [param.clone() for param in params]
-            functional.merging_adamw_(
-                params, [torch.ones(n) for _ in names], [state[0] for state in states], [state[1] for state in states],
-                counts, kept_taus, rule=rule, hyper=Hyper(**HYPER | {"alpha": alpha}),
-                tensor_ids=[tensor_id(name) for name in names], impl="eager",
-            )  # fmt: skip
-            # Decay moves what was kept before by a thousandth; a merge moves by lr / p or more.
-            masks += [(new - old).abs() > 0.01 for new, old in zip(params, before, strict=True)]
-    assert len(masks) == 8
-    deviation = (n * rate * (1 - rate)) ** 0.5
-    for mask in masks:
-        assert abs(int(mask.sum()) - n * rate) < 5 * deviation
-    for a, b in itertools.combinations(masks, 2):
-        assert abs(int((a & b).sum()) - n * rate**2) < 5 * (n * rate**2) ** 0.5

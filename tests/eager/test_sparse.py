@@ -13,9 +13,9 @@ from fused_merge.eager.sparse import SparseTensor, packed_nbytes
 SIZES = [0, 1, 31, 32, 33, 127, 1023, 1024, 1025, 2**18 - 1, 2**18, 2**18 + 1, 600_001]
 
 
-def masked(n, share, dtype=torch.float32, seed=0):
+def masked(shape, share, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, generator=generator).to(dtype), torch.rand(n, generator=generator) < share
+    return torch.randn(shape, generator=generator).to(dtype), torch.rand(shape, generator=generator) < share
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 1.0])
@@ -60,9 +60,7 @@ def test_by_hand():
     seed=st.integers(0, 2**31),
 )
 def test_round_trip_of_any_shape_dtype_and_strides(shape, share, dtype, transposed, seed):
-    generator = torch.Generator().manual_seed(seed)
-    dense = torch.randn(shape, generator=generator).to(dtype)
-    keep = torch.rand(shape, generator=generator) < share
+    dense, keep = masked(shape, share, dtype, seed)
     if transposed and len(shape) > 1:
         dense, keep = dense.transpose(0, 1), keep.transpose(0, 1)
     packed = SparseTensor.pack(dense, keep)

@@ -74,36 +74,20 @@ def test_each_row_of_many_is_summed_alone():
     assert torch.equal(tree_sum(x), torch.stack([torch.stack([tree_sum(row) for row in plane]) for plane in x]))
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (37,), (3, 11), (4, 3, 5), (0,), (0, 4), (4, 0)])
-def test_the_inner_product_over_the_tensor(shape):
-    x, y = draw(shape), draw(shape, seed=1)
-    expected = tree((x * y).numpy().reshape(-1)) if x.numel() else np.float32(0)
-    assert inner_product(x, y).shape == ()
-    assert inner_product(x, y).numpy() == expected
+INNER_SHAPES = [(), (1,), (37,), (0,), (3, 11), (4, 3, 5), (2, 3, 4, 5), (5, 1), (4, 0), (0, 4), (0, 4, 3)]
 
 
-@pytest.mark.parametrize(
-    ("shape", "result"),
-    [
-        ((), ()),
-        ((37,), ()),
-        ((3, 11), (3, 1)),
-        ((4, 3, 5), (4, 1, 1)),
-        ((2, 3, 4, 5), (2, 1, 1, 1)),
-        ((5, 1), (5, 1)),
-        ((4, 0), (4, 1)),
-        ((0, 4), (0, 1)),
-        ((0, 4, 3), (0, 1, 1)),
-    ],
-)
-def test_the_inner_product_over_rows(shape, result):
+@pytest.mark.parametrize("shape", INNER_SHAPES)
+def test_the_inner_product_over_the_tensor_and_over_rows(shape):
     x, y = draw(shape), draw(shape, seed=1)
-    product = inner_product(x, y, rows=True)
-    assert product.shape == result
+    whole, product = inner_product(x, y), inner_product(x, y, rows=True)
+    assert whole.shape == ()
+    assert whole.numpy() == (tree((x * y).numpy().reshape(-1)) if x.numel() else np.float32(0))
     assert (product * x).shape == x.shape
     if x.ndim < 2:
-        assert torch.equal(product, inner_product(x, y))
+        assert torch.equal(product, whole)
     else:
+        assert product.shape == (shape[0], *[1] * (x.ndim - 1))
         assert product.flatten().tolist() == [inner_product(a, b).item() for a, b in zip(x, y, strict=True)]
 
 
