@@ -129,7 +129,9 @@ def test_the_command(folders, tmp_path, capsys, monkeypatch):
     assert errors.startswith("error: ")
 
 
-def test_prompts_of_files(tmp_path):
+def test_prompts_of_files_and_none(folders, tmp_path):
+    with pytest.raises(ValueError, match="there is no prompt"):
+        adapt_checkpoints(*folders, [], tmp_path / "out")
     (tmp_path / "p.txt").write_text("a b\n\n c\n")
     assert read_prompts(tmp_path / "p.txt") == ["a b", " c"]
     for text, message in (
@@ -140,8 +142,3 @@ def test_prompts_of_files(tmp_path):
         (tmp_path / "p.jsonl").write_text(text)
         with pytest.raises(ValueError, match=message):
             read_prompts(tmp_path / "p.jsonl")
-
-
-def test_nothing_to_answer(folders, tmp_path):
-    with pytest.raises(ValueError, match="there is no prompt"):
-        adapt_checkpoints(*folders, [], tmp_path / "out")

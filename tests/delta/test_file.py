@@ -69,9 +69,7 @@ def test_sparse_there_and_back(sparsity, models, tmp_path):
 def test_a_stored_sparse_delta_takes_no_other_sparsity(models, tmp_path):
     delta = ReferenceDelta.from_models(*models)
     loaded, name = again(delta, tmp_path, 0.1, "random", 7), delta.names[0]
-    message = (
-        r"was saved with method='random', reserve_rate=0.1, seed=7 and method=.* is asked for; ask for the same or "
-    )
+    message = "was saved with method='random', reserve_rate=0.1, seed=7 and method=.* is asked for; ask for the same or"
     for other in (RANDOM._replace(seed=8), RANDOM._replace(reserve_rate=0.2), MAGNITUDE):
         with pytest.raises(ValueError, match=message):
             loaded.sparse(name, other)
@@ -105,13 +103,9 @@ def test_options_that_do_not_fit(options, message, models, tmp_path):
 @pytest.mark.parametrize(
     ("models", "dtype"),
     [
-        ("float32 float32", torch.bfloat16),
-        ("float32 float32", torch.float16),
-        ("float32 float32", torch.float64),
-        ("float64 float32", torch.bfloat16),
-        ("bfloat16 float32", torch.bfloat16),
-        ("bfloat16 bfloat16", torch.float32),
-        ("bfloat16 bfloat16", torch.float16),
+        *(("float32 float32", dtype) for dtype in (torch.bfloat16, torch.float16, torch.float64)),
+        *((models, torch.bfloat16) for models in ("float64 float32", "bfloat16 float32")),
+        *(("bfloat16 bfloat16", dtype) for dtype in (torch.float32, torch.float16)),
     ],
 )
 @pytest.mark.parametrize("rate", [None, 0.3])
@@ -173,16 +167,14 @@ def test_a_run_is_not_resumed_with_a_rounded_delta(tmp_path):
     small.assert_same(resumed, rounded)
 
 
-SPARSE = r"tau\.safetensors holds a sparse delta, which takes no other dtype; save the"
-
-
 def test_what_takes_no_other_dtype(models, tmp_path):
     delta = ReferenceDelta.from_models(*models)
     sentence = (
         r"'model\.\S+' was rounded to torch\.bfloat16 before and takes no other dtype; make the delta with "
         r"ReferenceDelta\.from_checkpoints\(base, tuned\) and save that"
     )
-    refused = [(delta, sentence), (again(delta, tmp_path), sentence), (again(delta, tmp_path, 0.1, "random"), SPARSE)]
+    sparse = r"tau\.safetensors holds a sparse delta, which takes no other dtype; save the"
+    refused = [(delta, sentence), (again(delta, tmp_path), sentence), (again(delta, tmp_path, 0.1, "random"), sparse)]
     for made, sentence in refused:
         with pytest.raises(ValueError, match=sentence):
             made.save(tmp_path / "other.safetensors", dtype=torch.float32)
@@ -270,27 +262,21 @@ def test_the_identity_of_the_documentation(tmp_path):
         digest.update(json.dumps([name, codes[tensors[name].dtype], list(tensors[name].shape)]).encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes()[:4096])
     assert delta.identity == digest.hexdigest()
-    assert (
-        checkpoints(tmp_path, {name: torch.zeros_like(t) for name, t in tensors.items()}, tensors).identity
-        == delta.identity
-    )
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    assert checkpoints(tmp_path, zeros, tensors).identity == delta.identity
 
 
 def test_files_that_are_no_delta(models, tmp_path):
     folder = save(models[0], tmp_path / "model")
     (tmp_path / "cut.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-3])
     for path, error, message in (
-        (folder, ValueError, "is a folder and a saved delta is one file; for two model folders use"),
-        (
-            folder / "model.safetensors",
-            ValueError,
-            "is a safetensors file but not a saved reference delta; make one with",
-        ),
-        (tmp_path / "gone.safetensors", FileNotFoundError, r"gone\.safetensors does not exist"),
-        (tmp_path / "cut.safetensors", ValueError, r"cut\.safetensors cannot be read as a safetensors file"),
+        ("model", ValueError, "is a folder and a saved delta is one file; for two model folders use"),
+        ("model/model.safetensors", ValueError, "is a safetensors file but not a saved reference delta; make one with"),
+        ("gone.safetensors", FileNotFoundError, r"gone\.safetensors does not exist"),
+        ("cut.safetensors", ValueError, r"cut\.safetensors cannot be read as a safetensors file"),
     ):
         with pytest.raises(error, match=message):
-            ReferenceDelta.load(path)
+            ReferenceDelta.load(tmp_path / path)
 
 
 def altered(path, *, tensors=(), drop=(), metadata=()):

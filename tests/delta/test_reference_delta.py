@@ -22,17 +22,11 @@ def models():
     return two_models()
 
 
-@pytest.mark.parametrize(
-    "dtypes",
-    [
-        "bfloat16 bfloat16 bfloat16",
-        "float16 float16 float16",
-        "bfloat16 float32 float32",
-        "bfloat16 float16 float32",
-        "float32 float32 float32",
-        "float64 float32 float64",
-    ],
-)
+DTYPES = ["bfloat16 bfloat16 bfloat16", "float16 float16 float16", "bfloat16 float32 float32"]
+DTYPES += ["bfloat16 float16 float32", "float32 float32 float32", "float64 float32 float64"]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
 def test_tau_is_the_difference_rounded_once(dtypes):
     """In the wider dtype of base and tuned."""
     base, tuned, stored = (getattr(torch, dtype) for dtype in dtypes.split())

@@ -57,9 +57,6 @@ def labels_of(out):
     return [row["label"] for row in results_of(out)["rows"]]
 
 
-# --- scoring
-
-
 def test_every_ratio_is_scored_at_its_own_weights(sweep, tmp_path):
     out = tmp_path / "new" / "out"
     # A number may come with a gradient.
@@ -133,8 +130,6 @@ def test_every_scorer_draws_the_same_numbers_and_the_caller_other_ones(evaluate)
     assert [first.scores[f"a/{key}"] for key in expected] == [first.scores[f"b/{key}"] for key in expected]
     assert draws() == expected
 
-
-# --- killed, and going on
 
 NOISY = """
 import os, random, signal
@@ -247,9 +242,6 @@ def test_a_file_that_holds_no_results(text, reason, evaluate, tmp_path):
     assert (tmp_path / "results.json").read_text() == text
 
 
-# --- scorers that fail
-
-
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
@@ -308,9 +300,6 @@ def test_scores_that_change_between_ratios(evaluate):
 def test_two_scorers_with_one_score(evaluate):
     with pytest.raises(RuntimeError, match="scorer 'a/b' at ratio 0 returned 'a/b' as another scorer does; rename one"):
         evaluate([0], {"a": lambda model: {"b": 1.0}, "a/b": mean})
-
-
-# --- what is refused
 
 
 @pytest.mark.parametrize(

@@ -29,9 +29,6 @@ def better(a, b, more):
     return at_least and any(x > y if up else x < y for x, y, up in zip(a, b, more, strict=True))
 
 
-# --- the front
-
-
 @few
 @given(clouds())
 def test_a_front_is_what_nothing_dominates(cloud):
@@ -73,9 +70,6 @@ def test_points_may_be_arrays(kind):
     assert knee(points) == 1
 
 
-# --- the volume
-
-
 @few
 @given(clouds(most=6, high=4), st.data())
 def test_a_volume_is_the_number_of_cells(cloud, data):
@@ -102,9 +96,6 @@ def test_a_volume_by_hand():
     assert hypervolume([(0, 3), (2, -1)], (0, 0)) == 0.0
     assert hypervolume([], (0, 0)) == 0.0
     assert hypervolume([(2,), (3,)], (1,)) == 2.0
-
-
-# --- the knee
 
 
 @few
@@ -134,9 +125,6 @@ def test_knees_by_hand():
     assert knee([(0, 4), (1, 1), (4, 0)]) == 2
     assert knee([(5, 5), (5, 5)]) == 0
     assert knee([(9, 0, 0), (0, 9, 0), (0, 0, 9), (5, 5, 5)]) == 3
-
-
-# --- what is refused
 
 
 @pytest.mark.parametrize(

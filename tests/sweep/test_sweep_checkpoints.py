@@ -130,20 +130,13 @@ def test_scorers_that_cannot_be_had(text, error, sentence, module):
         ImportedScorer(text)
 
 
-@pytest.mark.parametrize(
-    ("parameters", "takes_tokenizer"),
-    [
-        ("model", False),
-        ("model, tokenizer", True),
-        ("model, words", True),
-        ("model, tokenizer=None", True),
-        ("model, batch=8", False),
-        ("model, *, batch=8", False),
-    ],
-)
-def test_a_scorer_gets_what_its_signature_asks_for(parameters, takes_tokenizer, module):
+WITH_TOKENIZER = ["model, tokenizer", "model, words", "model, tokenizer=None"]
+
+
+@pytest.mark.parametrize("parameters", [*WITH_TOKENIZER, "model", "model, batch=8", "model, *, batch=8"])
+def test_a_scorer_gets_what_its_signature_asks_for(parameters, module):
     module("asks", f"def scorer({parameters}):\n    return list(locals().values())\n")
-    scorer = ImportedScorer("asks:scorer")
+    scorer, takes_tokenizer = ImportedScorer("asks:scorer"), parameters in WITH_TOKENIZER
     assert (scorer.name, scorer.takes_tokenizer) == ("scorer", takes_tokenizer)
     scorer.tokenizer = "T"
     answer = scorer("M")
