@@ -63,10 +63,7 @@ class StandIn:
 @pytest.fixture
 def job(monkeypatch):
     job = StandIn()
-    for place in (
-        "checkpoints.interpolate.plan_interpolation",
-        "merge.merge.plan_merge",
-        "merge.mergekit.plan_mergekit",
-    ):
-        monkeypatch.setattr(f"fused_merge.{place}", job.plan_by(place.rpartition(".")[2]))
+    places = {"checkpoints.interpolate": "plan_interpolation", "merge.merge": "plan_merge"}
+    for module, name in (places | {"merge.mergekit": "plan_mergekit"}).items():
+        monkeypatch.setattr(f"fused_merge.{module}.{name}", job.plan_by(name))
     return job

@@ -37,9 +37,6 @@ def check_wrong_usage(arguments, message, run, job):
     assert message in errors
 
 
-# --- interpolate
-
-
 def test_interpolate(run, files, tmp_path):
     out = tmp_path / "out"
     common = ["interpolate", *files, "--out", out]
@@ -163,9 +160,6 @@ def test_wrong_usage_of_interpolate(arguments, message, run, job):
     check_wrong_usage(["interpolate", "a", "b", *arguments.split()], message, run, job)
 
 
-# --- merge
-
-
 def test_merge_passes_everything_on(run, job):
     job.outputs = [Path("line")]
     arguments = "a", {"b": 0.5, "dir=1/c": -2.0}, "ties", Path("line")
@@ -235,9 +229,6 @@ def test_wrong_usage_of_merge(arguments, message, run, job):
     check_wrong_usage(["merge", *arguments.split()], message, run, job)
 
 
-# --- verify
-
-
 def test_verify_reads_every_folder(run, monkeypatch):
     monkeypatch.setattr("fused_merge.checkpoints.folders.verify_checkpoint", lambda folder: len(str(folder)) * 1000)
     document = '[{"path": "a", "bytes": 1000}, {"path": "bb", "bytes": 2000}]\n'
@@ -257,9 +248,6 @@ def test_verify_names_what_has_changed(run, files, tmp_path):
     code, printed, errors = run("verify", out / "r0.25", out / "r0.50")
     assert (code, printed.count("\n")) == (1, 1)
     assert re.fullmatch(r"error: .*'w'.*\n", errors)
-
-
-# --- plans
 
 
 def test_the_table_of_a_plan(run, job):

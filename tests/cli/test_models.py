@@ -51,13 +51,10 @@ def test_sweep_passes_everything_on(run, swept):
     assert swept.options == wanted | {"progress": False}
 
 
-def test_sweep_as_json(run, swept):
+def test_sweep_as_json_and_with_ratios_from_a_file(run, swept, tmp_path):
     code, printed, errors = run(*SWEEP, "--task", "x", "--json")
     document = {"rows": [], "front": ["0.5"], "files": swept.files}
     assert (code, json.loads(printed), errors) == (0, document, "a scorer at work\n")
-
-
-def test_sweep_with_ratios_from_a_file(run, swept, tmp_path):
     (tmp_path / "r.yaml").write_text("half: 0.5\nmixed: {'w': 0.75}\n")
     arguments = ["sweep", "a", "b", "--out", "out", "--scorer", "m:f", "--ratios-file", tmp_path / "r.yaml"]
     assert run(*arguments)[0] == 0
@@ -113,7 +110,7 @@ def test_sweep_of_two_models(run, tmp_path, monkeypatch):
     assert errors.startswith("error: scorer 'nothing' at ratio 0 returned nan, which is no finite number; correct it")
 
 
-def test_delta(run, files, tmp_path):
+def test_delta_is_written_and_replaces_no_checkpoint(run, files, tmp_path):
     out = tmp_path / "new" / "tau.safetensors"
     assert run("delta", *files, "--out", out) == (0, f"{out}\n", "")
     assert ReferenceDelta.load(out).tensor("w").tolist() == [1.0] * 3
@@ -130,9 +127,6 @@ def test_delta(run, files, tmp_path):
     code, _, errors = run("delta", *files, "--out", tmp_path / "other", "--reserve-rate", "0.5")
     assert (code, errors.startswith("error: method must be 'random' or 'magnitude'")) == (1, True)
     assert not (tmp_path / "other").exists()
-
-
-def test_delta_replaces_no_checkpoint(run, files):
     before = files[1].read_bytes()
     code, _, errors = run("delta", *files, "--out", files[1], "--overwrite")
     assert (code, errors.startswith(f"error: {files[1]} is a file that the delta is made of")) == (1, True)

@@ -124,11 +124,8 @@ def test_env(run, monkeypatch):
     assert report["impl"]["cpu"].startswith("none: FUSED_MERGE_IMPL must be one of")
 
 
-def test_version(run):
+def test_version_and_help_that_offers_completion(run):
     assert run("--version") == (0, f"fused-merge {__version__}\n", "")
-
-
-def test_completion_is_offered(run):
     code, printed, _ = run("--help")
     assert code == 0
     assert "--install-completion" in printed

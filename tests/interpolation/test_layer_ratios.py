@@ -211,23 +211,19 @@ def test_both_forms_are_to_be_read(tmp_path):
     )
     with_history = LayerRatios(ratios.parts, ratios.ratios, history=[{"ratios": (0.1, 0.2), "score": 1.5}])
     with_history.save(tmp_path / "r.json")
-    assert json.loads((tmp_path / "r.json").read_text()) == {
-        "parts": {
-            "layers 0-1": {"ratio": 0.2, "tensors": ["a.weight", "b.weight"]},
-            "layer 2": {"ratio": 1e-7, "tensors": ["c"]},
-        },
-        "history": [{"ratios": [0.1, 0.2], "score": 1.5}],
-    }
+    parts = {"layers 0-1": {"ratio": 0.2, "tensors": ["a.weight", "b.weight"]}}
+    parts |= {"layer 2": {"ratio": 1e-7, "tensors": ["c"]}}
+    history = [{"ratios": [0.1, 0.2], "score": 1.5}]
+    assert json.loads((tmp_path / "r.json").read_text()) == {"parts": parts, "history": history}
     with_history.save(tmp_path / "r.yaml")
-    assert LayerRatios.load(tmp_path / "r.yaml").history == ({"ratios": [0.1, 0.2], "score": 1.5},)
+    assert LayerRatios.load(tmp_path / "r.yaml").history == tuple(history)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["new", "r.json", "r.yaml", "r.yaml"]
 
 
 def test_numbers_as_people_write_them(tmp_path):
-    path = tmp_path / "r.yaml"
     parts = "a: {ratio: 1e-3, tensors: [x]}, b: {ratio: -2, tensors: [y]}, c: {ratio: .5, tensors: [z]}"
-    path.write_text(f"parts: {{{parts}}}")
-    assert LayerRatios.load(path).ratios == (1e-3, -2.0, 0.5)
+    (tmp_path / "r.yaml").write_text(f"parts: {{{parts}}}")
+    assert LayerRatios.load(tmp_path / "r.yaml").ratios == (1e-3, -2.0, 0.5)
 
 
 PART = '{"ratio": 0.5, "tensors": ["x"]}'
@@ -293,9 +289,8 @@ def test_files_that_cannot_be_read_or_written(tmp_path, monkeypatch):
     ratios.save(tmp_path / "r.yaml")
     monkeypatch.setitem(sys.modules, "yaml", None)
     for attempt, name in ((ratios.save, "s"), (LayerRatios.load, "r")):
-        with pytest.raises(
-            ImportError, match=rf"{name}\.yaml needs PyYAML: pip .*'fused_merge\[cli\]', or take a \.json"
-        ):
+        message = rf"{name}\.yaml needs PyYAML: pip .*'fused_merge\[cli\]', or take a \.json"
+        with pytest.raises(ImportError, match=message):
             attempt(tmp_path / f"{name}.yaml")
     ratios.save(tmp_path / "r.json")
     assert LayerRatios.load(tmp_path / "r.json") == ratios
@@ -315,9 +310,8 @@ def test_a_setting_is_looked_up_by_name():
     ratios = LayerRatios({".*": ["a"], "rest": ["b", "c.*"]}, [0.1, 0.2])
     assert per_tensor(ratios, ["c.*", "a"], what="ratio") == {"c.*": 0.2, "a": 0.1}
     assert per_tensor(ratios, [], what="ratio") == {}
-    with pytest.raises(
-        ValueError, match=r"LayerRatios given as weight lack 'c\.x', 'd'; make them from what is merged"
-    ):
+    message = r"LayerRatios given as weight lack 'c\.x', 'd'; make them from what is merged"
+    with pytest.raises(ValueError, match=message):
         per_tensor(ratios, ["a", "c.x", "d"], what="weight")
 
 

@@ -13,18 +13,11 @@ from tiny import llama
 
 from fused_merge.interpolation.layer_ratios import LayerRatios
 
-SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 3}
-SIZES |= {"max_position_embeddings": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+IDS = {"vocab_size": 32, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = IDS | {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 3}
+SIZES |= {"max_position_embeddings": 16, "pad_token_id": 0}
 GROUPED = SIZES | {"num_key_value_heads": 1, "head_dim": 8}
-GPT2 = {
-    "vocab_size": 32,
-    "n_embd": 16,
-    "n_layer": 3,
-    "n_head": 2,
-    "n_positions": 8,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+GPT2 = IDS | {"n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 8}
 T5 = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 2}
 LAYOUTS = [
     ("LlamaForCausalLM LlamaForSequenceClassification Qwen2ForCausalLM Qwen3ForCausalLM MistralForCausalLM", GROUPED),
@@ -199,11 +192,8 @@ def test_equal_parts_are_those_of_the_definition(depth):
 def test_26_layers_in_three_parts():
     names = ["model.embed_tokens.weight", *layers(26), "model.norm.weight", "lm_head.weight"]
     thirds = LayerRatios.by_parts(names, [0.2, 0.5, 0.9])
-    assert dict(thirds.parts) == {
-        "layers 0-8": tuple(names[:10]),
-        "layers 9-17": tuple(names[10:19]),
-        "layers 18-25": tuple(names[19:]),
-    }
+    expected = {"layers 0-8": names[:10], "layers 9-17": names[10:19], "layers 18-25": names[19:]}
+    assert {label: [*members] for label, members in thirds.parts.items()} == expected
     paper = LayerRatios.by_parts(names, [0.2, 0.5, 0.9], boundaries=[8, 16])
     counts = {label: len(members) for label, members in paper.parts.items()}
     assert counts == {"layers 0-7": 9, "layers 8-15": 8, "layers 16-25": 12}
@@ -278,19 +268,9 @@ TAKES = "outside takes 'head', 'embeddings', 'norm'"
         (layers(2), [], {}, "ratios is empty; give a number for each part"),
         (layers(2), [0.1, math.nan], {}, "a ratio of 'layer 1' must be finite, got nan"),
         ([], [0.1], {}, "there is no floating tensor to give a ratio; pass a model"),
-        (
-            ["lm_head.weight", "0.weight"],
-            [1],
-            {},
-            "no name is that of a numbered layer, .* but 'lm_head.weight', '0.wei",
-        ),
+        (["lm_head.weight", "0.w"], [1], {}, "no name is that of a numbered layer, .* but 'lm_head.weight', '0.w'"),
         ([*layers(1), "logit_scale"], [0.1], {}, f"cannot tell where 'logit_scale' belongs: it is {GIVE}, or use by_p"),
-        (
-            [*layers(1), "a.x", "router.3.x", "b", "c", "d"],
-            [0.1],
-            {},
-            "'a.x' belongs, nor 'router.3.x', 'b', 'c' and 1 m",
-        ),
+        ([*layers(1), "a.x", "router.3.x", *"bcd"], [0.1], {}, "'a.x' belongs, nor 'router.3.x', 'b', 'c' and 1 m"),
         (layers(3)[:1] * 2, [0.1], {}, "'model.layers.0.self_attn.q_proj.weight' is named twice when prefixes of wrap"),
         # Layer 1 of 2 alone: the lower half is empty.
         (layers(2)[1:], [0.1, 0.2], {}, "part 'layer 0' holds no tensor"),
@@ -305,12 +285,7 @@ TAKES = "outside takes 'head', 'embeddings', 'norm'"
         (layers(3), [0, 1], {"outside": {"norm": 2}}, "outside puts 'norm' into part 2, but parts are 0 to 1, or -1"),
         (layers(3), [0, 1], {"outside": {"norm": -3}}, "outside puts 'norm' into part -3"),
         (layers(3), [0, 1], {"outside": {"norm": "last"}}, "outside puts 'norm' into part 'last'"),
-        (
-            layers(3),
-            [0, 1],
-            {"outside": {"embedding": 0}},
-            f"{TAKES} and names, but part key 'embedding' matches no tens",
-        ),
+        (layers(3), [0, 1], {"outside": {"embed": 0}}, f"{TAKES} and names, but part key 'embed' matches no tens"),
         (layers(3), [0, 1], {"outside": {"(": 0}}, r"outside takes .*part key '\(' is not a regular expression"),
     ],
 )

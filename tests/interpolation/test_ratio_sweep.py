@@ -159,8 +159,7 @@ def test_an_untied_model_and_tied_checkpoints():
 
 def test_gradients_are_left_alone_and_flow_inside():
     model = llama(2)
-    sweep = RatioSweep(model, llama(0), llama(1))
-    with sweep.at(0.5):
+    with RatioSweep(model, llama(0), llama(1)).at(0.5):
         model(torch.arange(4)[None], labels=torch.arange(4)[None]).loss.backward()
     assert all(parameter.grad is not None and parameter.requires_grad for parameter in model.parameters())
 
@@ -174,9 +173,8 @@ def test_one_point_at_a_time():
     with sweep.at(0.3):
         for ratio in (0.3, 0.6):
             sweep.move_to(ratio)
-            with pytest.raises(
-                RuntimeError, match=f"the model is at ratio {ratio} already; leave that block, or use mov"
-            ):
+            message = f"the model is at ratio {ratio} already; leave that block, or use mov"
+            with pytest.raises(RuntimeError, match=message):
                 sweep.at(0.4).__enter__()
         with pytest.raises(ValueError, match="a ratio must be finite, got inf"):
             sweep.at(float("inf")).__enter__()
@@ -199,15 +197,11 @@ def test_storage_shared_with_an_end():
 
 
 def test_models_that_do_not_fit():
-    base, tuned = llama(0), llama(1)
+    base, tuned = whole = llama(0), llama(1)
     headless = [{n: t for n, t in m.state_dict().items() if n != "lm_head.weight"} for m in (base, tuned)]
     half = llama(0, dtype=torch.bfloat16)
     for model, ends, message in (
-        (
-            llama(2, vocabulary=50),
-            (base, tuned),
-            r"model \(module\) and base \(module\) do not .* \[50, 16\] and \[48,",
-        ),
+        (llama(2, vocabulary=50), whole, r"model \(module\) and base \(module\) do not .* \[50, 16\] and \[48,"),
         (llama(2), (half, tuned), r"is torch.bfloat16 and torch.float32.*; both must be of one arch.*one dtype"),
         (llama(2, tied=False), headless, r"base \(state dict\) lacks 'lm_head.weight' of model \(module\)"),
     ):

@@ -78,9 +78,7 @@ def test_ddp_reduces_no_gradient_meanwhile_and_all_afterwards(pair):
         ("journal", 0, OSError, "cannot write .*journal.json"),
         ("later journal", 0, OSError, "cannot write .*journal.json"),
         ("base", 1, ValueError, "do not match: .* is torch.float64 and torch.float32"),
-        (5, 1, OSError, "the disk went away"),
-        (15, 1, OSError, "the disk went away"),
-        (25, 1, OSError, "the disk went away"),
+        *((nth, 1, OSError, "the disk went away") for nth in (5, 15, 25)),
     ],
 )
 def test_what_stops_one_process_stops_both(kind, fault, first, error, message, pair, tmp_path):

@@ -16,16 +16,10 @@ from fused_merge.methods import MERGE_METHODS
 DATA = Path(__file__).parent / "mergekit"
 CASES = sorted(path.stem for path in DATA.glob("*.yaml"))
 
-NAMES = [
-    "model.embed_tokens.weight",
-    "model.layers.0.self_attn.q_proj.weight",
-    "model.layers.0.mlp.up_proj.weight",
-    "model.layers.1.mlp.up_proj.weight",
-    "model.layers.2.mlp.up_proj.weight",
-    "model.norm.weight",
-    "lm_head.weight",
-]
-EMBED, Q0, UP0, UP1, UP2, NORM, HEAD = NAMES
+EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+Q0, *UPS = [f"model.layers.{name}.weight" for name in ("0.self_attn.q_proj", *(f"{i}.mlp.up_proj" for i in range(3)))]
+UP0, UP1, UP2 = UPS
+NAMES = [EMBED, Q0, *UPS, NORM, HEAD]
 
 
 @pytest.fixture
@@ -216,9 +210,7 @@ def test_slices_and_the_nearest_parameter(read):
     # Embeddings belong to the first slice, what follows the layers to the last.
     assert weights(recipe) == [(3,), (3,), (1,), (2,), (6,), (4,), (5,)]
     assert weights(recipe, [*NAMES, "gpt_neox.embed_out.weight"])[-1] == (5,)
-
-
-def test_a_gradient_runs_over_the_layers_of_its_slice(read):
+    # A gradient runs over the layers of its slice.
     recipe = read(slices("ties", ((0, 1), "weight: [1, 2]", ""), ((1, 3), "weight: [3, 4]", "")))
     assert weights(recipe) == [(1,), (2,), (2,), (3,), (4,), (3,), (3,)]
 
@@ -228,13 +220,10 @@ def test_weights_of_a_sum_may_cancel(read):
     assert weights(read(text)) == [(1, -1)] * 7
 
 
-def test_slices_of_slerp(read):
+def test_slices_of_slerp_and_their_base(read):
     recipe = read(slices("slerp", ((0, 3), "", "t: [0, 1]"), more="base_model: a\n"))
     assert (recipe.base, recipe.models) == (Path("a"), (Path("base"),))
     assert weights(recipe) == [(0,), (0,), (0,), (0.5,), (1,), (0,), (0,)]
-
-
-def test_a_base_of_slices(read):
     text = slices("slerp", ((0, 3), "", "t: 0.5"), more="")
     assert read(text.replace("  - parameters", "  - base_model: a\n    parameters")).base == Path("a")
 
@@ -248,6 +237,7 @@ def test_options_may_stand_at_every_slice(read):
 # --- what is refused
 
 TIES = "merge_method: ties"
+OTHERS = r"slices\[1\] has other sources or another base than slices\[0\]"
 
 
 def ties(*entries, **more):
@@ -310,11 +300,8 @@ def sliced(*ranges, own=("", ""), more="base_model: base\n"):
         (sliced((2, 2)), r"slices\[0\], sources has layer_range \[2, 2\]; write .first, last"),
         (sliced((0, "x")), r"slices\[0\], sources has layer_range \[0, 'x'\]; write \[first, last"),
         (sliced((0, 3)).replace("[0, 3]", "[0, 2]", 1), r"slices\[0\] .* \[\(0, 2\), \(0, 3\)\]; stack"),
-        (
-            sliced((0, 2), (2, 3)).replace("a, layer_range: [2", "b, layer_range: [2"),
-            r"slices\[1\] has other sources or another base than slices\[0\], or another order of them",
-        ),
-        (sliced((0, 2), (2, 3)) + "    base_model: a\n", r"slices\[1\] has other sources or another base than slices"),
+        (sliced((0, 2), (2, 3)).replace("a, layer_range: [2", "b, layer_range: [2"), f"{OTHERS}, or another order of"),
+        (sliced((0, 2), (2, 3)) + "    base_model: a\n", OTHERS),
         (f"{TIES}\nslices: [{{residual_weight: 1}}]", r"slices\[0\] has the key 'residual_weight'; supported are"),
     ],
 )

@@ -60,9 +60,6 @@ def kth(delta, k):
     return int(np.partition(patterns, patterns.size - k)[patterns.size - k])
 
 
-# --- the k-th largest magnitude
-
-
 @WIDE
 @pytest.mark.parametrize("numel", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 1000])
 def test_the_kth_magnitude_is_that_of_a_sort(wide, numel, tmp_path, small_digits):
@@ -162,9 +159,6 @@ def test_any_patterns(data, patterns, tmp_path, small_digits):
     assert kth_magnitude([pair], k, unread) == kth(quiet, k)
 
 
-# --- inner products
-
-
 def products(a, b):
     return tuple(float(inner_product(*two)) for two in ((a, a), (b, b), (a, b)))
 
@@ -196,9 +190,6 @@ def test_inner_products_of_16_bits_are_taken_in_fp32(tmp_path):
     torch.manual_seed(0)
     base, model = torch.randn(300).bfloat16(), torch.randn(300).half()
     assert inner_products(pair_of(tmp_path, base, model), unread) == products(base.float(), model.float())
-
-
-# --- files that are not what they were
 
 
 def test_a_file_that_ends_early_or_is_gone(tmp_path):
