@@ -353,10 +353,3 @@ def test_masters_that_a_dtype_cannot_have_are_refused(dtype, options, sentence):
         optimizer.step()
     assert torch.equal(param, torch.ones(3, dtype=dtype))
     assert not optimizer.state
-
-
-@pytest.mark.parametrize("master", ["fp32", "split"])
-def test_a_master_is_not_rounded_at_random(master):
-    param = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match=f"rounding='stochastic' and master='{master}' exclude each other: .*choose"):
-        optimizer_of(param, torch.ones(3), rounding="stochastic", master=master)

@@ -93,7 +93,9 @@ class Run:
         self.theta, self.m, self.v, self.full = (x.astype(np.float64) for x in (theta, m, v, tau))
         self.t = t
         self.name = name
-        self.o = {"reserve_rate": 1.0, "seed": 0, "project": None, "merge_every": 1} | options
+        self.o = {"reserve_rate": 1.0, "seed": 0, "merge_every": 1, "rescale": True, "vote": "reference"}
+        self.o |= {"project": None, "project_on": "gradient", "project_over": "tensor", "project_strength": 1.0}
+        self.o |= options
         self.tau = self.sparsified(self.full, 0, 1)
         self.anchor, self.since = self.theta.copy(), 1.0
 
@@ -103,31 +105,21 @@ class Run:
             return x
         if method == "onsoft":
             return soft(x, p)
-        chosen = (
-            keep(x.size, p, self.o["seed"], step, self.name, domain).reshape(x.shape)
-            if method == "ondare"
-            else top(x, p)
-        )
-        return np.where(chosen, x, 0)
+        if method == "onties":
+            return np.where(top(x, p), x, 0)
+        return np.where(keep(x.size, p, self.o["seed"], step, self.name, domain).reshape(x.shape), x, 0)
 
     def projected(self, x: Array, on: str) -> Array:
         o = self.o
-        if o["project"] is None or o.get("project_on", "gradient") != on:
+        if o["project"] is None or o["project_on"] != on:
             return x
-        return projected(
-            x,
-            self.full,
-            o["project"],
-            o.get("project_strength", 1.0),
-            o.get("project_over", "tensor"),
-            on == "gradient",
-        )
+        return projected(x, self.full, o["project"], o["project_strength"], o["project_over"], on == "gradient")
 
     def merged(self, u: Array) -> Array:
         """F(u) ⊕ F(tau) of this step."""
         o = self.o
-        scale = 1 / o["reserve_rate"] if o["method"] == "ondare" and o.get("rescale", True) else 1.0
-        consensus = o.get("vote", "reference") if o["method"] == "onties" else "linear"
+        scale = 1 / o["reserve_rate"] if o["method"] == "ondare" and o["rescale"] else 1.0
+        consensus = o["vote"] if o["method"] == "onties" else "linear"
         u = self.sparsified(u, self.t, 0)
         return merged(u, self.tau, scale * (1 - o["alpha"]), scale * o["alpha"], consensus)
 

@@ -26,6 +26,17 @@ import fused_merge as fm
         ({"reserve_rate": 0.0}, r"reserve_rate must lie in \(0, 1\], got 0.0"),
         ({"missing": "skip"}, "missing must be 'error' or 'plain', got 'skip'"),
         ({"impl": "cuda"}, "impl must be one of"),
+        ({"merge_every": 0}, "merge_every must be a whole number of steps, at least 1, got 0"),
+        ({"merge_every": -1}, "merge_every must be a whole number of steps, at least 1, got -1"),
+        ({"merge_every": 2.0}, "merge_every must be a whole number of steps, at least 1, got 2.0"),
+        ({"stats_every": -1}, "stats_every must be at least 0, got -1"),
+        *(
+            (
+                {"rounding": "stochastic", "master": m},
+                f"rounding='stochastic' and master='{m}' exclude each other: .*choose",
+            )
+            for m in ("fp32", "split")
+        ),
         ({"method": "dare"}, "unknown method 'dare'"),
         ({"vote": "paper"}, "method 'ondare' has no option 'vote'"),
         ({"method": "onties", "rescale": False}, "method 'onties' has no option 'rescale'"),

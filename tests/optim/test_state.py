@@ -28,38 +28,6 @@ from fused_merge.eager.sparse import SparseTensor
 from fused_merge.optim import merging_adamw
 
 
-@pytest.mark.parametrize("method", ["ondare", "onties"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_state_holds_three_tensors_and_no_delta(method, dtype, delta):
-    model, optimizer = training(delta, method, dtype)
-    run(optimizer, model, 2)
-    for p in model.parameters():
-        assert p.dtype == dtype
-        state = optimizer.state[p]
-        assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
-        assert state["step"].shape == ()
-        assert state["step"].dtype == state["exp_avg"].dtype == torch.float32
-        assert state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape
-
-
-@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0)], ids=["float", "tensor"])
-def test_the_probe_of_a_state_dict_moves_no_weight(lr, delta):
-    model, optimizer = training(delta, lr=lr, alpha=0.5)
-    before = copy.deepcopy(model.state_dict())
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert all(optimizer.state[p]["step"] == 1 for p in model.parameters())
-
-
-def test_the_delta_follows_a_moved_parameter(delta):
-    _, optimizer = training(delta)
-    optimizer.bind()
-    elsewhere = torch.device("meta")
-    assert optimizer._binding.of("head.weight", elsewhere).tau.device == elsewhere
-
-
 def unpickled(pair):
     return pickle.loads(pickle.dumps(pair))
 
