@@ -154,7 +154,7 @@ def rounded_once(x: torch.Tensor) -> torch.Tensor:
 
 
 def ordered(x: torch.Tensor) -> torch.Tensor:
-    """Return bf16 as integers in the order of the values: neighbours are one apart, and both zeros are 0."""
+    """Return bf16 as integers in the order of the values: neighbors are one apart, and both zeros are 0."""
     bits = x.view(torch.int16).long()
     return torch.where(bits >= 0, bits, -(2**15) - bits)
 

@@ -170,8 +170,8 @@ def draw(path: Path, rows: Sequence[Row], count: int, where: Mapping[str, Any]) 
             [scale * (row.seconds - row.seconds_min) for row, scale in zip(bars, scales, strict=True)],
             [scale * (row.seconds_max - row.seconds) for row, scale in zip(bars, scales, strict=True)],
         ]
-        colours = [ours if row.provider in OURS else others for row in bars]
-        axis.barh(names, times, xerr=ranges, color=colours, height=0.62, error_kw={"ecolor": ink, "elinewidth": 1})
+        colors = [ours if row.provider in OURS else others for row in bars]
+        axis.barh(names, times, xerr=ranges, color=colors, height=0.62, error_kw={"ecolor": ink, "elinewidth": 1})
         for i, row in enumerate(bars):
             text = f"{row.all_ratios:.3g} s" + (f", {row.against_dd:.1f} x dd" if row.against_dd else "")
             axis.annotate(

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from checkpoint_pair import Failure, Pair
 from safetensors.torch import load_file, save_file
 
-# What a child runs. It imports its neighbours, so without -P.
+# What a child runs. It imports its neighbors, so without -P.
 SCRIPT = Path(__file__).with_name("bench_checkpoints.py")
 DD, NAIVE, YAML, MULTI = "dd", "naive torch", "mergekit-yaml", "mergekit-multi"
 CALL, COMMAND, PER_RATIO = OURS = ("fused_merge call", "fused_merge command", "fused_merge per ratio")

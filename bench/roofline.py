@@ -34,7 +34,7 @@ LOOP = 0.5
 # Of the instructions of a round of a search, those that look at all elements and not at a list.
 LOOK = 0.5
 ELEMENTS_PER_THREAD = 8
-# Neighbours that the kernels touch together or not at all.
+# Neighbors that the kernels touch together or not at all.
 GROUP = 8
 
 MODELS = {"0.5 B": 5e8, "7 B": 7e9}

@@ -21,7 +21,7 @@ def project_ratios(x: Vector, mean: float, metric: Vector | None = None) -> Vect
     """Return the point of {0 <= r_k <= 1, mean of r_k = `mean`} that is nearest to x.
 
     Nearest is what has the least sum of metric_k * (r_k - x_k)^2, the metric being positive; None is 1 for all. It is
-    clip(x - s / metric, 0, 1) for one s, which is bisected down to two neighbouring numbers; between what they give
+    clip(x - s / metric, 0, 1) for one s, which is bisected down to two neighboring numbers; between what they give
     lies the mean, however coarse numbers are there.
     """
     if mean in (0.0, 1.0):

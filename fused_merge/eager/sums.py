@@ -1,4 +1,4 @@
-"""The one way in which this library adds up many numbers: a binary tree over neighbours.
+"""The one way in which this library adds up many numbers: a binary tree over neighbors.
 
 The row-major elements, padded with zeros to a power of two, are added in adjacent pairs, the sums in adjacent pairs
 again, until one is left: the sum of an aligned block of 2^k elements is a node of the same tree.

@@ -30,7 +30,7 @@ def inner_products(
 ) -> list[Tensor]:
     """Return <s*x, y - z> of each of T tensors, without writing the difference; without `ys` <s*x, s*x>.
 
-    Each is one defined sum, a binary tree over row-major neighbours, in fp32 (fp64 where a tensor is fp64): it does not
+    Each is one defined sum, a binary tree over row-major neighbors, in fp32 (fp64 where a tensor is fp64): it does not
     depend on what else is summed, on block sizes or on the backend.
 
     Args:

@@ -63,7 +63,7 @@ def test_adam_in_noise_comes_near_the_optimum():
 
 
 def test_the_mean_is_exact_however_coarse_numbers_are_there():
-    # Neighbours of 1e9 are 1e-7 apart.
+    # Neighbors of 1e9 are 1e-7 apart.
     found = project_ratios(np.array([1e9, 1e9 + 0.3, -5.0, 1e9 + 0.1]), 0.4)
     assert found.mean() == pytest.approx(0.4, abs=1e-15)
     assert found[2] == 0.0

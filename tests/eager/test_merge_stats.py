@@ -57,7 +57,7 @@ def test_a_conflict_needs_both_signs():
     ("stored", "start", "lost"),
     [
         # 0.5 * tau adds 1.5 to the second element and 2 to the last. Numbers at 2^25 are 4 apart, and 2^25 + 2 goes
-        # to the even neighbour: the half of tau is lost.
+        # to the even neighbor: the half of tau is lost.
         (torch.float32, [1.0, 1.0, 1.0, 2.0**25], 0.5),
         (torch.float32, [1.0, 1.0, 1.0, 2.0**24], 0.0),
         (torch.float32, [2.0**30] * 4, 1.0),
@@ -132,7 +132,7 @@ def test_the_optimizer_reports_its_step():
 
 @pytest.mark.parametrize(("master", "lost"), [("none", 1.0), ("fp32", 0.0), ("split", 0.0)])
 def test_a_master_loses_less(master, lost):
-    # alpha * tau = 2^-10, where the neighbours of 1 in bf16 are at least 2^-8 away.
+    # alpha * tau = 2^-10, where the neighbors of 1 in bf16 are at least 2^-8 away.
     options = {"alpha": 2.0**-6, "lr": 2.0**-12, "stats_every": 1}
     optimizer = of([1.0] * 4, [2.0**-4] * 4, torch.bfloat16, master=master, **options)
     assert step(optimizer)["lost"] == lost
@@ -196,7 +196,7 @@ def test_asking_without_collecting_is_refused():
 @pytest.mark.parametrize(
     ("dtype", "options", "lost"),
     [
-        # alpha * tau = 2^-10; the neighbours of 1 in bf16 are 2^-7 away, in fp16 2^-10.
+        # alpha * tau = 2^-10; the neighbors of 1 in bf16 are 2^-7 away, in fp16 2^-10.
         (torch.bfloat16, {}, "100 % of 'w'"),
         (torch.float16, {}, None),
         (torch.float32, {}, None),

@@ -50,15 +50,15 @@ def test_bf16_equals_a_calculation_in_integers():
 def test_fp16_equals_a_calculation_in_fp64():
     x = torch.cat([WIDE, draw(500, 1e-8, 4)]).numpy()
     nearest = x.astype(np.float16)
-    neighbour = np.nextafter(nearest, np.where(x > nearest, np.inf, -np.inf).astype(np.float16))
-    distance, gap = (np.abs(y.astype(np.float64) - nearest) for y in (x, neighbour))
-    expected = np.where(random16(x.size) * gap < 65536 * distance, neighbour, nearest)
+    neighbor = np.nextafter(nearest, np.where(x > nearest, np.inf, -np.inf).astype(np.float16))
+    distance, gap = (np.abs(y.astype(np.float64) - nearest) for y in (x, neighbor))
+    expected = np.where(random16(x.size) * gap < 65536 * distance, neighbor, nearest)
     ours = rounded(torch.from_numpy(x), torch.float16).numpy()
     assert np.array_equal(ours.view(np.int16), expected.view(np.int16))
     assert 0.2 < (ours != nearest).mean() < 0.3
 
 
-# Values between two neighbours, and where between: (x, error, dtype, low, high).
+# Values between two neighbors, and where between: (x, error, dtype, low, high).
 BETWEEN = [
     (1.0 + 2.0**-9, 0.0, torch.bfloat16, 1.0, 1.0 + 2.0**-7),
     (-1.0 - 3 * 2.0**-10, 0.0, torch.bfloat16, -1.0 - 2.0**-7, -1.0),
@@ -82,7 +82,7 @@ BETWEEN = [
 
 
 @pytest.mark.parametrize(("x", "error", "dtype", "low", "high"), BETWEEN)
-def test_the_mean_is_the_number_and_only_its_neighbours_come(x, error, dtype, low, high):
+def test_the_mean_is_the_number_and_only_its_neighbors_come(x, error, dtype, low, high):
     n = 100_000
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     values = rounded(torch.full((n,), x, dtype=wide), dtype, error=torch.full((n,), error, dtype=wide))

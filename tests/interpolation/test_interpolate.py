@@ -22,7 +22,7 @@ def pair(n, dtype, seed=0):
 
 
 def ordered(tensor):
-    """Bit patterns as integers in the order of the values: neighbours are one ulp apart."""
+    """Bit patterns as integers in the order of the values: neighbors are one ulp apart."""
     pattern = tensor.view(PATTERN[tensor.dtype]).long()
     return torch.where(pattern >= 0, pattern, torch.iinfo(PATTERN[tensor.dtype]).min - pattern)
 

@@ -68,7 +68,7 @@ def options_of(recipe):
 
 
 def ordered(tensor):
-    """Bit patterns as integers in the order of the values: neighbours are one ulp apart."""
+    """Bit patterns as integers in the order of the values: neighbors are one ulp apart."""
     pattern = tensor.bfloat16().view(torch.int16).long()
     return torch.where(pattern >= 0, pattern, torch.iinfo(torch.int16).min - pattern)
 

@@ -91,7 +91,7 @@ def test_every_rank_of_zeros_ties_subnormals_infinities_and_nan(wide, tmp_path, 
 
 
 @WIDE
-def test_neighbouring_patterns_are_told_apart(wide, tmp_path):
+def test_neighboring_patterns_are_told_apart(wide, tmp_path):
     # They share all digits but the last one.
     patterns = torch.arange(300, dtype=PATTERN[wide][1]) + torch.tensor(1.5, dtype=wide).view(PATTERN[wide][1])
     model = patterns.view(wide)[torch.randperm(300)]
