@@ -125,26 +125,26 @@ def merge_rule(
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; the methods are {', '.join(map(repr, METHODS))}")
-    row = METHODS[method]
+    chosen = METHODS[method]
     o = resolve({"reserve_rate": reserve_rate, **options}, RuleOptions)
-    rate, rescale, vote, project = o["reserve_rate"], o["rescale"], o["vote"], o["project"] or row.project
-    if rate is not None and row.update == row.tau == "none":
+    rate, rescale, vote, project = o["reserve_rate"], o["rescale"], o["vote"], o["project"] or chosen.project
+    if rate is not None and chosen.update == chosen.tau == "none":
         raise ValueError(f"method {method!r} has no option 'reserve_rate': it keeps everything; leave it out")
-    if rescale is not None and row.update != "random":
+    if rescale is not None and chosen.update != "random":
         raise ValueError(f"method {method!r} has no option 'rescale': it drops nothing at random; leave it out")
-    if vote is not None and row.consensus != "sign":
-        raise ValueError(f"method {method!r} has no option 'vote': its consensus is {row.consensus}; leave it out")
+    if vote is not None and chosen.consensus != "sign":
+        raise ValueError(f"method {method!r} has no option 'vote': its consensus is {chosen.consensus}; leave it out")
     if o["project_strength"] != 1.0 and project != "onto":
         raise ValueError("project_strength is an option of project='onto'; a conflict is removed whole")
     if rate is None:
-        rate = 1.0 if row.update == "none" else 0.01
+        rate = 1.0 if chosen.update == "none" else 0.01
     return MergeRule(
-        row.update,
-        row.tau,
-        f"sign_{vote or 'reference'}" if row.consensus == "sign" else row.consensus,
+        chosen.update,
+        chosen.tau,
+        f"sign_{vote or 'reference'}" if chosen.consensus == "sign" else chosen.consensus,
         rate,
         rate if tau_reserve_rate is None else tau_reserve_rate,
-        row.update == "random" if rescale is None else rescale,
+        chosen.update == "random" if rescale is None else rescale,
         project,
         *(o[name] for name in ("project_strength", "project_over", "project_on", "rounding")),
     )

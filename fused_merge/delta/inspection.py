@@ -120,17 +120,17 @@ def _measure(name: str, tau: Tensor, base: Tensor | None, other: Tensor | None, 
 
 
 def _quantities(sums: Mapping[str, float]) -> dict[str, float | None]:
-    """Return what a row tells, of the sums that there are."""
+    """Return what a report tells of one tensor or of all, from the sums that there are."""
     norm = math.sqrt(sums["tau_squares"])
-    row = {"numel": sums["numel"], "norm": norm, "density": _quotient(sums["nonzero"], sums["numel"])}
+    report = {"numel": sums["numel"], "norm": norm, "density": _quotient(sums["nonzero"], sums["numel"])}
     if "base_squares" in sums:
-        row["relative_norm"] = _quotient(norm, math.sqrt(sums["base_squares"]))
+        report["relative_norm"] = _quotient(norm, math.sqrt(sums["base_squares"]))
     if "top" in sums:
-        row["kept"] = _quotient(sums["top"], sums["numel"])
+        report["kept"] = _quotient(sums["top"], sums["numel"])
     if "other_squares" in sums:
-        row["cosine"] = _quotient(sums["dot"], norm * math.sqrt(sums["other_squares"]))
-        row["sign_agreement"] = _quotient(sums["agree"], sums["both"])
-    return row
+        report["cosine"] = _quotient(sums["dot"], norm * math.sqrt(sums["other_squares"]))
+        report["sign_agreement"] = _quotient(sums["agree"], sums["both"])
+    return report
 
 
 def _quotient(a: float, b: float) -> float | None:

@@ -105,22 +105,22 @@ def group(
     chosen: Mapping[torch.device, str],
     tensors: Sequence[Tensor],
     names: Sequence[str],
-    refusals: Sequence[str | None],
+    reasons: Sequence[str | None],
 ) -> list[Share]:
     """Decide what runs which tensors, before anything is changed.
 
     Args:
         impl, tensors: as for `choose`, which returned `chosen`.
         names: tensor names, used in error messages.
-        refusals: why the kernels cannot take each tensor, or None; a RuntimeError if `impl` is "triton".
+        reasons: why the kernels cannot take each tensor, or None; a RuntimeError if `impl` is "triton".
     """
     explicit = check_impl(impl) == "triton"
     shares: dict[tuple[str, torch.device], Share] = {}
-    for index, (tensor, name, refusal) in enumerate(zip(tensors, names, refusals, strict=True)):
+    for index, (tensor, name, reason) in enumerate(zip(tensors, names, reasons, strict=True)):
         runs = chosen[tensor.device]
-        if runs == "triton" and refusal:
+        if runs == "triton" and reason:
             if explicit:
-                raise RuntimeError(f"impl='triton' cannot serve {name}: {refusal}; use impl='auto'")
+                raise RuntimeError(f"impl='triton' cannot serve {name}: {reason}; use impl='auto'")
             runs = "eager"
         shares.setdefault((runs, tensor.device), Share(runs, tensor.device, [])).members.append(index)
     return list(shares.values())

@@ -69,13 +69,13 @@ def inner_products(
     names = [f"tensor {i}" for i in range(len(xs))]
     workspace = workspace or Workspace()
     chosen = backend.choose(impl, xs)
-    refusals: Sequence[str | None] = [None] * len(xs)
+    reasons: Sequence[str | None] = [None] * len(xs)
     if "triton" in chosen.values():
         from fused_merge.kernels import sums
 
-        refusals = [sums.why_unsupported(triple) for triple in triples]
+        reasons = [sums.why_unsupported(triple) for triple in triples]
     results: dict[int, Tensor] = {}
-    for share in backend.group(impl, chosen, xs, names, refusals):
+    for share in backend.group(impl, chosen, xs, names, reasons):
         own = [triples[i] for i in share.members]
         if share.backend == "triton":
             plan = workspace.keep(("products", share.device), sums.Plan)

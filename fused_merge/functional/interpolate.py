@@ -50,15 +50,15 @@ def interpolate(
     pairs = list(zip(bases, tuneds, strict=True))
     if outs is None:
         outs = [
-            [torch.empty_like(base, memory_format=torch.contiguous_format) for _ in row]
-            for base, row in zip(bases, per_tensor, strict=True)
+            [torch.empty_like(base, memory_format=torch.contiguous_format) for _ in weights]
+            for base, weights in zip(bases, per_tensor, strict=True)
         ]
-    for index, ((base, tuned), points, row) in enumerate(zip(pairs, outs, per_tensor, strict=True)):
+    for index, ((base, tuned), points, weights) in enumerate(zip(pairs, outs, per_tensor, strict=True)):
         for tensor in (base, tuned, *points):
             if not tensor.is_floating_point():
                 raise ValueError(f"tensor {index}: only floating tensors can be interpolated, got {tensor.dtype}")
-        if len(points) != len(row):
-            raise ValueError(f"tensor {index}: {len(row)} ratios need as many outputs, got {len(points)}")
+        if len(points) != len(weights):
+            raise ValueError(f"tensor {index}: {len(weights)} ratios need as many outputs, got {len(points)}")
         for other in (tuned, *points):
             if (other.shape, other.device) != (base.shape, base.device):
                 raise ValueError(
@@ -67,12 +67,12 @@ def interpolate(
                 )
 
     chosen = backend.choose(impl, bases)
-    refusals: Sequence[str | None] = [None] * len(bases)
+    reasons: Sequence[str | None] = [None] * len(bases)
     if "triton" in chosen.values():
         from fused_merge.kernels import interpolate as kernel
 
-        refusals = [kernel.why_unsupported(*pair, points) for pair, points in zip(pairs, outs, strict=True)]
-    for share in backend.group(impl, chosen, bases, [f"tensor {i}" for i in range(len(bases))], refusals):
+        reasons = [kernel.why_unsupported(*pair, points) for pair, points in zip(pairs, outs, strict=True)]
+    for share in backend.group(impl, chosen, bases, [f"tensor {i}" for i in range(len(bases))], reasons):
         if share.backend == "triton":
             columns = (bases, tuneds, per_tensor, outs)
             kernel.interpolate(*([column[i] for i in share.members] for column in columns))
@@ -91,8 +91,8 @@ def interpolate(
 def _ratios_per_tensor(ratios: Sequence[float] | Sequence[Sequence[float]], tensors: int) -> list[list[float]]:
     """Return the ratios of each tensor, all of them finite."""
     shared = [ratio for ratio in ratios if not isinstance(ratio, Sequence)]
-    own = [[float(ratio) for ratio in row] for row in ratios if isinstance(row, Sequence)]
+    own = [[float(ratio) for ratio in each] for each in ratios if isinstance(each, Sequence)]
     per_tensor = own or [[float(ratio) for ratio in shared]] * tensors
     if (shared and own) or len(per_tensor) != tensors:
         raise ValueError(f"ratios must be one list of numbers, or a list for each of the {tensors} tensors")
-    return [[finite(ratio, what="ratio") for ratio in row] for row in per_tensor]
+    return [[finite(ratio, what="ratio") for ratio in each] for each in per_tensor]

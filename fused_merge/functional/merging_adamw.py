@@ -69,13 +69,13 @@ def prepare(
     hyper = hyper._replace(update_scale=rule.scale(rule.reserve_rate), tau_scale=rule.scale(rule.tau_reserve_rate))
     params = [o.param for o in operands]
     chosen = backend.choose(impl, params, worth_compiling=True)
-    refusals: Sequence[str | None] = [None] * len(operands)
+    reasons: Sequence[str | None] = [None] * len(operands)
     if "triton" in chosen.values():
         from fused_merge.kernels import launch
 
-        refusals = [launch.why_unsupported(o, rule) for o in operands]
+        reasons = [launch.why_unsupported(o, rule) for o in operands]
     shares: list[tuple[backend.Share, Any]] = []
-    for share in backend.group(impl, chosen, params, [o.name for o in operands], refusals):
+    for share in backend.group(impl, chosen, params, [o.name for o in operands], reasons):
         launches = None
         if share.backend == "triton":
             plan = workspace.keep(("step", share.device), launch.Plan)

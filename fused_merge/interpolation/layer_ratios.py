@@ -201,14 +201,14 @@ class LayerRatios(NamedRatios):
         parts, history = content["parts"], content.get("history", [])
         if not isinstance(parts, dict) or not parts:
             raise ValueError(f"{path} has no mapping from parts to their ratio and tensors under 'parts'; correct it")
-        for label, row in parts.items():
-            if not isinstance(row, dict) or row.keys() != {"ratio", "tensors"} or not isinstance(row["tensors"], list):
+        for label, own in parts.items():
+            if not isinstance(own, dict) or own.keys() != {"ratio", "tensors"} or not isinstance(own["tensors"], list):
                 raise ValueError(f"{path} gives part {label!r} not just a ratio and a list of tensors; correct it")
         if not isinstance(history, list) or not all(isinstance(step, dict) for step in history):
             raise ValueError(f"{path} has a history that is no list of mappings; correct it")
         try:
-            ratios = [_number(row["ratio"], label) for label, row in parts.items()]
-            return cls({label: row["tensors"] for label, row in parts.items()}, ratios, history=history)
+            ratios = [_number(own["ratio"], label) for label, own in parts.items()]
+            return cls({label: own["tensors"] for label, own in parts.items()}, ratios, history=history)
         except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"{path}: {error}") from error
 
