@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,17 @@ def _small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command in this process; returns exit code, standard output and standard error."""
+    from fused_merge.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fused-merge", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code or 0, *capsys.readouterr()
+
+    return run

@@ -10,6 +10,7 @@ import pytest
 import torch
 from bits import same_bits
 from folders import everything_in, load, manifest_of
+from jobs import count_bytes_read
 from safetensors.torch import load_file, save_file
 from tiny import llama, save, write_raw
 from transformers import LlamaForCausalLM
@@ -56,14 +57,7 @@ def test_each_byte_is_read_once(tmp_path, monkeypatch):
     torch.manual_seed(0)
     tensors = {"w": torch.randn(700, 1000), "b": torch.randn(3).bfloat16(), "n": torch.arange(5)}
     ends = save_ends(tmp_path, tensors, tensors)
-    reads = []
-    read = engine.read_into
-
-    def counted(handle, path, view, at):
-        reads.append((path, at, len(view)))
-        read(handle, path, view, at)
-
-    monkeypatch.setattr(engine, "read_into", counted)
+    reads = count_bytes_read(monkeypatch, engine)
     interpolate_checkpoints(*ends, [0.1, 0.2, 0.3], tmp_path / "out")
     for end in ends:
         begun = read_header(end).data

@@ -1,28 +1,12 @@
-"""What the tests of all commands share: the command in this process, two files, and a job that writes nothing."""
+"""What the tests of all commands share: two files, and a job that writes nothing."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-
-from fused_merge.cli import main
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command in this process; returns exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fused-merge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 from tiny import count_reads, llama, save
 
-from fused_merge.cli import main
 from fused_merge.delta import inspection
 from fused_merge.delta.inspection import inspect_delta, layer_name
 from fused_merge.delta.reference_delta import ReferenceDelta
@@ -162,15 +161,9 @@ def test_what_cannot_be_measured(options, sentence):
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    def command(*arguments):
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr(sys, "argv", ["fused-merge", "inspect", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return ended.value.code or 0, *capsys.readouterr()
-
-    return command
+def command(monkeypatch, run):
+    monkeypatch.setenv("COLUMNS", "200")
+    return partial(run, "inspect")
 
 
 @pytest.fixture

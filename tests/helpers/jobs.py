@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,3 +111,17 @@ def stop_before_the_name_of(folder: Path, run: Callable[[], object]) -> None:
 
     with patched(os, "replace", stop), pytest.raises(DeadError):
         run()
+
+
+def count_bytes_read(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> list[tuple[Path, int, int]]:
+    """Return a list that every read of one of the modules is added to, as (path, offset, bytes)."""
+    reads: list[tuple[Path, int, int]] = []
+    read = modules[0].read_into
+
+    def counted(handle, path, view, at):
+        reads.append((path, at, len(view)))
+        read(handle, path, view, at)
+
+    for module in modules:
+        monkeypatch.setattr(module, "read_into", counted)
+    return reads

@@ -7,6 +7,7 @@ import pytest
 import torch
 from bits import same_bits
 from folders import everything_in, load
+from jobs import count_bytes_read
 from merge_models import CASES, FILLED, NAMES, NORM, SHAPES, UP0, UP1, split, tensors_of, write
 
 from fused_merge.checkpoints import engine
@@ -157,15 +158,7 @@ def test_a_merge_made_twice_is_the_same(models, tmp_path):
 
 def test_bytes_are_read_once_and_as_often_as_a_trim_says(models, tmp_path, monkeypatch):
     folders, tensors = models(*[torch.float32] * 3)
-    reads = []
-    read = engine.read_into
-
-    def counted(handle, path, view, at):
-        reads.append((path, at, len(view)))
-        read(handle, path, view, at)
-
-    monkeypatch.setattr(engine, "read_into", counted)
-    monkeypatch.setattr(whole_tensors, "read_into", counted)
+    reads = count_bytes_read(monkeypatch, engine, whole_tensors)
     size = sum(x.nbytes for x in tensors[0].values())
     floats = size - tensors[0]["count"].nbytes
     both = {folders[1]: 1, folders[2]: 1}
