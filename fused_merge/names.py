@@ -1,9 +1,10 @@
-"""Canonical names of tensors, and what follows from a name: the key of random masks, the layer."""
+"""Canonical names of tensors, and what follows from a name: the key of random masks, the layer, the kind."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,29 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+# What a list of layers is called: `layers` in Llama and most others, `h` in GPT-2, `layer` in BERT, `block` in T5.
+_LISTS = re.compile(r"layers?|h|(res)?blocks?", re.IGNORECASE)
+
+# What the components of a name say about a tensor; the first pattern that matches any of them decides. Outside the
+# layers heads come first, which have norms and projections of their own (`cls.predictions.transform.LayerNorm`,
+# `embed_out`), and embeddings before norms, for `embeddings.LayerNorm` and `word_embeddings_layernorm`; what normalizes
+# them before the first layer counts as theirs (`ln_pre`, `pre_layrnorm`).
+OUTSIDE = {
+    "head": r"(\w+_)?heads?|cls|(pre_)?classifier|score|pooler|output|qa_outputs|vocab_(transform|layer_norm|projector)"
+    r"|embed_out|project_out",
+    "embeddings": r"\w*embed\w*|\w*emb|wte|wpe|shared|project_in|ln_pre|pre_la?ye?r_?norm",
+    "norm": r"\w*norm\w*|ln_\w+",
+}
+# Within a layer norms come first, which are named after what they stand before or behind (`post_attention_layernorm`,
+# `attention.output.LayerNorm`, `self_attn.q_norm`), and attention before MLP, since BERT calls the last projection of
+# either `output` and OPT has its MLP, `fc1` and `fc2`, in no module of its own.
+_INSIDE = {
+    "norm": r"\w*norm\w*|ln(_\w+|\d+)?",
+    "attention": r"\w*attn\w*|\w*attention\w*",
+    "mlp": r"\w*mlp\w*|(\w+_)?ffn?(_\w+)?|feed_?forward\w*|DenseReluDense|\w*moe|\w*experts?|fc\d|intermediate|output",
+}
 
 
 @cache
@@ -39,6 +63,34 @@ def layer_of(name: str) -> tuple[str, int] | None:
     """
     parts = name.split(".")
     return next(((".".join(parts[:i]), int(part)) for i, part in enumerate(parts) if part.isdecimal()), None)
+
+
+def kind_of(name: str) -> str | None:
+    """Return "embeddings", "attention", "mlp", "norm" or "head", or None if the name of a tensor does not tell."""
+    place = list_and_layer(name)
+    return _kind_by(name, OUTSIDE) if place is None else _kind_by(name[len(place[0]) + 1 :], _INSIDE)
+
+
+def is_outside(component: str) -> bool:
+    """Return whether a component of a name tells what a tensor outside the layers is."""
+    return _kind_by(component, OUTSIDE) is not None
+
+
+def list_and_layer(name: str) -> tuple[str, int] | None:
+    """Return stack and number of the layer that a tensor is in, or None for one outside the layers."""
+    place = layer_of(name)
+    # `classifier.0.weight` is in no layer, and neither is `v_head.layers.0.weight`.
+    if place is None or not _LISTS.fullmatch(place[0].rpartition(".")[2]):
+        return None
+    return None if _kind_by(place[0], OUTSIDE) == "head" else place
+
+
+def _kind_by(name: str, patterns: Mapping[str, str]) -> str | None:
+    components = name.split(".")
+    for kind, pattern in patterns.items():
+        if any(re.fullmatch(pattern, component, re.IGNORECASE) for component in components):
+            return kind
+    return None
 
 
 def some(items: Iterable[str], shown: int = 3) -> str:

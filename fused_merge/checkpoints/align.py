@@ -2,94 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
 from math import prod
 from typing import Any
 
 import torch
 
-from fused_merge.checkpoints.folders import read_config
 from fused_merge.checkpoints.plan import AlignedSegment, AlignedTensor
 from fused_merge.io.match import match
-from fused_merge.io.sources import FileSource
-from fused_merge.names import some
+from fused_merge.io.options import OutputOptions
+from fused_merge.io.sources import FileRange, FileSource, TensorSource
+from fused_merge.options import options_of
 
 
 def align(sources: Sequence[FileSource], config_source: int, options: Mapping[str, Any]) -> list[AlignedTensor]:
     """Pair the tensors of n checkpoints by `PlanOptions`, or raise a ValueError that names those that do not fit.
 
-    The first source gives the order and decides which tied weights are written out. `config_source` is the index of
-    the one whose configuration and tokenizer go along: the vocabulary has its rows, and it is the first choice for
-    tensors that not all hold.
+    The first source gives the order and decides which tied weights are written out: those that it holds, and those that
+    another one has of its own. `config_source` is the index of the one whose configuration goes along: the vocabulary
+    has its rows, and it is the first choice for tensors that not all hold.
     """
     base, *others = sources
-    dtype, unmatched = options["dtype"], options["unmatched"]
-    rows, partial = options["align_vocabulary"], unmatched != "refuse"
-    matches = [match(base, other, any_rows=rows, partial=partial) for other in others]
-    # The name that each tensor of all has in each of them.
-    common = {
-        name: [name, *(each.resolve(name) for each in matches)]
-        for name in base
-        if not any(name in each.unmatched for each in matches)
-    }
-    aligned = [_aligned(names, sources, config_source, dtype) for names in common.values()]
-    _check_rows(common, sources)
-    if unmatched == "copy":
+    dtype, pairing = options["dtype"], {name: options[name] for name in options_of(OutputOptions)}
+    matches = [match(base, other, **pairing) for other in others]
+    views = [base, *(each.second for each in matches)]
+    # The name that each tensor of all has in each of the views.
+    common: dict[str, list[str]] = {}
+    for name in dict.fromkeys((*base, *(name for each in matches for name in each.untied))):
+        own = [name if name in base else next(e.pairs[name][0] for e in matches if name in e.pairs)]
+        for each in matches:
+            # A model that ties it, as the base does, has its embedding instead.
+            found = each.pairs.get(each.resolve(name)) or each.pairs.get(each.resolve(own[0]))
+            own += [] if found is None else [found[1]]
+        if len(own) == len(sources):
+            common[name] = own
+    aligned = [_aligned(name, own, views, config_source, dtype) for name, own in common.items()]
+    if options["unmatched"] == "copy":
         known = set(common)
         for i in (config_source, *range(len(sources))):
             # An alias of a tensor that is written is no tensor of its own.
-            new = [name for name in sources[i] if name not in known and (i == 0 or name not in matches[i - 1].aliases)]
+            aliases = matches[i - 1].aliases if i else {}
+            new = [name for name in views[i] if name not in known and name not in aliases]
             known.update(new)
-            aligned += [_copied(name, sources[i], dtype) for name in new]
-    if not aligned:
-        origins = " and ".join(source.origin for source in sources)
-        raise ValueError(f"no tensor is in all of {origins}, so that nothing would be written; check the paths")
-    left_out = sorted({name for each in matches for name in each.aliases} - {tensor.name for tensor in aligned})
-    folder = sources[config_source].path
-    if left_out and folder.is_dir() and read_config(folder).get("tie_word_embeddings") is False:
-        raise ValueError(
-            f"{base.origin} leaves out {left_out[0]!r}, which {folder / 'config.json'} does not tie; "
-            "set tie_word_embeddings to true there or write the tensor into the base"
-        )
+            aligned += [_copied(name, views[i], dtype) for name in new]
     return aligned
 
 
 def _aligned(
-    names: Sequence[str], sources: Sequence[FileSource], config_source: int, dtype: torch.dtype | None
+    name: str, names: Sequence[str], views: Sequence[TensorSource], config_source: int, dtype: torch.dtype | None
 ) -> AlignedTensor:
     """Return a tensor that all hold, each under its own name."""
-    name = names[0]
-    floating = sources[0].is_merged(name)
-    inputs = [source.file_range(own) for source, own in zip(sources, names, strict=True)]
-    written = dtype if floating and dtype is not None else inputs[0].dtype
-    for source, own in zip(sources, inputs, strict=True):
-        if own.dtype != inputs[0].dtype and not (floating and dtype is not None):
-            kinds = f"{name!r} is {inputs[0].dtype} in {sources[0].origin} and {own.dtype} in {source.origin}"
+    floating = views[0].is_merged(names[0])
+    kinds = [view.dtype(own) for view, own in zip(views, names, strict=True)]
+    written = dtype if floating and dtype is not None else kinds[0]
+    for view, kind in zip(views, kinds, strict=True):
+        if kind != kinds[0] and not (floating and dtype is not None):
+            apart = f"{name!r} is {kinds[0]} in {views[0].origin} and {kind} in {view.origin}"
             way_out = "say which to write with dtype='bfloat16' or another" if floating else "use one architecture"
-            raise ValueError(f"{kinds}; {way_out}")
-    shapes = [source.shape(own) for source, own in zip(sources, names, strict=True)]
+            raise ValueError(f"{apart}; {way_out}")
+    shapes = [view.shape(own) for view, own in zip(views, names, strict=True)]
     shape, fewest = shapes[config_source], min(map(prod, shapes))
-    segments = [AlignedSegment(fewest, tuple(inputs), floating)]
+    inputs = [_ranges(view, own) for view, own in zip(views, names, strict=True)]
+    segments = [AlignedSegment(numel, places, floating) for numel, places in _together(inputs, 0, fewest)]
     if prod(shape) > fewest:
-        own = inputs[config_source]
-        beyond = own._replace(offset=own.offset + fewest * own.dtype.itemsize)
-        segments.append(AlignedSegment(prod(shape) - fewest, (beyond,), False))
+        beyond = _together([inputs[config_source]], fewest, prod(shape))
+        segments += [AlignedSegment(numel, places, False) for numel, places in beyond]
     return AlignedTensor(name, written, tuple(shape), tuple(segments))
 
 
-def _copied(name: str, source: FileSource, dtype: torch.dtype | None) -> AlignedTensor:
-    written = dtype if dtype is not None and source.is_merged(name) else source.dtype(name)
-    shape = tuple(source.shape(name))
-    return AlignedTensor(name, written, shape, (AlignedSegment(prod(shape), (source.file_range(name),), False),))
+def _copied(name: str, view: TensorSource, dtype: torch.dtype | None) -> AlignedTensor:
+    written = dtype if dtype is not None and view.is_merged(name) else view.dtype(name)
+    shape = tuple(view.shape(name))
+    segments = (
+        AlignedSegment(numel, places, False) for numel, places in _together([_ranges(view, name)], 0, prod(shape))
+    )
+    return AlignedTensor(name, written, shape, tuple(segments))
 
 
-def _check_rows(common: Mapping[str, Sequence[str]], sources: Sequence[FileSource]) -> None:
-    """Refuse numbers of rows that differ in another way than those of two vocabularies."""
-    rows = {}
-    for name, names in common.items():
-        shapes = [source.shape(own) for source, own in zip(sources, names, strict=True)]
-        if len(set(shapes)) > 1:
-            rows[name] = tuple(shape[0] for shape in shapes)
-    if len(set(rows.values())) > 1:
-        listed = (f"{name!r} has {' and '.join(map(str, counts))} rows" for name, counts in rows.items())
-        raise ValueError(f"{some(listed)}: these are not two sizes of one vocabulary; resize the models first")
+def _ranges(view: TensorSource, name: str) -> list[tuple[FileRange, int]]:
+    ranges = view.ranges(name)
+    assert ranges is not None, f"{name} of {view.origin} lies in no ranges"
+    return ranges
+
+
+def _together(
+    inputs: Sequence[Sequence[tuple[FileRange, int]]], first: int, last: int
+) -> Iterator[tuple[int, tuple[FileRange, ...]]]:
+    """Yield how many elements follow one another in all inputs, and where, from one element of a tensor to another."""
+    ends = [list(accumulate(numel for _, numel in ranges)) for ranges in inputs]
+    cuts = sorted({first, last, *(end for own in ends for end in own if first < end < last)})
+    for start, stop in pairwise(cuts):
+        places = []
+        for ranges, own in zip(inputs, ends, strict=True):
+            i = bisect_right(own, start)
+            place, numel = ranges[i]
+            places.append(place._replace(offset=place.offset + (start - own[i] + numel) * place.dtype.itemsize))
+        yield stop - start, tuple(places)
+    if first == last == 0:
+        yield 0, tuple(ranges[0][0] for ranges in inputs)

@@ -17,8 +17,8 @@ import torch
 
 from fused_merge._version import __version__
 from fused_merge.checkpoints.checksum import HASH, PIECE, verify_file
-from fused_merge.io.headers import load_json, read_json
-from fused_merge.io.sources import FileSource, PathLike
+from fused_merge.io.headers import load_json
+from fused_merge.io.sources import FileSource, PathLike, read_config
 from fused_merge.names import some
 
 MANIFEST = "fused_merge.json"
@@ -45,16 +45,6 @@ def sidecar_files(source: FileSource, dtype: torch.dtype | None) -> dict[str, Pa
         config = _with_dtype(read_config(source.path), str(dtype).removeprefix("torch."))
         found["config.json"] = (json.dumps(config, indent=2) + "\n").encode()
     return found
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the parsed `config.json` of a folder, empty if there is none; ValueError if it is no JSON object."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return {}
-    if isinstance(config := read_json(path), dict):
-        return config
-    raise ValueError(f"{path} is not a JSON object; download it again")
 
 
 def manifest(recipe: Mapping[str, Any], plan: str, digests: Mapping[str, Sequence[str]]) -> bytes:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
-from fused_merge.io.options import check_dtype
+from fused_merge.io.options import OutputOptions, check_dtype
 from fused_merge.options import Option, at_least, definition, one_of, optional, options_of
 from fused_merge.per_tensor import parse_bytes
 from fused_merge.progress import ProgressOption
@@ -33,21 +33,15 @@ class FileOptions(TypedDict, total=False):
 
 
 @definition
-class PlanOptions(FileOptions, total=False):
+class PlanOptions(FileOptions, OutputOptions, total=False):
     """The options that decide what a job writes.
 
     Options:
         dtype: dtype of the floating tensors written: `"bfloat16"`, `"float16"`, `"float32"` or `"float64"`; None is
             that of the inputs, which must agree.
-        unmatched: what happens to tensors that not all checkpoints hold: `"refuse"`, `"copy"` or `"drop"`; a copy goes
-            to every output, from the model that `files_from` names, else from the first that holds the tensor.
-        align_vocabulary: accept embeddings with other numbers of rows; the output has as many as the model that
-            `files_from` names, and rows that only this one has are copied.
     """
 
     dtype: Annotated["torch.dtype | str | None", Option(None, check_dtype, cli={"show_default": "as stored"})]
-    unmatched: Annotated[str, Option("refuse", one_of("refuse", "copy", "drop"), cli={})]
-    align_vocabulary: Annotated[bool, Option(False, cli={})]
 
 
 @definition

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,14 @@ from fused_merge.delta.tensors import Sparsity, TauInMemory, TauOfCheckpoints, T
 from fused_merge.eager.sparse import SparseTensor
 from fused_merge.eager.sparsify import sparsify_tau
 from fused_merge.io.headers import CODES
+from fused_merge.io.options import DeltaOptions
 from fused_merge.io.sources import PathLike, SourceLike, bits
+from fused_merge.options import documented, resolve
 from fused_merge.per_tensor import parse_dtype
 from fused_merge.progress import progress_bar
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Bytes of each tensor that the identity of a delta depends on.
 _HEAD_BYTES = 4096
@@ -50,26 +55,37 @@ class ReferenceDelta:
         self.nbytes = source.packed_nbytes or sum(spec.nbytes for spec in self._specs.values())
 
     @classmethod
-    def from_models(cls, base: SourceLike, tuned: SourceLike) -> ReferenceDelta:
+    @documented(DeltaOptions)
+    def from_models(cls, base: SourceLike, tuned: SourceLike, **options: Unpack[DeltaOptions]) -> ReferenceDelta:
         """Compute tau now, one tensor after the other; nothing of the two models is kept.
 
         Args:
             base: theta_base: a module (its parameters, in their order), a state dict (its floating tensors), or a path.
             tuned: theta_SFT: the same.
+            {options}
 
         Raises:
             ValueError: if names or shapes differ, or tau is not finite; the sentence names the tensor.
         """
-        return cls(TauInMemory(base, tuned))
+        return cls(TauInMemory(base, tuned, resolve(options, DeltaOptions)))
 
     @classmethod
-    def from_checkpoints(cls, base: PathLike, tuned: PathLike) -> ReferenceDelta:
+    @documented(DeltaOptions)
+    def from_checkpoints(cls, base: PathLike, tuned: PathLike, **options: Unpack[DeltaOptions]) -> ReferenceDelta:
         """Read headers now and each tensor of the two checkpoints when it is asked for.
 
-        `base`, theta_base, and `tuned`, theta_SFT, are safetensors files or Hugging Face folders. Raises
-        FileNotFoundError if a path or a shard is not there, ValueError if a file is broken, or names or shapes differ.
+        Where Transformers knows the model, tensors have the names, the order and the packing that they have in memory.
+
+        Args:
+            base: theta_base: a safetensors file or a Hugging Face folder.
+            tuned: theta_SFT: the same.
+            {options}
+
+        Raises:
+            FileNotFoundError: if a path or a shard is not there.
+            ValueError: if a file is broken, or names or shapes differ; the sentence names it.
         """
-        return cls(TauOfCheckpoints(base, tuned))
+        return cls(TauOfCheckpoints(base, tuned, resolve(options, DeltaOptions)))
 
     @classmethod
     def load(cls, path: PathLike) -> ReferenceDelta:

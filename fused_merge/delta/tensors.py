@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fused_merge.eager.precision import compute_dtype
 from fused_merge.eager.sparse import SparseTensor
 from fused_merge.eager.sparsify import SPARSIFY
 from fused_merge.io.match import match
 from fused_merge.io.sources import PathLike, SourceLike, TensorSource, open_files, open_source
+from fused_merge.io.views import whole_box
 
 
 class TensorSpec(NamedTuple):
@@ -77,13 +78,12 @@ class TauSource(ABC):
 class TauInMemory(TauSource):
     """tau of two models, computed now; nothing of them is kept."""
 
-    def __init__(self, base: SourceLike, tuned: SourceLike) -> None:
-        first, second = open_source(base, role="base"), open_source(tuned, role="tuned")
-        self.ordered = isinstance(base, nn.Module)
-        self.specs = _specs_of(first, second)
+    def __init__(self, base: SourceLike, tuned: SourceLike, options: Mapping[str, Any]) -> None:
+        pairs = _Pairs(open_source(base, role="base"), open_source(tuned, role="tuned"), options)
+        self.ordered, self.specs = pairs.ordered, pairs.specs
         self._tensors: dict[str, Tensor] = {}
         for name, (dtype, _) in self.specs.items():
-            self._tensors[name] = _subtract(first[name], second[name], dtype)
+            self._tensors[name] = pairs.subtract(name, dtype)
             check_finite(name, self._tensors[name])
 
     def read(self, name: str, dtype: torch.dtype, first: int | None = None) -> Tensor:
@@ -95,20 +95,44 @@ class TauInMemory(TauSource):
 class TauOfCheckpoints(TauSource):
     """tau of two checkpoints: headers are read now, and each tensor when it is asked for."""
 
-    def __init__(self, base: PathLike, tuned: PathLike) -> None:
-        self._ends = open_files(base, role="base"), open_files(tuned, role="tuned")
-        self.specs = _specs_of(*self._ends)
-        self.files = {role: end.files() for role, end in zip(("base", "tuned"), self._ends, strict=True)}
-        self._paths = os.path.abspath(base), os.path.abspath(tuned)
-        self.origin = " and ".join(self._paths)
+    def __init__(self, base: PathLike, tuned: PathLike, options: Mapping[str, Any]) -> None:
+        ends = open_files(base, role="base"), open_files(tuned, role="tuned")
+        self._pairs = _Pairs(*ends, options)
+        self.ordered, self.specs = self._pairs.ordered, self._pairs.specs
+        self.files = {role: end.files() for role, end in zip(("base", "tuned"), ends, strict=True)}
+        self._arguments = os.path.abspath(base), os.path.abspath(tuned), options
+        self.origin = " and ".join(self._arguments[:2])
 
     def read(self, name: str, dtype: torch.dtype, first: int | None = None) -> Tensor:
         """Return a tensor in a dtype, or a vector of its first elements, for which little else is read."""
-        base, tuned = (end[name] if first is None else end.head(name, first) for end in self._ends)
-        return _subtract(base, tuned, dtype)
+        return self._pairs.subtract(name, dtype, first)
 
     def __reduce__(self) -> tuple[Callable[..., TauOfCheckpoints], tuple[Any, ...]]:
-        return TauOfCheckpoints, self._paths
+        return TauOfCheckpoints, self._arguments
+
+
+class _Pairs:
+    """The tensors that have a tau: parameters that both models hold, under the names that they have in memory."""
+
+    def __init__(self, base: TensorSource, tuned: TensorSource, options: Mapping[str, Any]) -> None:
+        found = match(base, tuned, memory=True, parameters=True, **options)
+        self._ends, self._names = (found.first, found.second), found.pairs
+        self.ordered = found.first.ordered and not (found.untied or any(found.only))
+        self.specs: dict[str, TensorSpec] = {}
+        for name, (a, b) in found.pairs.items():
+            dtype = torch.promote_types(found.first.dtype(a), found.second.dtype(b))
+            # Of two vocabularies the rows of the smaller.
+            self.specs[name] = TensorSpec(dtype, min(found.first.shape(a), found.second.shape(b), key=torch.Size.numel))
+
+    def subtract(self, name: str, dtype: torch.dtype, first: int | None = None) -> Tensor:
+        """Return tuned - base of one tensor, or of its first row-major elements."""
+        shape, ends = self.specs[name].shape, zip(self._ends, self._names[name], strict=True)
+        if first is not None:
+            base, tuned = (end.head(own, min(first, shape.numel())) for end, own in ends)
+        else:
+            base, tuned = (end[own] if end.shape(own) == shape else end.box(own, whole_box(shape)) for end, own in ends)
+        wide = compute_dtype(base.dtype, tuned.dtype)
+        return tuned.to("cpu", wide, copy=True).sub_(base.cpu()).to(dtype).contiguous()
 
 
 def check_finite(name: str, tau: Tensor, *, rounded: bool = False) -> None:
@@ -119,18 +143,3 @@ def check_finite(name: str, tau: Tensor, *, rounded: bool = False) -> None:
         if rounded:
             fault, way_out = f"an element that is not finite in {tau.dtype}", " or choose a wider dtype"
         raise ValueError(f"the reference delta of {name!r} has {fault}; check both checkpoints{way_out}")
-
-
-def _specs_of(base: TensorSource, tuned: TensorSource) -> dict[str, TensorSpec]:
-    """Return what tau will be, of every floating tensor that is no buffer of a module."""
-    buffers = base.buffers | tuned.buffers
-    merged = {name for source in (base, tuned) for name in source if name not in buffers and source.is_merged(name)}
-    ignored = {*base, *tuned} - merged
-    return {
-        name: TensorSpec(torch.promote_types(base.dtype(name), tuned.dtype(name)), base.shape(name))
-        for name in match(base, tuned, ignore=ignored).names
-    }
-
-
-def _subtract(base: Tensor, tuned: Tensor, dtype: torch.dtype) -> Tensor:
-    return tuned.to("cpu", compute_dtype(base.dtype, tuned.dtype), copy=True).sub_(base.cpu()).to(dtype).contiguous()

@@ -28,3 +28,18 @@ class Operands(NamedTuple):
     master: Tensor | None  # fp32, or the int16 low halves of a bf16 parameter; mutated
     tensor_id: int
     shard: ShardIndex
+
+    def split(self, rows: int) -> tuple[Operands, Operands]:
+        """Return the first rows, which tau has, and the others, which step as plain AdamW: views."""
+        parts = []
+        for side in (slice(None, rows), slice(rows, None)):
+            tensors = {name: getattr(self, name)[side] for name in ("param", "grad", "exp_avg", "exp_avg_sq")}
+            parts.append(self._replace(**tensors, master=None if self.master is None else self.master[side]))
+        first, rest = parts
+        anchor = self.anchor and self.anchor._replace(weights=self.anchor.weights[:rows])
+        numel = rest.param.numel()
+        # Both count the same step.
+        rest = rest._replace(tau=None, tau_dense=None, anchor=None, step=self.step.clone())
+        offset = first.param.numel()
+        first = first._replace(anchor=anchor, shard=ShardIndex.whole(offset))
+        return first, rest._replace(shard=ShardIndex(offset, numel, numel))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
 
 from fused_merge import functional
 from fused_merge.io.match import match
+from fused_merge.io.options import OutputOptions
 from fused_merge.io.sources import open_source
 from fused_merge.names import canonical_name
+from fused_merge.options import documented, resolve
 from fused_merge.per_tensor import PerTensor, check_ratios, is_tuned, per_tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Elements handed over at once: temporaries stay small whatever the tensor.
 _CHUNK = 1 << 20
@@ -24,16 +29,23 @@ def interpolate(base: Tensor, tuned: Tensor, ratios: Sequence[float], *, impl: s
 
 @overload
 def interpolate(
-    base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], ratios: Sequence[PerTensor], *, impl: str = "auto"
+    base: Mapping[str, Tensor],
+    tuned: Mapping[str, Tensor],
+    ratios: Sequence[PerTensor],
+    *,
+    impl: str = "auto",
+    **options: Unpack[OutputOptions],
 ) -> list[dict[str, Tensor]]: ...
 
 
+@documented(OutputOptions)
 def interpolate(
     base: Tensor | Mapping[str, Tensor],
     tuned: Tensor | Mapping[str, Tensor],
     ratios: Sequence[PerTensor],
     *,
     impl: str = "auto",
+    **options: Unpack[OutputOptions],
 ) -> Tensor | list[dict[str, Tensor]]:
     """Return theta(r) = base + r * (tuned - base) for R ratios, from one read of the two.
 
@@ -46,16 +58,20 @@ def interpolate(
         ratios: R finite ratios; below 0 or above 1 they extrapolate. For state dicts also mappings, such as
             `LayerRatios`, from names or regular expressions on whole names to ratios.
         impl: `"auto"`, `"triton"`, `"compiled"` or `"eager"`, as for `functional.interpolate`.
+        {options}
+            These are for state dicts.
 
     Returns:
         One tensor `[R, *shape]`, or a list of R dicts under the names of `base`, where tied names share a tensor and
-        integer tensors are copies of `tuned`'s (`base`'s at r = 0).
+        integer tensors are copies of `tuned`'s (`base`'s at r = 0). What only one state dict holds and is copied, and
+        a head that only `tuned` has, follow under their own names. Rows beyond a common vocabulary are those of
+        `tuned`, whose number they have.
 
     Raises:
         ValueError: for a ratio that is not finite, or tensors that do not match; the sentence names them.
         TypeError: if the two are not both tensors or both mappings.
     """
-    points = check_ratios(ratios)
+    points, given = check_ratios(ratios), resolve(options, OutputOptions)
     if isinstance(base, Tensor) and isinstance(tuned, Tensor):
         if not all(isinstance(point, float) for point in points):
             raise TypeError("two tensors have no names, so their ratios must be numbers; pass state dicts")
@@ -65,19 +81,33 @@ def interpolate(
             f"base and tuned must be two tensors or two state dicts, got a {type(base).__name__} and a "
             f"{type(tuned).__name__}; use interpolate_checkpoints for files, RatioSweep for modules"
         )
-    start, end = open_source(base, role="base"), open_source(tuned, role="tuned")
-    matched = match(start, end, same_dtype=True)
-    merged = [name for name in matched.names if start.is_merged(name)]
+    matched = match(open_source(base, role="base"), open_source(tuned, role="tuned"), same_dtype=True, **given)
+    start, end = matched.first, matched.second
+    merged = [name for name, (own, _) in matched.pairs.items() if start.is_merged(own)]
     decided = [per_tensor(point, merged, what="ratio") for point in points]
     made: dict[str, Sequence[Tensor]] = {}
-    for name in matched.names:
-        ends = start[name], end[name]
-        if start.is_merged(name):
-            made[name] = _points(*ends, [own[name] for own in decided], impl).unbind()
+    for name, names in matched.pairs.items():
+        ends = start[names[0]], end[names[1]]
+        if start.is_merged(names[0]):
+            made[name] = _points_of_rows(*ends, [own[name] for own in decided], impl)
         else:
             made[name] = [ends[is_tuned(*at)].clone() for at in zip(points, decided, strict=True)]
+    for source, only in zip((start, end), matched.only, strict=True):
+        for name in only if given["unmatched"] == "copy" else ():
+            made[name] = [source[name].clone() for _ in points]
     stands_for = {raw: matched.resolve(canonical_name(raw)) for raw in base}
+    stands_for = {raw: name for raw, name in stands_for.items() if name in made}
+    further = {*matched.untied, *matched.only[1]} & made.keys() - set(stands_for.values())
+    stands_for |= {name: name for name in made if name in further}
     return [{raw: made[name][i] for raw, name in stands_for.items()} for i in range(len(points))]
+
+
+def _points_of_rows(base: Tensor, tuned: Tensor, ratios: Sequence[float], impl: str) -> Sequence[Tensor]:
+    """Return the points of two tensors that may differ in their rows, which are then those of `tuned`."""
+    if base.shape == tuned.shape:
+        return _points(base, tuned, ratios, impl).unbind()
+    rows = min(len(base), len(tuned))
+    return [torch.cat([point, tuned[rows:]]) for point in _points(base[:rows], tuned[:rows], ratios, impl)]
 
 
 def _points(base: Tensor, tuned: Tensor, ratios: Sequence[float], impl: str) -> Tensor:

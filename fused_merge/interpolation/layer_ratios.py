@@ -13,11 +13,11 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from fused_merge.interpolation.parts import kind_of, slices_by_depth, summarize
+from fused_merge.interpolation.parts import slices_by_depth, summarize
 from fused_merge.io.plain import plain_text, read_plain
 from fused_merge.io.sources import PathLike, open_source
 from fused_merge.io.writer import write_text
-from fused_merge.names import canonical_name, some
+from fused_merge.names import canonical_name, kind_of, some
 from fused_merge.per_tensor import NamedRatios, PerTensor, finite, match_keys, per_tensor
 
 # A module, a state dict, the path of a checkpoint, or names.

@@ -11,30 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, takewhile
 from operator import eq
 
-from fused_merge.names import layer_of, some
+from fused_merge.names import OUTSIDE, is_outside, kind_of, layer_of, list_and_layer, some
 from fused_merge.per_tensor import match_keys
-
-# What a list of layers is called: `layers` in Llama and most others, `h` in GPT-2, `layer` in BERT, `block` in T5.
-_LISTS = re.compile(r"layers?|h|(res)?blocks?", re.IGNORECASE)
-
-# What the components of a name say about a tensor; the first pattern that matches any of them decides. Outside the
-# layers heads come first, which have norms and projections of their own (`cls.predictions.transform.LayerNorm`,
-# `embed_out`), and embeddings before norms, for `embeddings.LayerNorm` and `word_embeddings_layernorm`; what normalizes
-# them before the first layer counts as theirs (`ln_pre`, `pre_layrnorm`).
-_OUTSIDE = {
-    "head": r"(\w+_)?heads?|cls|(pre_)?classifier|score|pooler|output|qa_outputs|vocab_(transform|layer_norm|projector)"
-    r"|embed_out|project_out",
-    "embeddings": r"\w*embed\w*|\w*emb|wte|wpe|shared|project_in|ln_pre|pre_la?ye?r_?norm",
-    "norm": r"\w*norm\w*|ln_\w+",
-}
-# Within a layer norms come first, which are named after what they stand before or behind (`post_attention_layernorm`,
-# `attention.output.LayerNorm`, `self_attn.q_norm`), and attention before MLP, since BERT calls the last projection of
-# either `output` and OPT has its MLP, `fc1` and `fc2`, in no module of its own.
-_INSIDE = {
-    "norm": r"\w*norm\w*|ln(_\w+|\d+)?",
-    "attention": r"\w*attn\w*|\w*attention\w*",
-    "mlp": r"\w*mlp\w*|(\w+_)?ffn?(_\w+)?|feed_?forward\w*|DenseReluDense|\w*moe|\w*experts?|fc\d|intermediate|output",
-}
 
 # The order of several stacks, which the order of names in a file does not tell: towers feed encoders, and these
 # decoders. The first component that matches decides, as in `decoder.bert.encoder.layer`; a stack without one is third.
@@ -50,12 +28,12 @@ def slices_by_depth(
             raise ValueError(
                 f"outside puts {key!r} into part {part!r}, but parts are 0 to {count - 1}, or -1 for the last"
             )
-    keys = {key: part for key, part in outside.items() if key not in _OUTSIDE}
+    keys = {key: part for key, part in outside.items() if key not in OUTSIDE}
     try:
         key_of = match_keys(keys, names, what="part", partial=True)
     except ValueError as error:
-        raise ValueError(f"outside takes {', '.join(map(repr, _OUTSIDE))} and names, but {error}") from error
-    places = {name: place for name in names if name not in key_of and (place := _place(name)) is not None}
+        raise ValueError(f"outside takes {', '.join(map(repr, OUTSIDE))} and names, but {error}") from error
+    places = {name: place for name in names if name not in key_of and (place := list_and_layer(name)) is not None}
     stacks = _stacks(places.values())
     if not stacks:
         raise ValueError(
@@ -92,12 +70,6 @@ def slices_by_depth(
     return dict(zip(labels, parts, strict=True))
 
 
-def kind_of(name: str) -> str | None:
-    """Return "embeddings", "attention", "mlp", "norm" or "head", or None if the name of a tensor does not tell."""
-    place = _place(name)
-    return _described(name, _OUTSIDE) if place is None else _described(name[len(place[0]) + 1 :], _INSIDE)
-
-
 def summarize(names: Iterable[str]) -> list[str]:
     """Return what a part holds, in a few words: lists with the numbers of their layers, then modules."""
     lists: dict[str, set[int]] = {}
@@ -108,26 +80,9 @@ def summarize(names: Iterable[str]) -> list[str]:
         else:
             components = name.split(".")
             # `bert.embeddings` and not each of the modules in it.
-            telling = (i for i, component in enumerate(components, 1) if _described(component, _OUTSIDE))
+            telling = (i for i, component in enumerate(components, 1) if is_outside(component))
             modules[".".join(components[: next(telling, max(len(components) - 1, 1))])] = None
     return [f"{stack} {_ranges(numbers)}".strip() for stack, numbers in lists.items()] + [*modules]
-
-
-def _place(name: str) -> tuple[str, int] | None:
-    """Return stack and number of the layer that a tensor is in, or None for one outside the layers."""
-    place = layer_of(name)
-    # `classifier.0.weight` is in no layer, and neither is `v_head.layers.0.weight`.
-    if place is None or not _LISTS.fullmatch(place[0].rpartition(".")[2]):
-        return None
-    return None if _described(place[0], _OUTSIDE) == "head" else place
-
-
-def _described(name: str, patterns: Mapping[str, str]) -> str | None:
-    components = name.split(".")
-    for kind, pattern in patterns.items():
-        if any(re.fullmatch(pattern, component, re.IGNORECASE) for component in components):
-            return kind
-    return None
 
 
 def _stacks(places: Iterable[tuple[str, int]]) -> dict[str, range]:

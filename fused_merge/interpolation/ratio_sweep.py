@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from fused_merge import functional
 from fused_merge.distributed import local_box, local_part, reshard
 from fused_merge.functional.backend import check_impl
 from fused_merge.io.match import match
+from fused_merge.io.options import PathOptions
 from fused_merge.io.sources import SourceLike, TensorSource, open_source, same_bits
+from fused_merge.io.views import whole_box
+from fused_merge.options import documented, resolve
 from fused_merge.per_tensor import PerTensor, is_tuned, per_tensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@documented(PathOptions)
 class RatioSweep(Generic[Model]):
     """Puts a model at any point of the path between two models, and back.
 
@@ -39,6 +47,7 @@ class RatioSweep(Generic[Model]):
         base: theta0, r = 0: a module, a state dict, a safetensors file or a Hugging Face folder.
         tuned: theta1, r = 1: the same.
         impl: `"auto"`, `"triton"`, `"compiled"` or `"eager"`, as for `functional.interpolate`.
+        {options}
 
     Raises:
         ValueError: if names, shapes or dtypes do not fit, the model ties weights that `base` or `tuned` tell apart, it
@@ -46,36 +55,39 @@ class RatioSweep(Generic[Model]):
         TypeError: if `model` is no module.
     """
 
-    def __init__(self, model: Model, base: SourceLike, tuned: SourceLike, *, impl: str = "auto") -> None:
+    def __init__(
+        self, model: Model, base: SourceLike, tuned: SourceLike, *, impl: str = "auto", **options: Unpack[PathOptions]
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a module, got a {type(model).__name__}; use interpolate for state dicts")
+        given = resolve(options, PathOptions)
         self.model = model
         self._impl = check_impl(impl)
-        # Inside `at`: where the model is, and what brings back its bits: a source with them or a copy.
+        # Inside `at`: where the model is, and what brings back its bits: the number of an end or a copy.
         self._ratio: PerTensor | None = None
-        self._originals: dict[str, Tensor | TensorSource] = {}
-        self._ends = start, end = open_source(base, role="base"), open_source(tuned, role="tuned")
+        self._originals: dict[str, Tensor | int] = {}
+        ends = match(open_source(base, role="base"), open_source(tuned, role="tuned"), same_dtype=True, **given)
+        self._ends: tuple[TensorSource, ...] = (ends.first, ends.second)
         weights = self._open_model()
-        ends, with_model = match(start, end, same_dtype=True), match(weights, start)
-        # For each tensor of the model, its first name -> its name in the checkpoints.
-        self._source_names: dict[str, str] = {}
+        matches = [match(weights, end, **given) for end in self._ends]
+        self._ends = tuple(each.second for each in matches)
+        # For each tensor of the model, its first name -> its name in each of the ends.
+        self._source_names: dict[str, tuple[str | None, ...]] = {}
         for name in weights:
-            source_name = ends.resolve(with_model.resolve(name))
-            stored = start.dtype(source_name)
-            if weights.dtype(name) != stored and not weights.is_merged(name):
-                raise ValueError(
-                    f"{name!r} is {weights.dtype(name)} in the model and {stored} in {start.origin}; integers "
-                    "are copied as they are, so both must have one dtype"
-                )
+            pairs = [each.pairs.get(each.resolve(name)) for each in matches]
+            held = tuple(pair and pair[1] for pair in pairs)
+            if not any(held) or (given["unmatched"] != "copy" and not all(held)):
+                continue
+            self._check_dtype(name, weights, held)
             owner = weights.aliases.get(name, name)
-            first = self._source_names.setdefault(owner, source_name)
-            for source in self._ends:
-                if first != source_name and not same_bits(source[first], source[source_name]):
+            first = self._source_names.setdefault(owner, held)
+            for source, a, b in zip(self._ends, first, held, strict=True):
+                if a is not None and b is not None and a != b and not same_bits(source[a], source[b]):
                     raise ValueError(
                         f"the model ties {name!r} to {owner!r}, but {source.origin} holds other values for it; "
                         "untie them in the model (tie_word_embeddings=False)"
                     )
-        self.names = tuple(name for name in self._source_names if weights.is_merged(name))
+        self.names = tuple(n for n, own in self._source_names.items() if weights.is_merged(n) and None not in own)
         """The tensors that have a ratio, tied ones once under the model's first name."""
 
     @contextmanager
@@ -101,8 +113,8 @@ class RatioSweep(Generic[Model]):
             # Opened anew: the block may have moved the model to another device.
             weights = self._open_model() if originals else {}
             for name, original in originals.items():
-                if isinstance(original, TensorSource):
-                    original = original.box(self._source_names[name], local_box(weights[name]))
+                if isinstance(original, int):
+                    original = self.ends_of(name, weights[name])[original]
                 local_part(weights[name]).copy_(original)
 
     def move_to(self, ratio: PerTensor) -> None:
@@ -116,10 +128,28 @@ class RatioSweep(Generic[Model]):
         self._ratio = ratio
 
     def ends_of(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what `base` and `tuned` hold of the model's tensor `weight`: this process's part, on its device."""
-        where, device = (self._source_names[name], local_box(weight)), local_part(weight).device
-        base, tuned = (end.box(*where).to(device) for end in self._ends)
+        """Return what `base` and `tuned` hold of the model's tensor `weight`: this process's part, on its device.
+
+        What one of them lacks, a tensor or rows of a larger vocabulary, is as in the other.
+        """
+        places = list(zip(self._ends, self._source_names[name], strict=True))
+        base, tuned = (self._read(order, weight) for order in (places, places[::-1]))
         return base, tuned
+
+    def _read(self, places: Sequence[tuple[TensorSource, str | None]], weight: Tensor) -> Tensor:
+        """Return this process's part of a tensor from the first place that has it, and further rows from the next."""
+        device, held = local_part(weight).device, [(end, own) for end, own in places if own is not None]
+        end, own = held[0]
+        box = local_box(weight)
+        if end.shape(own) == weight.shape:
+            return end.box(own, box).to(device)
+        rows, *columns = box or whole_box(weight.shape)
+        parts, row = [], rows.start
+        for end, own in held:
+            if (stop := min(rows.stop, end.shape(own)[0])) > row:
+                parts.append(end.box(own, (slice(row, stop), *columns)).to(device))
+                row = stop
+        return torch.cat([*parts, local_part(weight)[row - rows.start :].to(parts[0])])
 
     def _write(self, ratio: PerTensor, decided: Mapping[str, float]) -> None:
         weights = self._open_model()
@@ -127,8 +157,9 @@ class RatioSweep(Generic[Model]):
             base, tuned = ends = self.ends_of(name, weights[name])
             local = local_part(weights[name])
             if name not in self._originals:
-                held = (source for source, end in zip(self._ends, ends, strict=True) if same_bits(local, end))
-                self._originals[name] = next(held, None) or local.to("cpu", copy=True)
+                same = (i for i, end in enumerate(ends) if same_bits(local, end))
+                found = next(same, None)
+                self._originals[name] = local.to("cpu", copy=True) if found is None else found
             if name not in decided:
                 local.copy_(ends[is_tuned(ratio, decided)])
             elif decided[name] in (0.0, 1.0):
@@ -141,6 +172,14 @@ class RatioSweep(Generic[Model]):
                 functional.interpolate([base], [tuned], [decided[name]], [[point]], impl=self._impl)
                 if point is not local:
                     local.copy_(point)
+
+    def _check_dtype(self, name: str, weights: TensorSource, held: Sequence[str | None]) -> None:
+        end, own = next((end, own) for end, own in zip(self._ends, held, strict=True) if own is not None)
+        if weights.dtype(name) != end.dtype(own) and not weights.is_merged(name):
+            raise ValueError(
+                f"{name!r} is {weights.dtype(name)} in the model and {end.dtype(own)} in {end.origin}; integers "
+                "are copied as they are, so both must have one dtype"
+            )
 
     def _open_model(self) -> TensorSource:
         reshard(self.model)

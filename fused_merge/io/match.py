@@ -1,80 +1,318 @@
-"""What two sources have in common: tensors of one name, and tied weights that only one of them writes out."""
+"""Which tensors of two models belong together, and whether they may be combined: the one answer for every command.
+
+Tensors belong together by name: after prefixes and renamings that the caller gave; else by the names that both have in
+the memory of a model of Transformers; a head that one model ties to its embedding is that embedding. Nothing is read
+but headers, configurations and, of tied weights, data.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
 
 import torch
 
-from fused_merge.io.sources import TensorSource, bits, same_bits
-from fused_merge.names import some
+from fused_merge.io.layouts import in_memory, layout_of
+from fused_merge.io.sources import MemorySource, TensorSource, bits, same_bits
+from fused_merge.io.views import Assembly, Conversion, Piece, ViewSource
+from fused_merge.names import kind_of, some
+
+# Beginnings of names that a refusal tries to strip.
+_LONGEST_PREFIX = 4
 
 
-class Match(NamedTuple):
-    """What two sources have in common."""
+@dataclass(frozen=True)
+class Match:
+    """What two sources have in common.
 
-    names: tuple[str, ...]  # the tensors both hold, in the order of the first source, tied ones once
-    aliases: dict[str, str]  # every further name of either source -> the one of `names` that holds the same bits
-    unmatched: tuple[str, ...] = ()  # names that only one of them holds, if these may be
+    Attributes:
+        first, second: the sources, as views under the names by which they are paired where those are not their own.
+        pairs: what belongs together: name -> its name in the first and in the second, tied tensors once. In the order
+            of the first.
+        aliases: every further name of either source -> the one of `pairs` that holds the same bits.
+        only: the names of each that the other lacks.
+        untied: those of `pairs` that one of the two ties to its embedding and the other does not.
+        faults: why the two cannot be combined, as sentences.
+    """
+
+    first: TensorSource
+    second: TensorSource
+    pairs: Mapping[str, tuple[str, str]]
+    aliases: Mapping[str, str]
+    only: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+    untied: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
 
     def resolve(self, name: str) -> str:
-        """Return the one of `names` that stands for `name`."""
+        """Return the one of `pairs` that stands for `name`."""
         return self.aliases.get(name, name)
 
+    @property
+    def converted(self) -> list[str]:
+        """The pairs of which a source has other names or other boxes than those by which it is paired."""
+        return [name for name, own in self.pairs.items() if any(map(_is_made, (self.first, self.second), own))]
 
-def match(
-    first: TensorSource,  # gives the order of the result
+    @property
+    def shares(self) -> tuple[float, float]:
+        """The share of the bytes of each source that belongs to a pair or an alias of one."""
+        sources = (self.first, self.second)
+        lonely = [sum(_nbytes(source, name) for name in only) for source, only in zip(sources, self.only, strict=True)]
+        whole = [sum(_nbytes(source, name) for name in source) for source in sources]
+        first, second = (1.0 - part / max(1, all_) for part, all_ in zip(lonely, whole, strict=True))
+        return first, second
+
+
+def match(first: TensorSource, second: TensorSource, **options: Any) -> Match:
+    """Pair the tensors of two sources, or raise a ValueError that names those that do not fit; as `explain`."""
+    found = explain(first, second, **options)
+    if found.faults:
+        raise ValueError("; ".join(found.faults))
+    return found
+
+
+def explain(
+    first: TensorSource,  # gives the order of the result and, unless `memory`, its names
     second: TensorSource,
     *,
     same_dtype: bool = False,  # also require equal dtypes
-    any_rows: bool = False,  # accept tensors that differ along dim 0 only, as those of other vocabularies do
-    partial: bool = False,  # list the tensors that only one holds instead of refusing them
-    ignore: Collection[str] = (),  # names to leave out
+    unmatched: str = "error",  # anything else: tensors that only one holds are listed instead of refused
+    align_vocabulary: bool = False,  # accept tensors that differ along dim 0 only, as those of other vocabularies do
+    strip_prefix: Sequence[str] = (),  # beginnings of names to leave out
+    rename: Mapping[str, str] | None = None,  # regular expressions -> what they are replaced with, as by `re.sub`
+    any_architecture: bool = False,  # accept configurations that name another architecture in each
+    memory: bool = False,  # pair under the names that a model has in memory, where Transformers knows them
+    parameters: bool = False,  # leave out buffers of modules and what neither merges
 ) -> Match:
-    """Pair the tensors of two sources by name, or raise a ValueError that names those that do not fit.
+    """Pair the tensors of two sources and say what is in the way.
 
-    A name that only one source holds is accepted if, there, it is bit-equal to a tensor that both hold: tied
-    weights that one checkpoint writes out and the other does not. Reads data only to decide that.
+    A name that only one source holds is accepted if it is that of an embedding or a head and, there, bit-equal to a
+    tensor that both hold: tied weights that one checkpoint writes out and the other does not. A head that only one
+    source holds, of a model that the other ties, belongs to the embedding of the other.
     """
-    common = [name for name in first if name in second and name not in ignore]
-    changed = {name: text for name in common if (text := _difference(name, first, second, same_dtype, any_rows))}
-    if changed:
-        way_out = "both must be of one architecture" + " and one dtype" * same_dtype
-        if all(_rows_apart(first.shape(name), second.shape(name), dims=2) for name in changed):
-            way_out = "resize one model to the vocabulary of the other"
-        raise ValueError(f"{first.origin} and {second.origin} do not match: {some(changed.values())}; {way_out}")
+    apart: dict[str, Any] = {"same_dtype": same_dtype, "any_rows": align_vocabulary, "parameters": parameters}
+    sources = first, second
+    if strip_prefix or rename:
+        a, b = (_renamed(source, strip_prefix, rename or {}) for source in sources)
+        # As files of the first are to be written, under its own names.
+        sources = (a, b) if memory else (first, _in_names_of(a, b))
+    found, hint = _paired(*sources, **apart), ""
+    views = _as_in_memory((first, second), sources) if memory or any(found.only) or found.faults else None
+    if views is not None:
+        loaded = _paired(*views, **apart)
+        if memory or not all(isinstance(view, ViewSource) for view in views):
+            found = min(loaded, found, key=_misfits)
+        else:
+            found = min(_paired(sources[0], _in_names_of(*views), **apart), found, key=_misfits)
+            hint = _layouts(found) if _misfits(loaded) < _misfits(found) else ""
+    return _with_faults(found, unmatched, hint or _prefix_hint(found))
 
-    names: dict[tuple[str, str], str] = {}
+
+def _paired(first: TensorSource, second: TensorSource, *, same_dtype: bool, any_rows: bool, parameters: bool) -> Match:
+    """Pair two sources by the names that they have."""
+    ignore: set[str] = set()
+    if parameters:
+        buffers = first.buffers | second.buffers
+        named = [(source, name) for source in (first, second) for name in source if name not in buffers]
+        ignore = {*first, *second} - {name for source, name in named if source.is_merged(name)}
+    common = [name for name in first if name in second and name not in ignore]
+    pairs: dict[str, tuple[str, str]] = {}
     aliases: dict[str, str] = {}
+    firsts: dict[tuple[str, str], str] = {}
     for name in common:
         # Tied in both sources: one tensor under its first name.
         owners = (first.aliases.get(name, name), second.aliases.get(name, name))
-        if names.setdefault(owners, name) != name:
-            aliases[name] = names[owners]
+        if firsts.setdefault(owners, name) == name:
+            pairs[name] = (name, name)
+        else:
+            aliases[name] = firsts[owners]
 
-    unmatched: list[str] = []
-    faults: list[str] = []
-    for here, there in ((first, second), (second, first)):
+    only: list[tuple[str, ...]] = []
+    untied: list[str] = []
+    tieable = [name for name in pairs if kind_of(name) in ("embeddings", "head")]
+    for i, (here, there) in enumerate(((first, second), (second, first))):
         extra = [name for name in here if name not in there and name not in ignore]
-        aliases |= _find_tied(here, extra, names.values())
-        if missing := [name for name in extra if name not in aliases]:
-            unmatched += missing
-            faults.append(f"{there.origin} lacks {some(map(repr, missing))} of {here.origin}")
-    if faults and not partial:
-        raise ValueError(f"{'; '.join(faults)}; both must hold the same tensors, tied copies apart")
-    return Match(tuple(names.values()), aliases, tuple(unmatched))
+        aliases |= _find_tied(here, extra, tieable)
+        rest = [name for name in extra if name not in aliases]
+        for name in rest:
+            if owner := _embedding_of(name, here, there, tieable, any_rows):
+                pairs[name] = (name, owner) if i == 0 else (owner, name)
+                untied.append(name)
+        only.append(tuple(name for name in rest if name not in pairs))
+    faults = _differences(first, second, pairs, same_dtype, any_rows)
+    return Match(first, second, pairs, aliases, (only[0], only[1]), tuple(untied), tuple(faults))
 
 
-def _difference(name: str, first: TensorSource, second: TensorSource, same_dtype: bool, any_rows: bool) -> str | None:
-    """Return how the two tensors called `name` differ in kind, or None."""
-    shapes = first.shape(name), second.shape(name)
-    if shapes[0] != shapes[1] and not (any_rows and _rows_apart(*shapes, dims=1)):
-        return f"{name!r} is {list(shapes[0])} and {list(shapes[1])}"
-    dtypes = first.dtype(name), second.dtype(name)
-    if first.is_merged(name) != second.is_merged(name) or (same_dtype and dtypes[0] != dtypes[1]):
-        return f"{name!r} is {dtypes[0]} and {dtypes[1]}"
-    return None
+def _differences(
+    first: TensorSource,
+    second: TensorSource,
+    pairs: Mapping[str, tuple[str, str]],
+    same_dtype: bool,
+    any_rows: bool,
+) -> Iterator[str]:
+    """Yield a sentence if tensors that belong together differ in kind."""
+    changed, rows = {}, {}
+    for name, (a, b) in pairs.items():
+        shapes, dtypes = (first.shape(a), second.shape(b)), (first.dtype(a), second.dtype(b))
+        if shapes[0] != shapes[1] and any_rows and _rows_apart(*shapes, dims=1):
+            rows[name] = (shapes[0][0], shapes[1][0])
+        elif shapes[0] != shapes[1]:
+            changed[name] = f"{name!r} is {list(shapes[0])} and {list(shapes[1])}"
+        elif first.is_merged(a) != second.is_merged(b) or (same_dtype and dtypes[0] != dtypes[1]):
+            changed[name] = f"{name!r} is {dtypes[0]} and {dtypes[1]}"
+    if changed:
+        way_out = "both must be of one architecture" + " and one dtype" * same_dtype
+        shapes_of = [(first.shape(pairs[name][0]), second.shape(pairs[name][1])) for name in changed]
+        if all(_rows_apart(*shapes, dims=2) for shapes in shapes_of):
+            way_out = "pass align_vocabulary=True, or resize one model to the vocabulary of the other"
+        yield f"{first.origin} and {second.origin} do not match: {some(changed.values())}; {way_out}"
+    if len(set(rows.values())) > 1:
+        listed = some(f"{name!r} has {a} and {b} rows" for name, (a, b) in rows.items())
+        yield f"{listed}: these are not two sizes of one vocabulary; resize the models first"
+
+
+def _with_faults(found: Match, unmatched: str, hint: str) -> Match:
+    """Return a match with what is wrong with tensors that only one source holds."""
+    sources, faults = (found.first, found.second), [*found.faults]
+    lacking = [
+        f"{there.origin} lacks {some(map(repr, only))} of {here.origin}"
+        for here, there, only in zip(sources, reversed(sources), found.only, strict=True)
+        if only
+    ]
+    if not found.pairs:
+        origins = " and ".join(source.origin for source in sources)
+        faults.append(f"no tensor is in both of {origins}{hint}; check the paths")
+    elif lacking and min(found.shares) < 0.5:
+        share, origin = min(zip(found.shares, (source.origin for source in sources), strict=True))
+        faults.append(
+            f"only {share:.0%} of the bytes of {origin} belong to a tensor of the other: {'; '.join(lacking)}"
+            f"{hint}; two models of one architecture are needed"
+        )
+    elif lacking and unmatched == "error":
+        way_out = "both must hold the same tensors, tied copies apart, or say what becomes of others with unmatched="
+        faults.append(f"{'; '.join(lacking)}{hint}; {way_out}")
+    return replace(found, faults=tuple(faults))
+
+
+def _prefix_hint(found: Match) -> str:
+    """Return which prefixes would make more tensors belong together, as a part of a sentence, or nothing."""
+    most, best = common_prefixes(*found.only)
+    prefixes = [repr(prefix) for prefix in dict.fromkeys(best) if prefix]
+    given = prefixes[0] if len(prefixes) == 1 else f"({', '.join(prefixes)})"
+    return f"; {most} of them would match with strip_prefix={given}" if most else ""
+
+
+def common_prefixes(ours: Collection[str], theirs: Collection[str]) -> tuple[int, tuple[str, str]]:
+    """Return how many names of two models would be equal without a prefix of each, and the two that make it most."""
+    starts = []
+    for names in (ours, theirs):
+        counts = Counter(start for name in names for start in _beginnings(name))
+        # Few are left to be tried: those that most of the names have.
+        starts.append(["", *(start for start, count in counts.items() if 2 * count > len(names))])
+    most, best = 0, ("", "")
+    for a in starts[0]:
+        stripped = {name.removeprefix(a) for name in ours}
+        for b in starts[1]:
+            fit = sum(name.removeprefix(b) in stripped for name in theirs)
+            if fit > most:
+                most, best = fit, (a, b)
+    return most, best
+
+
+def _beginnings(name: str) -> Iterator[str]:
+    parts = name.split(".")[:-1]
+    for i in range(1, min(len(parts), _LONGEST_PREFIX) + 1):
+        yield ".".join(parts[:i]) + "."
+
+
+def _layouts(found: Match) -> str:
+    """Return that the files of one architecture are laid out in two ways, as a part of a sentence."""
+    ours, theirs = ((only or ("nothing else",))[0] for only in found.only)
+    return (
+        f"; they are one architecture in two layouts, with {ours!r} and {theirs!r}, of other orders of elements: "
+        "write one of them anew with from_pretrained and save_pretrained of Transformers, or, for a reference delta, "
+        "use ReferenceDelta.from_models(base_model, sft_model)"
+    )
+
+
+def _misfits(found: Match) -> tuple[int, int]:
+    return len(found.faults) + (not found.pairs), sum(map(len, found.only))
+
+
+def _renamed(source: TensorSource, prefixes: Sequence[str], rename: Mapping[str, str]) -> ViewSource:
+    """Return a source under the names that the caller wants."""
+    names: dict[str, str] = {}
+    for name in source:
+        new = name.removeprefix(next((prefix for prefix in prefixes if name.startswith(prefix)), ""))
+        for pattern, replacement in rename.items():
+            new = re.sub(pattern, replacement, new)
+        if new in names:
+            raise ValueError(f"{names[new]!r} and {name!r} of {source.origin} would both be called {new!r}; rename one")
+        names[new] = name
+    views = {new: Assembly.whole(name, source.shape(name)) for new, name in names.items()}
+    buffers = {new for new, name in names.items() if name in source.buffers}
+    return ViewSource(source, views, buffers=buffers, ordered=source.ordered)
+
+
+def _as_in_memory(
+    sources: tuple[TensorSource, TensorSource], renamed: tuple[TensorSource, TensorSource]
+) -> tuple[Any, Any] | None:
+    """Return two sources under the names of a model in memory, a module as it is; None if they are not known."""
+    modules = [isinstance(source, MemorySource) and source.module is not None for source in sources]
+    if all(modules):
+        return None
+    layouts = [layout_of(source) for source in sources]
+    views: list[TensorSource | None] = []
+    for i, source in enumerate(renamed):
+        # What a module of the caller is called counts more than what its files say.
+        layout = layouts[1 - i] if modules[1 - i] or layouts[i] is None else layouts[i]
+        views.append(source if modules[i] else layout and in_memory(source, layout))
+    return None if None in views else (views[0], views[1])
+
+
+def _in_names_of(first: ViewSource, second: ViewSource) -> ViewSource:
+    """Return what lies behind the second of two views in memory under the names that lie behind the first."""
+    tensors: dict[str, Assembly | Conversion] = {
+        name: Assembly.whole(name, second.source.shape(name)) for name in first.source if name in second.source
+    }
+    pieces: defaultdict[str, list[Piece]] = defaultdict(list)
+    for name, ours in first.tensors.items():
+        theirs = second.tensors.get(name)
+        if theirs is None or isinstance(ours, Conversion) or isinstance(theirs, Conversion):
+            continue
+        whole = [each.renamed(source) for each, source in ((ours, first.source), (theirs, second.source))]
+        if whole[0] is not None and whole[1] is not None:
+            # Even if the two differ in their rows.
+            tensors.setdefault(whole[0], Assembly.whole(whole[1], second.source.shape(whole[1])))
+            continue
+        for piece in ours.pieces:
+            for part in filter(None, (other.within(piece.box) for other in theirs.pieces)):
+                own = piece.within(part.box)
+                assert own is not None
+                sides = [both for both in zip(own.source, part.source, strict=True) if both != (None, None)]
+                box, source = zip(*sides, strict=True) if sides else ((), ())
+                pieces[piece.name].append(Piece(box, part.name, source))
+    for name, parts in pieces.items():
+        made = Assembly(first.source.shape(name), parts)
+        if made.is_full:
+            tensors.setdefault(name, made)
+    used = {part for tensor in tensors.values() if isinstance(tensor, Assembly) for part in tensor.names}
+    rest = {name: Assembly.whole(name, second.source.shape(name)) for name in second.source if name not in used}
+    return ViewSource(second.source, {**rest, **tensors})
+
+
+def _is_made(source: TensorSource, name: str) -> bool:
+    if not isinstance(source, ViewSource):
+        return False
+    tensor = source.tensors[name]
+    return isinstance(tensor, Conversion) or tensor.renamed(source.source) != name
+
+
+def _nbytes(source: TensorSource, name: str) -> int:
+    return prod(source.shape(name)) * source.dtype(name).itemsize
 
 
 def _rows_apart(a: torch.Size, b: torch.Size, *, dims: int) -> bool:
@@ -82,16 +320,46 @@ def _rows_apart(a: torch.Size, b: torch.Size, *, dims: int) -> bool:
     return len(a) == len(b) >= dims and a[1:] == b[1:] and a != b
 
 
+def _embedding_of(
+    head: str, here: TensorSource, there: TensorSource, common: Sequence[str], any_rows: bool
+) -> str | None:
+    """Return the embedding that `there` uses as a head that only `here` has by itself, None if it is none."""
+    if kind_of(head) != "head" or len(here.shape(head)) != 2 or not _may_tie(there):
+        return None
+    shape = here.shape(head)
+    fits = [
+        name
+        for name in common
+        if kind_of(name) == "embeddings"
+        and (there.shape(name) == shape or (any_rows and _rows_apart(there.shape(name), shape, dims=2)))
+    ]
+    return fits[0] if len(fits) == 1 else None
+
+
+def _may_tie(source: TensorSource) -> bool:
+    """Return whether the model of a source uses its embedding as its head, if it has no head of its own."""
+    config = source.config
+    nested = config.get("text_config")
+    said = config.get("tie_word_embeddings", nested.get("tie_word_embeddings") if isinstance(nested, dict) else None)
+    # Transformers leaves out of a configuration what is its default, which is true.
+    return bool(config) and said is not False
+
+
 def _find_tied(source: TensorSource, extra: Collection[str], common: Collection[str]) -> dict[str, str]:
     """Return those `extra` tensors of a source that are tied to one of its `common` ones, and to which."""
-    candidates: dict[tuple[object, ...], list[str]] = {}
-    for name in common if extra else ():
-        candidates.setdefault(_fingerprint(source, name), []).append(name)
     tied = {}
+    candidates: dict[tuple[object, ...], list[str]] = {}
+    owners = {source.aliases.get(name, name): name for name in common}
     for name in extra:
-        alike = candidates.get(_fingerprint(source, name), ())
-        if owner := next((other for other in alike if _are_tied(source, name, other)), None):
+        if (owner := owners.get(source.aliases.get(name, name))) is not None:
             tied[name] = owner
+        elif kind_of(name) in ("embeddings", "head"):
+            if not candidates:
+                for other in common:
+                    candidates.setdefault(_fingerprint(source, other), []).append(other)
+            alike = candidates.get(_fingerprint(source, name), ())
+            if found := next((other for other in alike if _same_values(source, name, other)), None):
+                tied[name] = found
     return tied
 
 
@@ -101,10 +369,8 @@ def _fingerprint(source: TensorSource, name: str) -> tuple[object, ...]:
     return source.shape(name), source.dtype(name), head
 
 
-def _are_tied(source: TensorSource, name: str, other: str) -> bool:
-    """Return whether two tensors of one fingerprint are tied weights, by storage or bit for bit."""
-    if source.aliases.get(name, name) == source.aliases.get(other, other):
-        return True
+def _same_values(source: TensorSource, name: str, other: str) -> bool:
+    """Return whether two tensors of one fingerprint are bit-equal and not constant."""
     pattern = bits(source[name]).flatten()
     # Fresh norms and biases are constant and equal one another by accident.
     return bool((pattern != pattern[:1]).any()) and same_bits(source[name], source[other])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -38,6 +38,8 @@ class TensorSource(Mapping[str, Tensor]):
     origin: str  # what messages call this source: a path, or what was passed
     aliases: dict[str, str]  # name -> the first name of the tensor that both share (tied weights)
     buffers: frozenset[str] = frozenset()  # the names that are a module's buffers
+    config: Mapping[str, Any] = {}  # of the model, as in its `config.json`; empty if there is none
+    ordered: bool = False  # whether the order is known to be that of the model's parameters
     _kinds: dict[str, tuple[torch.Size, torch.dtype]]
 
     def __contains__(self, name: object) -> bool:
@@ -74,6 +76,10 @@ class TensorSource(Mapping[str, Tensor]):
         """Return the safetensors files behind this source; none for tensors in memory."""
         return ()
 
+    def ranges(self, name: str) -> list[tuple[FileRange, int]] | None:
+        """Return where row-major elements lie in files and how many, range after range; None if they do not."""
+        return None
+
     def is_merged(self, name: str) -> bool:
         """Return whether a tensor is merged, as integers are not; ValueError if it is floating but cannot be."""
         dtype = self.dtype(name)
@@ -85,11 +91,14 @@ class TensorSource(Mapping[str, Tensor]):
         return dtype in _MERGED
 
 
-class _MemorySource(TensorSource):
+class MemorySource(TensorSource):
     """The tensors of a module or a state dict; nothing is copied."""
 
-    def __init__(self, named: Iterable[tuple[Any, Any]], origin: str, buffers: Collection[str] = ()) -> None:
-        self.origin = origin
+    def __init__(self, named: Iterable[tuple[Any, Any]], origin: str, module: nn.Module | None = None) -> None:
+        self.origin, self.module, self.ordered = origin, module, module is not None
+        to_dict = getattr(getattr(module, "config", None), "to_dict", None)
+        self.config = to_dict() if to_dict else {}
+        buffers = () if module is None else persistent_buffers(module)
         self.buffers = frozenset(map(canonical_name, buffers))
         self._tensors: dict[str, Tensor] = {}
         self.aliases = {}
@@ -133,6 +142,8 @@ class FileSource(TensorSource):
         self.path = path
         self.origin, self.aliases = str(path), {}
         self._folder = path if path.is_dir() else path.parent
+        if path.is_dir():
+            self.config = read_config(path)
         listed: dict[str, set[str]] = {path.name: set()}
         if path.is_dir():
             self.index, listed = _read_folder(path)
@@ -173,6 +184,10 @@ class FileSource(TensorSource):
         """Return the safetensors files, in the order of their names."""
         return tuple(self._folder / file for file in self.shards)
 
+    def ranges(self, name: str) -> list[tuple[FileRange, int]]:
+        """Return where the elements of a tensor lie, and how many they are."""
+        return [(self.file_range(name), prod(self.shape(name)))]
+
     def metadata(self, file: str) -> dict[str, str]:
         """Return the free-form metadata of one of the files in `shards`."""
         return dict(self._opened[file][1].metadata)
@@ -197,16 +212,10 @@ def open_source(source: SourceLike, *, role: str = "source") -> TensorSource:
         TypeError: if `source` is none of the four.
     """
     if isinstance(source, nn.Module):
-        buffers = {
-            f"{prefix}.{leaf}".removeprefix("."): buffer
-            for prefix, module in source.named_modules(remove_duplicate=False)
-            for leaf, buffer in module._buffers.items()
-            if buffer is not None and leaf not in module._non_persistent_buffers_set
-        }
-        parameters = source.named_parameters(remove_duplicate=False)
-        return _MemorySource([*parameters, *buffers.items()], f"{role} (module)", buffers)
+        named = [*source.named_parameters(remove_duplicate=False), *persistent_buffers(source).items()]
+        return MemorySource(named, f"{role} (module)", source)
     if isinstance(source, Mapping):
-        return _MemorySource(source.items(), f"{role} (state dict)")
+        return MemorySource(source.items(), f"{role} (state dict)")
     if isinstance(source, (str, os.PathLike)):
         return open_files(source)
     raise TypeError(f"{role} must be a module, a state dict or a path, got a {type(source).__name__}")
@@ -232,6 +241,26 @@ def bits(tensor: Tensor) -> Tensor:
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors have one shape, one dtype and the same bits; −0.0 and NaN count as bits."""
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b).to(a.device))
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that a module saves, by name."""
+    return {
+        f"{prefix}.{leaf}".removeprefix("."): buffer
+        for prefix, part in module.named_modules(remove_duplicate=False)
+        for leaf, buffer in part._buffers.items()
+        if buffer is not None and leaf not in part._non_persistent_buffers_set
+    }
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the parsed `config.json` of a folder, empty if there is none; ValueError if it is no JSON object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    if isinstance(config := read_json(path), dict):
+        return config
+    raise ValueError(f"{path} is not a JSON object; download it again")
 
 
 def _new_name(raw: str, known: Container[str], origin: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from fused_merge.delta.tensors import Sparsity
 from fused_merge.eager.merge_stats import lost_share
 from fused_merge.eager.operands import Tau
 from fused_merge.eager.sparse import SparseTensor
+from fused_merge.io.match import common_prefixes
 from fused_merge.methods import MergeRule
 from fused_merge.names import canonical_name, some
 
@@ -78,15 +79,18 @@ class Binding:
         absent = [each.name for each in wanted if each.name not in held and each.group.options["missing"] == "error"]
         if absent:
             raise ValueError(
-                f"the reference delta lacks {some(map(repr, absent))}; build it from checkpoints that hold them, or "
-                "step them as plain AdamW with missing='plain'"
+                f"the reference delta lacks {some(map(repr, absent))}; {_naming(absent, self.delta)}build it from "
+                "checkpoints that hold them, by ReferenceDelta.from_models(base_model, sft_model) if files name them "
+                "otherwise, or step them as plain AdamW with missing='plain'"
             )
-        for name, param, _ in wanted:
-            if name in held and self.delta.shape(name) != param.shape:
-                raise ValueError(
-                    f"parameter {name!r} has shape {tuple(param.shape)} and its reference delta "
-                    f"{tuple(self.delta.shape(name))}; train the model that the delta was made of"
-                )
+        for name, param, group in wanted:
+            if name not in held or self.delta.shape(name) == param.shape:
+                continue
+            shapes = f"{name!r} has shape {tuple(param.shape)} and its reference delta {tuple(self.delta.shape(name))}"
+            if not _has_first_rows(self.delta.shape(name), param.shape):
+                raise ValueError(f"parameter {shapes}; train the model that the delta was made of")
+            if group.options["missing"] == "error":
+                raise ValueError(f"parameter {shapes}; step the rows that it lacks as plain AdamW with missing='plain'")
         bound = {
             name: self._sparsified(name, group).to(param.device) if name in held else Bound(None)
             for name, param, group in wanted
@@ -117,6 +121,18 @@ class Binding:
         return Bound(tau, self.delta.tensor(name) if rule.project else None)
 
 
+def _naming(absent: Collection[str], delta: ReferenceDelta) -> str:
+    """Return how the names could be made equal, as a part of a sentence, or nothing."""
+    _, (ours, theirs) = common_prefixes(absent, delta.names)
+    if ours:
+        return f"pass (name.removeprefix({ours!r}), parameter) for each of model.named_parameters(), "
+    return f"build it with strip_prefix={theirs!r}, " if theirs else ""
+
+
+def _has_first_rows(shape: torch.Size, whole: torch.Size) -> bool:
+    return len(shape) == len(whole) > 0 and shape[1:] == whole[1:] and shape[0] < whole[0]
+
+
 def _names_in_order(groups: list[list[Tensor]], delta: ReferenceDelta) -> list[list[str]]:
     """Return the delta's names for unnamed parameters, matched one by one in the order of both."""
     advice = "pass model.named_parameters()"
@@ -143,6 +159,11 @@ class Wanted(NamedTuple):
 def _log(bound: Mapping[str, Bound], wanted: Iterable[Wanted]) -> None:
     """Say what steps plainly, what dense deltas cost, and what rounding will lose."""
     plain = [name for name, delta in bound.items() if delta.tau is None]
+    plain += [
+        f"rows {delta.tau.shape[0]} to {len(param) - 1} of {name}"
+        for name, param, _ in wanted
+        if (delta := bound[name]).tau is not None and delta.tau.shape != param.shape
+    ]
     if plain:
         logger.warning("stepping as plain AdamW, without a reference delta: %s", some(map(repr, plain), shown=20))
     dense = sum(delta.tau_dense.nbytes for delta in bound.values() if delta.tau_dense is not None)
@@ -155,7 +176,8 @@ def _log(bound: Mapping[str, Bound], wanted: Iterable[Wanted]) -> None:
             continue
         tau = tau.unpack() if isinstance(tau, SparseTensor) else tau
         stored = param.dtype if options["master"] == "none" else torch.float32
-        share = lost_share(param.detach(), tau, options["alpha"] * rule.scale(rule.tau_reserve_rate), stored)
+        weights = param.detach() if tau.shape == param.shape else param.detach()[: tau.shape[0]]
+        share = lost_share(weights, tau, options["alpha"] * rule.scale(rule.tau_reserve_rate), stored)
         if share > _LOST:
             lost[name] = float(share)
     if lost:

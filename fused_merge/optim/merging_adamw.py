@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 import torch
@@ -23,7 +23,7 @@ from fused_merge.eager.shard import ShardIndex
 from fused_merge.functional.merging_adamw import PreparedStep, prepare, take
 from fused_merge.functional.workspace import Workspace
 from fused_merge.names import canonical_name, tensor_id
-from fused_merge.optim.binding import Binding, NamedGroup
+from fused_merge.optim.binding import Binding, Bound, NamedGroup
 from fused_merge.optim.gradients import grad_factor, grad_norm, inverse_of
 from fused_merge.optim.options import (
     FIXED,
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 # A reference delta, or the path of a saved one.
 DeltaLike: TypeAlias = "ReferenceDelta | str | os.PathLike[str]"
+State: TypeAlias = "Mapping[str, Tensor]"
 
 
 @documented(MergingOptions)
@@ -174,8 +175,9 @@ class MergingAdamW(Optimizer):
             verify_as_the_environment_says(self)
         self.grad_norm = norm
         self._calls += 1
-        for batch, step in zip(batches, prepared, strict=True):
-            self._keep_states(step.operands)
+        for batch, (states, step) in zip(batches, prepared, strict=True):
+            for param, state in states:
+                self.state[param] |= state
             workspace = self._workspace.part(f"group {batch.number}")
             gathered = take_verified(step, workspace, self.impl) if self.verify_steps else take(step)
             for o, entry in zip(step.operands, gathered, strict=True):
@@ -220,8 +222,11 @@ class MergingAdamW(Optimizer):
             return None
         return grad_norm(grads, inverse_scale, workspace=self._workspace.part("norm"), impl=self.impl)
 
-    def _prepare(self, batch: NamedGroup, factor: float | Tensor) -> PreparedStep:
-        """Check a step of one group and give it to a backend; nothing is changed."""
+    def _prepare(self, batch: NamedGroup, factor: float | Tensor) -> tuple[list[tuple[Tensor, State]], PreparedStep]:
+        """Check a step of one group and give it to a backend; nothing is changed.
+
+        With the step come the states of its parameters, which are to be kept when it is taken.
+        """
         options = batch.options
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         hyper = Hyper(
@@ -229,8 +234,15 @@ class MergingAdamW(Optimizer):
             grad_factor=factor,
             found_inf=0.0 if found_inf is None else found_inf.double().view(()),
         )
-        return prepare(
-            [self._operands(name, param, options) for name, param in zip(batch.names, batch.params, strict=True)],
+        states: list[tuple[Tensor, State]] = []
+        operands: list[Operands] = []
+        for name, param in zip(batch.names, batch.params, strict=True):
+            bound = self._binding.of(name, param.device)
+            state = complete_state(self.state.get(param, {}), param, options, merged=bound.tau is not None)
+            states.append((param, state))
+            operands += _operands(name, param, state, bound)
+        step = prepare(
+            operands,
             rule=batch.rule,
             hyper=hyper,
             seed=options["seed"],
@@ -238,36 +250,7 @@ class MergingAdamW(Optimizer):
             workspace=self._workspace.part(f"group {batch.number}"),
             impl=self.impl,
         )
-
-    def _operands(self, name: str, param: Tensor, options: dict[str, Any]) -> Operands:
-        """Return what a step of one parameter reads and writes; states that it lacks are made, and not kept yet."""
-        delta = self._binding.of(name, param.device)
-        state = complete_state(self.state.get(param, {}), param, options, merged=delta.tau is not None)
-        assert param.grad is not None
-        return Operands(
-            name,
-            param,
-            param.grad,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            state["step"],
-            delta.tau,
-            delta.tau_dense,
-            Anchor(state["anchor"], state["anchor_decay"]) if "anchor" in state else None,
-            state.get("master", state.get("master_low")),
-            tensor_id(name),
-            ShardIndex.whole(param.numel()),
-        )
-
-    def _keep_states(self, operands: Sequence[Operands]) -> None:
-        """Take the states that a step was prepared with."""
-        for o in operands:
-            state = self.state[o.param]
-            state |= {"step": o.step, "exp_avg": o.exp_avg, "exp_avg_sq": o.exp_avg_sq}
-            if o.master is not None:
-                state["master_low" if o.master.dtype == torch.int16 else "master"] = o.master
-            if o.anchor is not None:
-                state |= {"anchor": o.anchor.weights, "anchor_decay": o.anchor.decay}
+        return states, step
 
     def merge_stats(self) -> dict[str, dict[str, float]]:
         """Return what the last merge that was looked at did to each tensor; ValueError without `stats_every`.
@@ -337,6 +320,26 @@ class MergingAdamW(Optimizer):
         for index, group in enumerate(self.param_groups):
             if index not in self._fixed and any(param in self.state for param in group["params"]):
                 self._fixed[index] = {option: group[option] for option in FIXED}
+
+
+def _operands(name: str, param: Tensor, state: State, bound: Bound) -> Sequence[Operands]:
+    """Return what a step of one parameter reads and writes; in two parts where tau lacks its last rows."""
+    assert param.grad is not None
+    whole = Operands(
+        name,
+        param,
+        param.grad,
+        state["exp_avg"],
+        state["exp_avg_sq"],
+        state["step"],
+        bound.tau,
+        bound.tau_dense,
+        Anchor(state["anchor"], state["anchor_decay"]) if "anchor" in state else None,
+        state.get("master", state.get("master_low")),
+        tensor_id(name),
+        ShardIndex.whole(param.numel()),
+    )
+    return [whole] if bound.tau is None or bound.tau.shape == param.shape else whole.split(bound.tau.shape[0])
 
 
 @documented(CommonOptions)

@@ -1,0 +1,133 @@
+"""The names and the packing that a model has in memory, of files that have others, through all that reads both."""
+
+from __future__ import annotations
+
+import pytest
+from bits import assert_same_bits
+from families import FAMILIES, family_model, load_family, logits
+from safetensors.torch import load_file, save_file
+
+import fused_merge as fm
+from fused_merge.io.layouts import in_memory, layout_of
+from fused_merge.io.sources import FileSource, open_source
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Family -> two models, their folders, and their folders in the layout that they have in memory."""
+    made = {}
+    for family in FAMILIES:
+        models = [family_model(family, seed) for seed in (0, 1)]
+        folders, packed = [], []
+        for i, model in enumerate(models):
+            folders.append(tmp_path_factory.mktemp(family) / f"{i}")
+            model.save_pretrained(folders[-1], max_shard_size="20KB")
+            packed.append(tmp_path_factory.mktemp(family) / f"{i}")
+            model.save_pretrained(packed[-1], save_original_format=False)
+        made[family] = models, folders, packed
+    return made
+
+
+def parameters(model):
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@every_family
+def test_a_file_as_the_model_has_it(family, pairs):
+    (model, _), (folder, _), (packed, _) = pairs[family]
+    for path in (folder, packed):
+        source = open_source(path)
+        view = in_memory(source, layout_of(source))
+        assert_same_bits({name: view[name] for name in view}, {name: model.state_dict()[name] for name in view})
+        assert [name for name in view if name not in view.buffers] == [*parameters(model)]
+        assert view.ordered
+        for name in view:
+            rows = slice(view.shape(name)[0] // 2, None)
+            assert_same_bits(view.box(name, (rows,)), view[name][rows])
+            assert_same_bits(view.head(name, 7), view[name].flatten()[:7])
+
+
+def test_an_expert_is_read_from_its_own_file(pairs, monkeypatch):
+    _, (folder, _), _ = pairs["qwen3-moe"]
+    source = open_source(folder)
+    view = in_memory(source, layout_of(source))
+    read = []
+    monkeypatch.setattr(
+        FileSource, "box", lambda self, name, box, own=FileSource.box: read.append((name, box)) or own(self, name, box)
+    )
+    view.box("model.layers.1.mlp.experts.gate_up_proj", (slice(2, 3), slice(8, 12)))
+    assert read == [("model.layers.1.mlp.experts.2.up_proj.weight", (slice(0, 4), slice(0, 16)))]
+
+
+@every_family
+def test_a_delta_of_files_is_that_of_the_models(family, pairs, tmp_path):
+    models, folders, packed = pairs[family]
+    whole = fm.ReferenceDelta.from_models(*models)
+    for ends in (folders, packed, (folders[0], packed[1])):
+        delta = fm.ReferenceDelta.from_checkpoints(*ends)
+        assert (delta.names, delta.identity, delta.ordered) == (whole.names, whole.identity, True)
+        assert_same_bits({name: delta.tensor(name) for name in delta.names}, {n: whole.tensor(n) for n in whole.names})
+    mixed = fm.ReferenceDelta.from_models(folders[0], models[1])
+    assert (mixed.names, mixed.identity) == (whole.names, whole.identity)
+    saved = delta.save(tmp_path / "delta.safetensors", reserve_rate=0.5, method="magnitude")
+    for given in (models[1].named_parameters(), models[1].parameters()):
+        fm.OnTIESAdamW(given, reference_delta=saved, lr=1e-3, reserve_rate=0.5).bind()
+
+
+@every_family
+def test_a_model_is_moved_between_its_files(family, pairs):
+    models, folders, packed = pairs[family]
+    moved = family_model(family, 2)
+    before = {name: tensor.clone() for name, tensor in moved.state_dict().items()}
+    sweep = fm.RatioSweep(moved, folders[0], packed[1])
+    for ratio, model in ((0.0, models[0]), (1.0, models[1])):
+        with sweep.at(ratio):
+            assert_same_bits(moved.state_dict(), model.state_dict())
+            assert_same_bits(logits(moved), logits(model))
+    with sweep.at(0.3):
+        for name, parameter in parameters(moved).items():
+            ends = (dict(model.named_parameters())[name].detach() for model in models)
+            assert_same_bits(parameter, fm.interpolate(*ends, [0.3])[0])
+    assert_same_bits(moved.state_dict(), before)
+
+
+@every_family
+def test_a_path_between_files_of_either_layout(family, pairs, tmp_path):
+    models, folders, packed = pairs[family]
+    for i, ends in enumerate((folders, (folders[0], packed[1]), (packed[0], folders[1]))):
+        out = tmp_path / str(i)
+        written = fm.interpolate_checkpoints(*ends, [0.0, 0.4, 1.0], out, progress=False)
+        names = {name for path in ends[0].glob("*.safetensors") for name in load_file(path)}
+        assert {name for path in written[1].glob("*.safetensors") for name in load_file(path)} == names
+        for folder, model in ((written[0], models[0]), (written[2], models[1])):
+            loaded = load_family(family, folder)
+            assert_same_bits(loaded.state_dict(), model.state_dict())
+            assert_same_bits(logits(loaded), logits(model))
+        halfway = parameters(load_family(family, written[1]))
+        for name, (point,) in (
+            zip(halfway, fm.interpolate(*map(parameters, models), [0.4])[0].items(), strict=True) if False else ()
+        ):
+            assert_same_bits(halfway[name], point)
+        expected = fm.interpolate(*map(parameters, models), [0.4])[0]
+        assert_same_bits(halfway, expected)
+
+
+def test_files_of_the_hub_that_lack_the_prefix_of_their_model(pairs, tmp_path):
+    models, folders, _ = pairs["gpt2"]
+    short = []
+    for folder in folders:
+        short.append(tmp_path / folder.name)
+        short[-1].mkdir()
+        (short[-1] / "config.json").write_bytes((folder / "config.json").read_bytes())
+        tensors = {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
+        stripped = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        save_file(stripped, short[-1] / "model.safetensors", {"format": "pt"})
+    delta = fm.ReferenceDelta.from_checkpoints(*short)
+    assert delta.identity == fm.ReferenceDelta.from_models(*models).identity
+    with fm.RatioSweep(family_model("gpt2", 2), short[0], folders[1]).at(1.0) as model:
+        assert_same_bits(model.state_dict(), models[1].state_dict())
+    (end,) = fm.interpolate_checkpoints(short[0], folders[1], [1.0], tmp_path / "line", progress=False)
+    assert_same_bits(load_family("gpt2", end).state_dict(), models[1].state_dict())
+    assert "wte.weight" in load_file(end / "model.safetensors")
