@@ -87,6 +87,11 @@ def split(given: Mapping[str, Any], *definitions: type) -> list[dict[str, Any]]:
     return [{name: given[name] for name in given if name in options_of(each)} for each in definitions]
 
 
+def select(resolved: Mapping[str, Any], *definitions: type) -> dict[str, Any]:
+    """Return those of the resolved options that belong to definitions."""
+    return {name: resolved[name] for name in options_of(*definitions)}
+
+
 def check_known(given: Iterable[str], options: Mapping[str, Option]) -> None:
     """Raise TypeError for a name that is no option."""
     for name in given:

@@ -29,10 +29,11 @@ from fused_merge.distributed import Processes, is_sharded, local_part, sharding_
 from fused_merge.interpolation.layer_ratios import LayerRatios
 from fused_merge.interpolation.ratio_sweep import RatioSweep
 from fused_merge.io.headers import load_json
+from fused_merge.io.options import PathOptions
 from fused_merge.io.sources import SourceLike, open_source
 from fused_merge.io.writer import write_text, writing
 from fused_merge.names import canonical_name, layer_of, some
-from fused_merge.options import documented, resolve
+from fused_merge.options import documented, resolve, select
 from fused_merge.per_tensor import per_tensor
 from fused_merge.progress import progress_bar
 
@@ -97,7 +98,7 @@ def adapt_ratios(
         raise TypeError(f"model must be a module, got a {type(model).__name__}")
     processes = Processes.of(model)
     with processes.raising_together():
-        sweep = RatioSweep(model, base, tuned, impl=o["impl"])
+        sweep = RatioSweep(model, base, tuned, impl=o["impl"], **select(o, PathOptions))
         start = _start(parts, mean_ratio, sweep.names)
         weights = _regularizer_weights(start, sweep.names, o["regularizer_weights"]) * o["regularizer"]
         first = project_ratios(np.array(start.ratios), mean_ratio)

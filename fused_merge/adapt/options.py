@@ -6,7 +6,7 @@ Nothing here waits for torch.
 import math
 from typing import TYPE_CHECKING, Annotated, TypedDict
 
-from fused_merge.io.options import ModelOptions
+from fused_merge.io.options import ModelOptions, PathOptions
 from fused_merge.options import Option, at_least, definition, need, one_of, share, within
 from fused_merge.progress import ProgressOption
 
@@ -41,7 +41,7 @@ class TargetOptions(TypedDict, total=False):
 
 
 @definition
-class AdaptOptions(ProgressOption, total=False):
+class AdaptOptions(ProgressOption, PathOptions, total=False):
     """The options of `adapt_ratios` beside `TargetOptions`.
 
     Options:

@@ -14,7 +14,7 @@ from fused_merge.checkpoints.plan import AlignedSegment, AlignedTensor
 from fused_merge.io.match import match
 from fused_merge.io.options import OutputOptions
 from fused_merge.io.sources import FileRange, FileSource, TensorSource
-from fused_merge.options import options_of
+from fused_merge.options import select
 
 
 def align(sources: Sequence[FileSource], config_source: int, options: Mapping[str, Any]) -> list[AlignedTensor]:
@@ -25,7 +25,7 @@ def align(sources: Sequence[FileSource], config_source: int, options: Mapping[st
     has its rows, and it is the first choice for tensors that not all hold.
     """
     base, *others = sources
-    dtype, pairing = options["dtype"], {name: options[name] for name in options_of(OutputOptions)}
+    dtype, pairing = options["dtype"], select(options, OutputOptions)
     matches = [match(base, other, **pairing) for other in others]
     views = [base, *(each.second for each in matches)]
     # The name that each tensor of all has in each of the views.

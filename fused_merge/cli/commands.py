@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.filesize import decimal
-from rich.table import Table
+from rich.table import Column, Table
 from typer import Argument, BadParameter, Option
 
 from fused_merge._version import __version__
@@ -26,8 +26,10 @@ from fused_merge.checkpoints.options import FileOptions, InterpolatePlanOptions,
 from fused_merge.cli import parameters as p
 from fused_merge.cli.output import plan_lines, say, table_text
 from fused_merge.cli.parameters import Result, command
+from fused_merge.io.options import DeltaOptions
 from fused_merge.merge.options import MergePlanOptions
-from fused_merge.options import options_of, split
+from fused_merge.names import some
+from fused_merge.options import options_of, resolve, select, split
 from fused_merge.sweep.options import SweepOptions
 
 # What the driver of a GPU says about itself, NVIDIA's and AMD's.
@@ -161,7 +163,7 @@ def adapt(
     return {"path": str(folder), "ratios": ratios}, (str(folder), str(found))
 
 
-@command(PlanOptions, only=("dtype", "overwrite"))
+@command(DeltaOptions, PlanOptions, only=(*options_of(DeltaOptions), "dtype", "overwrite"))
 def delta(
     base: p.Base,
     tuned: p.Tuned,
@@ -176,7 +178,7 @@ def delta(
 
     if out.exists() and not options["overwrite"]:
         raise FileExistsError(f"{out} exists; pass --overwrite to replace it, or choose another")
-    tau = ReferenceDelta.from_checkpoints(base, tuned)
+    tau = ReferenceDelta.from_checkpoints(base, tuned, **select(options, DeltaOptions))
     saved = ReferenceDelta.load(tau.save(out, reserve_rate, method, seed, options["dtype"]))
     size = out.stat().st_size
     return {"path": str(out), "identity": saved.identity, "tensors": len(saved), "bytes": size}, [str(out)]
@@ -201,7 +203,7 @@ def verify(
     return document, verified()
 
 
-@command()
+@command(DeltaOptions)
 def inspect(
     delta: Annotated[Path, Argument(metavar="DELTA_OR_BASE", help="A saved delta, or the base checkpoint.")],
     tuned: Annotated[
@@ -209,12 +211,18 @@ def inspect(
     ] = None,
     other: Annotated[Path | None, Option(help="Another saved delta, for the overlap of the two.")] = None,
     reserve_rate: Annotated[float | None, Option(help="Show what top-p really keeps at this p.")] = None,
+    pairing: Annotated[bool, Option("--pairing", help="Show which tensors of BASE and TUNED belong together.")] = False,
+    **options: Any,
 ) -> Result:
     """Show norms and real density of a reference delta, by tensor and by layer, and its overlap with another."""
+    if pairing:
+        if tuned is None:
+            raise BadParameter("--pairing needs BASE and TUNED")
+        return _pairing(delta, tuned, options)
     from fused_merge.delta.inspection import inspect_delta
     from fused_merge.delta.reference_delta import ReferenceDelta
 
-    tau = ReferenceDelta.load(delta) if tuned is None else ReferenceDelta.from_checkpoints(delta, tuned)
+    tau = ReferenceDelta.load(delta) if tuned is None else ReferenceDelta.from_checkpoints(delta, tuned, **options)
     base, another = None if tuned is None else delta, None if other is None else ReferenceDelta.load(other)
     entries = inspect_delta(tau, base=base, other=another, reserve_rate=reserve_rate)
     table = Table(box=None)
@@ -224,6 +232,27 @@ def inspect(
         cells = ("-" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x) for x in entry.values())
         table.add_row(*cells)
     return entries, [table_text(table)]
+
+
+def _pairing(base: Path, tuned: Path, options: dict[str, Any]) -> Result:
+    """Return what belongs together in two checkpoints, and why they cannot be combined, if they cannot."""
+    from fused_merge.io.match import explain
+    from fused_merge.io.sources import open_files
+
+    try:
+        found = explain(
+            open_files(base, role="base"), open_files(tuned, role="tuned"), **resolve(options, DeltaOptions)
+        )
+        entries, refused = found.report(), list(found.faults)
+    except ValueError as error:
+        entries, refused = [], [str(error)]
+    table = Table("kind", Column("tensors", justify="right"), Column("size", justify="right"), "such as", box=None)
+    for kind in dict.fromkeys(entry["kind"] for entry in entries):
+        own = [entry for entry in entries if entry["kind"] == kind]
+        names = dict.fromkeys(filter(None, (some(own[0][side], shown=1) for side in ("first", "second"))))
+        table.add_row(kind, str(len(own)), decimal(sum(entry["bytes"] for entry in own)), " with ".join(names))
+    lines = [table_text(table)] if entries else []
+    return {"tensors": entries, "refused": refused}, lines + [f"refused: {sentence}" for sentence in refused]
 
 
 @command()

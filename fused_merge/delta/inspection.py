@@ -15,7 +15,9 @@ from torch import Tensor
 
 from fused_merge.delta.reference_delta import ReferenceDelta
 from fused_merge.eager.sparsify import sparsify_tau
+from fused_merge.io.match import has_first_rows, named_as
 from fused_merge.io.sources import SourceLike, open_source
+from fused_merge.io.views import whole_box
 from fused_merge.names import layer_of, some
 from fused_merge.progress import progress_bar
 
@@ -52,7 +54,7 @@ def inspect_delta(
     """
     if reserve_rate is not None and not 0.0 < reserve_rate <= 1.0:
         raise ValueError(f"reserve_rate must lie in (0, 1], got {reserve_rate}")
-    weights = None if base is None else open_source(base, role="base")
+    weights = None if base is None else named_as(open_source(base, role="base"), delta.names)
     if weights is not None:
         _check_same(delta, "the base", {name: weights.shape(name) for name in weights})
     if other is not None:
@@ -64,7 +66,8 @@ def inspect_delta(
     nbytes = {name: delta.shape(name).numel() * delta.dtype(name).itemsize for name in delta.names}
     with progress_bar("inspecting the reference delta", sum(nbytes.values())) as advance:
         for name in delta.names:
-            its_base = None if weights is None else weights[name]
+            # Of a larger vocabulary the rows that tau has.
+            its_base = None if weights is None else weights.box(name, whole_box(delta.shape(name)))
             its_other = None if other is None else other.tensor(name)
             sums = _measure(name, delta.tensor(name), its_base, its_other, reserve_rate)
             for scope, group in (("tensor", name), ("layer", layer_name(name)), ("all", "all")):
@@ -89,7 +92,7 @@ def _check_same(delta: ReferenceDelta, what: str, shapes: Mapping[str, torch.Siz
     if missing := [name for name in delta.names if name not in shapes]:
         raise ValueError(f"{what} lacks {some(map(repr, missing))}; both must be of one model")
     for name in delta.names:
-        if shapes[name] != delta.shape(name):
+        if shapes[name] != delta.shape(name) and not has_first_rows(delta.shape(name), shapes[name]):
             raise ValueError(
                 f"{name!r} is {list(delta.shape(name))} and in {what} {list(shapes[name])}; both must be of one model"
             )

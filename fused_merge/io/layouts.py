@@ -79,6 +79,9 @@ def _of_folder(folder: Path, stamp: tuple[int, int]) -> Layout | None:
         from transformers import AutoConfig
     except ImportError:
         return None
+    # What it would say of a configuration is of no use where no model is loaded.
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         (architecture,) = config.architectures
@@ -88,6 +91,8 @@ def _of_folder(folder: Path, stamp: tuple[int, int]) -> Layout | None:
         # It fails in many ways on what it does not know; names are then those of the files.
         logger.debug("Transformers makes no model of %s: %s: %s", folder, type(error).__name__, error)
         return None
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
 
 
 def in_memory(source: TensorSource, layout: Layout) -> ViewSource | None:

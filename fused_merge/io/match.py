@@ -56,6 +56,35 @@ class Match:
         """The pairs of which a source has other names or other boxes than those by which it is paired."""
         return [name for name, own in self.pairs.items() if any(map(_is_made, (self.first, self.second), own))]
 
+    def report(self) -> list[dict[str, Any]]:
+        """Return a dict for each pair, tie and tensor without a counterpart.
+
+        It holds `kind`, `name`, what of the `first` and of the `second` source it is, as lists of names, and `bytes`.
+        Kinds are `"same name"`, `"converted"` (another name, or another packing), `"tied"` (bit-equal to another tensor
+        of its model), `"untied"` (a head that one model ties to its embedding), `"first only"`, `"second only"`.
+        """
+        converted, untied = set(self.converted), set(self.untied)
+        found: list[tuple[str, str, tuple[str | None, str | None]]] = [
+            ("untied" if name in untied else "converted" if name in converted else "same name", name, own)
+            for name, own in self.pairs.items()
+        ]
+        found += [
+            ("tied", owner, (name if name in self.first else None, name if name in self.second else None))
+            for name, owner in self.aliases.items()
+        ]
+        found += [("first only", name, (name, None)) for name in self.only[0]]
+        found += [("second only", name, (None, name)) for name in self.only[1]]
+        entries = []
+        for kind, name, own in found:
+            held = {
+                side: (source, each)
+                for side, source, each in zip(("first", "second"), (self.first, self.second), own, strict=True)
+                if each is not None
+            }
+            names = {side: _own_names(*held[side]) if side in held else [] for side in ("first", "second")}
+            entries.append({"kind": kind, "name": name, **names, "bytes": _nbytes(*next(iter(held.values())))})
+        return entries
+
     @property
     def shares(self) -> tuple[float, float]:
         """The share of the bytes of each source that belongs to a pair or an alias of one."""
@@ -172,6 +201,20 @@ def _differences(
     if len(set(rows.values())) > 1:
         listed = some(f"{name!r} has {a} and {b} rows" for name, (a, b) in rows.items())
         yield f"{listed}: these are not two sizes of one vocabulary; resize the models first"
+
+
+def named_as(source: TensorSource, names: Collection[str]) -> TensorSource:
+    """Return a source under its own names or under those that a model has in memory: whichever more of `names` are."""
+    if all(name in source for name in names):
+        return source
+    layout = layout_of(source)
+    view = layout and in_memory(source, layout)
+    return source if view is None else max((source, view), key=lambda each: sum(name in each for name in names))
+
+
+def has_first_rows(shape: torch.Size, whole: torch.Size) -> bool:
+    """Return whether a shape is that of the first rows of another."""
+    return len(shape) == len(whole) > 0 and shape[1:] == whole[1:] and shape[0] < whole[0]
 
 
 def _with_faults(found: Match, unmatched: str, hint: str) -> Match:
@@ -302,6 +345,13 @@ def _in_names_of(first: ViewSource, second: ViewSource) -> ViewSource:
     used = {part for tensor in tensors.values() if isinstance(tensor, Assembly) for part in tensor.names}
     rest = {name: Assembly.whole(name, second.source.shape(name)) for name in second.source if name not in used}
     return ViewSource(second.source, {**rest, **tensors})
+
+
+def _own_names(source: TensorSource, name: str) -> list[str]:
+    """Return what the tensors behind one of a view are called."""
+    if not isinstance(source, ViewSource):
+        return [name]
+    return [own for part in source.tensors[name].names for own in _own_names(source.source, part)]
 
 
 def _is_made(source: TensorSource, name: str) -> bool:

@@ -36,7 +36,7 @@ class PairingOptions(TypedDict, total=False):
 
     Options:
         align_vocabulary: pair embeddings and heads with other numbers of rows; only the rows that both have are merged.
-        strip_prefix: beginnings of names that are left out before names are compared, such as `"model."`.
+        strip_prefix: beginnings of names, such as `"net."`, that are left out before names are compared.
         rename: regular expressions, and what replaces them in names before these are compared.
         any_architecture: pair tensors of models even if `config.json` names another architecture in each.
     """

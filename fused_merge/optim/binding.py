@@ -14,7 +14,7 @@ from fused_merge.delta.tensors import Sparsity
 from fused_merge.eager.merge_stats import lost_share
 from fused_merge.eager.operands import Tau
 from fused_merge.eager.sparse import SparseTensor
-from fused_merge.io.match import common_prefixes
+from fused_merge.io.match import common_prefixes, has_first_rows
 from fused_merge.methods import MergeRule
 from fused_merge.names import canonical_name, some
 
@@ -87,7 +87,7 @@ class Binding:
             if name not in held or self.delta.shape(name) == param.shape:
                 continue
             shapes = f"{name!r} has shape {tuple(param.shape)} and its reference delta {tuple(self.delta.shape(name))}"
-            if not _has_first_rows(self.delta.shape(name), param.shape):
+            if not has_first_rows(self.delta.shape(name), param.shape):
                 raise ValueError(f"parameter {shapes}; train the model that the delta was made of")
             if group.options["missing"] == "error":
                 raise ValueError(f"parameter {shapes}; step the rows that it lacks as plain AdamW with missing='plain'")
@@ -127,10 +127,6 @@ def _naming(absent: Collection[str], delta: ReferenceDelta) -> str:
     if ours:
         return f"pass (name.removeprefix({ours!r}), parameter) for each of model.named_parameters(), "
     return f"build it with strip_prefix={theirs!r}, " if theirs else ""
-
-
-def _has_first_rows(shape: torch.Size, whole: torch.Size) -> bool:
-    return len(shape) == len(whole) > 0 and shape[1:] == whole[1:] and shape[0] < whole[0]
 
 
 def _names_in_order(groups: list[list[Tensor]], delta: ReferenceDelta) -> list[list[str]]:

@@ -43,7 +43,7 @@ def test_a_file_as_the_model_has_it(family, pairs):
         assert_same_bits({name: view[name] for name in view}, {name: model.state_dict()[name] for name in view})
         assert [name for name in view if name not in view.buffers] == [*parameters(model)]
         assert view.ordered
-        for name in view:
+        for name in filter(view.shape, view):
             rows = slice(view.shape(name)[0] // 2, None)
             assert_same_bits(view.box(name, (rows,)), view[name][rows])
             assert_same_bits(view.head(name, 7), view[name].flatten()[:7])
@@ -106,10 +106,6 @@ def test_a_path_between_files_of_either_layout(family, pairs, tmp_path):
             assert_same_bits(loaded.state_dict(), model.state_dict())
             assert_same_bits(logits(loaded), logits(model))
         halfway = parameters(load_family(family, written[1]))
-        for name, (point,) in (
-            zip(halfway, fm.interpolate(*map(parameters, models), [0.4])[0].items(), strict=True) if False else ()
-        ):
-            assert_same_bits(halfway[name], point)
         expected = fm.interpolate(*map(parameters, models), [0.4])[0]
         assert_same_bits(halfway, expected)
 
