@@ -81,7 +81,7 @@ def _of_folder(folder: Path, stamp: tuple[int, int]) -> Layout | None:
         return None
     # What it would say of a configuration is of no use where no model is loaded.
     verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity(logging.ERROR)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         (architecture,) = config.architectures

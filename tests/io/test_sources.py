@@ -1,4 +1,4 @@
-"""Four kinds of sources with one face; what is tied; every broken file in one sentence that names it."""
+"""Four kinds of sources with one face; every broken file in one sentence that names it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 from tiny import llama, save
 from torch import nn
 
-from fused_merge.io.match import Match, match
 from fused_merge.io.sources import open_files, open_source, same_bits
 
 
@@ -132,62 +131,3 @@ def test_paths_that_are_no_model(tmp_path):
         open_source(tmp_path / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"it holds pytorch_model\.bin, and pickle files are never loaded"):
         open_source(tmp_path)
-
-
-# --- match
-
-
-def test_match_keeps_the_order_and_ignores_what_it_is_told():
-    base = open_source(weights(b=1, a=2, skip=3))
-    tuned = open_source(weights(a=5, b=4))
-    assert match(base, tuned, ignore={"skip"}) == Match(("b", "a"), {})
-
-
-def test_missing_and_extra_tensors_are_counted_and_named():
-    base = open_source(weights(a=1, b=2, c=3, d=4, e=5), role="base")
-    tuned = open_source(weights(a=1, z=9), role="tuned")
-    message = r"tuned .* lacks 'b', 'c', 'd' and 1 more of base \(state dict\); base .* lacks 'z' of tuned"
-    with pytest.raises(ValueError, match=message):
-        match(base, tuned)
-
-
-def test_another_vocabulary_another_architecture_and_other_dtypes():
-    base = open_source(weights(a=[1, 2], b=[[1, 2]]))
-    message = r"'b' is \[1, 2\] and \[2, 2\]; resize one model to the vocabulary of the other$"
-    with pytest.raises(ValueError, match=message):
-        match(base, open_source(weights(a=[1, 2], b=[[1, 2], [3, 4]])))
-    with pytest.raises(ValueError, match=r"'a' is \[2\] and \[3\]; both must be of one architecture$"):
-        match(base, open_source(weights(a=[1, 2, 3], b=[[1, 2]])))
-    half = open_source({name: tensor.half() for name, tensor in base.items()})
-    assert match(base, half).names == ("a", "b")
-    with pytest.raises(ValueError, match=r"'a' is torch.float32 and torch.float16.*one architecture and one dtype"):
-        match(base, half, same_dtype=True)
-    with pytest.raises(ValueError, match=r"'a' is torch.float32 and torch.int64"):
-        match(base, open_source({name: tensor.long() for name, tensor in base.items()}))
-
-
-def test_a_tied_weight_written_out_in_one_of_two_checkpoints():
-    embed, head = "model.embed_tokens.weight", "lm_head.weight"
-    tied = open_source(weights(**{embed: [1, 2], "norm": [1, 1]}))
-    written = open_source(weights(**{embed: [3, 4], "norm": [1, 1], head: [3, 4]}))
-    assert match(tied, written) == match(written, tied) == Match((embed, "norm"), {head: embed})
-    # In both: two tensors like any other.
-    assert len(match(written, written).names) == 3
-
-
-def test_tied_storage_meets_either_name():
-    tensor = torch.tensor([1.0, 2.0])
-    module = open_source({"embed": tensor, "head": tensor})
-    assert match(module, open_source(weights(embed=[3, 4]))) == Match(("embed",), {"head": "embed"})
-    assert match(module, open_source(weights(head=[3, 4]))) == Match(("head",), {"embed": "head"})
-    assert match(module, module) == Match(("embed",), {"head": "embed"})
-    assert match(module, open_source(weights(embed=[3, 4], head=[5, 6]))) == Match(("embed", "head"), {})
-
-
-def test_an_untied_or_constant_extra_tensor_is_no_alias():
-    small = open_source(weights(a=[1, 2], one=[1, 1]))
-    with pytest.raises(ValueError, match="lacks 'b'"):
-        match(small, open_source(weights(a=[1, 2], one=[1, 1], b=[1, 3])))
-    # A fresh norm equals another by accident: it may not stand for one that is missing.
-    with pytest.raises(ValueError, match="lacks 'another'"):
-        match(small, open_source(weights(a=[1, 2], one=[1, 1], another=[1, 1])))
