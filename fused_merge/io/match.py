@@ -161,16 +161,20 @@ def _paired(first: TensorSource, second: TensorSource, *, same_dtype: bool, any_
 
     only: list[tuple[str, ...]] = []
     untied: list[str] = []
-    tieable = [name for name in pairs if kind_of(name) in ("embeddings", "head")]
+    named_alike = list(pairs)
     for i, (here, there) in enumerate(((first, second), (second, first))):
         extra = [name for name in here if name not in there and name not in ignore]
-        aliases |= _find_tied(here, extra, tieable)
-        rest = [name for name in extra if name not in aliases]
-        for name in rest:
-            if owner := _embedding_of(name, here, there, tieable, any_rows):
+        may_tie = [name for name in extra if kind_of(name) in ("embeddings", "head")]
+        # Of thousands of tensors only those that could be one with another.
+        sizes = {here.shape(name)[any_rows:] for name in may_tie}
+        alike = [name for name in named_alike if may_tie and here.shape(name)[any_rows:] in sizes]
+        can_own = [name for name in alike if kind_of(name) in ("embeddings", "head")]
+        aliases |= _find_tied(here, extra, named_alike, may_tie, can_own)
+        for name in may_tie:
+            if name not in aliases and (owner := _embedding_of(name, here, there, can_own, any_rows)):
                 pairs[name] = (name, owner) if i == 0 else (owner, name)
                 untied.append(name)
-        only.append(tuple(name for name in rest if name not in pairs))
+        only.append(tuple(name for name in extra if name not in aliases and name not in pairs))
     faults = _differences(first, second, pairs, same_dtype, any_rows)
     return Match(first, second, pairs, aliases, (only[0], only[1]), tuple(untied), tuple(faults))
 
@@ -374,7 +378,7 @@ def _embedding_of(
     head: str, here: TensorSource, there: TensorSource, common: Sequence[str], any_rows: bool
 ) -> str | None:
     """Return the embedding that `there` uses as a head that only `here` has by itself, None if it is none."""
-    if kind_of(head) != "head" or len(here.shape(head)) != 2 or not _may_tie(there):
+    if kind_of(head) != "head" or len(here.shape(head)) != 2 or not _ties(there):
         return None
     shape = here.shape(head)
     fits = [
@@ -386,30 +390,33 @@ def _embedding_of(
     return fits[0] if len(fits) == 1 else None
 
 
-def _may_tie(source: TensorSource) -> bool:
-    """Return whether the model of a source uses its embedding as its head, if it has no head of its own."""
-    config = source.config
-    nested = config.get("text_config")
-    said = config.get("tie_word_embeddings", nested.get("tie_word_embeddings") if isinstance(nested, dict) else None)
+def _ties(source: TensorSource) -> bool | None:
+    """Return whether the configuration of a source says that its head is its embedding; None without one."""
+    nested = source.config.get("text_config")
+    said = source.config.get("tie_word_embeddings")
+    if said is None and isinstance(nested, Mapping):
+        said = nested.get("tie_word_embeddings")
     # Transformers leaves out of a configuration what is its default, which is true.
-    return bool(config) and said is not False
+    return bool(said is not False) if source.config else None
 
 
-def _find_tied(source: TensorSource, extra: Collection[str], common: Collection[str]) -> dict[str, str]:
-    """Return those `extra` tensors of a source that are tied to one of its `common` ones, and to which."""
-    tied = {}
-    candidates: dict[tuple[object, ...], list[str]] = {}
-    owners = {source.aliases.get(name, name): name for name in common}
-    for name in extra:
-        if (owner := owners.get(source.aliases.get(name, name))) is not None:
-            tied[name] = owner
-        elif kind_of(name) in ("embeddings", "head"):
-            if not candidates:
-                for other in common:
-                    candidates.setdefault(_fingerprint(source, other), []).append(other)
-            alike = candidates.get(_fingerprint(source, name), ())
-            if found := next((other for other in alike if _same_values(source, name, other)), None):
-                tied[name] = found
+def _find_tied(
+    source: TensorSource, extra: Sequence[str], common: Sequence[str], may_tie: Sequence[str], owners: Sequence[str]
+) -> dict[str, str]:
+    """Return those `extra` tensors of a source that are tied to a `common` one, and to which.
+
+    Those of one storage are; so are, of `may_tie`, those that are bit-equal to one of `owners`, unless the
+    configuration says that they only happen to be.
+    """
+    first = {source.aliases.get(name, name): name for name in common} if source.aliases else {}
+    tied = {name: first[owner] for name in extra if (owner := source.aliases.get(name, name)) in first}
+    candidates: defaultdict[tuple[object, ...], list[str]] = defaultdict(list)
+    for name in owners if may_tie and _ties(source) is not False else ():
+        candidates[_fingerprint(source, name)].append(name)
+    for name in may_tie if candidates else ():
+        alike = candidates.get(_fingerprint(source, name), ())
+        if found := next((other for other in alike if _same_values(source, name, other)), None):
+            tied.setdefault(name, found)
     return tied
 
 
