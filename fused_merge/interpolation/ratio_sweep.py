@@ -66,7 +66,8 @@ class RatioSweep(Generic[Model]):
         # Inside `at`: where the model is, and what brings back its bits: the number of an end or a copy.
         self._ratio: PerTensor | None = None
         self._originals: dict[str, Tensor | int] = {}
-        ends = match(open_source(base, role="base"), open_source(tuned, role="tuned"), same_dtype=True, **given)
+        opened = open_source(base, role="base"), open_source(tuned, role="tuned")
+        ends = match(*opened, same_dtype=True, memory=True, **given)
         self._ends: tuple[TensorSource, ...] = (ends.first, ends.second)
         weights = self._open_model()
         matches = [match(weights, end, **given) for end in self._ends]

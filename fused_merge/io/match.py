@@ -113,8 +113,8 @@ def explain(
     strip_prefix: Sequence[str] = (),  # beginnings of names to leave out
     rename: Mapping[str, str] | None = None,  # regular expressions -> what they are replaced with, as by `re.sub`
     any_architecture: bool = False,  # accept configurations that name another architecture in each
-    memory: bool = False,  # pair under the names that a model has in memory, where Transformers knows them
-    parameters: bool = False,  # leave out buffers of modules and what neither merges
+    memory: bool = False,  # where names differ, pair under those that a model has in memory, if Transformers knows them
+    parameters: bool = False,  # only parameters: no buffers and nothing that neither merges; in the order of the model
 ) -> Match:
     """Pair the tensors of two sources and say what is in the way.
 
@@ -129,7 +129,8 @@ def explain(
         # As files of the first are to be written, under its own names.
         sources = (a, b) if memory else (first, _in_names_of(a, b))
     found, hint = _paired(*sources, **apart), ""
-    views = _as_in_memory((first, second), sources) if memory or any(found.only) or found.faults else None
+    asked = parameters or any(found.only) or found.faults
+    views = _as_in_memory((first, second), sources) if asked else None
     if views is not None:
         loaded = _paired(*views, **apart)
         if memory or not all(isinstance(view, ViewSource) for view in views):

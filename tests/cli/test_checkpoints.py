@@ -28,7 +28,9 @@ RUN_ASKED = {"threads": 4, "max_memory": "1000000", "device": "cuda:1", "verify"
 
 
 def defaults(*definitions):
-    return {name: option.default for name, option in options_of(*definitions).items()}
+    """What the command line passes on where nothing is given: of an option that may be repeated an empty list."""
+    found = {name: option.default for name, option in options_of(*definitions).items()}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
 def check_wrong_usage(arguments, message, run, job):

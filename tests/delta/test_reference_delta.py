@@ -43,15 +43,16 @@ def test_sources_of_every_kind_agree(models, tmp_path):
     whole, shards = save(base, tmp_path / "base"), save(tuned, tmp_path / "tuned", shard="3KB")
     delta = ReferenceDelta.from_models(base, tuned)
     assert delta.names == tuple(name for name, _ in base.named_parameters())
-    # Only modules know their order: a state dict may have been read from a file, in the order of the file.
     assert delta.ordered
-    for other in (
-        ReferenceDelta.from_models(base.state_dict(), tuned.state_dict()),
-        ReferenceDelta.from_checkpoints(whole, str(shards)),
-        ReferenceDelta.from_models(str(whole), tuned),
+    for other, ordered in (
+        # A state dict may have been read from a file, in the order of the file.
+        (ReferenceDelta.from_models(base.state_dict(), tuned.state_dict()), False),
+        (ReferenceDelta.from_checkpoints(whole / "model.safetensors", str(shards)), True),
+        (ReferenceDelta.from_checkpoints(whole, str(shards)), True),
+        (ReferenceDelta.from_models(str(whole), tuned), True),
     ):
         assert_same(delta, other)
-        assert not other.ordered
+        assert other.ordered == ordered
 
 
 def test_nothing_of_the_models_is_kept(models):
