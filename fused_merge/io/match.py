@@ -129,7 +129,8 @@ def explain(
         # As files of the first are to be written, under its own names.
         sources = (a, b) if memory else (first, _in_names_of(a, b))
     found, hint = _paired(*sources, **apart), ""
-    asked = parameters or any(found.only) or found.faults
+    # For the order of the parameters, too, unless the caller has names of his own.
+    asked = any(found.only) or found.faults or (parameters and sources == (first, second))
     views = _as_in_memory((first, second), sources) if asked else None
     if views is not None:
         loaded = _paired(*views, **apart)

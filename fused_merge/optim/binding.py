@@ -80,8 +80,8 @@ class Binding:
         if absent:
             raise ValueError(
                 f"the reference delta lacks {some(map(repr, absent))}; {_naming(absent, self.delta)}build it from "
-                "checkpoints that hold them, by ReferenceDelta.from_models(base_model, sft_model) if files name them "
-                "otherwise, or step them as plain AdamW with missing='plain'"
+                "checkpoints that hold them, or by ReferenceDelta.from_models(base_model, sft_model) if their files "
+                "name them otherwise, or step them as plain AdamW with missing='plain'"
             )
         for name, param, group in wanted:
             if name not in held or self.delta.shape(name) == param.shape:
@@ -125,8 +125,8 @@ def _naming(absent: Collection[str], delta: ReferenceDelta) -> str:
     """Return how the names could be made equal, as a part of a sentence, or nothing."""
     _, (ours, theirs) = common_prefixes(absent, delta.names)
     if ours:
-        return f"pass (name.removeprefix({ours!r}), parameter) for each of model.named_parameters(), "
-    return f"build it with strip_prefix={theirs!r}, " if theirs else ""
+        return f"pass (name.removeprefix({ours!r}), parameter) for all of model.named_parameters(), or "
+    return f"make it with strip_prefix={theirs!r}, or " if theirs else ""
 
 
 def _names_in_order(groups: list[list[Tensor]], delta: ReferenceDelta) -> list[list[str]]:
