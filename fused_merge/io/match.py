@@ -130,7 +130,7 @@ def explain(
         sources = (a, b) if memory else (first, _in_names_of(a, b))
     found, hint = _paired(*sources, **apart), ""
     # For the order of the parameters, too, unless the caller has names of his own.
-    asked = any(found.only) or found.faults or (parameters and sources == (first, second))
+    asked = any(found.only) or found.faults or (parameters and not (strip_prefix or rename))
     views = _as_in_memory((first, second), sources) if asked else None
     if views is not None:
         loaded = _paired(*views, **apart)
