@@ -11,10 +11,20 @@ from bits import same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fused_merge.eager.merge import consensus, mask_key, merge, merge_block, slerp, slerp_coefficients, trim
-from fused_merge.eager.merge import trim_threshold as threshold_of
+from fused_merge.eager.merge import (
+    Coefficients,
+    consensus,
+    drop_by_rank,
+    mask_key,
+    merge,
+    merge_block,
+    slerp_coefficients,
+    stock_ratio,
+    trim,
+    trim_bounds,
+)
 from fused_merge.eager.shard import ShardIndex
-from fused_merge.methods import MERGE_METHODS, merge_method
+from fused_merge.methods import MARGINS, MERGE_METHODS, merge_method
 
 NAN, INF = float("nan"), float("inf")
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -26,6 +36,16 @@ def models(shape, dtype=torch.float32, count=3, seed=0):
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(shape, generator=generator)
     return base.to(dtype), [(base + 0.1 * torch.randn(shape, generator=generator)).to(dtype) for _ in range(count)]
+
+
+# Of methods whose weights are given, and of all with so many models, and such weights, as they take.
+GIVEN = [name for name, entry in MERGE_METHODS.items() if entry.weights_from == "given"]
+TAKEN = dict.fromkeys(GIVEN, WEIGHTS) | {"slerp": [0.5], "nearswap": [0.5], "nuslerp": [0.7, -0.4]}
+TAKEN["model_stock"] = [1.0] * 3
+
+
+def slerp(a, b, t):
+    return merge(a, [b], [t], method="slerp", name=NAME)
 
 
 # --- the papers once more, in numpy, an element at a time
@@ -71,11 +91,28 @@ def assert_merged(got, want, dtype):
 ALL_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 
 
+def crumbs(x, density, gamma):
+    """What breadcrumbs keep: neither the largest gamma*n nor, of the others, more than the density allows."""
+    sizes = np.sort(np.abs(x), axis=None)[::-1]
+    kept = int(density * x.size)
+    middle = sizes[min(int(gamma * x.size), x.size - kept) :][:kept]
+    return (middle[-1] <= np.abs(x)) & (np.abs(x) <= middle[0])
+
+
+def ranked(x, density, epsilon):
+    """The probability with which MAGPRUNE keeps each element: it grows in equal steps along a sorted row."""
+    p = np.empty(x.shape)
+    for row, of_row in zip(x, p, strict=True):
+        for rank, element in enumerate(np.argsort(np.abs(row), kind="stable")):
+            of_row[element] = density - epsilon + 2 * epsilon * (rank / (len(row) - 1))
+    return p
+
+
 @ALL_DTYPES
 @pytest.mark.parametrize("choice", [None, True, False])
-@pytest.mark.parametrize("method", [name for name in MERGE_METHODS if name != "slerp"])
+@pytest.mark.parametrize("method", GIVEN)
 def test_methods_are_what_their_papers_say(method, choice, dtype):
-    """The choice is to normalize, for the two DARE to rescale."""
+    """The choice is to normalize, for DARE and DELLA to rescale."""
     base, thetas = models((19, 23), dtype)
     first, *rest = as_numpy([base, *thetas])
     asked, densities, divide_by = {"normalize": choice}, None, [1.0] * 3
@@ -83,6 +120,15 @@ def test_methods_are_what_their_papers_say(method, choice, dtype):
     if method == "ties":
         densities = DENSITIES
         keeps = [reference.top(theta - first, p) for theta, p in zip(rest, densities, strict=True)]
+    elif "crumbs" in method:
+        densities, asked["margins"] = DENSITIES, [0.1, 0.6, 0.2]
+        keeps = [crumbs(theta - first, *each) for theta, *each in zip(rest, densities, asked["margins"], strict=True)]
+    elif "della" in method:
+        densities, asked, normalize = DENSITIES, {"rescale": choice, "margins": [0.2, 0.45, 0.9]}, method == "della"
+        ps = [ranked(rest[i] - first, densities[i], asked["margins"][i]) for i in range(2)]
+        words = [reference.words(437, 11, i, NAME, 1).reshape(19, 23) for i in range(2)]
+        keeps = [word < np.floor(p * 2.0**32) for word, p in zip(words, ps, strict=True)] + [True]
+        divide_by = divide_by if choice is False else [*ps, 1.0]
     elif "dare" in method:
         densities, asked, normalize = DENSITIES, {"rescale": choice}, False
         # Each model is dropped by a mask of its own.
@@ -92,7 +138,7 @@ def test_methods_are_what_their_papers_say(method, choice, dtype):
         want = summed(rest, WEIGHTS, False, normalize)
         assert_merged(merge(None, thetas, WEIGHTS, method=method, name=NAME, **asked), want, dtype)
         return
-    elect = method in ("ties", "dare_ties")
+    elect = "ties" in method or method == "della"
     want = expected(first, rest, WEIGHTS, keeps, elect=elect, normalize=normalize, divide_by=divide_by, scale=scale)
     asked |= {"densities": densities, "scale": scale, "seed": 11}
     assert_merged(merge(base, thetas, WEIGHTS, method=method, name=NAME, **asked), want, dtype)
@@ -117,6 +163,61 @@ def test_slerp_turns_by_a_share_of_the_angle(dtype, t):
     torch.testing.assert_close(got.double(), want.to(dtype).double(), rtol=rtol, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("on_base", [True, False])
+@pytest.mark.parametrize("weights", [[0.3, 0.7], [1.0, 3.0], [2.0, -1.0], [0.0, 0.2]])
+def test_nuslerp_turns_by_a_share_of_the_angle(dtype, on_base, weights):
+    base, (a, b) = models((31, 17), dtype, count=2)
+    start = base.double().numpy() if on_base else 0.0
+    x, y = a.double().numpy() - start, b.double().numpy() - start
+    t, lengths = weights[1] / sum(weights), [np.linalg.norm(x), np.linalg.norm(y)]
+    angle = 2 * math.asin(np.linalg.norm(x / lengths[0] - y / lengths[1]) / 2)
+    want = start + (math.sin((1 - t) * angle) * x + math.sin(t * angle) * y) / math.sin(angle)
+    got = merge(base if on_base else None, [a, b], weights, method="nuslerp", name=NAME)
+    assert got.dtype == dtype
+    rtol = 2**-7 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(got.double(), torch.from_numpy(want), rtol=rtol, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("t", [0.0, 0.03, 0.1, 9.0])
+def test_nearswap_moves_what_is_near(dtype, t):
+    base, (model,) = models((31, 17), dtype, count=1)
+    model[0] = base[0]
+    x, y = base.double().numpy(), model.double().numpy()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        w = np.minimum(1.0, np.nan_to_num(t / np.abs(x - y), nan=1.0))
+    got = merge(base, [model], [t], method="nearswap", name=NAME)
+    rtol = 2**-8 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(got.double(), torch.from_numpy((1 - w) * x + w * y), rtol=rtol, atol=1e-7)
+    assert same_bits(got[torch.from_numpy(w == 1)], model[torch.from_numpy(w == 1)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_model_stock_goes_as_far_as_the_angles_say(dtype, count):
+    base, thetas = models((31, 17), dtype, count)
+    common = 0.1 * torch.randn((31, 17), generator=torch.Generator().manual_seed(1))
+    thetas = [(theta + common).to(dtype) for theta in thetas]
+    start, *ends = (x.double().numpy().ravel() for x in (base, *thetas))
+    units = np.stack([(end - start) / np.linalg.norm(end - start) for end in ends])
+    cosine = (units @ units.T)[np.triu_indices(count, 1)].mean()
+    t = count * cosine / (1 + (count - 1) * cosine)
+    want = torch.from_numpy(t * np.mean(ends, axis=0) + (1 - t) * start).view(31, 17)
+    got = merge(base, thetas, [1.0] * count, method="model_stock", name=NAME)
+    assert got.dtype == dtype
+    rtol = 2**-8 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(got.double(), want, rtol=rtol, atol=1e-6)
+
+
+def test_two_models_of_a_stock_meet_where_the_heights_of_their_triangle_do():
+    base, deltas = torch.tensor([1.0, -2.0, 0.5]).double(), torch.tensor([[3.0, 4.0, 0.0], [0.0, 3.0, 4.0]]).double()
+    got = merge(base, list(base + deltas), [1.0, 1.0], method="model_stock", name=NAME) - base
+    # From each model straight at the side that joins the base with the other.
+    assert torch.dot(got - deltas[0], deltas[1]).abs() < 1e-12
+    assert torch.dot(got - deltas[1], deltas[0]).abs() < 1e-12
+
+
 # --- by hand
 
 
@@ -129,6 +230,63 @@ def test_ties_by_hand():
     # A weight of 9 turns the first vote, 3 - 9 + 2, and the third, 36 - 4, has a winner.
     got = merge(base, list(base + deltas), [1.0, 9.0, 1.0], method="ties", name="a", densities=[0.5] * 3)
     assert got.tolist() == [1.0 - 9.0 / 9.0, -1.0, 1.0 + 36.0 / 9.0, 1.0]
+
+
+def test_breadcrumbs_by_hand():
+    # Of ten the largest two go, 10 and -9, and the smallest three, 1, -2 and 3.
+    base = torch.zeros(10)
+    delta = torch.tensor([1.0, -2.0, 3.0, 4.0, -5.0, 6.0, 7.0, -8.0, -9.0, 10.0])
+    options = {"method": "breadcrumbs", "name": "a", "densities": [0.5]}
+    got = merge(base, [delta], [2.0], margins=[0.2], **options)
+    assert got.tolist() == [0.0, 0.0, 0.0, 8.0, -10.0, 12.0, 14.0, -16.0, 0.0, 0.0]
+    # A gamma of 0.9 leaves what the density asks for: the smallest half.
+    assert merge(base, [delta], [1.0], margins=[0.9], **options).tolist() == [1.0, -2.0, 3.0, 4.0, -5.0, *[0.0] * 5]
+    # The default of gamma, 0.01, is none of ten elements.
+    assert merge(base, [delta], [1.0], **options).tolist() == [*[0.0] * 5, 6.0, 7.0, -8.0, -9.0, 10.0]
+    # What is equal to the smallest or the largest that stays, stays.
+    x = torch.tensor([3.0, -2.0, 2.0, 1.0, -1.0, 0.0])
+    assert trim(x, *trim_bounds(x, 0.4, 0.2)).tolist() == [0.0, -2.0, 2.0, 0.0, 0.0, 0.0]
+    assert trim(x, *trim_bounds(x, 0.5, 0.4)).tolist() == [0.0, -2.0, 2.0, 1.0, -1.0, 0.0]
+    other = torch.tensor([-1.0, 4.0, 0.0, 0.0, -5.0, 0.0, -9.0, 1.0, 0.0, 0.0])
+    # The second keeps 4 and -5 of its -9, -5, 4, ...: they agree with nothing, with -10 and with nothing.
+    options |= {"method": "breadcrumbs_ties", "densities": [0.5, 0.2]}
+    got = merge(base, [delta, other], [2.0, 1.0], margins=[0.2, 0.1], **options)
+    assert got.tolist() == [0.0, 4.0, 0.0, 8.0, -15.0, 12.0, 14.0, -16.0, 0.0, 0.0]
+
+
+def test_model_stock_by_hand():
+    # 60 degrees: t = 2 * 0.5 / 1.5. Three at right angles to each other: t = 0, the base.
+    assert stock_ratio([[4.0, 3.0], [3.0, 9.0]]) == pytest.approx(2 / 3)
+    assert stock_ratio([[1.0, 0.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 9.0]]) == 0.0
+    # Cosines of 1, 0.5 and 0.5: their mean is 2/3, and t = 3 * 2/3 / (1 + 2 * 2/3).
+    assert stock_ratio([[1.0, 2.0, 0.5], [2.0, 4.0, 1.0], [0.5, 1.0, 1.0]]) == pytest.approx(6 / 7)
+    # Without an angle, and against each other.
+    assert stock_ratio([[1.0, 0.0], [0.0, 0.0]]) == stock_ratio([[NAN, NAN], [NAN, 1.0]]) == 0.0
+    assert stock_ratio([[1.0, -1.0], [-1.0, 1.0]]) == 0.0
+    base, delta = torch.ones(2), torch.tensor([2.0, 1.0])
+    assert merge(base, [base + delta] * 2, [1, 1], method="model_stock", name="a").tolist() == [3.0, 2.0]
+
+
+def test_nearswap_by_hand():
+    base, model = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, NAN]), torch.tensor([1.0, 1.25, 1.5, 3.0, -7.0, 1.0])
+    got = merge(base, [model], [0.5], method="nearswap", name="a")
+    assert got[:5].tolist() == [1.0, 1.25, 1.5, 1.5, 0.5]
+    assert got[5].isnan()
+
+
+def test_della_by_hand():
+    # Whatever is kept of the row 3, -1, 0, 2 was kept with these probabilities, and is divided by them.
+    x = torch.tensor([[3.0, -1.0, 0.0, 2.0]] * 20_000)
+    kept = drop_by_rank(x, 0.5, 0.375, mask_key("a", 0), rescale=True)
+    p = torch.tensor([0.875, 0.375, 0.125, 0.625])
+    assert torch.equal(kept, torch.where(kept == 0, 0.0, (x / p)))
+    shares = (kept != 0).double().mean(0)[[0, 1, 3]]
+    assert (shares - p[[0, 1, 3]]).abs().max() < 4 * 0.5 / math.sqrt(20_000)
+    assert (kept.double().mean(0) - x[0]).abs().max() < 4 * 3 / math.sqrt(20_000)
+    # A row of its own has the mean of the probabilities; equal magnitudes are ranked in their order.
+    assert set(drop_by_rank(x[:, :1], 0.25, 0.1, mask_key("a", 0), rescale=True).unique().tolist()) == {0.0, 12.0}
+    equal = drop_by_rank(torch.ones(20_000, 2), 0.5, 0.25, mask_key("a", 0), rescale=True)
+    assert [column.unique().tolist() for column in equal.T] == [[0.0, 4.0], [0.0, torch.tensor(1 / 0.75).item()]]
 
 
 def test_a_vote_by_hand():
@@ -187,22 +345,22 @@ def test_slerp_of_nearly_one_line_of_zeros_and_of_nan():
 
 def test_ties_at_the_threshold_all_stay():
     x = torch.tensor([2.0, -2.0, 1.0, 2.0, -0.5])
-    assert trim(x, threshold_of(x, 0.2)).tolist() == [2.0, -2.0, 0.0, 2.0, 0.0]
-    assert trim(x, threshold_of(x, 1.0)).tolist() == x.tolist()
-    assert trim(x, threshold_of(x, 0.001)).tolist() == [2.0, -2.0, 0.0, 2.0, 0.0]
-    assert threshold_of(torch.zeros(0), 0.5) == 0
+    assert trim(x, *trim_bounds(x, 0.2)).tolist() == [2.0, -2.0, 0.0, 2.0, 0.0]
+    assert trim(x, *trim_bounds(x, 1.0)).tolist() == x.tolist()
+    assert trim(x, *trim_bounds(x, 0.001)).tolist() == [2.0, -2.0, 0.0, 2.0, 0.0]
+    assert trim_bounds(torch.zeros(0), 0.5) == (0,)
 
 
-@pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties"])
+@pytest.mark.parametrize("method", [name for name, entry in MERGE_METHODS.items() if entry.sparsify != "none"])
 def test_a_density_of_one_keeps_everything(method):
     base, thetas = models((19, 23))
     whole = merge(base, thetas, WEIGHTS, method=method, name=NAME, densities=[1.0] * 3)
     assert torch.equal(whole, merge(base, thetas, WEIGHTS, method=method, name=NAME))
     plain = merge(base, thetas, WEIGHTS, method="task_arithmetic", name=NAME)
-    assert torch.equal(whole, plain) == (method == "dare_linear")
+    assert torch.equal(whole, plain) == (method in ("dare_linear", "breadcrumbs", "della_linear"))
 
 
-@pytest.mark.parametrize("method", [name for name, entry in MERGE_METHODS.items() if entry.deltas])
+@pytest.mark.parametrize("method", [name for name in GIVEN if MERGE_METHODS[name].deltas])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_of_zero_leave_the_base(method, dtype):
     base, thetas = models((19, 23), dtype)
@@ -214,52 +372,57 @@ def test_weights_of_zero_leave_the_base(method, dtype):
 @pytest.mark.parametrize("method", MERGE_METHODS)
 def test_nan_stays_nan_and_nothing_else_becomes_it(method):
     entry = MERGE_METHODS[method]
-    base, thetas = models((6, 7), count=1 if entry.spherical else 3)
+    base, thetas = models((6, 7), count=len(TAKEN[method]))
     thetas[0][2, 3] = NAN
     # The vote for a sign that is not the NaN's must not drop it.
     for theta in thetas[1:]:
         theta[2, 3] = 9.0
-    weights = [0.5] if entry.spherical else WEIGHTS
     densities = None if entry.sparsify == "none" else [1.0] * 3
-    got = merge(base if entry.has_base else None, thetas, weights, method=method, name=NAME, densities=densities)
+    got = merge(base if entry.has_base else None, thetas, TAKEN[method], method=method, name=NAME, densities=densities)
     assert got.isnan().nonzero().tolist() == [[2, 3]]
 
 
 def test_a_trim_keeps_nan():
     base, thetas = models((6, 7), count=2)
     thetas[1][0, 0] = NAN
-    got = merge(base, thetas, [1.0, 1.0], method="ties", name=NAME, densities=[0.1, 0.1])
-    assert got.isnan().nonzero().tolist() == [[0, 0]]
+    for method in ("ties", "breadcrumbs"):
+        got = merge(base, thetas, [1.0, 1.0], method=method, name=NAME, densities=[0.1, 0.1])
+        assert got.isnan().nonzero().tolist() == [[0, 0]]
 
 
 # --- blocks, shapes, dtypes
 
 
 @given(
-    method=st.sampled_from([name for name in MERGE_METHODS if name != "slerp"]),
+    method=st.sampled_from([*GIVEN, "nearswap"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
     cuts=st.lists(st.integers(0, 437), max_size=5),
     normalize=st.sampled_from([None, True, False]),
     scale=st.sampled_from([1.0, 0.3]),
 )
 def test_blocks_have_the_bits_of_the_whole(method, dtype, cuts, normalize, scale):
-    base, thetas = models(437, dtype)
-    decided = merge_method(method, normalize=normalize, scale=scale if MERGE_METHODS[method].deltas else 1.0)
+    weights, given = TAKEN[method], method in GIVEN
+    base, thetas = models((19, 23), dtype, count=len(weights))
+    normalize, scale = normalize if given else None, scale if given and MERGE_METHODS[method].deltas else 1.0
+    decided = merge_method(method, normalize=normalize, scale=scale)
     densities = None if decided.sparsify == "none" else DENSITIES
+    margins = [0.1] * 3 if decided.sparsify in MARGINS else None
     start = base if decided.has_base else None
-    options = {"normalize": normalize, "scale": decided.scale, "seed": 7, "densities": densities}
-    whole = merge(start, thetas, WEIGHTS, method=method, name=NAME, **options)
+    options = {"normalize": normalize, "scale": scale, "seed": 7, "densities": densities, "margins": margins}
+    whole = merge(start, thetas, weights, method=method, name=NAME, **options)
     wide = dtype if dtype == torch.float64 else torch.float32
-    deltas = [theta.to(wide) - base.to(wide) for theta in thetas]
-    thresholds = None
-    if decided.sparsify == "magnitude":
-        thresholds = [threshold_of(x, p) for x, p in zip(deltas, DENSITIES, strict=True)]
-    blocks = []
+    bounds = None
+    if decided.has_thresholds:
+        deltas = [theta.to(wide) - base.to(wide) for theta in thetas]
+        bounds = [trim_bounds(x, p, margins and 0.1) for x, p in zip(deltas, DENSITIES, strict=True)]
+    own, blocks = Coefficients(weights, densities, margins, bounds), []
+    if decided.sparsify == "ranked":
+        cuts = [cut // 23 * 23 for cut in cuts]
     for i, j in pairwise([0, *sorted(cuts), 437]):
-        first, own = None if start is None else start[i:j], [theta[i:j] for theta in thetas]
+        first, *each = (None if x is None else x.flatten()[i:j] for x in (start, *thetas))
         key = mask_key(NAME, 7)._replace(shard=ShardIndex(i, max(j - i, 1), max(j - i, 1)))
-        blocks.append(merge_block(first, own, WEIGHTS, decided, densities, thresholds, key=key, dtype=dtype))
-    assert same_bits(torch.cat(blocks), whole)
+        blocks.append(merge_block(first, each, decided, own, row=23, key=key, dtype=dtype))
+    assert same_bits(torch.cat(blocks), whole.flatten())
 
 
 @pytest.mark.parametrize("method", MERGE_METHODS)
@@ -267,11 +430,10 @@ def test_blocks_have_the_bits_of_the_whole(method, dtype, cuts, normalize, scale
 @ALL_DTYPES
 def test_shapes(method, shape, dtype):
     entry = MERGE_METHODS[method]
-    base, thetas = models(shape, dtype, count=1 if entry.spherical else 2)
+    base, thetas = models(shape, dtype, count=len(TAKEN[method]))
     before = [tensor.clone() for tensor in (base, *thetas)]
-    halves = [0.5] * len(thetas)
-    densities = None if entry.sparsify == "none" else halves
-    got = merge(base if entry.has_base else None, thetas, halves, method=method, name=NAME, densities=densities)
+    densities = None if entry.sparsify == "none" else [0.5] * 3
+    got = merge(base if entry.has_base else None, thetas, TAKEN[method], method=method, name=NAME, densities=densities)
     assert (got.shape, got.dtype, got.isnan().any()) == (shape, dtype, False)
     assert all(same_bits(a, b) for a, b in zip(before, (base, *thetas), strict=True))
 
@@ -294,6 +456,11 @@ def test_views_of_any_strides():
     densities = [0.3, 0.5, 0.9]
     across = merge(base.T, [x.T for x in thetas], WEIGHTS, method="ties", name=NAME, densities=densities)
     assert torch.equal(across.T, merge(base, thetas, WEIGHTS, method="ties", name=NAME, densities=densities))
+    rows = [x.T.contiguous() for x in (base, *thetas)]
+    ranked = {"method": "della", "name": NAME, "densities": densities, "margins": [0.1] * 3}
+    assert torch.equal(
+        merge(base.T, [x.T for x in thetas], WEIGHTS, **ranked), merge(rows[0], rows[1:], WEIGHTS, **ranked)
+    )
     other = thetas[0].T.contiguous()
     turned = merge(base.T, [other], [0.2], method="slerp", name=NAME)
     assert torch.equal(turned, slerp(base.T.contiguous(), other, 0.2))
@@ -317,9 +484,9 @@ def test_any_consensus_is_that_of_its_elements(elements, weights, elect, normali
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"base": None}, "method 'ties' needs a base"),
-        ({"base": None, "method": "slerp"}, "method 'slerp' needs a base"),
-        ({"method": "linear"}, "method 'linear' needs no base; pass None"),
+        ({"base": None}, "method 'ties' starts from a base; pass one"),
+        ({"base": None, "method": "slerp"}, "method 'slerp' starts from a base"),
+        ({"method": "linear"}, "method 'linear' has no base; pass None"),
         ({"thetas": [torch.ones(1)]}, r"'a' is \[3\] and \[1\]; all models need one shape"),
         ({"thetas": [torch.ones(3)] * 2}, "2 models need as many weights, got 1"),
         ({"rescale": True}, "'ties' has no option 'rescale'"),
@@ -331,7 +498,7 @@ def test_what_does_not_fit(change, message):
         merge(**arguments | change)
 
 
-def test_a_block_cannot_find_its_own_threshold():
-    ones = torch.ones(3)
-    with pytest.raises(AssertionError, match="'ties' merges blocks with thresholds of the whole tensor"):
-        merge_block(ones, [ones], [1.0], MERGE_METHODS["ties"], [0.5], None, key=None, dtype=ones.dtype)
+def test_a_block_cannot_find_its_own_bounds():
+    ones, own = torch.ones(3), Coefficients((1.0,), (0.5,))
+    with pytest.raises(AssertionError, match="'ties' merges blocks with bounds of the whole tensor"):
+        merge_block(ones, [ones], MERGE_METHODS["ties"], own, row=3, key=mask_key("a", 0), dtype=ones.dtype)
