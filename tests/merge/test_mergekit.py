@@ -488,3 +488,33 @@ def test_without_a_reader_of_yaml(monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(ModuleNotFoundError, match=r"read with PyYAML: pip install 'fused_merge\[cli\]'"):
         read_mergekit("merge.yaml")
+
+
+# --- the command line
+
+COMMANDS = {
+    "breadcrumbs": ("a=0.6 b=0.3", "--base base --density 0.7 --gamma 0.1", "{weight: 0.6}", "{weight: 0.3}"),
+    "della_linear": ("a=0.6 b=0.3", "--base base --density 0.5 --epsilon 0.2", "{weight: 0.6}", "{weight: 0.3}"),
+    "nearswap": ("a=0.02", "--base base", "{}", None),
+    "model_stock": ("a=1 c=1", "--base base", "{}", "{}"),
+    "nuslerp": ("a=1 b=3", "", "{weight: 1}", "{weight: 3}"),
+}
+
+
+@pytest.mark.parametrize("method", COMMANDS)
+def test_a_command_and_a_file_say_the_same(method, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(DATA)
+    named, options, *parameters = COMMANDS[method]
+    entries = [(each[0], own) for each, own in zip(named.split(), parameters, strict=False)]
+    base = "base_model: base\n" if "--base" in options else ""
+    more = "parameters: {density: %s, gamma: 0.1, epsilon: 0.2, t: 0.02}\n" % (0.7 if "crumbs" in method else 0.5)
+    text = f"merge_method: {method}\n{base}{more}models:\n"
+    text += "".join(f"  - model: {name}\n    parameters: {own}\n" for name, own in entries)
+    (tmp_path / "merge.yaml").write_text(text)
+    asked = [word for each in named.split() for word in ("--model", each)]
+    command, file = tmp_path / "command", tmp_path / "file"
+    assert run("merge", *asked, *options.split(), "--method", method, "--out", command) == (0, f"{command}\n", "")
+    assert run("merge", tmp_path / "merge.yaml", file) == (0, f"{file}\n", "")
+    made, other = load(command), load(file)
+    assert all(torch.equal(made[name], other[name]) for name in made)
+    assert not all(torch.equal(made[name], load(DATA / "base")[name]) for name in made)
