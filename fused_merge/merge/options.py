@@ -29,10 +29,10 @@ class MergePlanOptions(PlanOptions, total=False):
     Options:
         density: share of each delta to keep, in (0, 1]; one for all models or a list with one for each. None keeps
             everything. Magnitudes equal to the threshold of a trim all stay.
-        gamma: share of each delta that breadcrumbs drop as too large, in [0, 1), as far as the density allows; given as
-            the density is. None is 0.01.
-        epsilon: how much more than the density is the probability of DELLA to keep the largest magnitude of a row, and
-            how much less that of the smallest; given as the density is. None is 0.15.
+        gamma: share of each delta that breadcrumbs drop as too large; in [0, 1), at most what the density leaves. Given
+            as the density is; None is 0.01.
+        epsilon: half the range of the probabilities with which DELLA keeps elements; the smallest magnitude of a row is
+            kept with density - epsilon, the largest with density + epsilon. Given as the density is; None is 0.15.
         normalize: divide by the sum of the weights; None is True for `"linear"`, `"ties"` and `"della"`.
         rescale: divide what a random drop keeps by the probability of keeping it; None is True for DARE and DELLA.
         scale: factor of the merged delta.
