@@ -84,3 +84,10 @@ def write(folder, *files):
 def split(tensors, *first):
     """The tensors of two files: those that are named, and the others."""
     return {name: tensors[name] for name in first}, {name: x for name, x in tensors.items() if name not in first}
+
+
+def random_models(shape, dtype=torch.float32, count=3, seed=0):
+    """A base and models near it: one tensor of each."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(shape, generator=generator)
+    return base.to(dtype), [(base + 0.1 * torch.randn(shape, generator=generator)).to(dtype) for _ in range(count)]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from folders import load, manifest_of, recipe_of
+from mergekit_files import models, slices
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -22,38 +23,6 @@ EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.w
 Q0, *UPS = [f"model.layers.{name}.weight" for name in ("0.self_attn.q_proj", *(f"{i}.mlp.up_proj" for i in range(3)))]
 UP0, UP1, UP2 = UPS
 NAMES = [EMBED, Q0, *UPS, NORM, HEAD]
-
-
-@pytest.fixture
-def read(tmp_path, monkeypatch):
-    """Write a file beside the empty folders base, a and b, and read it."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("base", "a", "b"):
-        Path(name).mkdir()
-
-    def read(text):
-        Path("merge.yaml").write_text(text)
-        return read_mergekit("merge.yaml")
-
-    return read
-
-
-def models(method, *entries, base="base", more=""):
-    """A file of the `models:` form; an entry is the text of its parameters after the name."""
-    lines = "".join(f"  - model: {name}\n    parameters: {{{parameters}}}\n" for name, parameters in entries)
-    return f"merge_method: {method}\n" + (f"base_model: {base}\n" if base else "") + f"models:\n{lines}{more}"
-
-
-def slices(method, *entries, more="base_model: base\n"):
-    """A file of the `slices:` form; an entry is a range, parameters of its source a, and its own."""
-    text = f"merge_method: {method}\n{more}slices:\n"
-    for (first, end), source, own in entries:
-        text += f"""  - parameters: {{{own}}}
-    sources:
-      - {{model: base, layer_range: [{first}, {end}]}}
-      - {{model: a, layer_range: [{first}, {end}], parameters: {{{source}}}}}
-"""
-    return text
 
 
 def weights(recipe, names=NAMES):
@@ -208,72 +177,6 @@ def test_a_folder_may_have_any_name(read):
             read(models("ties", (name, "weight: 1")))
         Path(name).mkdir()
         assert read(models("ties", (name, "weight: 1"))).models == (Path(name),)
-
-
-# --- whose tokenizer goes along
-
-
-def tokenizer(folder, *words, added=(), **more):
-    ids = {word: i for i, word in enumerate(words)}
-    content = {"model": {"type": "BPE", "vocab": ids}, "added_tokens": [{"content": x, "id": i} for x, i in added]}
-    (Path(folder) / "tokenizer.json").write_text(json.dumps({**content, **more}))
-
-
-def files_from(read, more, base="base"):
-    return read(models("linear", ("a", "weight: 1"), ("b", "weight: 1"), base=base, more=more)).options["files_from"]
-
-
-SOURCES = [("tokenizer_source: {}", "tokenizer_source"), ("tokenizer: {{source: {}}}", "tokenizer")]
-
-
-@pytest.mark.parametrize(("form", "key"), SOURCES)
-def test_a_tokenizer_is_copied_where_all_are_equal(form, key, read):
-    assert [files_from(read, form.format(each)) for each in ("base", "b", "union")] == [
-        *map(Path, ("base", "b", "base"))
-    ]
-    assert files_from(read, form.format("union"), base=None) == Path("a")
-    tokenizer("a", "x", "y", added=[("<s>", 2)])
-    # The base has none, and union means one of those that are there.
-    assert files_from(read, form.format("union")) == Path("a")
-    # It is the same whatever is done with templates, padding and the order of what is written.
-    tokenizer("b", "x", "y", added=[("<s>", 2)], padding={"strategy": "Fixed"}, version="1.0")
-    (Path("b") / "tokenizer_config.json").write_text('{"chat_template": "{{ x }}"}')
-    (Path("b") / "vocab.txt").write_text("x")
-    assert files_from(read, form.format("union") + "\nchat_template: auto") == Path("a")
-    assert files_from(read, form.format("b")) == Path("b")
-    message = f"{key} 'base' would have to move tokens, for the tokenizer of 'a' is not that of 'base', and they are"
-    with pytest.raises(ValueError, match=message):
-        files_from(read, form.format("base"))
-    for other in (["y", "x"], ["x", "y", "z"], ["x"]):
-        tokenizer("b", *other, added=[("<s>", 2)])
-        message = f"{key} 'union' .* tokenizer of 'b' is not that of 'a', .* one tokenizer, or leave {key} out"
-        with pytest.raises(ValueError, match=message):
-            files_from(read, form.format("union"))
-    tokenizer("b", "x", "y", added=[("<s>", 3)])
-    with pytest.raises(ValueError, match="tokenizer of 'a' is not that of 'b'"):
-        files_from(read, form.format("b"))
-    # Nothing is asked for.
-    assert files_from(read, "chat_template: auto") == Path("base")
-
-
-def test_tokenizers_of_other_kinds(read):
-    for kind in ({"vocab": [["x", -1.0], ["y", -2.0]]}, {"vocab": {"y": 1, "x": 0}}):
-        tokenizer("a", "x", "y")
-        tokenizer("b", model=kind)
-        assert files_from(read, "tokenizer_source: union") == Path("a")
-    tokenizer("a", model={"type": "unheard of"})
-    with pytest.raises(ValueError, match="tokenizer of 'b' is not that of 'a'"):
-        files_from(read, "tokenizer_source: union")
-    tokenizer("b", model={"type": "unheard of"})
-    assert files_from(read, "tokenizer_source: union") == Path("a")
-    # Without a tokenizer.json the files of the vocabulary are compared.
-    for folder in "ab":
-        (Path(folder) / "tokenizer.json").unlink()
-        (Path(folder) / "tokenizer.model").write_bytes(b"pieces")
-    assert files_from(read, "tokenizer: {}", base=None) == Path("a")
-    (Path("b") / "tokenizer.model").write_bytes(b"others")
-    with pytest.raises(ValueError, match="tokenizer 'union' would have to move tokens, for the tokenizer of 'b'"):
-        files_from(read, "tokenizer: {}")
 
 
 def test_a_gradient_runs_over_the_layers(read):
