@@ -154,34 +154,83 @@ class MergeMethod(NamedTuple):
     """theta = theta0 + scale * (F(tau_1) ⊕ ... ⊕ F(tau_K)); `merge_method` returns one whose options are decided."""
 
     name: str
-    sparsify: str  # F of each delta: "none", "random" or "magnitude" of `fused_merge.eager.sparsify.SPARSIFY`
+    # F of each delta: "none", "random" or "magnitude" of `fused_merge.eager.sparsify.SPARSIFY`, "middle" (the largest
+    # go, too) or "ranked" (at random, the small ones more often).
+    sparsify: str
     elect: bool  # elect a sign before the sum; values of the other sign take no part
     normalize: bool  # divide by the sum of the weights, under a vote by that of the weights which agree
-    rescale: bool  # divide what a random drop keeps by the density
+    rescale: bool  # divide what a random drop keeps by the probability of keeping it
     paper: str
-    deltas: bool = True  # the sum is of differences from a base, else of the models themselves
-    spherical: bool = False  # the weights of base and model come from t and the angle between them
+    has_base: bool | None = True  # whether it starts from a base model; None leaves that to the caller
+    # Where the weights of the sum come from: "given" by the caller; the "distance" of each element from the base; the
+    # "base_arc" from the base to a model, or the "arc" from one model or its delta to another; "stock", the angles
+    # between all deltas.
+    weights_from: str = "given"
     scale: float = 1.0
 
     @property
-    def has_base(self) -> bool:
-        """Whether the merge starts from a base model."""
-        return self.deltas or self.spherical
+    def deltas(self) -> bool:
+        """Whether the sum is of differences from a base, else of the models themselves."""
+        return bool(self.has_base) and self.weights_from != "base_arc"
+
+    @property
+    def takes_t(self) -> bool:
+        """Whether it goes from the base to one model, whose weight is t."""
+        return self.weights_from in ("base_arc", "distance")
+
+    @property
+    def has_angles(self) -> bool:
+        """Whether inner products of whole tensors decide its weights."""
+        return self.weights_from in ("base_arc", "arc", "stock")
+
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether magnitudes of whole tensors, or of whole models, decide what F keeps."""
+        return self.sparsify in ("magnitude", "middle")
+
+    @property
+    def is_random(self) -> bool:
+        """Whether F drops at random."""
+        return self.sparsify in ("random", "ranked")
+
+    def on_base(self, given: bool) -> "MergeMethod":
+        """Return the method with or without a base; ValueError if it cannot do with that."""
+        if self.has_base is None or self.has_base == given:
+            return self._replace(has_base=given)
+        way_out = "has no base; pass None, and it as a model" if given else "starts from a base; pass one"
+        raise ValueError(f"method {self.name!r} {way_out}")
 
 
 MERGE_METHODS: dict[str, MergeMethod] = {
     method.name: method
     for method in (
-        MergeMethod("linear", "none", False, True, False, "Wortsman et al. 2022 (arXiv 2203.05482)", deltas=False),
-        MergeMethod("slerp", "none", False, False, False, "Shoemake 1985", deltas=False, spherical=True),
+        MergeMethod("linear", "none", False, True, False, "Wortsman et al. 2022 (arXiv 2203.05482)", has_base=False),
+        MergeMethod("slerp", "none", False, False, False, "Shoemake 1985", weights_from="base_arc"),
+        MergeMethod("nuslerp", "none", False, True, False, "Shoemake 1985", has_base=None, weights_from="arc"),
+        MergeMethod("nearswap", "none", False, False, False, "alchemonaut 2024", weights_from="distance"),
+        MergeMethod(
+            "model_stock", "none", False, False, False, "Jang et al. 2024 (arXiv 2403.19522)", weights_from="stock"
+        ),
         MergeMethod("task_arithmetic", "none", False, False, False, "Ilharco et al. 2023 (arXiv 2212.04089)"),
         MergeMethod("ties", "magnitude", True, True, False, "Yadav et al. 2023 (arXiv 2306.01708)"),
         MergeMethod("dare_linear", "random", False, False, True, "Yu et al. 2024 (arXiv 2311.03099)"),
         MergeMethod(
             "dare_ties", "random", True, False, True, "Yu et al. 2024 (arXiv 2311.03099), with a vote as in TIES"
         ),
+        MergeMethod("breadcrumbs", "middle", False, False, False, "Davari & Belilovsky 2023 (arXiv 2312.06795)"),
+        MergeMethod(
+            *("breadcrumbs_ties", "middle", True, False, False),
+            "Davari & Belilovsky 2023 (arXiv 2312.06795), with a vote as in TIES",
+        ),
+        MergeMethod("della", "ranked", True, True, True, "Deep et al. 2024 (arXiv 2406.11617)"),
+        MergeMethod(
+            "della_linear", "ranked", False, False, True, "Deep et al. 2024 (arXiv 2406.11617), without its vote"
+        ),
     )
 }
+
+# The second number of an F beside its density: the name of the option, and its default.
+MARGINS: dict[str, tuple[str, float]] = {"middle": ("gamma", 0.01), "ranked": ("epsilon", 0.15)}
 
 
 def merge_method(
@@ -191,14 +240,14 @@ def merge_method(
     if name not in MERGE_METHODS:
         raise ValueError(f"unknown merge method {name!r}; the methods are {', '.join(map(repr, MERGE_METHODS))}")
     method = MERGE_METHODS[name]
-    if normalize is not None and method.spherical:
-        raise ValueError(f"method {name!r} has no option 'normalize': the angle decides its weights; leave it out")
-    if rescale is not None and method.sparsify != "random":
+    if normalize is not None and method.weights_from != "given":
+        raise ValueError(f"method {name!r} has no option 'normalize': the models decide its weights; leave it out")
+    if rescale is not None and not method.is_random:
         raise ValueError(f"method {name!r} has no option 'rescale': it drops nothing at random; leave it out")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
-    if scale != 1.0 and not method.deltas:
-        raise ValueError(f"method {name!r} has no option 'scale': it sums whole models; leave it out")
+    if scale != 1.0 and not (method.deltas and method.weights_from == "given"):
+        raise ValueError(f"method {name!r} has no option 'scale': it has no weighted sum of deltas; leave it out")
     return method._replace(
         normalize=method.normalize if normalize is None else normalize,
         rescale=method.rescale if rescale is None else rescale,
@@ -206,25 +255,57 @@ def merge_method(
     )
 
 
-def check_coefficients(
-    method: MergeMethod, models: int, weights: Sequence[float], densities: Sequence[float] | None = None
-) -> None:
-    """Raise ValueError for the first weight (for slerp, t) or density of a model, besides the base, that has no use."""
+def check_count(method: MergeMethod, models: int) -> None:
+    """Raise ValueError if a method cannot merge so many models, besides the base."""
     if models < 1:
         raise ValueError("there is no model to merge; pass at least one")
-    if method.spherical and models != 1:
+    if method.takes_t and models != 1:
         raise ValueError(f"method {method.name!r} goes from the base to one model, got {models} models")
+    if method.weights_from == "arc" and models != 2:
+        raise ValueError(f"method {method.name!r} goes from one model to another, got {models} besides a base")
+    if method.weights_from == "stock" and models < 2:
+        raise ValueError(f"method {method.name!r} needs the angle between two models or more, got 1 model")
+
+
+def check_coefficients(
+    method: MergeMethod,
+    models: int,
+    weights: Sequence[float],
+    densities: Sequence[float] | None = None,
+    margins: Sequence[float] | None = None,
+) -> None:
+    """Raise ValueError for the first number that has no use: a weight or t, a density, a gamma or epsilon.
+
+    There is one of each for every model besides the base.
+    """
+    check_count(method, models)
     if len(weights) != models:
         raise ValueError(f"{models} models need as many weights, got {len(weights)}")
     if (odd := next((weight for weight in weights if not math.isfinite(weight)), None)) is not None:
         raise ValueError(f"a weight must be finite, got {odd}")
-    if method.normalize and not method.deltas and abs(sum(weights)) < 1e-8:
-        raise ValueError(f"a mean of models divides by the sum of {list(weights)}, which is 0; use normalize=False")
+    if method.weights_from == "distance" and weights[0] < 0:
+        raise ValueError(f"t of method {method.name!r} is a distance and must not be negative, got {weights[0]}")
+    if method.weights_from == "stock" and set(weights) != {1.0}:
+        raise ValueError(f"method {method.name!r} has no weights: angles decide; give each model 1, not {[*weights]}")
+    if method.normalize and (method.weights_from == "arc" or not method.deltas) and abs(sum(weights)) < 1e-8:
+        way_out = "use normalize=False" if method.weights_from == "given" else "change one"
+        raise ValueError(f"a mean of models divides by the sum of {list(weights)}, which is 0; {way_out}")
+    option, _ = MARGINS.get(method.sparsify, ("", 0.0))
     if densities is None:
+        if margins is not None:
+            raise ValueError(f"{option} changes nothing where everything is kept; give a density below 1, too")
         return
     if method.sparsify == "none":
         raise ValueError(f"method {method.name!r} has no option 'density': it keeps everything; leave it out")
-    if len(densities) != models:
-        raise ValueError(f"{models} models need as many densities, got {len(densities)}")
+    for what, numbers in (("densities", densities), ("margins", margins)):
+        if numbers is not None and len(numbers) != models:
+            raise ValueError(f"{models} models need as many {what}, got {len(numbers)}")
     for density in densities:
         share("density", density)
+    for density, margin in zip(densities, margins or (), strict=False):
+        if not 0.0 <= margin < 1.0:
+            raise ValueError(f"{option} must lie in [0, 1), got {margin}")
+        if option == "epsilon" and density < 1.0 and not margin < density <= 1.0 - margin:
+            raise ValueError(
+                f"density - epsilon must be above 0 and density + epsilon at most 1, got {density}, {margin}"
+            )

@@ -66,11 +66,12 @@ def test_options_are_decided_by_the_method():
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("tie", {}, "unknown merge method 'tie'; the methods are 'linear', 'slerp', 'task_arithmetic', 'ties'"),
-        ("slerp", {"normalize": True}, "'slerp' has no option 'normalize': the angle decides its weights; leave it"),
+        ("tie", {}, "unknown merge method 'tie'; the methods are 'linear', 'slerp', 'nuslerp', 'nearswap', 'mod"),
+        ("slerp", {"normalize": True}, "'slerp' has no option 'normalize': the models decide its weights; leave"),
         ("ties", {"rescale": True}, "'ties' has no option 'rescale': it drops nothing at random; leave it out"),
         ("ties", {"scale": INF}, "scale must be finite, got inf"),
-        ("linear", {"scale": 2.0}, "'linear' has no option 'scale': it sums whole models; leave it out"),
+        ("linear", {"scale": 2.0}, "'linear' has no option 'scale': it has no weighted sum of deltas; leave"),
+        ("model_stock", {"scale": 2.0}, "'model_stock' has no option 'scale': it has no weighted sum of deltas"),
     ],
 )
 def test_options_that_a_merge_method_lacks(method, options, message):
@@ -83,6 +84,12 @@ def test_options_that_a_merge_method_lacks(method, options, message):
     [
         ("ties", 0, [], None, "there is no model to merge; pass at least one"),
         ("slerp", 2, [0.5, 0.5], None, "'slerp' goes from the base to one model, got 2 models"),
+        ("nearswap", 2, [0.5, 0.5], None, "'nearswap' goes from the base to one model, got 2 models"),
+        ("nuslerp", 3, [1.0] * 3, None, "'nuslerp' goes from one model to another, got 3 besides a base"),
+        ("nuslerp", 2, [0.5, -0.5], None, r"divides by the sum of \[0.5, -0.5\], which is 0; change one"),
+        ("model_stock", 1, [1.0], None, "'model_stock' needs the angle between two models or more, got 1 model"),
+        ("model_stock", 2, [1.0, 0.5], None, r"'model_stock' has no weights: .* give each model 1, not \[1.0, 0.5\]"),
+        ("nearswap", 1, [-0.1], None, "t of method 'nearswap' is a distance and must not be negative, got -0.1"),
         ("ties", 2, [0.5], None, "2 models need as many weights, got 1"),
         ("ties", 1, [NAN], None, "a weight must be finite, got nan"),
         ("linear", 2, [0.5, -0.5], None, r"divides by the sum of \[0.5, -0.5\], which is 0; use normalize=False"),
@@ -96,6 +103,34 @@ def test_options_that_a_merge_method_lacks(method, options, message):
 def test_coefficients_that_no_merge_can_use(method, count, weights, densities, message):
     with pytest.raises(ValueError, match=message):
         check_coefficients(merge_method(method), count, weights, densities)
+
+
+@pytest.mark.parametrize(
+    ("method", "densities", "margins", "message"),
+    [
+        ("della", None, [0.1], "epsilon changes nothing where everything is kept; give a density below 1, too"),
+        ("breadcrumbs", [0.5], [0.1, 0.2], "1 models need as many margins, got 2"),
+        ("breadcrumbs", [0.5], [1.0], r"gamma must lie in \[0, 1\), got 1.0"),
+        ("breadcrumbs", [0.5], [-0.1], r"gamma must lie in \[0, 1\), got -0.1"),
+        ("della", [0.5], [NAN], r"epsilon must lie in \[0, 1\), got nan"),
+        ("della", [0.9], [0.2], r"density - epsilon must be above 0 and density \+ epsilon at most 1, got 0.9, 0.2"),
+        ("della", [0.2], [0.2], r"density - epsilon must be above 0 and density \+ epsilon at most 1, got 0.2, 0.2"),
+    ],
+)
+def test_margins_that_no_merge_can_use(method, densities, margins, message):
+    with pytest.raises(ValueError, match=message):
+        check_coefficients(merge_method(method), 1, [1.0], densities, margins)
+    check_coefficients(merge_method(method), 1, [1.0], [1.0], [0.9])
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_methods_with_and_without_a_base(given):
+    for name, method in MERGE_METHODS.items():
+        if method.has_base in (given, None):
+            assert merge_method(name).on_base(given).has_base == given
+            continue
+        with pytest.raises(ValueError, match=f"method {name!r} " + ("has no base" if given else "starts from a base")):
+            method.on_base(given)
 
 
 def test_weights_of_a_sum_may_cancel():

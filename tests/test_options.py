@@ -37,7 +37,8 @@ FUNCTIONS = {
 }
 DEFAULTS = {"max_shard_size": None, "overwrite": False, "dtype": None, "unmatched": "refuse", "align_vocabulary": False}
 DEFAULTS |= {"threads": None, "max_memory": None, "device": "cpu", "verify": False, "progress": True}
-MERGE_DEFAULTS = {"density": None, "normalize": None, "rescale": None, "scale": 1.0, "trim": "tensor", "seed": 0}
+MERGE_DEFAULTS = {"density": None, "gamma": None, "epsilon": None, "normalize": None, "rescale": None, "scale": 1.0}
+MERGE_DEFAULTS |= {"trim": "tensor", "seed": 0}
 MERGE_DEFAULTS |= {"files_from": None}
 
 

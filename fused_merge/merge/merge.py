@@ -2,19 +2,22 @@
 
 Most methods are elementwise and take one read. What a whole tensor or a whole model decides is found before, in reads
 of its own: for a trim the exact k-th largest magnitude, from histograms of the integer patterns of magnitudes, 16 bits
-a read; for slerp two norms and an inner product. Memory is that of blocks and histograms.
+a read; for angles, as of slerp, norms and inner products. DELLA looks at whole rows: what a block lacks of its first
+and of its last one is read once more. Memory is that of blocks, histograms and rows.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fused_merge.checkpoints.align import align
+from fused_merge.checkpoints.disk import reading
 from fused_merge.checkpoints.engine import Resources, workers
 from fused_merge.checkpoints.folders import describe_source
 from fused_merge.checkpoints.job import Job, Output
@@ -28,14 +31,21 @@ from fused_merge.checkpoints.plan import (
     Segment,
     lay_out_files,
 )
-from fused_merge.eager.merge import mask_key, merge_block, slerp_coefficients
+from fused_merge.eager.merge import Coefficients, kept_ranks, mask_key, merge_block, weighted_sum
 from fused_merge.eager.precision import compute_dtype
 from fused_merge.eager.shard import ShardIndex
-from fused_merge.eager.sparsify import kept_count
-from fused_merge.io.sources import PathLike, open_files
+from fused_merge.io.sources import FileRange, PathLike, open_files
 from fused_merge.merge.options import MergeOptions, MergePlanOptions
-from fused_merge.merge.whole_tensors import Advance, Map, Pair, inner_products, kth_magnitude, lowest_bits
-from fused_merge.methods import MergeMethod, check_coefficients, merge_method
+from fused_merge.merge.whole_tensors import (
+    Advance,
+    Inputs,
+    Map,
+    inner_products,
+    kth_magnitudes,
+    lowest_bits,
+    read_range,
+)
+from fused_merge.methods import MARGINS, MergeMethod, check_coefficients, merge_method
 from fused_merge.names import some
 from fused_merge.options import documented, resolve, split
 from fused_merge.per_tensor import PerTensor, per_tensor, plain
@@ -47,11 +57,8 @@ if TYPE_CHECKING:
 _BLOCK = 1 << 16
 
 
-class Coefficients(NamedTuple):
-    """The weights and densities of one tensor, checked for the method of the merge."""
-
-    weights: tuple[float, ...]  # one per model, in the order of the models; for slerp t alone
-    densities: tuple[float, ...] | None  # one per model; None keeps everything
+# Rows are ranked as a whole by each thread that computes: 40 bytes an element, beside the models.
+_LONGEST_ROW = 1 << 20
 
 
 class MergeTensorRule(NamedTuple):
@@ -59,25 +66,44 @@ class MergeTensorRule(NamedTuple):
 
     name: str  # of the tensor
     method: MergeMethod  # as `merge_method` returned it
-    weights: tuple[float, ...]  # one per model
-    densities: tuple[float, ...] | None  # one per model, or None
+    own: Coefficients  # without bounds while they are not known
     seed: int  # of the random masks
-    thresholds: tuple[int, ...] | None = None  # of a trim, one per model; None while they are not known
+    row: int = 1  # elements of a row, where rows are ranked
+    places: tuple[FileRange, ...] = ()  # the inputs, where rows are ranked
 
     def __call__(
         self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None
     ) -> None:
         """Merge elements of the models; the first input is the base if the method has one."""
         (out,) = outs
-        key = mask_key(self.name, self.seed)
-        for start in range(0, out.numel(), _BLOCK):
-            blocks = [tensor[start : start + _BLOCK] for tensor in inputs]
+        numel, before = out.numel(), first % self.row
+        after = -(first + numel) % self.row
+        if before or after:
+            inputs = [self._whole_rows(*each, first, before, after) for each in zip(inputs, self.places, strict=True)]
+            made = torch.empty_like(inputs[0], dtype=out.dtype)
+            self._merge(inputs, made, first - before)
+            out.copy_(made[before : before + numel])
+        else:
+            self._merge(inputs, out, first)
+
+    def _merge(self, inputs: Sequence[Tensor], out: Tensor, first: int) -> None:
+        """Merge whole rows, some at a time."""
+        key, size = mask_key(self.name, self.seed), max(_BLOCK // self.row, 1) * self.row
+        for start in range(0, out.numel(), size):
+            blocks = [tensor[start : start + size] for tensor in inputs]
             base = blocks.pop(0) if self.method.has_base else None
             numel = len(blocks[0])
-            own = key._replace(shard=ShardIndex(first + start, numel, numel))
+            shard = key._replace(shard=ShardIndex(first + start, numel, numel))
             out[start : start + numel] = merge_block(
-                base, blocks, self.weights, self.method, self.densities, self.thresholds, key=own, dtype=out.dtype
+                base, blocks, self.method, self.own, row=self.row, key=shard, dtype=out.dtype
             )
+
+    def _whole_rows(self, block: Tensor, place: FileRange, first: int, before: int, after: int) -> Tensor:
+        """Return a block with the elements of its first and last row that lie before and after it."""
+        with reading(place.file) as handle:
+            ends = [(first - before, before), (first + block.numel(), after)]
+            head, tail = (read_range(handle, place, *end).to(block.device) for end in ends)
+        return torch.cat([head, block, tail])
 
 
 @documented(MergeOptions)
@@ -94,18 +120,26 @@ def merge_checkpoints(
     |---|---|---|
     | `"linear"` | sum of w_i theta_i / sum of w_i | Wortsman et al. 2022 (arXiv 2203.05482) |
     | `"slerp"` | on the arc from the base to the one model, at its weight t | Shoemake 1985 |
+    | `"nuslerp"` | on the arc from one model to the other, at w_2 / (w_1 + w_2); with a base that of tau_i | the same |
+    | `"nearswap"` | the base, each element moved by at most t, its weight, to the model | alchemonaut 2024 |
+    | `"model_stock"` | theta0 + t * mean of tau_i, t from angles; all w_i = 1 | Jang et al. 2024 (arXiv 2403.19522) |
     | `"task_arithmetic"` | theta0 + scale * sum of w_i tau_i | Ilharco et al. 2023 (arXiv 2212.04089) |
     | `"ties"` | tau_i trimmed to their largest, sign elected, mean of those that agree | Yadav et al. 2023 |
     | `"dare_linear"` | tau_i dropped at random, divided by the density | Yu et al. 2024 (arXiv 2311.03099) |
     | `"dare_ties"` | the same, sign elected, sum of those that agree | Yu et al. 2024 |
+    | `"breadcrumbs"` | tau_i without their largest and smallest | Davari & Belilovsky 2023 (arXiv 2312.06795) |
+    | `"breadcrumbs_ties"` | the same, sign elected, sum of those that agree | the same |
+    | `"della"` | as `"dare_ties"`, the large of a row kept more often, mean | Deep et al. 2024 (arXiv 2406.11617) |
+    | `"della_linear"` | the same without a vote, sum | the same |
 
     tau_i = theta_i - theta0; TIES is arXiv 2306.01708. Arithmetic is fp32 (fp64 where a tensor is), rounded once.
     Tensors, files, resuming and errors are as for `interpolate_checkpoints`.
 
     Args:
-        base: theta0: a safetensors file or a Hugging Face folder. None for `"linear"`, which has none.
+        base: theta0: a safetensors file or a Hugging Face folder. None for `"linear"`, which has none, and for
+            `"nuslerp"` of whole models.
         models: the models and their weights: numbers, or mappings from names or regular expressions on whole names to
-            numbers. For `"slerp"` one model, and its weight is t.
+            numbers. For `"slerp"` and `"nearswap"` one model, and its weight is t.
         method: a method of the table.
         out: the folder to write.
         {options}
@@ -141,31 +175,47 @@ def plan_merge(
     plan = resolve(options, MergePlanOptions)
     if not isinstance(models, Mapping):
         raise TypeError(f"models must map paths to weights, got a {type(models).__name__}; write {{path: weight}}")
-    density = plan["density"]
-    densities = density if isinstance(density, Sequence) else [density] * len(models)
-    if len(densities) != len(models):
-        raise ValueError(f"{len(models)} models need one density or as many, got {len(densities)}")
     decided = merge_method(method, normalize=plan["normalize"], rescale=plan["rescale"], scale=plan["scale"])
+    decided = decided.on_base(base is not None)
+    margin, usual = MARGINS.get(decided.sparsify, ("", 0.0))
+    # What F takes, of each model.
+    shares: dict[str, Sequence[PerTensor | None]] = {}
+    for option in ("density", "gamma", "epsilon"):
+        if (value := plan[option]) is None:
+            continue
+        if option not in ("density", margin):
+            raise ValueError(f"method {method!r} has no option {option!r}; leave it out")
+        shares[option] = value if isinstance(value, Sequence) else [value] * len(models)
+        if len(shares[option]) != len(models):
+            raise ValueError(f"{len(models)} models need one {option} or as many, got {len(shares[option])}")
+    if margin and "density" in shares:
+        shares.setdefault(margin, [usual] * len(models))
 
     def coefficients(names: Sequence[str]) -> dict[str, Coefficients]:
         weights = [per_tensor(weight, names, what="weight") for weight in models.values()]
-        kept = [per_tensor(1.0 if each is None else each, names, what="density") for each in densities]
+        kept = {
+            option: [per_tensor(default if each is None else each, names, what=option) for each in shares[option]]
+            for option, default in (("density", 1.0), (margin, usual))
+            if option in shares
+        }
         found = {}
         for name in names:
-            shares = None if density is None else tuple(each[name] for each in kept)
-            found[name] = Coefficients(tuple(each[name] for each in weights), shares)
+            own = {option: tuple(each[name] for each in given) for option, given in kept.items()}
+            numbers = Coefficients(tuple(each[name] for each in weights), own.get("density"), own.get(margin))
             try:
-                check_coefficients(decided, len(models), *found[name])
+                check_coefficients(decided, len(models), numbers.weights, numbers.densities, numbers.margins)
             except ValueError as error:
                 raise ValueError(f"{name!r}: {error}") from None
+            found[name] = numbers
         return found
 
     said: dict[PathLike, dict[str, Any]] = {
         path: {"weight": plain(each, what="weight")} for path, each in models.items()
     }
-    for own, each in zip(said.values(), densities, strict=True):
-        if each is not None:
-            own["density"] = plain(each, what="density")
+    for option, given in shares.items():
+        for own, each in zip(said.values(), given, strict=True):
+            if each is not None:
+                own[option] = plain(each, what=option)
     return merge_job(base, said, decided, coefficients, out, plan)
 
 
@@ -183,13 +233,8 @@ def merge_job(
     `models` maps paths to what the recipe says of them, and `recipe` is what else it says. `coefficients` is called
     with the names of the tensors to merge. `method` and `options` are decided: by `merge_method` and `resolve`.
     """
-    if options["trim"] == "model" and method.sparsify != "magnitude":
+    if options["trim"] == "model" and not method.has_thresholds:
         raise ValueError(f"method {method.name!r} has no option trim='model': it trims nothing; leave it out")
-    if (base is None) == method.has_base:
-        raise ValueError(
-            f"method {method.name!r} "
-            + ("starts from a base; pass one" if base is None else "has no base; pass None, and it as a model")
-        )
     if not models:
         raise ValueError("there is no model to merge; pass at least one")
     paths = [*models] if base is None else [base, *models]
@@ -206,15 +251,16 @@ def merge_job(
     decided = coefficients([tensor.name for tensor in merged])
     if options["trim"] == "model":
         precisions = {compute_dtype(*(each.dtype for each in tensor.segments[0].inputs)) for tensor in merged}
-        if len({own.densities for own in decided.values()}) > 1 or len(precisions) > 1:
+        if len({own[1:] for own in decided.values()}) > 1 or len(precisions) > 1:
             raise ValueError(
-                "trim='model' chooses the largest magnitudes of a whole model: give one density for each model, and "
+                "trim='model' chooses magnitudes of a whole model: give one density for each model, and "
                 "tensors that are all float64 or none"
             )
 
     def rule_of(tensor: AlignedTensor, segment: AlignedSegment) -> Rule:
         if segment.merged:
-            return MergeTensorRule(tensor.name, method, *decided[tensor.name], options["seed"])
+            rule = MergeTensorRule(tensor.name, method, decided[tensor.name], options["seed"])
+            return _over_rows(rule, tensor, segment) if method.sparsify == "ranked" else rule
         return CopyRule((config_source if len(segment.inputs) == len(sources) else 0,))
 
     inputs = [describe_source(source) for source in sources]
@@ -231,7 +277,6 @@ def merge_job(
     }
     about = f"A merge of {len(models)} models by `{method.name}` ({method.paper}), in fp32 and rounded once."
     folder = Path(out).absolute()
-    needs_whole_tensors = method.spherical or method.sparsify == "magnitude"
     return Job(
         "merging",
         [Output(Path(out), whole_recipe, folder.name, about)],
@@ -240,8 +285,23 @@ def merge_job(
         lay_out_files(tensors, sources[0], rule_of, options["max_shard_size"]),
         work=folder.with_name(f".{folder.name}.part"),
         options=options,
-        whole_tensor_pass=WholeTensorPass(over_model=options["trim"] == "model") if needs_whole_tensors else None,
+        whole_tensor_pass=WholeTensorPass(over_model=options["trim"] == "model")
+        if method.has_angles or method.has_thresholds
+        else None,
     )
+
+
+def _over_rows(rule: MergeTensorRule, tensor: AlignedTensor, segment: AlignedSegment) -> MergeTensorRule:
+    """Return the rule of a tensor whose rows are ranked, if anything is dropped; a vector is one row."""
+    row = tensor.shape[-1] if tensor.shape else 1
+    if set(rule.own.densities or (1.0,)) == {1.0}:
+        return rule
+    if row > _LONGEST_ROW:
+        raise ValueError(
+            f"{rule.name!r} has rows of {row} elements, and {rule.method.name!r} ranks at most {_LONGEST_ROW}; "
+            "keep all of it with a density of 1, or take another method"
+        )
+    return rule._replace(row=row, places=segment.inputs)
 
 
 class WholeTensorPass:
@@ -250,7 +310,7 @@ class WholeTensorPass:
     def __init__(self, *, over_model: bool) -> None:
         self._over_model = over_model
         # Of a trim over whole models: found once.
-        self._thresholds: tuple[int, ...] | None = None
+        self._bounds: tuple[tuple[int, ...], ...] | None = None
 
     def bytes_read(self, files: Sequence[OutputFile], mine: Sequence[OutputFile]) -> int:
         """Return the bytes that this reads for `mine` of the files of a job."""
@@ -261,9 +321,9 @@ class WholeTensorPass:
     ) -> OutputFile:
         """Return one of the files of a job with rules that know all they need."""
         with workers(resources.threads) as pool:
-            if self._over_model and self._thresholds is None and _merged(file):
+            if self._over_model and self._bounds is None and _merged(file):
                 merged = [each for any_file in files for each in _merged(any_file)]
-                self._thresholds = _thresholds(merged, advance, pool.map)
+                self._bounds = _bounds(merged, advance, pool.map)
             segments = pool.map(lambda segment: self._completed(segment, advance), file.segments)
             return file._replace(segments=tuple(segments))
 
@@ -271,43 +331,48 @@ class WholeTensorPass:
         rule = segment.rule
         if not isinstance(rule, MergeTensorRule):
             return segment
-        if rule.method.spherical:
-            a, b, both = inner_products(_pairs(segment)[0], advance)
-            weights = slerp_coefficients(rule.weights[0], math.sqrt(a), math.sqrt(b), both)
-            rule = rule._replace(method=merge_method("linear", normalize=False), weights=weights)
+        inputs = _inputs(segment)
+        if rule.method.has_angles:
+            products = inner_products(inputs, advance, deltas=rule.method.deltas)
+            method, weights = weighted_sum(rule.method, rule.own.weights, products)
+            rule = rule._replace(method=method, own=Coefficients(weights))
         else:
-            thresholds = self._thresholds or _thresholds([(rule, _pairs(segment))], advance)
-            rule = rule._replace(thresholds=thresholds)
+            bounds = self._bounds or _bounds([(rule, inputs)], advance)
+            rule = rule._replace(own=rule.own._replace(bounds=bounds))
         return segment._replace(rule=rule)
 
 
-def _merged(file: OutputFile) -> list[tuple[MergeTensorRule, list[Pair]]]:
-    """Return what a file merges, and the base of each with each model."""
-    return [(each.rule, _pairs(each)) for each in file.segments if isinstance(each.rule, MergeTensorRule)]
+def _merged(file: OutputFile) -> list[tuple[MergeTensorRule, Inputs]]:
+    """Return what a file merges, and where that lies."""
+    return [(each.rule, _inputs(each)) for each in file.segments if isinstance(each.rule, MergeTensorRule)]
 
 
-def _pairs(segment: Segment) -> list[Pair]:
-    base, *models = segment.inputs
-    wide = compute_dtype(*(each.dtype for each in segment.inputs))
-    return [Pair(base, model, segment.numel, wide) for model in models]
+def _inputs(segment: Segment) -> Inputs:
+    return Inputs(segment.inputs, segment.numel, compute_dtype(*(place.dtype for place in segment.inputs)))
 
 
-def _thresholds(
-    merged: Sequence[tuple[MergeTensorRule, list[Pair]]], advance: Advance, each: Map = map
-) -> tuple[int, ...]:
+def _pairs(inputs: Inputs) -> list[Inputs]:
+    """Return the base with each model."""
+    base, *models = inputs.places
+    return [inputs._replace(places=(base, model)) for model in models]
+
+
+def _bounds(
+    merged: Sequence[tuple[MergeTensorRule, Inputs]], advance: Advance, each: Map = map
+) -> tuple[tuple[int, ...], ...]:
     """Return what trims the deltas of each model, taken over all the tensors together."""
-    rule, _ = merged[0]
-    found = []
-    for model, density in enumerate(rule.densities or [1.0] * len(rule.weights)):
-        pairs = [own[model] for _, own in merged]
-        k = kept_count(sum(pair.numel for pair in pairs), density)
-        found.append(0 if density == 1.0 else kth_magnitude(pairs, k, advance, each))
+    own = merged[0][0].own
+    by_model = zip(*(_pairs(inputs) for _, inputs in merged), strict=True)
+    found: list[tuple[int, ...]] = []
+    for pairs, density, gamma in zip(by_model, own.densities or repeat(1.0), own.margins or repeat(None), strict=False):
+        ranks = kept_ranks(sum(pair.numel for pair in pairs), density, gamma)
+        found.append((0,) if density == 1.0 else kth_magnitudes(pairs, ranks, advance, each))
     return tuple(found)
 
 
-def _bytes_read(rule: MergeTensorRule, pairs: Sequence[Pair]) -> int:
+def _bytes_read(rule: MergeTensorRule, inputs: Inputs) -> int:
     """Return the bytes that are read of a tensor before it is merged."""
-    if rule.method.spherical:
-        return pairs[0].nbytes
-    kept = zip(pairs, rule.densities or [1.0] * len(pairs), strict=True)
+    if rule.method.has_angles:
+        return inputs.nbytes
+    kept = zip(_pairs(inputs), rule.own.densities or repeat(1.0), strict=False)
     return sum(len(lowest_bits(pair.wide)) * pair.nbytes for pair, density in kept if density < 1.0)

@@ -9,25 +9,31 @@ A file means something else here than in mergekit in these points:
 
 - Arithmetic is fp32 (fp64 for fp64 tensors), rounded once at the end; mergekit computes in `dtype`, or in the widest
   dtype of the models. With `dtype: float32` both do the same, except for the order of additions.
-- What DARE keeps is divided by the density, as in the paper, not rescaled to the L1 norm of the delta; masks are those
-  of this library and depend on its seed.
-- All magnitudes equal to the threshold of a trim stay, where mergekit keeps as many as fit.
-- Slerp between a zero tensor and another is a straight line.
-- Embeddings are merged row by row: `tokenizer_source` says whose tokenizer goes along, and permutes nothing.
+- What DARE and DELLA keep is divided by the probability of keeping it, as in the papers, not rescaled to the L1 norm of
+  the delta; masks are those of this library and depend on its seed. DELLA ranks along the last dimension of a tensor.
+- All magnitudes equal to a threshold of a trim stay, where mergekit keeps as many as fit, and at least one does.
+- Slerp, and nuslerp, between a zero tensor and another, or between two that are nearly on one line, is a straight line;
+  weights of nuslerp that sum to 0 are refused.
+- Of model stock a mean cosine below 0 counts as 0, and cosines of deltas are exact however small these are.
+- Embeddings are merged row by row. `tokenizer_source` or `tokenizer` says whose tokenizer and chat template go along,
+  and is refused where tokens would have to be moved, because tokenizers differ.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from fused_merge.checkpoints.job import Job
 from fused_merge.checkpoints.options import FileOptions
+from fused_merge.eager.merge import Coefficients
 from fused_merge.io.sources import PathLike
-from fused_merge.merge.merge import Coefficients, merge_job
+from fused_merge.merge.merge import merge_job
 from fused_merge.merge.options import MergePlanOptions
-from fused_merge.methods import MERGE_METHODS, MergeMethod, check_coefficients, merge_method
+from fused_merge.merge.tokenizers import vocabulary
+from fused_merge.methods import MARGINS, MERGE_METHODS, MergeMethod, check_coefficients, check_count, merge_method
 from fused_merge.names import layer_of
 from fused_merge.options import documented, resolve
 from fused_merge.per_tensor import parse_dtype
@@ -35,13 +41,19 @@ from fused_merge.per_tensor import parse_dtype
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_KEYS = ("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "tokenizer_source")
-_PARAMETERS = ("weight", "density", "t", "normalize", "rescale", "lambda", "int8_mask")
-_REFUSED = {
-    "modules": "modules are not supported; list whole models under models",
-    "tokenizer": "a tokenizer section is not supported; write tokenizer_source",
-    "chat_template": "chat templates are not written; leave it out, and that of tokenizer_source goes along",
+_KEYS = (
+    *("merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype"),
+    *("tokenizer_source", "tokenizer", "chat_template"),
+)
+_PARAMETERS = ("weight", "density", "gamma", "epsilon", "t", "normalize", "rescale", "lambda")
+# What only one method has, and the only value of it that is supported.
+_FORMS = {
+    "nuslerp_flatten": ("nuslerp", True, "it is of whole tensors, not of their rows or columns"),
+    "filter_wise": ("model_stock", False, "it takes the angles of whole tensors, not of filters"),
 }
+# What may be written and changes nothing: how much memory a mask takes, and what nuslerp does without flattening.
+_IDLE = ("int8_mask", "nuslerp_row_wise")
+_USUAL = {"density": 1.0, **dict(MARGINS.values())}
 # Tensors outside the layers that mergekit reads with the first slice; the others belong to the last.
 _BEFORE_THE_LAYERS = ("embed", "wte", "wpe")
 
@@ -104,18 +116,23 @@ class MergeRecipe(NamedTuple):
             part = self.slices[-1]
 
         scopes = {model: (own, *part.scopes) for model, own in part.sources.items()}
-        if self.method.spherical:
+        margin, _ = MARGINS.get(self.method.sparsify, (None, 0.0))
+        densities = margins = None
+        if self.method.takes_t:
             weights: tuple[float, ...] = (self._value("t", name, t, part.scopes),)
+        elif self.method.weights_from == "stock":
+            weights = (1.0,) * len(self.models)
         else:
             weights = tuple(self._value("weight", name, t, scopes[own], f" in {str(own)!r}") for own in self.models)
-        densities = None
         if self.method.sparsify != "none":
             densities = tuple(self._value("density", name, t, scopes[own]) for own in self.models)
+        if margin is not None:
+            margins = tuple(self._value(margin, name, t, scopes[own]) for own in self.models)
         try:
-            check_coefficients(self.method, len(self.models), weights, densities)
+            check_coefficients(self.method, len(self.models), weights, densities, margins)
         except ValueError as error:
             raise ValueError(f"{self.path}, tensor {name!r}: {error}") from None
-        return Coefficients(weights, densities)
+        return Coefficients(weights, densities, margins)
 
     def _value(self, key: str, name: str, t: float, scopes: Iterable[_Parameters], whose: str = "") -> float:
         """Return the value of the nearest scope that has one for a tensor, t of the way through its layers."""
@@ -125,8 +142,8 @@ class MergeRecipe(NamedTuple):
                 left = int(at)
                 right = min(left + 1, len(values) - 1)
                 return (1 - (at - left)) * values[left] + (at - left) * values[right]
-        if key == "density":
-            return 1.0
+        if key in _USUAL:
+            return _USUAL[key]
         raise ValueError(f"{self.path} gives no {key} for {name!r}{whose}; write it under parameters")
 
 
@@ -173,10 +190,14 @@ def read_mergekit(path: PathLike) -> MergeRecipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not one YAML document: {' '.join(str(error).split())}") from None
 
-    top = _mapping(content, str(path), (*_KEYS, *_REFUSED))
-    for key, why in _REFUSED.items():
-        if top.get(key) is not None:
-            raise ValueError(f"{path}: {why}")
+    top = _mapping(content, str(path), _KEYS, ("modules",))
+    if top.get("modules") is not None:
+        raise ValueError(f"{path}: modules are not supported; list whole models under models")
+    if (template := top.get("chat_template")) not in (None, "auto"):
+        raise ValueError(
+            f"{path}: chat_template {template!r:.80} is not supported, since templates are only copied; "
+            "leave it out or write auto, and that of the tokenizer goes along"
+        )
     method = top.get("merge_method")
     if not isinstance(method, str) or method not in MERGE_METHODS:
         raise ValueError(
@@ -187,29 +208,34 @@ def read_mergekit(path: PathLike) -> MergeRecipe:
     base = slices[0].base
     if entry.has_base and base not in slices[0].sources:
         raise ValueError(f"{path} has no base_model, or slices without it, and {method!r} starts from one")
-    models = tuple(model for model in slices[0].sources if not (entry.has_base and model == base))
-    if not models or (entry.spherical and len(models) > 1):
-        count = "one model" if entry.spherical else "at least one model"
-        raise ValueError(f"{path} names {len(models)} models besides base_model, and {method!r} takes {count}")
-
+    has_base = base is not None if entry.has_base is None else entry.has_base
+    models = tuple(model for model in slices[0].sources if not (has_base and model == base))
+    try:
+        check_count(entry, len(models))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for key, (whose, value, why) in _FORMS.items():
+        if method == whose and _constant(key, slices, path) not in (None, value):
+            raise ValueError(f"{path}: {key} {not value} is not supported for {method!r}: {why}; leave it out")
     normalize, rescale, scale = (_constant(key, slices, path) for key in ("normalize", "rescale", "lambda"))
-    if rescale and entry.sparsify == "magnitude":
+    if rescale and entry.has_thresholds:
         raise ValueError(f"{path}: rescale is not supported for {method!r}, whose paper scales nothing; leave it out")
+    given = entry.weights_from == "given"
     decided: dict[str, Any] = {
-        "normalize": None if entry.spherical else normalize,
-        "rescale": rescale if entry.sparsify == "random" else None,
-        "scale": scale if scale is not None and entry.deltas else 1.0,
+        "normalize": normalize if given else None,
+        "rescale": rescale if entry.is_random else None,
+        "scale": scale if scale is not None and given and has_base else 1.0,
     }
     dtypes = [parse_dtype(top.get(key), what=f"{path}: {key}") for key in ("out_dtype", "dtype")]
     return MergeRecipe(
         path=path,
-        method=merge_method(method, **decided),
-        base=base if entry.has_base else None,
+        method=merge_method(method, **decided).on_base(has_base),
+        base=base if has_base else None,
         models=models,
         options={
             **decided,
             "dtype": dtypes[0] or dtypes[1],
-            "files_from": _files_from(top.get("tokenizer_source"), base, models, path),
+            "files_from": _files_from(top, base, models, path),
         },
         slices=slices,
     )
@@ -263,31 +289,62 @@ def _range(source: Mapping[str, Any], where: str) -> tuple[int, int]:
 
 
 def _folder(reference: Any, where: str) -> Path:
+    """Return the folder that a path, or mergekit's long form of one, names."""
+    while isinstance(reference, dict):
+        reference = dict(_mapping(reference, where, ("model", "path"), ("revision", "lora", "override_architecture")))
+        inner = [reference.pop(key) for key in ("model", "path") if key in reference]
+        for key, value in reference.items():
+            if value is not None:
+                raise ValueError(
+                    f"{where} has the {key} {value!r}, which is not supported; name a folder of whole weights"
+                )
+        reference = inner[0] if len(inner) == 1 else None
     if not isinstance(reference, str) or not reference:
         raise ValueError(f"{where} must name the folder of a model, got {reference!r}")
+    folder = Path(os.path.expanduser(reference))
+    if folder.is_dir():
+        return folder
     if "@" in reference or "+" in reference:
-        raise ValueError(f"{where} is {reference!r}, but revisions (@) and adapters (+) are not supported")
-    if not Path(reference).is_dir():
-        raise FileNotFoundError(f"{where} is {reference!r}, but there is no such folder; nothing is downloaded")
-    return Path(reference)
+        raise ValueError(
+            f"{where} is {reference!r}, which is no folder; revisions (@) and adapters (+) are not supported"
+        )
+    raise FileNotFoundError(f"{where} is {reference!r}, but there is no such folder; nothing is downloaded")
 
 
-def _files_from(source: Any, base: Path | None, models: Sequence[Path], path: Path) -> Path:
-    if source == "union":
-        raise ValueError(f"{path}: tokenizer_source 'union' is not supported; name the base or a model")
-    if source == "base" and base is None:
-        raise ValueError(f"{path} has tokenizer_source 'base', but no base_model")
-    if source in (None, "base"):
+def _files_from(top: Mapping[str, Any], base: Path | None, models: Sequence[Path], path: Path) -> Path:
+    """Return whose tokenizer goes along; ValueError if tokens would have to be moved for it."""
+    key, source = "tokenizer_source", top.get("tokenizer_source")
+    if top.get("tokenizer") is not None:
+        if source is not None:
+            raise ValueError(f"{path} has tokenizer and tokenizer_source; leave one of them out")
+        section = _mapping(top["tokenizer"], f"{path}, tokenizer", ("source",), ("tokens", "pad_to_multiple_of"))
+        if new := next((new for new in ("tokens", "pad_to_multiple_of") if section.get(new)), None):
+            raise ValueError(f"{path}, tokenizer has {new}, but no embedding is made anew or padded; leave it out")
+        key, source = "tokenizer", section.get("source") or "union"
+    if source is None:
         return base or models[0]
-    folder = _folder(source, f"{path}, tokenizer_source")
-    if folder not in (base, *models):
-        raise ValueError(f"{path} has tokenizer_source {source!r}, which is neither the base nor a model of the merge")
-    return folder
+    if source == "base" and base is None:
+        raise ValueError(f"{path} has {key} 'base', but no base_model")
+    own = {folder: vocabulary(folder) for folder in (base, *models) if folder is not None}
+    if source == "union":
+        chosen = next((folder for folder in own if own[folder] is not None), base or models[0])
+    else:
+        chosen = base if source == "base" and base is not None else _folder(source, f"{path}, {key}")
+    if chosen not in own:
+        raise ValueError(f"{path} has {key} {source!r}, which is neither the base nor a model of the merge")
+    if other := next((folder for folder in own if own[folder] not in (None, own[chosen])), None):
+        raise ValueError(
+            f"{path}: {key} {source!r} would have to move tokens, for the tokenizer of {str(other)!r} is not that of "
+            f"{str(chosen)!r}, and they are merged row by row; give the models one tokenizer, or leave {key} out"
+        )
+    return chosen
 
 
 def _parameters(part: Mapping[str, Any], where: str) -> _Parameters:
     where = f"{where}, parameters"
-    given = {} if part.get("parameters") is None else _mapping(part["parameters"], where, _PARAMETERS)
+    given = (
+        {} if part.get("parameters") is None else _mapping(part["parameters"], where, _PARAMETERS, (*_FORMS, *_IDLE))
+    )
     return {key: tuple(_conditions(value, f"{where}, {key}")) for key, value in given.items()}
 
 
@@ -331,10 +388,11 @@ def _entries(value: Any, where: str, keys: Sequence[str]) -> Iterator[tuple[str,
         yield f"{where}[{i}]", _mapping(entry, f"{where}[{i}]", keys)
 
 
-def _mapping(value: Any, where: str, keys: Sequence[str]) -> dict[str, Any]:
+def _mapping(value: Any, where: str, keys: Sequence[str], more: Sequence[str] = ()) -> dict[str, Any]:
+    """Return a mapping that has only known keys; messages list `keys`, and not what is known to be refused or idle."""
     if not isinstance(value, dict):
         raise ValueError(f"{where} must be a mapping, got {value!r}")
     for key in value:
-        if key not in keys:
+        if key not in (*keys, *more):
             raise ValueError(f"{where} has the key {key!r}; supported are {', '.join(keys)}")
     return value

@@ -29,17 +29,23 @@ class MergePlanOptions(PlanOptions, total=False):
     Options:
         density: share of each delta to keep, in (0, 1]; one for all models or a list with one for each. None keeps
             everything. Magnitudes equal to the threshold of a trim all stay.
-        normalize: divide by the sum of the weights; None is True for `"linear"` and `"ties"`.
-        rescale: divide what a random drop keeps by the density; None is True for DARE.
+        gamma: share of each delta that breadcrumbs drop as too large; in [0, 1), at most what the density leaves. Given
+            as the density is; None is 0.01.
+        epsilon: half the range of the probabilities with which DELLA keeps elements; the smallest magnitude of a row is
+            kept with density - epsilon, the largest with density + epsilon. Given as the density is; None is 0.15.
+        normalize: divide by the sum of the weights; None is True for `"linear"`, `"ties"` and `"della"`.
+        rescale: divide what a random drop keeps by the probability of keeping it; None is True for DARE and DELLA.
         scale: factor of the merged delta.
-        trim: keep the largest magnitudes of each `"tensor"` or of the whole `"model"`; the paper of TIES takes the
-            model. The density is then one number for each model.
+        trim: choose by magnitude in each `"tensor"` or in the whole `"model"`; the paper of TIES takes the model. The
+            density, and gamma, are then one number for each model.
         seed: seed of the random masks; the mask of the first model is that of a saved `ReferenceDelta`.
         files_from: model whose configuration and tokenizer go along, `"base"` or a path as given; integer tensors come
             from it, too. None is the base, without a base the first model.
     """
 
     density: Annotated["PerTensor | Sequence[PerTensor | None] | None", Option(None, cli={"type": float})]
+    gamma: Annotated["PerTensor | Sequence[PerTensor | None] | None", Option(None, cli={"type": float})]
+    epsilon: Annotated["PerTensor | Sequence[PerTensor | None] | None", Option(None, cli={"type": float})]
     normalize: Annotated["bool | None", Option(None, cli={})]
     rescale: Annotated["bool | None", Option(None, cli={})]
     scale: Annotated[float, Option(1.0, _check_scale, cli={"param_decls": ("--scale", "--lambda")})]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
@@ -27,30 +28,38 @@ Advance = Callable[[int], None]
 Map = Callable[..., Iterable[Any]]
 
 
-class Pair(NamedTuple):
-    """The same elements in two files: of a base and of a model."""
+class Inputs(NamedTuple):
+    """The same elements in several files: of the base, if there is one, and of the models."""
 
-    base: FileRange
-    model: FileRange
+    places: tuple[FileRange, ...]
     numel: int
     wide: torch.dtype  # that they are merged in, which other models of the merge decide too
 
     @property
     def nbytes(self) -> int:
-        """Bytes that one read of both takes."""
-        return self.numel * (self.base.dtype.itemsize + self.model.dtype.itemsize)
+        """Bytes that one read of all takes."""
+        return self.numel * sum(place.dtype.itemsize for place in self.places)
 
-    def blocks(self, advance: Advance) -> Iterator[tuple[Tensor, Tensor]]:
-        """Read both, block by block, widened."""
-        with reading(self.base.file) as first, reading(self.model.file) as second:
-            for start in range(0, self.numel, _BLOCK):
+    def blocks(self, advance: Advance) -> Iterator[list[Tensor]]:
+        """Read all, block by block, widened."""
+        # Of many files less of each, so that together they stay in a cache: half as much is a node of the tree, too.
+        size = _BLOCK >> max(0, (len(self.places) - 1).bit_length() - 1)
+        with ExitStack() as stack:
+            opened = [(stack.enter_context(reading(place.file)), place) for place in self.places]
+            for start in range(0, self.numel, size):
                 widened = []
-                for handle, place in ((first, self.base), (second, self.model)):
-                    tensor = torch.empty(min(_BLOCK, self.numel - start), dtype=place.dtype)
-                    read_into(handle, place.file, bytes_of(tensor), place.offset + start * place.dtype.itemsize)
+                for handle, place in opened:
+                    tensor = read_range(handle, place, start, min(size, self.numel - start))
                     advance(tensor.nbytes)
                     widened.append(tensor.to(self.wide))
-                yield widened[0], widened[1]
+                yield widened
+
+
+def read_range(handle: int, place: FileRange, start: int, numel: int) -> Tensor:
+    """Read elements of a place in an open file, from the one at `start` on."""
+    tensor = torch.empty(numel, dtype=place.dtype)
+    read_into(handle, place.file, bytes_of(tensor), place.offset + start * place.dtype.itemsize)
+    return tensor
 
 
 def lowest_bits(wide: torch.dtype) -> list[int]:
@@ -59,50 +68,67 @@ def lowest_bits(wide: torch.dtype) -> list[int]:
     return [max(0, low) for low in range(wide.itemsize * 8 - 1 - _DIGIT, -_DIGIT, -_DIGIT)]
 
 
-def kth_magnitude(pairs: Sequence[Pair], k: int, advance: Advance, each: Map = map) -> int:
+def kth_magnitudes(pairs: Sequence[Inputs], ranks: Sequence[int], advance: Advance, each: Map = map) -> tuple[int, ...]:
     """Return the integer pattern of the k-th largest |model - base| of all pairs together, 1 being the largest.
 
-    The pairs are of one `wide` dtype. `advance` is called with the bytes just read; `each` maps a function over pairs.
+    There is one for each k of `ranks`. The inputs are of a base and a model, all of one `wide` dtype. `advance` is
+    called with the bytes just read; `each` maps a function over pairs.
     """
     (wide,) = {pair.wide for pair in pairs}
-    found, above = 0, wide.itemsize * 8 - 1
+    searches = [_Search(k, wide.itemsize * 8 - 1) for k in ranks]
     for low in lowest_bits(wide):
-        histogram = _Histogram(found, above, low)
-        for _ in each(lambda pair, histogram=histogram: histogram.add(pair, advance), pairs):
+
+        def count(pair: Inputs, low: int = low) -> None:
+            for base, model in pair.blocks(advance):
+                magnitudes = pattern(model - base)
+                for search in searches:
+                    search.count(magnitudes, low)
+
+        for _ in each(count, pairs):
             pass
-        digit, k = histogram.of_kth(k)
-        found, above = found << (above - low) | digit, low
-    return found
+        for search in searches:
+            search.narrow(low)
+    return tuple(search.found for search in searches)
 
 
-class _Histogram:
-    """How often each value of one digit of a magnitude's pattern is found with given digits above it."""
+class _Search:
+    """The k-th largest pattern, as far as it is found: digits from the top, each from a histogram of the next."""
 
-    def __init__(self, found: int, above: int, low: int) -> None:
-        # The digits above, the lowest bit of those, and the lowest bit of this one.
-        self._found, self._above, self._low = found, above, low
-        self._counts = torch.zeros(1 << (above - low), dtype=torch.int64)
+    def __init__(self, k: int, above: int) -> None:
+        # The rank among those that share the digits found, and the lowest bit of these.
+        self._k, self._above = k, above
+        self._counts, self.found = torch.zeros(0, dtype=torch.int64), 0
         self._lock = threading.Lock()
 
-    def add(self, pair: Pair, advance: Advance) -> None:
-        """Count the elements of a pair, from any thread."""
-        for base, model in pair.blocks(advance):
-            magnitudes = pattern(model - base)
-            digits = magnitudes[magnitudes >> self._above == self._found] >> self._low & (len(self._counts) - 1)
-            counts = torch.bincount(digits, minlength=len(self._counts))
-            with self._lock:
-                self._counts += counts
+    def count(self, magnitudes: Tensor, low: int) -> None:
+        """Count the values of the digit down to a bit, from any thread."""
+        digits = magnitudes[magnitudes >> self._above == self.found] >> low & ((1 << (self._above - low)) - 1)
+        counts = torch.bincount(digits, minlength=1 << (self._above - low))
+        with self._lock:
+            self._counts = self._counts + counts if len(self._counts) else counts
 
-    def of_kth(self, k: int) -> tuple[int, int]:
-        """Return the digit of the k-th largest, and its rank among those that share it."""
+    def narrow(self, low: int) -> None:
+        """Add the digit of the k-th largest to what is found."""
         from_top = self._counts.flip(0).cumsum(0)
-        place = int(torch.searchsorted(from_top, k))
-        larger = int(from_top[place - 1]) if place else 0
-        return len(self._counts) - 1 - place, k - larger
+        place = int(torch.searchsorted(from_top, self._k))
+        self._k -= int(from_top[place - 1]) if place else 0
+        self.found = self.found << (self._above - low) | (len(self._counts) - 1 - place)
+        self._above, self._counts = low, self._counts[:0]
 
 
-def inner_products(pair: Pair, advance: Advance) -> tuple[float, float, float]:
-    """Return <a, a>, <b, b> and <a, b> of base a and model b: the sums of `fused_merge.eager.sums`."""
-    nodes = [torch.stack([tree_sum(x * y) for x, y in ((a, a), (b, b), (a, b))]) for a, b in pair.blocks(advance)]
-    first, second, both = tree_sum(torch.stack(nodes, dim=1)).tolist() if nodes else (0.0, 0.0, 0.0)
-    return first, second, both
+def inner_products(inputs: Inputs, advance: Advance, *, deltas: bool) -> list[list[float]]:
+    """Return <x, y> for all x and y of the inputs: the sums of `fused_merge.eager.sums`.
+
+    With `deltas` they are of the differences from the first of them.
+    """
+    count = len(inputs.places) - deltas
+    pairs = [(i, j) for i in range(count) for j in range(i, count)]
+    nodes = []
+    for block in inputs.blocks(advance):
+        ends = [x - block[0] for x in block[1:]] if deltas else block
+        nodes.append(torch.stack([tree_sum(ends[i] * ends[j]) for i, j in pairs]))
+    sums = tree_sum(torch.stack(nodes, dim=1)).tolist() if nodes else [0.0] * len(pairs)
+    products = [[0.0] * count for _ in range(count)]
+    for (i, j), value in zip(pairs, sums, strict=True):
+        products[i][j] = products[j][i] = value
+    return products

@@ -172,8 +172,10 @@ def test_merge_passes_everything_on(run, job):
     assert job.ran == defaults(StreamOptions)
 
     recipe = ["--density", "0.2", "--no-normalize", "--lambda", "0.7", "--rescale", "--trim", "model", "--seed", "3"]
+    recipe += ["--gamma", "0.1", "--epsilon", "0.25"]
     assert run(*MERGE, *recipe, *PLAN, *RUN, "--json") == (0, '{"path": "line"}\n', "")
     asked = {"density": 0.2, "normalize": False, "scale": 0.7, "rescale": True, "trim": "model", "seed": 3}
+    asked |= {"gamma": 0.1, "epsilon": 0.25}
     assert job.planned == ("plan_merge", arguments, asked | PLAN_ASKED)
     assert job.ran == RUN_ASKED
 

@@ -10,11 +10,20 @@ import torch
 from bits import same_bits
 from hypothesis import given
 from hypothesis import strategies as st
+from merge_models import random_models as models
 
-from fused_merge.eager.merge import consensus, mask_key, merge, merge_block, slerp, slerp_coefficients, trim
-from fused_merge.eager.merge import trim_threshold as threshold_of
+from fused_merge.eager.merge import (
+    Coefficients,
+    consensus,
+    drop_by_rank,
+    mask_key,
+    merge,
+    merge_block,
+    trim,
+    trim_bounds,
+)
 from fused_merge.eager.shard import ShardIndex
-from fused_merge.methods import MERGE_METHODS, merge_method
+from fused_merge.methods import MARGINS, MERGE_METHODS, merge_method
 
 NAN, INF = float("nan"), float("inf")
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -22,10 +31,10 @@ WEIGHTS = [0.7, -0.4, 1.3]
 DENSITIES = [0.3, 0.55, 1.0]
 
 
-def models(shape, dtype=torch.float32, count=3, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    base = torch.randn(shape, generator=generator)
-    return base.to(dtype), [(base + 0.1 * torch.randn(shape, generator=generator)).to(dtype) for _ in range(count)]
+# Of methods whose weights are given, and of all with so many models, and such weights, as they take.
+GIVEN = [name for name, entry in MERGE_METHODS.items() if entry.weights_from == "given"]
+TAKEN = dict.fromkeys(GIVEN, WEIGHTS) | {"slerp": [0.5], "nearswap": [0.5], "nuslerp": [0.7, -0.4]}
+TAKEN["model_stock"] = [1.0] * 3
 
 
 # --- the papers once more, in numpy, an element at a time
@@ -71,11 +80,28 @@ def assert_merged(got, want, dtype):
 ALL_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 
 
+def crumbs(x, density, gamma):
+    """What breadcrumbs keep: neither the largest gamma*n nor, of the others, more than the density allows."""
+    sizes = np.sort(np.abs(x), axis=None)[::-1]
+    kept = int(density * x.size)
+    middle = sizes[min(int(gamma * x.size), x.size - kept) :][:kept]
+    return (middle[-1] <= np.abs(x)) & (np.abs(x) <= middle[0])
+
+
+def ranked(x, density, epsilon):
+    """The probability with which MAGPRUNE keeps each element: it grows in equal steps along a sorted row."""
+    p = np.empty(x.shape)
+    for row, of_row in zip(x, p, strict=True):
+        for rank, element in enumerate(np.argsort(np.abs(row), kind="stable")):
+            of_row[element] = density - epsilon + 2 * epsilon * (rank / (len(row) - 1))
+    return p
+
+
 @ALL_DTYPES
 @pytest.mark.parametrize("choice", [None, True, False])
-@pytest.mark.parametrize("method", [name for name in MERGE_METHODS if name != "slerp"])
+@pytest.mark.parametrize("method", GIVEN)
 def test_methods_are_what_their_papers_say(method, choice, dtype):
-    """The choice is to normalize, for the two DARE to rescale."""
+    """The choice is to normalize, for DARE and DELLA to rescale."""
     base, thetas = models((19, 23), dtype)
     first, *rest = as_numpy([base, *thetas])
     asked, densities, divide_by = {"normalize": choice}, None, [1.0] * 3
@@ -83,6 +109,15 @@ def test_methods_are_what_their_papers_say(method, choice, dtype):
     if method == "ties":
         densities = DENSITIES
         keeps = [reference.top(theta - first, p) for theta, p in zip(rest, densities, strict=True)]
+    elif "crumbs" in method:
+        densities, asked["margins"] = DENSITIES, [0.1, 0.6, 0.2]
+        keeps = [crumbs(theta - first, *each) for theta, *each in zip(rest, densities, asked["margins"], strict=True)]
+    elif "della" in method:
+        densities, asked, normalize = DENSITIES, {"rescale": choice, "margins": [0.2, 0.45, 0.9]}, method == "della"
+        ps = [ranked(rest[i] - first, densities[i], asked["margins"][i]) for i in range(2)]
+        words = [reference.words(437, 11, i, NAME, 1).reshape(19, 23) for i in range(2)]
+        keeps = [word < np.floor(p * 2.0**32) for word, p in zip(words, ps, strict=True)] + [True]
+        divide_by = divide_by if choice is False else [*ps, 1.0]
     elif "dare" in method:
         densities, asked, normalize = DENSITIES, {"rescale": choice}, False
         # Each model is dropped by a mask of its own.
@@ -92,29 +127,10 @@ def test_methods_are_what_their_papers_say(method, choice, dtype):
         want = summed(rest, WEIGHTS, False, normalize)
         assert_merged(merge(None, thetas, WEIGHTS, method=method, name=NAME, **asked), want, dtype)
         return
-    elect = method in ("ties", "dare_ties")
+    elect = "ties" in method or method == "della"
     want = expected(first, rest, WEIGHTS, keeps, elect=elect, normalize=normalize, divide_by=divide_by, scale=scale)
     asked |= {"densities": densities, "scale": scale, "seed": 11}
     assert_merged(merge(base, thetas, WEIGHTS, method=method, name=NAME, **asked), want, dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("t", [0.0, 0.3, 0.5, 1.0, 1.2, -0.1])
-def test_slerp_turns_by_a_share_of_the_angle(dtype, t):
-    a, b = torch.randn(2, 31, 17, generator=torch.Generator().manual_seed(4)).to(dtype)
-    x, y = (tensor.double().numpy() for tensor in (a, b))
-    # Gram and Schmidt: turn a towards the part of b that is orthogonal to it, in units of the two lengths.
-    u = x / np.linalg.norm(x)
-    v = y / np.linalg.norm(y)
-    across = v - (u * v).sum() * u
-    angle = math.atan2(np.linalg.norm(across), (u * v).sum())
-    share_b = math.sin(t * angle) / math.sin(angle)
-    share_a = math.cos(t * angle) - share_b * math.cos(angle)
-    want = torch.from_numpy(share_a * x + share_b * y)
-    got = merge(a, [b], [t], method="slerp", name=NAME)
-    assert got.dtype == dtype
-    rtol = 2**-7 if dtype == torch.bfloat16 else 1e-6
-    torch.testing.assert_close(got.double(), want.to(dtype).double(), rtol=rtol, atol=1e-6)
 
 
 # --- by hand
@@ -129,6 +145,43 @@ def test_ties_by_hand():
     # A weight of 9 turns the first vote, 3 - 9 + 2, and the third, 36 - 4, has a winner.
     got = merge(base, list(base + deltas), [1.0, 9.0, 1.0], method="ties", name="a", densities=[0.5] * 3)
     assert got.tolist() == [1.0 - 9.0 / 9.0, -1.0, 1.0 + 36.0 / 9.0, 1.0]
+
+
+def test_breadcrumbs_by_hand():
+    # Of ten the largest two go, 10 and -9, and the smallest three, 1, -2 and 3.
+    base = torch.zeros(10)
+    delta = torch.tensor([1.0, -2.0, 3.0, 4.0, -5.0, 6.0, 7.0, -8.0, -9.0, 10.0])
+    options = {"method": "breadcrumbs", "name": "a", "densities": [0.5]}
+    got = merge(base, [delta], [2.0], margins=[0.2], **options)
+    assert got.tolist() == [0.0, 0.0, 0.0, 8.0, -10.0, 12.0, 14.0, -16.0, 0.0, 0.0]
+    # A gamma of 0.9 leaves what the density asks for: the smallest half.
+    assert merge(base, [delta], [1.0], margins=[0.9], **options).tolist() == [1.0, -2.0, 3.0, 4.0, -5.0, *[0.0] * 5]
+    # The default of gamma, 0.01, is none of ten elements.
+    assert merge(base, [delta], [1.0], **options).tolist() == [*[0.0] * 5, 6.0, 7.0, -8.0, -9.0, 10.0]
+    # What is equal to the smallest or the largest that stays, stays.
+    x = torch.tensor([3.0, -2.0, 2.0, 1.0, -1.0, 0.0])
+    assert trim(x, *trim_bounds(x, 0.4, 0.2)).tolist() == [0.0, -2.0, 2.0, 0.0, 0.0, 0.0]
+    assert trim(x, *trim_bounds(x, 0.5, 0.4)).tolist() == [0.0, -2.0, 2.0, 1.0, -1.0, 0.0]
+    other = torch.tensor([-1.0, 4.0, 0.0, 0.0, -5.0, 0.0, -9.0, 1.0, 0.0, 0.0])
+    # The second keeps 4 and -5 of its -9, -5, 4, ...: they agree with nothing, with -10 and with nothing.
+    options |= {"method": "breadcrumbs_ties", "densities": [0.5, 0.2]}
+    got = merge(base, [delta, other], [2.0, 1.0], margins=[0.2, 0.1], **options)
+    assert got.tolist() == [0.0, 4.0, 0.0, 8.0, -15.0, 12.0, 14.0, -16.0, 0.0, 0.0]
+
+
+def test_della_by_hand():
+    # Whatever is kept of the row 3, -1, 0, 2 was kept with these probabilities, and is divided by them.
+    x = torch.tensor([[3.0, -1.0, 0.0, 2.0]] * 20_000)
+    kept = drop_by_rank(x, 0.5, 0.375, mask_key("a", 0), rescale=True)
+    p = torch.tensor([0.875, 0.375, 0.125, 0.625])
+    assert torch.equal(kept, torch.where(kept == 0, 0.0, (x / p)))
+    shares = (kept != 0).double().mean(0)[[0, 1, 3]]
+    assert (shares - p[[0, 1, 3]]).abs().max() < 4 * 0.5 / math.sqrt(20_000)
+    assert (kept.double().mean(0) - x[0]).abs().max() < 4 * 3 / math.sqrt(20_000)
+    # A row of its own has the mean of the probabilities; equal magnitudes are ranked in their order.
+    assert set(drop_by_rank(x[:, :1], 0.25, 0.1, mask_key("a", 0), rescale=True).unique().tolist()) == {0.0, 12.0}
+    equal = drop_by_rank(torch.ones(20_000, 2), 0.5, 0.25, mask_key("a", 0), rescale=True)
+    assert [column.unique().tolist() for column in equal.T] == [[0.0, 4.0], [0.0, torch.tensor(1 / 0.75).item()]]
 
 
 def test_a_vote_by_hand():
@@ -154,55 +207,27 @@ def test_the_mean_over_masks_is_the_delta():
     assert abs(got.mean().item() - 1.0) < 4 * math.sqrt(3 / 20_000)
 
 
-def test_slerp_by_hand():
-    # A right angle, halfway: both by sin(45 degrees).
-    half = math.sqrt(0.5)
-    assert slerp_coefficients(0.5, 2.0, 3.0, 0.0) == pytest.approx((half, half))
-    # 60 degrees, a third of the way: sin 40 / sin 60 and sin 20 / sin 60.
-    third = [math.sin(math.radians(angle)) / math.sin(math.radians(60)) for angle in (40, 20)]
-    assert slerp_coefficients(1 / 3, 2.0, 5.0, 5.0) == pytest.approx(third)
-    got = slerp(torch.tensor([2.0, 0.0]), torch.tensor([0.0, 3.0]), 0.5)
-    assert got.tolist() == pytest.approx([2 * half, 3 * half])
-
-
-STRAIGHT = [(1, 2, 1.9999), (1, 2, -1.9999), (1, 1, 1 + 1e-7), (0, 2, 0), (0, 0, 0), (INF, 1, 1), (1, NAN, NAN)]
-
-
-@pytest.mark.parametrize(("norm_a", "norm_b", "dot"), [*STRAIGHT, (INF, INF, INF)])
-def test_without_an_angle_slerp_is_a_straight_line(norm_a, norm_b, dot):
-    assert slerp_coefficients(0.25, norm_a, norm_b, dot) == (0.75, 0.25)
-
-
-def test_slerp_of_nearly_one_line_of_zeros_and_of_nan():
-    a = torch.randn(100, generator=torch.Generator().manual_seed(5))
-    assert torch.equal(slerp(a, 2 * a, 0.25), 0.75 * a + 0.25 * (2 * a))
-    assert torch.equal(slerp(a, -a, 0.25), 0.75 * a + 0.25 * -a)
-    assert torch.equal(slerp(a, torch.zeros(100), 0.25), 0.75 * a)
-    assert slerp(torch.zeros(3), torch.zeros(3), 0.25).tolist() == [0.0] * 3
-    assert slerp(torch.tensor([1.0, NAN, 3.0]), torch.ones(3), 0.5).isnan().tolist() == [False, True, False]
-
-
 # --- what a method keeps
 
 
 def test_ties_at_the_threshold_all_stay():
     x = torch.tensor([2.0, -2.0, 1.0, 2.0, -0.5])
-    assert trim(x, threshold_of(x, 0.2)).tolist() == [2.0, -2.0, 0.0, 2.0, 0.0]
-    assert trim(x, threshold_of(x, 1.0)).tolist() == x.tolist()
-    assert trim(x, threshold_of(x, 0.001)).tolist() == [2.0, -2.0, 0.0, 2.0, 0.0]
-    assert threshold_of(torch.zeros(0), 0.5) == 0
+    assert trim(x, *trim_bounds(x, 0.2)).tolist() == [2.0, -2.0, 0.0, 2.0, 0.0]
+    assert trim(x, *trim_bounds(x, 1.0)).tolist() == x.tolist()
+    assert trim(x, *trim_bounds(x, 0.001)).tolist() == [2.0, -2.0, 0.0, 2.0, 0.0]
+    assert trim_bounds(torch.zeros(0), 0.5) == (0,)
 
 
-@pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties"])
+@pytest.mark.parametrize("method", [name for name, entry in MERGE_METHODS.items() if entry.sparsify != "none"])
 def test_a_density_of_one_keeps_everything(method):
     base, thetas = models((19, 23))
     whole = merge(base, thetas, WEIGHTS, method=method, name=NAME, densities=[1.0] * 3)
     assert torch.equal(whole, merge(base, thetas, WEIGHTS, method=method, name=NAME))
     plain = merge(base, thetas, WEIGHTS, method="task_arithmetic", name=NAME)
-    assert torch.equal(whole, plain) == (method == "dare_linear")
+    assert torch.equal(whole, plain) == (method in ("dare_linear", "breadcrumbs", "della_linear"))
 
 
-@pytest.mark.parametrize("method", [name for name, entry in MERGE_METHODS.items() if entry.deltas])
+@pytest.mark.parametrize("method", [name for name in GIVEN if MERGE_METHODS[name].deltas])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_of_zero_leave_the_base(method, dtype):
     base, thetas = models((19, 23), dtype)
@@ -214,52 +239,57 @@ def test_weights_of_zero_leave_the_base(method, dtype):
 @pytest.mark.parametrize("method", MERGE_METHODS)
 def test_nan_stays_nan_and_nothing_else_becomes_it(method):
     entry = MERGE_METHODS[method]
-    base, thetas = models((6, 7), count=1 if entry.spherical else 3)
+    base, thetas = models((6, 7), count=len(TAKEN[method]))
     thetas[0][2, 3] = NAN
     # The vote for a sign that is not the NaN's must not drop it.
     for theta in thetas[1:]:
         theta[2, 3] = 9.0
-    weights = [0.5] if entry.spherical else WEIGHTS
     densities = None if entry.sparsify == "none" else [1.0] * 3
-    got = merge(base if entry.has_base else None, thetas, weights, method=method, name=NAME, densities=densities)
+    got = merge(base if entry.has_base else None, thetas, TAKEN[method], method=method, name=NAME, densities=densities)
     assert got.isnan().nonzero().tolist() == [[2, 3]]
 
 
 def test_a_trim_keeps_nan():
     base, thetas = models((6, 7), count=2)
     thetas[1][0, 0] = NAN
-    got = merge(base, thetas, [1.0, 1.0], method="ties", name=NAME, densities=[0.1, 0.1])
-    assert got.isnan().nonzero().tolist() == [[0, 0]]
+    for method in ("ties", "breadcrumbs"):
+        got = merge(base, thetas, [1.0, 1.0], method=method, name=NAME, densities=[0.1, 0.1])
+        assert got.isnan().nonzero().tolist() == [[0, 0]]
 
 
 # --- blocks, shapes, dtypes
 
 
 @given(
-    method=st.sampled_from([name for name in MERGE_METHODS if name != "slerp"]),
+    method=st.sampled_from([*GIVEN, "nearswap"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
     cuts=st.lists(st.integers(0, 437), max_size=5),
     normalize=st.sampled_from([None, True, False]),
     scale=st.sampled_from([1.0, 0.3]),
 )
 def test_blocks_have_the_bits_of_the_whole(method, dtype, cuts, normalize, scale):
-    base, thetas = models(437, dtype)
-    decided = merge_method(method, normalize=normalize, scale=scale if MERGE_METHODS[method].deltas else 1.0)
+    weights, given = TAKEN[method], method in GIVEN
+    base, thetas = models((19, 23), dtype, count=len(weights))
+    normalize, scale = normalize if given else None, scale if given and MERGE_METHODS[method].deltas else 1.0
+    decided = merge_method(method, normalize=normalize, scale=scale)
     densities = None if decided.sparsify == "none" else DENSITIES
+    margins = [0.1] * 3 if decided.sparsify in MARGINS else None
     start = base if decided.has_base else None
-    options = {"normalize": normalize, "scale": decided.scale, "seed": 7, "densities": densities}
-    whole = merge(start, thetas, WEIGHTS, method=method, name=NAME, **options)
+    options = {"normalize": normalize, "scale": scale, "seed": 7, "densities": densities, "margins": margins}
+    whole = merge(start, thetas, weights, method=method, name=NAME, **options)
     wide = dtype if dtype == torch.float64 else torch.float32
-    deltas = [theta.to(wide) - base.to(wide) for theta in thetas]
-    thresholds = None
-    if decided.sparsify == "magnitude":
-        thresholds = [threshold_of(x, p) for x, p in zip(deltas, DENSITIES, strict=True)]
-    blocks = []
+    bounds = None
+    if decided.has_thresholds:
+        deltas = [theta.to(wide) - base.to(wide) for theta in thetas]
+        bounds = [trim_bounds(x, p, margins and 0.1) for x, p in zip(deltas, DENSITIES, strict=True)]
+    own, blocks = Coefficients(weights, densities, margins, bounds), []
+    if decided.sparsify == "ranked":
+        cuts = [cut // 23 * 23 for cut in cuts]
     for i, j in pairwise([0, *sorted(cuts), 437]):
-        first, own = None if start is None else start[i:j], [theta[i:j] for theta in thetas]
+        first, *each = (None if x is None else x.flatten()[i:j] for x in (start, *thetas))
         key = mask_key(NAME, 7)._replace(shard=ShardIndex(i, max(j - i, 1), max(j - i, 1)))
-        blocks.append(merge_block(first, own, WEIGHTS, decided, densities, thresholds, key=key, dtype=dtype))
-    assert same_bits(torch.cat(blocks), whole)
+        blocks.append(merge_block(first, each, decided, own, row=23, key=key, dtype=dtype))
+    assert same_bits(torch.cat(blocks), whole.flatten())
 
 
 @pytest.mark.parametrize("method", MERGE_METHODS)
@@ -267,11 +297,10 @@ def test_blocks_have_the_bits_of_the_whole(method, dtype, cuts, normalize, scale
 @ALL_DTYPES
 def test_shapes(method, shape, dtype):
     entry = MERGE_METHODS[method]
-    base, thetas = models(shape, dtype, count=1 if entry.spherical else 2)
+    base, thetas = models(shape, dtype, count=len(TAKEN[method]))
     before = [tensor.clone() for tensor in (base, *thetas)]
-    halves = [0.5] * len(thetas)
-    densities = None if entry.sparsify == "none" else halves
-    got = merge(base if entry.has_base else None, thetas, halves, method=method, name=NAME, densities=densities)
+    densities = None if entry.sparsify == "none" else [0.5] * 3
+    got = merge(base if entry.has_base else None, thetas, TAKEN[method], method=method, name=NAME, densities=densities)
     assert (got.shape, got.dtype, got.isnan().any()) == (shape, dtype, False)
     assert all(same_bits(a, b) for a, b in zip(before, (base, *thetas), strict=True))
 
@@ -294,9 +323,14 @@ def test_views_of_any_strides():
     densities = [0.3, 0.5, 0.9]
     across = merge(base.T, [x.T for x in thetas], WEIGHTS, method="ties", name=NAME, densities=densities)
     assert torch.equal(across.T, merge(base, thetas, WEIGHTS, method="ties", name=NAME, densities=densities))
+    rows = [x.T.contiguous() for x in (base, *thetas)]
+    ranked = {"method": "della", "name": NAME, "densities": densities, "margins": [0.1] * 3}
+    assert torch.equal(
+        merge(base.T, [x.T for x in thetas], WEIGHTS, **ranked), merge(rows[0], rows[1:], WEIGHTS, **ranked)
+    )
     other = thetas[0].T.contiguous()
-    turned = merge(base.T, [other], [0.2], method="slerp", name=NAME)
-    assert torch.equal(turned, slerp(base.T.contiguous(), other, 0.2))
+    turned = [merge(start, [other], [0.2], method="slerp", name=NAME) for start in (base.T, base.T.contiguous())]
+    assert torch.equal(*turned)
 
 
 @given(
@@ -317,9 +351,9 @@ def test_any_consensus_is_that_of_its_elements(elements, weights, elect, normali
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"base": None}, "method 'ties' needs a base"),
-        ({"base": None, "method": "slerp"}, "method 'slerp' needs a base"),
-        ({"method": "linear"}, "method 'linear' needs no base; pass None"),
+        ({"base": None}, "method 'ties' starts from a base; pass one"),
+        ({"base": None, "method": "slerp"}, "method 'slerp' starts from a base"),
+        ({"method": "linear"}, "method 'linear' has no base; pass None"),
         ({"thetas": [torch.ones(1)]}, r"'a' is \[3\] and \[1\]; all models need one shape"),
         ({"thetas": [torch.ones(3)] * 2}, "2 models need as many weights, got 1"),
         ({"rescale": True}, "'ties' has no option 'rescale'"),
@@ -331,7 +365,7 @@ def test_what_does_not_fit(change, message):
         merge(**arguments | change)
 
 
-def test_a_block_cannot_find_its_own_threshold():
-    ones = torch.ones(3)
-    with pytest.raises(AssertionError, match="'ties' merges blocks with thresholds of the whole tensor"):
-        merge_block(ones, [ones], [1.0], MERGE_METHODS["ties"], [0.5], None, key=None, dtype=ones.dtype)
+def test_a_block_cannot_find_its_own_bounds():
+    ones, own = torch.ones(3), Coefficients((1.0,), (0.5,))
+    with pytest.raises(AssertionError, match="'ties' merges blocks with bounds of the whole tensor"):
+        merge_block(ones, [ones], MERGE_METHODS["ties"], own, row=3, key=mask_key("a", 0), dtype=ones.dtype)

@@ -34,7 +34,27 @@ CASES = {
     "dare, not rescaled": ("dare_linear", [0.7, 0.4], {"densities": [0.5, 0.5], "rescale": False}),
     "dare ties": ("dare_ties", [0.7, -0.4, 1.3], {"densities": [0.3, 0.55, 0.9], "seed": 2**63 + 5}),
     "dare ties, a mean": ("dare_ties", [0.7, 0.4], {"densities": [0.3, 0.9], "normalize": True, "scale": 0.5}),
+    "nuslerp": ("nuslerp", [0.5, 1.3], {}),
+    "nuslerp of models": ("nuslerp", [0.4, -1.3], {}),
+    "nearswap": ("nearswap", [0.07], {}),
+    "model stock": ("model_stock", [1.0, 1.0, 1.0], {}),
+    "breadcrumbs": ("breadcrumbs", [0.7, -0.4, 1.3], {"densities": [0.3, 0.95, 1.0], "margins": [0.2, 0.1, 0.3]}),
+    "breadcrumbs ties": ("breadcrumbs_ties", [0.7, 0.4], {"densities": [0.6, 0.8], "normalize": True}),
+    "della": ("della", [0.7, 0.4, 1.3], {"densities": [0.5, 1.0, 0.9], "margins": [0.4, 0.9, 0.0], "seed": 5}),
+    "della, a sum": ("della_linear", [0.7, -0.4], {"densities": [0.4, 0.6], "rescale": False, "scale": 0.5}),
 }
+# Of a method that may have a base, those without.
+NO_BASE = ("linear", "linear, one model", "linear, a sum", "nuslerp of models")
+
+
+def arguments_of(case):
+    """The method, weights and options of a case as `merge_checkpoints` takes them, and whether it has a base."""
+    method, weights, options = CASES[case]
+    asked = dict(options)
+    for eager, streamed in (("densities", "density"), ("margins", "gamma" if "crumbs" in method else "epsilon")):
+        if eager in asked:
+            asked[streamed] = asked.pop(eager)
+    return method, weights, asked, case not in NO_BASE
 
 
 def tensors_of(seed, dtype=torch.float32, shapes=SHAPES):
@@ -64,3 +84,10 @@ def write(folder, *files):
 def split(tensors, *first):
     """The tensors of two files: those that are named, and the others."""
     return {name: tensors[name] for name in first}, {name: x for name, x in tensors.items() if name not in first}
+
+
+def random_models(shape, dtype=torch.float32, count=3, seed=0):
+    """A base and models near it: one tensor of each."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(shape, generator=generator)
+    return base.to(dtype), [(base + 0.1 * torch.randn(shape, generator=generator)).to(dtype) for _ in range(count)]

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from merge_models import NAMES, SHAPES, split, tensors_of, write
 
 from fused_merge.checkpoints import engine
 from fused_merge.merge import merge, whole_tensors
+from fused_merge.merge.mergekit import read_mergekit
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +39,17 @@ def models(tmp_path):
         return folders, tensors
 
     return models
+
+
+@pytest.fixture
+def read(tmp_path, monkeypatch):
+    """Write a file beside the empty folders base, a and b, and read it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "a", "b"):
+        Path(name).mkdir()
+
+    def read(text):
+        Path("merge.yaml").write_text(text)
+        return read_mergekit("merge.yaml")
+
+    return read

@@ -8,11 +8,11 @@ import torch
 from bits import same_bits
 from folders import everything_in, load
 from jobs import count_bytes_read
-from merge_models import CASES, FILLED, NAMES, NORM, SHAPES, UP0, UP1, split, tensors_of, write
+from merge_models import CASES, FILLED, NAMES, NORM, SHAPES, UP0, UP1, arguments_of, split, tensors_of, write
 
 from fused_merge.checkpoints import engine
 from fused_merge.delta.reference_delta import ReferenceDelta
-from fused_merge.eager.merge import mask_key, merge_block, trim_threshold
+from fused_merge.eager.merge import Coefficients, mask_key, merge_block, trim_bounds
 from fused_merge.eager.merge import merge as eager_merge
 from fused_merge.merge import whole_tensors
 from fused_merge.merge.merge import merge_checkpoints, plan_merge
@@ -37,17 +37,15 @@ def test_there_is_a_case_of_every_method():
 
 def merged(folders, case, out, **more):
     """What a case makes of models."""
-    method, weights, options = CASES[case]
-    base = folders[0] if MERGE_METHODS[method].has_base else None
+    method, weights, asked, has_base = arguments_of(case)
     models = dict(zip(folders[-len(weights) :], weights, strict=True))
-    asked = {"density" if key == "densities" else key: value for key, value in options.items()}
-    return merge_checkpoints(base, models, method, out, **asked, **more)
+    return merge_checkpoints(folders[0] if has_base else None, models, method, out, **asked, **more)
 
 
 def needed(case):
     """How many models a case takes, with its base."""
-    method, weights, _ = CASES[case]
-    return len(weights) + MERGE_METHODS[method].has_base
+    _, weights, _, has_base = arguments_of(case)
+    return len(weights) + has_base
 
 
 @pytest.mark.parametrize("mix", MIXES)
@@ -58,17 +56,17 @@ def test_streams_have_the_bits_of_whole_tensors(case, mix, models, tmp_path, sma
     made = load(merged(folders, case, tmp_path / "out", dtype=dtype, threads=3))
     assert made.keys() == {*SHAPES, "count"}
     for name in SHAPES:
-        base = tensors[0][name] if MERGE_METHODS[method].has_base else None
+        base = tensors[0][name] if arguments_of(case)[3] else None
         thetas = [own[name] for own in tensors[-len(weights) :]]
         want = eager_merge(base, thetas, weights, method=method, name=name, dtype=dtype, **options)
         assert same_bits(made[name], want), name
     assert torch.equal(made["count"], tensors[0]["count"])
 
 
-def trimmed_merge(base, thetas, weights, thresholds):
-    """TIES by the eager code, with thresholds of a whole model."""
-    ties, key = MERGE_METHODS["ties"], mask_key("w", 0)
-    return merge_block(base, thetas, weights, ties, None, thresholds, key=key, dtype=base.dtype)
+def trimmed_merge(base, thetas, weights, densities, bounds):
+    """TIES by the eager code, with bounds of a whole model."""
+    own = Coefficients(weights, densities, None, bounds)
+    return merge_block(base, thetas, MERGE_METHODS["ties"], own, row=1, key=mask_key("w", 0), dtype=base.dtype)
 
 
 # --- a trim over a whole model
@@ -91,9 +89,9 @@ def test_one_model_of_fp64_makes_every_trim_one_of_fp64(models, tmp_path, small_
     models, options = {folders[1]: 0.5, folders[2]: 0.25}, {"density": 0.3, "trim": "model", "dtype": "float64"}
     made = load(merge_checkpoints(folders[0], models, "ties", tmp_path / "out", **options))
     base, *thetas = [{name: x.double() for name, x in own.items()} for own in tensors]
-    levels = [trim_threshold(torch.cat([(own[n] - base[n]).flatten() for n in SHAPES]), 0.3) for own in thetas]
+    bounds = [trim_bounds(torch.cat([(own[n] - base[n]).flatten() for n in SHAPES]), 0.3) for own in thetas]
     for name in SHAPES:
-        want = trimmed_merge(base[name], [theta[name] for theta in thetas], [0.5, 0.25], levels)
+        want = trimmed_merge(base[name], [theta[name] for theta in thetas], [0.5, 0.25], [0.3, 0.3], bounds)
         assert same_bits(made[name], want)
 
 
@@ -105,8 +103,21 @@ def test_a_trim_over_a_model_in_several_files(models, tmp_path, small_blocks):
     delta = torch.cat([(tensors[0][name] - tensors[1][name]).flatten() for name in SHAPES])
     for name in SHAPES:
         thetas = [tensors[0][name], tensors[2][name]]
-        want = trimmed_merge(tensors[1][name], thetas, [0.5, 0.25], [trim_threshold(delta, 0.3), 0])
+        want = trimmed_merge(tensors[1][name], thetas, [0.5, 0.25], [0.3, 1.0], [trim_bounds(delta, 0.3), (0,)])
         assert same_bits(load(out)[name], want)
+
+
+def test_breadcrumbs_of_a_whole_model(models, tmp_path, small_blocks):
+    folders, tensors = models(torch.float32, torch.float32)
+    options = {"density": 0.5, "gamma": 0.2, "trim": "model", "threads": 3}
+    made = load(merge_checkpoints(folders[0], {folders[1]: 1}, "breadcrumbs", tmp_path / "out", **options))
+    ends = [np.concatenate([own[name].numpy().ravel() for name in SHAPES]) for own in tensors]
+    delta = ends[1] - ends[0]
+    order, n = np.argsort(-np.abs(delta)), delta.size
+    kept = order[int(0.2 * n) : int(0.2 * n) + int(0.5 * n)]
+    want = ends[0].copy()
+    want[kept] += delta[kept]
+    np.testing.assert_array_equal(np.concatenate([made[name].numpy().ravel() for name in SHAPES]), want)
 
 
 def test_the_first_mask_is_that_of_a_reference_delta(models, tmp_path):
@@ -125,7 +136,7 @@ SPELLINGS = [{"threads": 1}, {"threads": 5}, {"threads": 2, "max_memory": 4_300_
 SPELLINGS += [{"max_shard_size": size} for size in (3000, "1GB")]
 
 
-@pytest.mark.parametrize("case", ["ties", "slerp", "dare ties"])
+@pytest.mark.parametrize("case", ["ties", "slerp", "dare ties", "model stock", "breadcrumbs", "della"])
 def test_threads_memory_and_sharding_do_not_show(case, models, tmp_path, request):
     folders, _ = models(*[torch.bfloat16] * needed(case), shapes=FILLED)
     plain = load(merged(folders, case, tmp_path / "plain"))
@@ -170,6 +181,10 @@ def test_bytes_are_read_once_and_as_often_as_a_trim_says(models, tmp_path, monke
         ("ties", both, {"density": [0.5, 1.0]}, 2 * 2 * floats),
         ("ties", both, {"density": 0.5, "trim": "model"}, 2 * 2 * 2 * floats),
         ("slerp", {folders[1]: 0.5}, {}, 2 * floats),
+        ("model_stock", both, {}, 3 * floats),
+        ("nearswap", {folders[1]: 0.5}, {}, 0),
+        # Both cuts are found in the reads of one.
+        ("breadcrumbs", both, {"density": [0.5, 1.0], "gamma": 0.1}, 2 * 2 * floats),
     ):
         reads.clear()
         job = plan_merge(folders[0], chosen, method, tmp_path / "out", overwrite=True, **options)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from bits import same_bits
 from folders import everything_in, load, manifest_of, recipe_of
-from merge_models import CASES, FILLED, NAMES, NORM, SCALAR, SHAPES, UP0, UP1, tensors_of, write
+from merge_models import CASES, FILLED, NAMES, NORM, SCALAR, SHAPES, UP0, UP1, arguments_of, tensors_of, write
 from safetensors.torch import load_file, save_file
 from tiny import llama, save
 from transformers import LlamaForCausalLM
@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM
 from fused_merge.checkpoints.folders import verify_checkpoint
 from fused_merge.checkpoints.interpolate import interpolate_checkpoints
 from fused_merge.eager.merge import merge as eager_merge
+from fused_merge.merge import merge
 from fused_merge.merge.merge import merge_checkpoints, plan_merge
 from fused_merge.merge.options import MergePlanOptions
 from fused_merge.methods import MERGE_METHODS
@@ -62,22 +63,23 @@ def test_the_card_has_the_recipe(models, tmp_path):
 def rerun(recipe, out):
     """The call that a recipe tells of."""
     models = recipe["models"]
-    densities = [model.get("density") for model in models]
     base = None if recipe["base"] is None else recipe["base"]["path"]
     options = {name: recipe[name] for name in options_of(MergePlanOptions) if name in recipe}
-    options["density"] = densities if any(densities) else None
+    for name in ("density", "gamma", "epsilon"):
+        numbers = [model.get(name) for model in models]
+        options[name] = numbers if any(number is not None for number in numbers) else None
     return plan_merge(base, {each["path"]: each["weight"] for each in models}, recipe["method"], out, **options)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_recipe_is_everything_that_it_takes(case, models, tmp_path):
-    method, weights, options = CASES[case]
+    method, weights, options, has_base = arguments_of(case)
     options = {"max_shard_size": "3KB", "dtype": "float32", **options}
-    has_base = MERGE_METHODS[method].has_base
     folders, _ = models(*[torch.bfloat16] * (len(weights) + has_base))
-    if "densities" in options:
-        options["density"] = [{UP0: 0.25, ".*": 0.5}, *options.pop("densities")[1:]]
-    weights = [{r".*\.layers\.0.*": np.float32(weights[0]), ".*": torch.tensor(0.5)}, *weights[1:]]
+    if "density" in options and len(weights) > 1 and method != "della":
+        options["density"] = [{UP0: 0.25, ".*": 0.5}, *options["density"][1:]]
+    if method != "model_stock":
+        weights = [{r".*\.layers\.0.*": np.float32(weights[0]), ".*": torch.tensor(0.5)}, *weights[1:]]
     base, own = folders[0] if has_base else None, dict(zip(folders[has_base:], weights, strict=True))
     out = merge_checkpoints(base, own, method, tmp_path / "out", files_from=folders[-1], **options)
     recipe = recipe_of(out)
@@ -164,7 +166,7 @@ def test_tensors_that_not_all_hold(models, tmp_path, small_blocks):
 VOCABULARY = {"embed.weight": (40, 30), "norm.weight": (30,)}
 
 
-@pytest.mark.parametrize("method", ["linear", "ties", "dare_linear", "slerp"])
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_linear", "della", "slerp"])
 @pytest.mark.parametrize("config_source", [0, 1])
 def test_vocabularies_of_two_sizes(method, config_source, models, tmp_path, small_blocks):
     folders, tensors = models(torch.float32, torch.float32, shapes=VOCABULARY)
@@ -244,7 +246,7 @@ CANCELS = f"'{UP1}': a mean of models divides by the sum of .1.0, -1.0"
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"method": "tie"}, ValueError, "unknown merge method 'tie'; the methods are 'linear', 'slerp', 'task_ar"),
+        ({"method": "tie"}, ValueError, "unknown merge method 'tie'; the methods are 'linear', 'slerp', 'nuslerp"),
         ({"base": None}, ValueError, "method 'ties' starts from a base; pass one"),
         ({"method": "linear"}, ValueError, "method 'linear' has no base; pass None, and it as a model"),
         ({"models": {}}, ValueError, "there is no model to merge; pass at least one"),
@@ -260,6 +262,14 @@ CANCELS = f"'{UP1}': a mean of models divides by the sum of .1.0, -1.0"
         ({"rescale": True}, ValueError, "method 'ties' has no option 'rescale': it drops nothing at random"),
         (LINEAR | {"models": {"a": 1, "b": -1}}, ValueError, CANCELS),
         (LINEAR | {"scale": 2}, ValueError, "method 'linear' has no option 'scale'"),
+        ({"method": "nuslerp", "models": {"a": 1}}, ValueError, "'nuslerp' goes from one model to another, got 1 bes"),
+        ({"method": "model_stock"}, ValueError, r"'model_stock' has no weights: angles decide; .* 1, not \[1.0, 0.5\]"),
+        ({"method": "nearswap", "models": {"a": -1}}, ValueError, "t of method 'nearswap' is a distance and must not"),
+        ({"gamma": 0.1}, ValueError, "method 'ties' has no option 'gamma'; leave it out"),
+        ({"method": "della", "gamma": 0.1}, ValueError, "method 'della' has no option 'gamma'; leave it out"),
+        ({"method": "della", "epsilon": 0.1}, ValueError, "epsilon changes nothing where everything is kept; give a d"),
+        ({"method": "della", "density": 0.9}, ValueError, r"density \+ epsilon at most 1, got 0.9, 0.15"),
+        ({"method": "breadcrumbs", "gamma": [0.5]}, ValueError, "2 models need one gamma or as many, got 1"),
         ({"density": [0.5]}, ValueError, "2 models need one density or as many, got 1"),
         ({"density": 0.0}, ValueError, r"density must lie in \(0, 1\], got 0.0"),
         ({"density": 1.5}, ValueError, r"density must lie in \(0, 1\], got 1.5"),
@@ -280,6 +290,15 @@ def test_what_cannot_be_merged_is_said_before_anything_is_written(change, kind, 
     with pytest.raises(kind, match=message):
         merge_checkpoints(**{**arguments, **change})
     assert sorted(os.listdir()) == ["a", "b", "base"]
+
+
+def test_rows_that_are_too_long_to_rank(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge, "_LONGEST_ROW", 100)
+    folders, _ = models(torch.float32, torch.float32)
+    message = f"'{UP1}' has rows of 1025 elements, and 'della_linear' ranks at most 100; keep all of it with a density"
+    with pytest.raises(ValueError, match=message):
+        plan_merge(folders[0], {folders[1]: 1}, "della_linear", tmp_path / "out", density=0.5)
+    plan_merge(folders[0], {folders[1]: 1}, "della_linear", tmp_path / "out", density={UP1: 1.0, ".*": 0.5})
 
 
 def test_a_trim_over_models_of_two_precisions(models, tmp_path):

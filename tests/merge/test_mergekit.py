@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from folders import load, manifest_of, recipe_of
+from mergekit_files import models, slices
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from fused_merge.eager.merge import Coefficients
 from fused_merge.merge.mergekit import plan_mergekit, read_mergekit
 from fused_merge.methods import MERGE_METHODS
 
@@ -20,38 +23,6 @@ EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.w
 Q0, *UPS = [f"model.layers.{name}.weight" for name in ("0.self_attn.q_proj", *(f"{i}.mlp.up_proj" for i in range(3)))]
 UP0, UP1, UP2 = UPS
 NAMES = [EMBED, Q0, *UPS, NORM, HEAD]
-
-
-@pytest.fixture
-def read(tmp_path, monkeypatch):
-    """Write a file beside the empty folders base, a and b, and read it."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("base", "a", "b"):
-        Path(name).mkdir()
-
-    def read(text):
-        Path("merge.yaml").write_text(text)
-        return read_mergekit("merge.yaml")
-
-    return read
-
-
-def models(method, *entries, base="base", more=""):
-    """A file of the `models:` form; an entry is the text of its parameters after the name."""
-    lines = "".join(f"  - model: {name}\n    parameters: {{{parameters}}}\n" for name, parameters in entries)
-    return f"merge_method: {method}\n" + (f"base_model: {base}\n" if base else "") + f"models:\n{lines}{more}"
-
-
-def slices(method, *entries, more="base_model: base\n"):
-    """A file of the `slices:` form; an entry is a range, parameters of its source a, and its own."""
-    text = f"merge_method: {method}\n{more}slices:\n"
-    for (first, end), source, own in entries:
-        text += f"""  - parameters: {{{own}}}
-    sources:
-      - {{model: base, layer_range: [{first}, {end}]}}
-      - {{model: a, layer_range: [{first}, {end}], parameters: {{{source}}}}}
-"""
-    return text
 
 
 def weights(recipe, names=NAMES):
@@ -76,7 +47,7 @@ def ordered(tensor):
 def test_there_are_files_of_every_method_that_is_not_random(monkeypatch):
     monkeypatch.chdir(DATA)
     methods = {read_mergekit(f"{case}.yaml").method.name for case in CASES}
-    assert methods == set(MERGE_METHODS) - {"dare_linear"}
+    assert methods == set(MERGE_METHODS) - {"dare_linear", "della_linear"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -86,12 +57,12 @@ def test_files_run_unchanged_and_mean_what_they_meant(case, tmp_path, monkeypatc
     (out,) = plan_mergekit(f"{case}.yaml", tmp_path / "out").run(progress=False)
     made, expected = load(out), load_file(DATA / "expected" / f"{case}.safetensors")
     assert made.keys() == expected.keys()
-    models = [load(model) for model in recipe.models]
+    models = [load(model) for model in (*recipe.models, recipe.base) if model is not None]
     for name, theirs in expected.items():
         ours = made[name]
         assert ours.dtype == theirs.dtype
         assert (ordered(ours) - ordered(theirs)).abs().max() <= 1, name
-        if recipe.method.deltas:
+        if recipe.method.deltas and recipe.method.weights_from == "given":
             assert torch.equal(ours, theirs), name
         elif theirs.dtype != torch.bfloat16:
             # Where terms cancel, an ulp of the result is less than fp32 can tell apart in them.
@@ -135,7 +106,7 @@ def test_a_merge_of_deltas(read):
     assert options_of(recipe) == (True, False, 0.7)
     assert (recipe.options["dtype"], recipe.options["files_from"]) == (torch.float16, Path("b"))
     for coefficients in recipe.coefficients(NAMES).values():
-        assert coefficients == ((0.5, 2.0), (0.3, 1.0))
+        assert coefficients == Coefficients((0.5, 2.0), (0.3, 1.0))
 
 
 def test_what_a_file_leaves_out(read):
@@ -152,9 +123,12 @@ def test_what_a_file_leaves_out(read):
 def test_what_a_method_does_not_have_is_passed_over(read):
     recipe = read(models("slerp", ("a", "weight: 9, t: 9"), more="parameters: {t: 0.5, lambda: 2, normalize: true}"))
     assert options_of(recipe) == (None, None, 1.0)
-    assert recipe.coefficients(NAMES)[HEAD] == ((0.5,), None)
+    assert recipe.coefficients(NAMES)[HEAD] == Coefficients((0.5,))
     recipe = read(models("linear", ("a", "weight: 1, density: 9"), base=None, more="parameters: {rescale: true}"))
     assert recipe.options["rescale"] is None
+    text = models("model_stock", ("a", "weight: 9"), ("b", ""), more="parameters: {lambda: 2, filter_wise: false}")
+    assert (weights(read(text)), options_of(read(text))) == ([(1, 1)] * 7, (None, None, 1.0))
+    assert read(models("ties", ("a", "weight: 1, gamma: 9, nuslerp_flatten: false"))).method.name == "ties"
     # Options that all models share are not looked for at one of them.
     assert read(models("ties", ("a", "weight: 1, lambda: 3, normalize: false"))).method.scale == 1.0
 
@@ -165,6 +139,44 @@ def test_the_base_joins_a_mean_of_models(read):
     assert weights(recipe) == [(3, 1)] * 7
     recipe = read(models("linear", ("base", "weight: 2"), ("a", "weight: 3")))
     assert (recipe.models, recipe.coefficients(NAMES)[NORM].weights) == ((Path("base"), Path("a")), (2, 3))
+
+
+@pytest.mark.parametrize("base", ["base", None])
+def test_nuslerp_with_and_without_a_base(base, read):
+    recipe = read(models("nuslerp", ("b", "weight: 0.5"), ("a", "weight: [1, 3]"), base=base))
+    assert (recipe.base, recipe.models) == (base and Path("base"), (Path("b"), Path("a")))
+    assert recipe.method.deltas == (base is not None)
+    assert weights(recipe, [UP0, UP1, HEAD]) == [(0.5, 1), (0.5, 3), (0.5, 1)]
+
+
+def test_gamma_and_epsilon_of_each_model(read):
+    entries = ("a", "weight: 1, density: 0.5, gamma: [0.1, 0.3]"), ("b", "weight: 1")
+    recipe = read(models("breadcrumbs", *entries, more="parameters: {epsilon: 7}"))
+    coefficients = recipe.coefficients([UP0, UP1])
+    assert [coefficients[name].margins for name in (UP0, UP1)] == [(0.1, 0.01), (0.3, 0.01)]
+    recipe = read(models("della", *entries, more="parameters: {epsilon: 0.25}"))
+    assert recipe.coefficients([HEAD])[HEAD] == Coefficients((1, 1), (0.5, 1.0), (0.25, 0.25))
+    assert read(models("della", *entries)).coefficients([HEAD])[HEAD].margins == (0.15, 0.15)
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["{path: a}", "{model: a}", "{model: {path: a}}", "{model: {path: a, revision: null}, lora: null}", "~/a", "./a"],
+)
+def test_ways_to_name_a_folder(written, read, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe = read(models("ties", (written, "weight: 1")))
+    assert [model.samefile("a") for model in recipe.models] == [True]
+    more = f"base_model: {written}\ntokenizer_source: {written}\n"
+    assert read(models("ties", ("b", "weight: 1"), base=None, more=more)).options["files_from"].samefile("a")
+
+
+def test_a_folder_may_have_any_name(read):
+    for name in ("a+lora", "a@main", "b+c@d"):
+        with pytest.raises(ValueError, match=rf"models\[0\] is '{re.escape(name)}', which is no folder; revisions \(@"):
+            read(models("ties", (name, "weight: 1")))
+        Path(name).mkdir()
+        assert read(models("ties", (name, "weight: 1"))).models == (Path(name),)
 
 
 def test_a_gradient_runs_over_the_layers(read):
@@ -256,26 +268,51 @@ def sliced(*ranges, own=("", ""), more="base_model: base\n"):
         ("a: 1\n---\nb: 2", "merge.yaml is not one YAML document: expected a single document"),
         ("- ties", r"merge.yaml must be a mapping, got \['ties'\]"),
         ("", "merge.yaml must be a mapping, got None"),
-        ("merge_methods: ties", "merge.yaml has the key 'merge_methods'; supported are merge_method, base_model, mod"),
-        ("merge_method: della", "merge.yaml has merge_method 'della'; supported are 'dare_linear', 'dare_ties', 'line"),
+        (
+            "merge_methods: ties",
+            "supported are merge_method, .*, out_dtype, tokenizer_source, tokenizer, chat_template$",
+        ),
+        ("merge_method: sce", "merge.yaml has merge_method 'sce'; supported are 'breadcrumbs', 'breadcrumbs_ties', 'd"),
         ("merge_method: [ties]", r"merge.yaml has merge_method \['ties'\]; supported are"),
         ("models: []", "merge.yaml has merge_method None; supported are"),
         (f"{TIES}\nmodules: {{default: {{}}}}", "merge.yaml: modules are not supported; list whole models under m"),
-        (f"{TIES}\ntokenizer: {{source: base}}", "merge.yaml: a tokenizer section is not supported; write tokenizer_"),
-        (f"{TIES}\nchat_template: chatml", "merge.yaml: chat templates are not written; leave it out, and"),
+        (f"{TIES}\nchat_template: chatml", "chat_template 'chatml' is not supported, since templates are only copied"),
+        (
+            ties(("a", ""), more="tokenizer: {tokens: {x: {source: a}}}"),
+            "tokenizer has tokens, but no embedding is made",
+        ),
+        (ties(("a", ""), more="tokenizer: {pad_to_multiple_of: 8}"), "tokenizer has pad_to_multiple_of, but no embed"),
+        (ties(("a", ""), more="tokenizer: {sources: a}"), "tokenizer has the key 'sources'; supported are source$"),
+        (ties(("a", ""), more="tokenizer: {}\ntokenizer_source: a"), "has tokenizer and tokenizer_source; leave one"),
+        (ties(("{model: {path: a, revision: main}}", "")), "has the revision 'main', which is not supported; name a f"),
+        (ties(("{model: a, lora: {path: b}}", "")), "has the lora {'path': 'b'}, which is not supported; name a fold"),
+        (ties(("{model: a, path: b}", "")), r"models\[0\] must name the folder of a model, got None"),
+        (ties(("{folder: a}", "")), r"models\[0\] has the key 'folder'; supported are model, path$"),
         (TIES, "merge.yaml must have either models or slices"),
         (f"{TIES}\nmodels: []\nslices: []", "merge.yaml must have either models or slices"),
         (f"{TIES}\nmodels: []", r"merge.yaml, models must be a list with an entry, got \[\]"),
         (f"{TIES}\nmodels: [a]", r"merge.yaml, models\[0\] must be a mapping, got 'a'"),
         (f"{TIES}\nmodels: [{{model: 3}}]", r"merge.yaml, models\[0\] must name the folder of a model, got 3"),
-        (ties(("a@main", "")), r"models\[0\] is 'a@main', but revisions \(@\) and adapters \(\+\) are not supported"),
-        (ties(("a+lora", "")), r"models\[0\] is 'a\+lora', but revisions \(@\) and adapters"),
         (ties(("a", ""), ("./a", "")), "merge.yaml, models names 'a' twice"),
         (ties(("a", ""), base=None), "merge.yaml has no base_model, or slices without it, and 'ties' starts from one"),
         (sliced((0, 3), more="base_model: b\n"), "no base_model, or slices without it, and 'ties'"),
-        (ties(("base", "")), "merge.yaml names 0 models besides base_model, and 'ties' takes at least one model"),
-        (models("slerp", ("a", ""), ("b", "")), "names 2 models besides base_model, and 'slerp' takes one model"),
-        (ties(("a", "gamma: 1")), r"models\[0\], parameters has the key 'gamma'; supported are weight, density"),
+        (ties(("base", "")), "merge.yaml: there is no model to merge; pass at least one"),
+        (
+            models("slerp", ("a", ""), ("b", "")),
+            "merge.yaml: method 'slerp' goes from the base to one model, got 2 models",
+        ),
+        (models("nuslerp", ("a", "")), "method 'nuslerp' goes from one model to another, got 1 besides a base"),
+        (models("model_stock", ("a", ""), base=None), "no base_model, or slices without it, and 'model_stock' starts"),
+        (models("model_stock", ("a", "")), "method 'model_stock' needs the angle between two models or more, got 1"),
+        (
+            models("nuslerp", ("a", ""), ("b", ""), more="parameters: {nuslerp_flatten: false}"),
+            "nuslerp_flatten False is not supported for 'nuslerp': it is of whole tensors, not of their rows or col",
+        ),
+        (
+            models("model_stock", ("a", ""), ("b", ""), more="parameters: {filter_wise: true}"),
+            "filter_wise True is not supported for 'model_stock': it takes the angles of whole tensors, not of filters",
+        ),
+        (ties(("a", "gama: 1")), r"has the key 'gama'; supported are weight, density, gamma, .*, rescale, lambda$"),
         (ties(("a", "weight: x")), r"models\[0\], parameters, weight is 'x'; write a number, or a list of num"),
         (ties(("a", "weight:")), r"models\[0\], parameters, weight is None; write a number, or a list of num"),
         (ties(("a", "weight: [1, [2]]")), r"parameters, weight is \[1, \[2\]\]; write a number, or a list of n"),
@@ -286,7 +323,6 @@ def sliced(*ranges, own=("", ""), more="base_model: base\n"):
         (ties(("a", ""), more="parameters: 3"), "merge.yaml, parameters must be a mapping, got 3"),
         (ties(("a", ""), more="dtype: int64"), "merge.yaml: dtype must be 'bfloat16'"),
         (ties(("a", ""), more="out_dtype: 16"), "merge.yaml: out_dtype must be 'bfloat16'"),
-        (ties(("a", ""), more="tokenizer_source: union"), "merge.yaml: tokenizer_source 'union' is not supported"),
         (ties(("a", ""), more="tokenizer_source: b"), "tokenizer_source 'b', which is neither the base nor a model"),
         (models("linear", ("a", ""), base=None, more="tokenizer_source: base"), "'base', but no base_model"),
         (ties(("a", ""), more="parameters: {rescale: true}"), "rescale is not supported for 'ties', whose paper"),
@@ -355,3 +391,33 @@ def test_without_a_reader_of_yaml(monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(ModuleNotFoundError, match=r"read with PyYAML: pip install 'fused_merge\[cli\]'"):
         read_mergekit("merge.yaml")
+
+
+# --- the command line
+
+COMMANDS = {
+    "breadcrumbs": ("a=0.6 b=0.3", "--base base --density 0.7 --gamma 0.1", "{weight: 0.6}", "{weight: 0.3}"),
+    "della_linear": ("a=0.6 b=0.3", "--base base --density 0.5 --epsilon 0.2", "{weight: 0.6}", "{weight: 0.3}"),
+    "nearswap": ("a=0.02", "--base base", "{}", None),
+    "model_stock": ("a=1 c=1", "--base base", "{}", "{}"),
+    "nuslerp": ("a=1 b=3", "", "{weight: 1}", "{weight: 3}"),
+}
+
+
+@pytest.mark.parametrize("method", COMMANDS)
+def test_a_command_and_a_file_say_the_same(method, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(DATA)
+    named, options, *parameters = COMMANDS[method]
+    entries = [(each[0], own) for each, own in zip(named.split(), parameters, strict=False)]
+    base = "base_model: base\n" if "--base" in options else ""
+    more = "parameters: {density: %s, gamma: 0.1, epsilon: 0.2, t: 0.02}\n" % (0.7 if "crumbs" in method else 0.5)
+    text = f"merge_method: {method}\n{base}{more}models:\n"
+    text += "".join(f"  - model: {name}\n    parameters: {own}\n" for name, own in entries)
+    (tmp_path / "merge.yaml").write_text(text)
+    asked = [word for each in named.split() for word in ("--model", each)]
+    command, file = tmp_path / "command", tmp_path / "file"
+    assert run("merge", *asked, *options.split(), "--method", method, "--out", command) == (0, f"{command}\n", "")
+    assert run("merge", tmp_path / "merge.yaml", file) == (0, f"{file}\n", "")
+    made, other = load(command), load(file)
+    assert all(torch.equal(made[name], other[name]) for name in made)
+    assert not all(torch.equal(made[name], load(DATA / "base")[name]) for name in made)

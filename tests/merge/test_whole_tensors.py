@@ -11,13 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import write_raw
 
-from fused_merge.eager.merge import trim_threshold
-from fused_merge.eager.sparsify import kept_count
+from fused_merge.eager.merge import kept_ranks, trim_bounds
 from fused_merge.eager.sums import inner_product
 from fused_merge.io.headers import CODES
-from fused_merge.io.sources import FileRange, open_files
+from fused_merge.io.sources import open_files
 from fused_merge.merge import whole_tensors
-from fused_merge.merge.whole_tensors import Pair, inner_products, kth_magnitude, lowest_bits
+from fused_merge.merge.whole_tensors import Inputs, inner_products, kth_magnitudes, lowest_bits
 
 BLOCK = 64
 INF, NAN = float("inf"), float("nan")
@@ -36,18 +35,18 @@ def small_digits(monkeypatch):
     monkeypatch.setattr(whole_tensors, "_DIGIT", 7)
 
 
-def pair_of(folder, base, model, wide=None, name="w"):
-    """Two vectors in files, each after an odd byte: where they lie is a multiple of nothing."""
-    file_ranges = []
-    for i, tensor in enumerate((base, model)):
+def inputs_of(folder, *tensors, wide=None, name="w"):
+    """Vectors in files, each after an odd byte: where they lie is a multiple of nothing."""
+    places = []
+    for i, tensor in enumerate(tensors):
         odd = {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}
         entry = {"dtype": CODES[tensor.dtype], "shape": [len(tensor)], "data_offsets": [1, 1 + tensor.nbytes]}
         data = b"\0" + tensor.view(torch.uint8).numpy().tobytes()
         path = write_raw(folder / f"{name}.{i}.safetensors", {"odd": odd, name: entry}, data)
-        file_ranges.append(open_files(path).file_range(name))
+        places.append(open_files(path).file_range(name))
     if wide is None:
-        wide = torch.float64 if torch.float64 in (base.dtype, model.dtype) else torch.float32
-    return Pair(*file_ranges, base.numel(), wide)
+        wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return Inputs(tuple(places), len(tensors[0]), wide)
 
 
 def unread(nbytes):
@@ -66,9 +65,9 @@ def test_the_kth_magnitude_is_that_of_a_sort(wide, numel, tmp_path, small_digits
     torch.manual_seed(numel)
     base, model = torch.randn(2, numel, dtype=wide)
     delta = (model - base).numpy()
-    pair = pair_of(tmp_path, base, model)
+    pair = inputs_of(tmp_path, base, model)
     for k in {1, 2, numel // 3, numel - 1, numel}.intersection(range(1, numel + 1)):
-        assert kth_magnitude([pair], k, unread) == kth(delta, k)
+        assert kth_magnitudes([pair], [k], unread) == (kth(delta, k),)
 
 
 STRANGE = [0.0, -0.0, 1e-45, -1e-45, 1e-40, 3e-39, 1.0, -1.0, 1.0, 1.0000001, 65504.0, 3e38, -3e38]
@@ -81,13 +80,13 @@ def test_every_rank_of_zeros_ties_subnormals_infinities_and_nan(wide, tmp_path, 
     if wide == torch.float64:
         model = torch.cat([model, torch.tensor([5e-324, 1e-310, 1e308, -1e-320], dtype=wide)])
     model = model[torch.randperm(len(model), generator=torch.Generator().manual_seed(0))]
-    pair = pair_of(tmp_path, torch.zeros_like(model), model)
+    pair = inputs_of(tmp_path, torch.zeros_like(model), model)
     delta = (model - torch.zeros_like(model)).numpy()
     for k in range(1, len(model) + 1):
-        assert kth_magnitude([pair], k, unread) == kth(delta, k)
+        assert kth_magnitudes([pair], [k], unread) == (kth(delta, k),)
     # NaN lies above infinity, and a zero of either sign below everything.
-    assert kth_magnitude([pair], 1, unread) > int(torch.tensor(INF, dtype=wide).view(PATTERN[wide][1]))
-    assert kth_magnitude([pair], len(model), unread) == 0
+    assert kth_magnitudes([pair], [1], unread)[0] > int(torch.tensor(INF, dtype=wide).view(PATTERN[wide][1]))
+    assert kth_magnitudes([pair], [len(model)], unread) == (0,)
 
 
 @WIDE
@@ -95,9 +94,9 @@ def test_neighboring_patterns_are_told_apart(wide, tmp_path):
     # They share all digits but the last one.
     patterns = torch.arange(300, dtype=PATTERN[wide][1]) + torch.tensor(1.5, dtype=wide).view(PATTERN[wide][1])
     model = patterns.view(wide)[torch.randperm(300)]
-    pair = pair_of(tmp_path, torch.zeros_like(model), model)
+    pair = inputs_of(tmp_path, torch.zeros_like(model), model)
     for k in (1, 137, 300):
-        assert kth_magnitude([pair], k, unread) == int(patterns[300 - k])
+        assert kth_magnitudes([pair], [k], unread) == (int(patterns[300 - k]),)
 
 
 @pytest.mark.parametrize("each", ["one by one", "threads"])
@@ -105,13 +104,15 @@ def test_several_pairs_are_one_vector(each, tmp_path):
     torch.manual_seed(0)
     sizes = [1, BLOCK, 3 * BLOCK + 5, 7]
     ends = [torch.randn(2, n) * 10.0**i for i, n in enumerate(sizes)]
-    pairs = [pair_of(tmp_path, *two, name=f"w{i}") for i, two in enumerate(ends)]
+    pairs = [inputs_of(tmp_path, *two, name=f"w{i}") for i, two in enumerate(ends)]
     joined = torch.cat([model - base for base, model in ends]).numpy()
     with ThreadPoolExecutor(3) as pool:
         mapped = pool.map if each == "threads" else map
         for k in (1, 5, 100, joined.size):
-            assert kth_magnitude(pairs, k, unread, mapped) == kth(joined, k)
-    assert trim_threshold(torch.from_numpy(joined), 0.3) == kth_magnitude(pairs, kept_count(joined.size, 0.3), unread)
+            assert kth_magnitudes(pairs, [k], unread, mapped) == (kth(joined, k),)
+    for shares in ((0.3,), (0.3, 0.1), (0.9, 0.5)):
+        ranks = kept_ranks(joined.size, *shares)
+        assert trim_bounds(torch.from_numpy(joined), *shares) == kth_magnitudes(pairs, ranks, unread)
 
 
 @pytest.mark.parametrize(
@@ -129,17 +130,18 @@ def test_differences_are_taken_in_the_wide_dtype(base, model, wide, tmp_path):
     torch.manual_seed(0)
     ends = torch.randn(200).to(base), torch.randn(200).to(model)
     delta = (ends[1].to(wide) - ends[0].to(wide)).numpy()
-    pair = pair_of(tmp_path, *ends, wide)
+    pair = inputs_of(tmp_path, *ends, wide=wide)
     for k in (1, 10, 150):
-        assert kth_magnitude([pair], k, unread) == kth(delta, k)
+        assert kth_magnitudes([pair], [k], unread) == (kth(delta, k),)
 
 
 @WIDE
 def test_what_is_read_is_counted(wide, tmp_path):
     base, model = torch.randn(2, 1000).to(torch.bfloat16)
-    pair = pair_of(tmp_path, base, model, wide)
+    pair = inputs_of(tmp_path, base, model, wide=wide)
     read = []
-    kth_magnitude([pair, pair], 7, read.append)
+    # However many ranks are asked for.
+    kth_magnitudes([pair, pair], [7, 300], read.append)
     assert len(lowest_bits(wide)) == (2 if wide == torch.float32 else 4)
     assert sum(read) == len(lowest_bits(wide)) * 2 * pair.nbytes == len(lowest_bits(wide)) * 2 * 4000
     assert max(read) == BLOCK * 2
@@ -153,24 +155,26 @@ EDGES = st.sampled_from([0, 1, 2**10, 2**17 - 1, 2**17, 2**24, 2**31 - 1])
 def test_any_patterns(data, patterns, tmp_path, small_digits):
     k = data.draw(st.integers(1, len(patterns)))
     model = torch.tensor(patterns, dtype=torch.int32).view(torch.float32)
-    pair = pair_of(tmp_path, torch.full_like(model, -0.0), model)
+    pair = inputs_of(tmp_path, torch.full_like(model, -0.0), model)
     # Subtracting -0 from a number keeps its bits, but quiets a NaN.
     quiet = (model - torch.full_like(model, -0.0)).numpy()
-    assert kth_magnitude([pair], k, unread) == kth(quiet, k)
+    assert kth_magnitudes([pair], [k], unread) == (kth(quiet, k),)
 
 
-def products(a, b):
-    return tuple(float(inner_product(*two)) for two in ((a, a), (b, b), (a, b)))
+def products(*vectors):
+    return [[float(inner_product(x, y)) for y in vectors] for x in vectors]
 
 
 @WIDE
+@pytest.mark.parametrize("count", [2, 3, 4, 7])
 @pytest.mark.parametrize("numel", [0, 1, 2, 3, 63, 64, 65, 2 * BLOCK, 3 * BLOCK, 5 * BLOCK + 17, 16 * BLOCK, 7000])
-def test_inner_products_are_the_tree_of_the_whole(wide, numel, tmp_path):
+def test_inner_products_are_the_tree_of_the_whole(wide, count, numel, tmp_path):
     torch.manual_seed(numel)
-    base, model = torch.randn(2, numel, dtype=wide)
-    read = []
-    assert inner_products(pair_of(tmp_path, base, model), read.append) == products(base, model)
-    assert sum(read) == 2 * numel * wide.itemsize
+    base, *models = torch.randn(count, numel, dtype=wide)
+    inputs, read = inputs_of(tmp_path, base, *models), []
+    assert inner_products(inputs, read.append, deltas=False) == products(base, *models)
+    assert sum(read) == count * numel * wide.itemsize == inputs.nbytes
+    assert inner_products(inputs, unread, deltas=True) == products(*(model - base for model in models))
 
 
 def test_inner_products_of_what_cancels_overflows_or_is_no_number(tmp_path):
@@ -182,21 +186,23 @@ def test_inner_products_of_what_cancels_overflows_or_is_no_number(tmp_path):
         (torch.tensor([NAN] + [1.0] * 99), torch.ones(100)),
     ]
     for i, (base, model) in enumerate(ends):
-        got = inner_products(pair_of(tmp_path, base, model, name=f"w{i}"), unread)
+        got = inner_products(inputs_of(tmp_path, base, model, name=f"w{i}"), unread, deltas=False)
         np.testing.assert_array_equal(np.array(got).view(np.int64), np.array(products(base, model)).view(np.int64))
 
 
 def test_inner_products_of_16_bits_are_taken_in_fp32(tmp_path):
     torch.manual_seed(0)
     base, model = torch.randn(300).bfloat16(), torch.randn(300).half()
-    assert inner_products(pair_of(tmp_path, base, model), unread) == products(base.float(), model.float())
+    got = inner_products(inputs_of(tmp_path, base, model), unread, deltas=False)
+    assert got == products(base.float(), model.float())
 
 
 def test_a_file_that_ends_early_or_is_gone(tmp_path):
-    pair = pair_of(tmp_path, torch.randn(100), torch.randn(100))
-    longer = Pair(pair.base, FileRange(pair.model.file, pair.model.offset + 1, torch.float32), 100, torch.float32)
+    pair = inputs_of(tmp_path, torch.randn(100), torch.randn(100))
+    base, model = pair.places
+    longer = pair._replace(places=(base, model._replace(offset=model.offset + 1)))
     with pytest.raises(OSError, match=r"w\.1\.safetensors ends before byte \d+: it changed while it was read; run"):
-        kth_magnitude([longer], 1, unread)
-    pair.model.file.unlink()
+        kth_magnitudes([longer], [1], unread)
+    model.file.unlink()
     with pytest.raises(OSError, match=r"cannot read .*w\.1\.safetensors: No such file or directory; put it back"):
-        inner_products(pair, unread)
+        inner_products(pair, unread, deltas=False)

@@ -1,4 +1,4 @@
-"""Run mergekit on three tiny Llama models and keep what it writes.
+"""Run mergekit on four tiny Llama models and keep what it writes.
 
     python -m venv ENV && ENV/bin/pip install mergekit==0.1.5
     cd tests/merge/mergekit && ENV/bin/python record.py
@@ -62,6 +62,8 @@ def write_models() -> None:
         models[name] = {key: value + 0.05 * random.standard_normal(value.shape) for key, value in base.items()}
     # On one line with the base: slerp has no arc here.
     models["a"]["model.norm.weight"] = 1.01 * base["model.norm.weight"]
+    # Between the other two: angles of its deltas with theirs are below right ones, which model stock is made for.
+    models["c"] = {key: (models["a"][key] + models["b"][key]) / 2 for key in base}
     for name, tensors in models.items():
         (HERE / name).mkdir(exist_ok=True)
         save_file({key: value.astype(np.float32) for key, value in tensors.items()}, HERE / name / "model.safetensors")
