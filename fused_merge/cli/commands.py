@@ -22,12 +22,12 @@ from typer import Argument, BadParameter, Option
 
 from fused_merge._version import __version__
 from fused_merge.adapt.options import AnswerOptions
-from fused_merge.checkpoints.options import FileOptions, InterpolatePlanOptions, PlanOptions, RunOptions, StreamOptions
+from fused_merge.checkpoints.options import InterpolatePlanOptions, PlanOptions, RunOptions, StreamOptions
 from fused_merge.cli import parameters as p
 from fused_merge.cli.output import plan_lines, say, table_text
 from fused_merge.cli.parameters import Result, command
 from fused_merge.io.options import DeltaOptions
-from fused_merge.merge.options import MergePlanOptions
+from fused_merge.merge.options import MergekitOptions, MergePlanOptions
 from fused_merge.names import some
 from fused_merge.options import options_of, resolve, select, split
 from fused_merge.sweep.options import SweepOptions
@@ -68,7 +68,10 @@ def merge(
         Path | None, Argument(metavar="CONFIG.yaml", help="A configuration of mergekit; or give --base.")
     ] = None,
     folder: Annotated[Path | None, Argument(metavar="OUT", help="Folder to write; or give --out.")] = None,
-    base: Annotated[str | None, Option(help="The base model: safetensors file or folder; linear has none.")] = None,
+    base: Annotated[
+        str | None,
+        Option(help="The base model: safetensors file or folder; linear has none, and nuslerp may do without."),
+    ] = None,
     model: Annotated[
         list[Any] | None,
         Option("--model", parser=p.parse_model, metavar="PATH=WEIGHT", help="A model to merge; may be repeated."),
@@ -86,7 +89,7 @@ def merge(
     if config is not None:
         for name in ("base", "model", "method", *options_of(MergePlanOptions)):
             source = context.get_parameter_source(name)
-            if source is not None and source.name != "DEFAULT" and name not in options_of(FileOptions):
+            if source is not None and source.name != "DEFAULT" and name not in options_of(MergekitOptions):
                 raise BadParameter(f"--{name.replace('_', '-')} is for {config} to say; leave one of them out")
     elif not model or method is None:
         missing = "method" if model else "model"
@@ -100,11 +103,11 @@ def merge(
     from fused_merge.merge.merge import plan_merge
     from fused_merge.merge.mergekit import plan_mergekit
 
-    files, plan, run = split(options, FileOptions, MergePlanOptions, StreamOptions)
+    beside, plan, run = split(options, MergekitOptions, MergePlanOptions, StreamOptions)
     job = (
         plan_merge(base, models, str(method), target, **plan)
         if config is None
-        else plan_mergekit(config, target, **files)
+        else plan_mergekit(config, target, **beside)
     )
     if dry_run:
         return job.describe(), plan_lines(job.describe())

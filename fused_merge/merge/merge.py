@@ -8,8 +8,8 @@ and of its last one is read once more. Memory is that of blocks, histograms and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import repeat
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, groupby, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -249,6 +249,13 @@ def merge_job(
     tensors = align(sources, config_source, options)
     merged = [tensor for tensor in tensors if tensor.merged]
     decided = coefficients([tensor.name for tensor in merged])
+    packed = next((tensor.name for tensor in merged if sum(each.merged for each in tensor.segments) > 1), None)
+    if packed is not None and (method.has_angles or method.sparsify == "ranked"):
+        raise ValueError(
+            f"method {method.name!r} looks at whole tensors or rows, and what belongs to {packed!r} lies in several "
+            "pieces in one of the models; give all models one layout, with from_pretrained and save_pretrained of "
+            "Transformers"
+        )
     if options["trim"] == "model":
         precisions = {compute_dtype(*(each.dtype for each in tensor.segments[0].inputs)) for tensor in merged}
         if len({own[1:] for own in decided.values()}) > 1 or len(precisions) > 1:
@@ -314,37 +321,42 @@ class WholeTensorPass:
 
     def bytes_read(self, files: Sequence[OutputFile], mine: Sequence[OutputFile]) -> int:
         """Return the bytes that this reads for `mine` of the files of a job."""
-        return sum(_bytes_read(*each) for file in (files if self._over_model else mine) for each in _merged(file))
+        return sum(
+            _bytes_read(*each) for file in (files if self._over_model else mine) for each in _merged(file.segments)
+        )
 
     def complete(
         self, files: Sequence[OutputFile], file: OutputFile, resources: Resources, advance: Advance
     ) -> OutputFile:
         """Return one of the files of a job with rules that know all they need."""
         with workers(resources.threads) as pool:
-            if self._over_model and self._bounds is None and _merged(file):
-                merged = [each for any_file in files for each in _merged(any_file)]
+            if self._over_model and self._bounds is None and _merged(file.segments):
+                merged = [each for any_file in files for each in _merged(any_file.segments)]
                 self._bounds = _bounds(merged, advance, pool.map)
-            segments = pool.map(lambda segment: self._completed(segment, advance), file.segments)
-            return file._replace(segments=tuple(segments))
+            # The segments of a tensor follow one another.
+            tensors = [list(own) for _, own in groupby(file.segments, lambda segment: segment.name)]
+            completed = pool.map(lambda own: self._completed(own, advance), tensors)
+            return file._replace(segments=tuple(chain.from_iterable(completed)))
 
-    def _completed(self, segment: Segment, advance: Advance) -> Segment:
-        rule = segment.rule
-        if not isinstance(rule, MergeTensorRule):
-            return segment
-        inputs = _inputs(segment)
+    def _completed(self, segments: Sequence[Segment], advance: Advance) -> list[Segment]:
+        """Return the segments of a tensor with what all of it decides."""
+        merged = _merged(segments)
+        if not merged:
+            return list(segments)
+        rule, inputs = merged[0]
         if rule.method.has_angles:
             products = inner_products(inputs, advance, deltas=rule.method.deltas)
             method, weights = weighted_sum(rule.method, rule.own.weights, products)
             rule = rule._replace(method=method, own=Coefficients(weights))
         else:
-            bounds = self._bounds or _bounds([(rule, inputs)], advance)
+            bounds = self._bounds or _bounds(merged, advance)
             rule = rule._replace(own=rule.own._replace(bounds=bounds))
-        return segment._replace(rule=rule)
+        return [each._replace(rule=rule) if isinstance(each.rule, MergeTensorRule) else each for each in segments]
 
 
-def _merged(file: OutputFile) -> list[tuple[MergeTensorRule, Inputs]]:
-    """Return what a file merges, and where that lies."""
-    return [(each.rule, _inputs(each)) for each in file.segments if isinstance(each.rule, MergeTensorRule)]
+def _merged(segments: Iterable[Segment]) -> list[tuple[MergeTensorRule, Inputs]]:
+    """Return what is merged of segments, and where that lies."""
+    return [(each.rule, _inputs(each)) for each in segments if isinstance(each.rule, MergeTensorRule)]
 
 
 def _inputs(segment: Segment) -> Inputs:

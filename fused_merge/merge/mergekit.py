@@ -27,11 +27,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from fused_merge.checkpoints.job import Job
-from fused_merge.checkpoints.options import FileOptions
 from fused_merge.eager.merge import Coefficients
 from fused_merge.io.sources import PathLike
 from fused_merge.merge.merge import merge_job
-from fused_merge.merge.options import MergePlanOptions
+from fused_merge.merge.options import MergekitOptions, MergePlanOptions
 from fused_merge.merge.tokenizers import vocabulary
 from fused_merge.methods import MARGINS, MERGE_METHODS, MergeMethod, check_coefficients, check_count, merge_method
 from fused_merge.names import layer_of
@@ -147,8 +146,8 @@ class MergeRecipe(NamedTuple):
         raise ValueError(f"{self.path} gives no {key} for {name!r}{whose}; write it under parameters")
 
 
-@documented(FileOptions)
-def plan_mergekit(config: PathLike, out: PathLike, **options: Unpack[FileOptions]) -> Job:
+@documented(MergekitOptions)
+def plan_mergekit(config: PathLike, out: PathLike, **options: Unpack[MergekitOptions]) -> Job:
     """Check a merge written for mergekit and return the job without writing.
 
     Args:
@@ -160,7 +159,7 @@ def plan_mergekit(config: PathLike, out: PathLike, **options: Unpack[FileOptions
         ValueError: if the file asks for something that is not supported, or models do not fit.
         FileNotFoundError: if the file or a model is not there.
     """
-    files, recipe = resolve(options, FileOptions), read_mergekit(config)
+    files, recipe = resolve(options, MergekitOptions), read_mergekit(config)
     models: dict[PathLike, dict[str, Any]] = {model: {} for model in recipe.models}
     plan = resolve({**recipe.options, **files}, MergePlanOptions)
     said = {"mergekit": recipe.path.read_text(encoding="utf-8")}

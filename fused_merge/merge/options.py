@@ -4,7 +4,8 @@ import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fused_merge.checkpoints.options import PlanOptions, StreamOptions
+from fused_merge.checkpoints.options import FileOptions, PlanOptions, StreamOptions
+from fused_merge.io.options import OutputOptions
 from fused_merge.options import Option, definition, one_of
 from fused_merge.per_tensor import PerTensor, finite
 
@@ -52,6 +53,10 @@ class MergePlanOptions(PlanOptions, total=False):
     trim: Annotated[str, Option("tensor", one_of("tensor", "model"), cli={})]
     seed: Annotated[int, Option(0, _check_seed, cli={})]
     files_from: Annotated["PathLike | None", Option(None, cli={"type": str, "show_default": "base"})]
+
+
+class MergekitOptions(FileOptions, OutputOptions, total=False):
+    """What may be said beside a file for mergekit: how models are paired and how files are written."""
 
 
 class MergeOptions(MergePlanOptions, StreamOptions, total=False):

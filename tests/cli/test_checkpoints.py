@@ -12,9 +12,9 @@ import torch
 from folders import everything_in
 from safetensors.torch import load_file, save_file
 
-from fused_merge.checkpoints.options import FileOptions, InterpolatePlanOptions, RunOptions, StreamOptions
+from fused_merge.checkpoints.options import InterpolatePlanOptions, RunOptions, StreamOptions
 from fused_merge.merge.mergekit import plan_mergekit
-from fused_merge.merge.options import MergePlanOptions
+from fused_merge.merge.options import MergekitOptions, MergePlanOptions
 from fused_merge.options import options_of
 
 INTERPOLATE = ["interpolate", "a", "b", "--ratios", "0.1,0.5", "--out", "line"]
@@ -184,10 +184,10 @@ def test_merge_passes_everything_on(run, job):
 def test_merge_by_a_configuration_of_mergekit(where, run, job):
     job.outputs = [Path("line")]
     assert run("merge", "config.yaml", *where) == (0, "line\n", "")
-    assert job.planned == ("plan_mergekit", (Path("config.yaml"), Path("line")), defaults(FileOptions))
+    assert job.planned == ("plan_mergekit", (Path("config.yaml"), Path("line")), defaults(MergekitOptions))
     assert job.ran == defaults(StreamOptions)
     assert run("merge", "config.yaml", *where, "--overwrite", "--max-shard-size", "2000", *RUN) == (0, "", "")
-    assert job.planned[2] == {"max_shard_size": "2000", "overwrite": True}
+    assert job.planned[2] == defaults(MergekitOptions) | {"max_shard_size": "2000", "overwrite": True}
     assert job.ran == RUN_ASKED
 
 

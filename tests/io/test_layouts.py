@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from bits import assert_same_bits
 from families import FAMILIES, family_model, load_family, logits
-from safetensors.torch import load_file, save_file
+from folders import load
+from safetensors.torch import save_file
 
 import fused_merge as fm
 from fused_merge.io.layouts import in_memory, layout_of
@@ -99,8 +100,7 @@ def test_a_path_between_files_of_either_layout(family, pairs, tmp_path):
     for i, ends in enumerate((folders, (folders[0], packed[1]), (packed[0], folders[1]))):
         out = tmp_path / str(i)
         written = fm.interpolate_checkpoints(*ends, [0.0, 0.4, 1.0], out, progress=False)
-        names = {name for path in ends[0].glob("*.safetensors") for name in load_file(path)}
-        assert {name for path in written[1].glob("*.safetensors") for name in load_file(path)} == names
+        assert load(written[1]).keys() == load(ends[0]).keys()
         for folder, model in ((written[0], models[0]), (written[2], models[1])):
             loaded = load_family(family, folder)
             assert_same_bits(loaded.state_dict(), model.state_dict())
@@ -117,8 +117,7 @@ def test_files_of_the_hub_that_lack_the_prefix_of_their_model(pairs, tmp_path):
         short.append(tmp_path / folder.name)
         short[-1].mkdir()
         (short[-1] / "config.json").write_bytes((folder / "config.json").read_bytes())
-        tensors = {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
-        stripped = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        stripped = {name.removeprefix("transformer."): tensor for name, tensor in load(folder).items()}
         save_file(stripped, short[-1] / "model.safetensors", {"format": "pt"})
     delta = fm.ReferenceDelta.from_checkpoints(*short)
     assert delta.identity == fm.ReferenceDelta.from_models(*models).identity
@@ -126,4 +125,55 @@ def test_files_of_the_hub_that_lack_the_prefix_of_their_model(pairs, tmp_path):
         assert_same_bits(model.state_dict(), models[1].state_dict())
     (end,) = fm.interpolate_checkpoints(short[0], folders[1], [1.0], tmp_path / "line", progress=False)
     assert_same_bits(load_family("gpt2", end).state_dict(), models[1].state_dict())
-    assert "wte.weight" in load_file(end / "model.safetensors")
+    assert "wte.weight" in load(end)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "task_arithmetic"])
+def test_models_in_either_layout_are_merged_alike(method, pairs, tmp_path):
+    """Of a trim, too, which looks at the whole of a packed tensor."""
+    _, (base, tuned), (packed_base, packed_tuned) = pairs["qwen3-moe"]
+    options = {"progress": False} | ({} if method in ("linear", "task_arithmetic") else {"density": 0.4})
+    for first, same, other in ((base, tuned, packed_tuned), (packed_base, packed_tuned, tuned)):
+        models = [{first: 0.2, model: 0.7} if method == "linear" else {model: 0.7} for model in (same, other)]
+        merged = [
+            fm.merge_checkpoints(
+                None if method == "linear" else first, each, method, tmp_path / f"{first.parent.name}{i}", **options
+            )
+            for i, each in enumerate(models)
+        ]
+        assert_same_bits(*(load(folder) for folder in merged))
+
+
+def test_a_method_that_needs_whole_tensors_refuses_pieces(pairs, tmp_path):
+    _, (_, tuned), (packed_base, _) = pairs["qwen3-moe"]
+    message = (
+        "'slerp' looks at whole tensors or rows, and what belongs to 'model.layers.0.mlp.experts.down_proj' lies in"
+    )
+    with pytest.raises(ValueError, match=message):
+        fm.merge_checkpoints(packed_base, {tuned: 0.5}, "slerp", tmp_path / "out")
+
+
+def test_a_layout_of_other_orders_of_elements_is_refused_with_a_way_out(pairs, tmp_path, monkeypatch):
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import Transpose, WeightConverter
+
+    (model, _), (base, _), _ = pairs["llama"]
+    turned = WeightConverter("mlp.turned.weight", "mlp.up_proj.weight", operations=[Transpose(0, 1)])
+    monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "llama", [turned])
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_bytes((base / "config.json").read_bytes())
+    tensors = {
+        name.replace("up_proj", "turned"): x.T.contiguous() if "up_proj" in name else x
+        for name, x in load(base).items()
+    }
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"one architecture in two layouts, with .*up_proj.* and .*turned.*of other orders"
+    ):
+        fm.interpolate_checkpoints(base, other, [0.5], tmp_path / "line")
+    delta = fm.ReferenceDelta.from_checkpoints(base, other)
+    assert delta.names == tuple(parameters(model))
+    assert all(not delta.tensor(name).any() for name in delta.names)
+    with fm.RatioSweep(family_model("llama", 2), base, other).at(1.0) as moved:
+        assert_same_bits(moved.state_dict(), model.state_dict())
