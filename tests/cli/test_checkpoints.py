@@ -223,7 +223,7 @@ MODEL_IS_MISSING = "--model is missing; give --base, --model and --method, or CO
         ("c.yaml x --density 0.2", "--density is for c.yaml to say; leave one of them out"),
         # What is given counts, not whether it is the default.
         ("c.yaml x --seed 0", "--seed is for c.yaml to say"),
-        ("c.yaml x --align-vocabulary", "--align-vocabulary is for c.yaml to say"),
+        ("c.yaml x --trim model", "--trim is for c.yaml to say"),
         ("c.yaml x --model a=1", "--model is for c.yaml to say"),
         ("--model b", "'b' is not a model and its weight; write PATH=WEIGHT, such as sft/=0.5"),
         ("--model b=c", "'b=c' is not a model and its weight"),
