@@ -1,6 +1,6 @@
 """The options of jobs that load a model with Transformers. Nothing here waits for torch."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from fused_merge.options import Option, definition
 from fused_merge.per_tensor import parse_dtype
@@ -16,7 +16,22 @@ def check_dtype(name: str, dtype: Any) -> Any:
 
 
 @definition
-class ModelOptions(ProgressOption, total=False):
+class LoadingOptions(TypedDict, total=False):
+    """What the model is.
+
+    Options:
+        trust_remote_code: run the code that the folder of `tuned` brings with it, as Transformers means it.
+        loader: function that returns the model, as `"module:function"`; called with (folder, device, dtype), it returns
+            a model, or (model, tokenizer): for what Transformers does not load by itself. See
+            `fused_merge.io.transformers.ModelLoader`.
+    """
+
+    trust_remote_code: Annotated[bool, Option(False, cli={})]
+    loader: Annotated["str | None", Option(None, cli={"metavar": "MODULE:FUNCTION"})]
+
+
+@definition
+class ModelOptions(LoadingOptions, ProgressOption, total=False):
     """How the model is loaded and watched.
 
     Options:
