@@ -20,7 +20,7 @@ class LoadingOptions(TypedDict, total=False):
     """What the model is.
 
     Options:
-        trust_remote_code: run the code that the folder of `tuned` brings with it, as Transformers means it.
+        trust_remote_code: run Python code that the folder of `tuned` brings with it; only for folders that you trust.
         loader: function that returns the model, as `"module:function"`; called with (folder, device, dtype), it returns
             a model, or (model, tokenizer): for what Transformers does not load by itself. See
             `fused_merge.io.transformers.ModelLoader`.

@@ -144,11 +144,9 @@ class Harness:
             except Exception as error:
                 what = f"the lm-evaluation-harness cannot build task {name!r} ({type(error).__name__}: {error})"
                 raise ValueError(f"{what}; correct it, or give the folder of tasks it needs as include_path") from error
-            groups, members = loaded.get("groups") or {}, chain(*(loaded.get("group_map") or {}).values())
-            inner = set(members)
-            for title, built in (
-                {each: groups[each] for each in groups if each not in inner} or loaded["tasks"]
-            ).items():
+            inner = set(chain(*(loaded.get("group_map") or {}).values()))
+            tops = {title: group for title, group in (loaded.get("groups") or {}).items() if title not in inner}
+            for title, built in (tops or loaded["tasks"]).items():
                 task = HarnessTask(title, built, self._run)
                 self._check(task)
                 yield name if of_file else title, task

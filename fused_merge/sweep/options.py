@@ -53,11 +53,11 @@ class TaskOptions(TypedDict, total=False):
         num_fewshot: number of examples before each question; None is what each task says. A task that says 0 keeps it.
         limit: at most so many questions of each task, or below 1 that share of them; None asks all.
         apply_chat_template: ask in the tokenizer's chat template, with examples as turns of the conversation.
-        confirm_run_unsafe_code: let tasks run the code that the model writes, as the harness asks for some.
+        confirm_run_unsafe_code: let tasks run the code that the model writes; without it such tasks are refused.
     """
 
     include_path: Annotated[
-        "Sequence[str | PathLike[str]]", _repeated("FOLDER", "YAML files of further tasks", check=_folders)
+        "Sequence[str | PathLike[str]]", _repeated("FOLDER", "Where YAML files of further tasks are", check=_folders)
     ]
     num_fewshot: Annotated["int | None", Option(None, optional(at_least(0)), cli={"min": 0})]
     limit: Annotated["float | None", Option(None, optional(_check_limit), cli={})]

@@ -115,6 +115,12 @@ def test_sweep_of_two_models(run, tmp_path, monkeypatch):
     assert errors.startswith("error: scorer 'nothing' at ratio 0 returned nan, which is no finite number; correct it")
 
 
+def test_errors_name_options_as_the_command_line_has_them(run, swept):
+    for said, shown in (("trust_remote_code=True", "--trust-remote-code"), ("loader='m:f'", "--loader m:f")):
+        swept.fails = ValueError(f"pass {said}")
+        assert run(*SWEEP, "--scorer", "m:f")[2] == f"a scorer at work\nerror: pass {shown}\n"
+
+
 def test_delta_is_written_and_replaces_no_checkpoint(run, files, tmp_path):
     out = tmp_path / "new" / "tau.safetensors"
     assert run("delta", *files, "--out", out) == (0, f"{out}\n", "")
