@@ -41,6 +41,7 @@ SLOW = (
     "merge/test_merge",
     "optim/",
     "sweep/test_evaluate",
+    "sweep/test_harness",
 )
 
 

@@ -19,7 +19,7 @@ from fused_merge.adapt.options import AnswerOptions, SamplingOptions, TargetOpti
 from fused_merge.checkpoints.interpolate import plan_interpolation
 from fused_merge.functional.backend import check_device
 from fused_merge.io.sources import PathLike, open_files
-from fused_merge.io.transformers import import_function, load_model, load_tokenizer, stored_dtype
+from fused_merge.io.transformers import ModelLoader, import_function, stored_dtype, text_tokenizer
 from fused_merge.options import documented, resolve, split
 from fused_merge.options import share as check_share
 from fused_merge.progress import progress_bar
@@ -124,7 +124,8 @@ def adapt_checkpoints(
 
     Args:
         base: theta0: a safetensors file or a Hugging Face folder.
-        tuned: theta1: the Hugging Face folder of a causal language model with its tokenizer. Its code is never run.
+        tuned: theta1: the Hugging Face folder of a causal language model with its tokenizer; with `loader` anything
+            that the function loads. Its code is only run with `trust_remote_code`.
         prompts: texts that it answers.
         out: the folder to write to.
         {options}
@@ -133,21 +134,23 @@ def adapt_checkpoints(
         `out/model`.
 
     Raises:
-        ImportError: if Transformers or the module of the reward cannot be imported.
-        ValueError: if anything does not fit; as `adapt_ratios` and `interpolate_checkpoints`.
+        ImportError: if Transformers or the module of the reward or the loader cannot be imported.
+        ValueError: if anything does not fit; as `adapt_ratios`, `interpolate_checkpoints` and `ModelLoader`.
+        RuntimeError: if the loader fails.
         FileExistsError: if `out/model` exists.
         OSError: if a file cannot be read or written.
     """
     o = resolve(options, AnswerOptions)
-    out = Path(out)
+    out = Path(out).expanduser()
     source = open_files(tuned, role="tuned")
     if not prompts:
         raise ValueError("there is no prompt; give at least one")
+    loader = ModelLoader(source.path, trust_remote_code=o["trust_remote_code"], loader=o["loader"])
     reward = None if o["reward"] is None else import_function(o["reward"], what="reward")
     # Before any work: whether the model can be written.
     plan_interpolation(base, tuned, {MODEL: o["mean_ratio"]}, out)
-    model = load_model(source.path, check_device(o["device"]), o["dtype"] or stored_dtype(source))
-    tokenizer = load_tokenizer(source.path)
+    model, tokenizer = loader.load(check_device(o["device"]), o["dtype"] or stored_dtype(source))
+    tokenizer = text_tokenizer(tokenizer)
     sampling, target, _ = split(options, SamplingOptions, TargetOptions, AnswerOptions)
     answers = sample_answers(model, tokenizer, prompts, **sampling)
     if not answers:
@@ -170,7 +173,7 @@ def read_prompts(path: Path) -> list[str]:
 
     Raises ValueError if a line has no prompt; the sentence names it.
     """
-    prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = [line for line in path.expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
     if path.suffix.lower() == ".jsonl":
         for i, line in enumerate(prompts):
             try:

@@ -157,11 +157,11 @@ def adapt(
     from fused_merge.interpolation.layer_ratios import LayerRatios
 
     if parts_file is not None:
-        options["parts"] = LayerRatios.load(parts_file)
+        options["parts"] = LayerRatios.load(parts_file.expanduser())
     # What a reward prints is no result.
     with redirect_stdout(sys.stderr):
         folder = adapt_checkpoints(base, tuned, read_prompts(prompts), out, **options, progress=not quiet)
-    found = LayerRatios.load(out / RATIOS)
+    found = LayerRatios.load(folder.parent / RATIOS)
     ratios = dict(zip(found.parts, found.ratios, strict=True))
     return {"path": str(folder), "ratios": ratios}, (str(folder), str(found))
 

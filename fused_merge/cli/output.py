@@ -19,12 +19,14 @@ from rich.table import Column, Table
 
 from fused_merge.checkpoints.options import InterpolateOptions
 from fused_merge.options import options_of
+from fused_merge.sweep.options import SweepOptions
 
 # What a user or a machine can cause; anything else is a bug.
 _EXPECTED = (ValueError, OSError, RuntimeError, ImportError, MemoryError)
 
 # Options of functions that commands have too, as error sentences of the library write them.
-_ARGUMENT = re.compile(rf"(?<![\w./\\-])({'|'.join(options_of(InterpolateOptions))})=(?:True|'([^']*)'|(\w+))")
+_NAMES = "|".join(options_of(InterpolateOptions, SweepOptions))
+_ARGUMENT = re.compile(rf"(?<![\w./\\-])({_NAMES})=(?:True|'([^']*)'|(\w+))")
 
 
 def fail(error: BaseException, *, debug: bool, json_output: bool, resumes: bool) -> NoReturn:

@@ -124,7 +124,7 @@ def wanted_ratios(ratios: list[float] | None, file: Path | None) -> list[float] 
         raise BadParameter("--ratios and --ratios-file exclude each other; give one")
     from fused_merge.io.plain import read_plain
 
-    content = read_plain(file)
+    content = read_plain(file.expanduser())
     if not (content and isinstance(content, dict)):
         raise ValueError(f"{file} must map folder names to ratios, such as 'half: 0.5'; correct it")
     for folder, ratio in content.items():

@@ -88,7 +88,22 @@ class OutputOptions(PairingOptions, total=False):
 
 
 @definition
-class ModelOptions(ProgressOption, total=False):
+class LoadingOptions(TypedDict, total=False):
+    """What the model is.
+
+    Options:
+        trust_remote_code: run Python code that the folder of `tuned` brings with it; only for folders that you trust.
+        loader: function that returns the model, as `"module:function"`; called with (folder, device, dtype), it returns
+            a model, or (model, tokenizer): for what Transformers does not load by itself. See
+            `fused_merge.io.transformers.ModelLoader`.
+    """
+
+    trust_remote_code: Annotated[bool, Option(False, cli={})]
+    loader: Annotated["str | None", Option(None, cli={"metavar": "MODULE:FUNCTION"})]
+
+
+@definition
+class ModelOptions(LoadingOptions, ProgressOption, total=False):
     """How the model is loaded and watched.
 
     Options:

@@ -6,12 +6,15 @@ import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fused_merge.io.plain import read_plain
 from fused_merge.io.sources import FileSource
+from fused_merge.names import some
 
 
 def import_function(text: str, *, what: str) -> Callable[..., Any]:
@@ -46,23 +49,113 @@ def stored_dtype(source: FileSource) -> torch.dtype | None:
     return stored.pop() if len(stored) == 1 else None
 
 
-def load_model(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Any:
-    """Return the language model of a folder, in evaluation mode and without gradients; None is its own dtype."""
-    transformers = check_transformers()
-    transformers.utils.logging.disable_progress_bar()
-    model = _pretrained(transformers.AutoModelForCausalLM, folder, dtype=dtype or "auto")
-    return model.to(device).requires_grad_(False)
+class ModelLoader:
+    """Loads the model of a folder with Transformers, or with a function of the caller; whether it can is known at once.
+
+    Without a function: with `AutoModelForCausalLM` or `AutoModelForImageTextToText`, whichever loads the class that
+    `architectures` in config.json names. A name that Transformers does not have counts as none.
+
+    A function, `"module:function"`, is called with the folder (`Path`), the device (`torch.device`) and the dtype that
+    the model should have (`torch.dtype`, None if the files hold several). It returns the model, on that device, or the
+    model and what scorers get as its tokenizer, such as a processor.
+
+    Raises:
+        ImportError: if Transformers, or the module of the function, is missing.
+        ValueError: if neither class loads the model, it needs code of its own that is not trusted, or the function does
+            not take three arguments.
+        FileNotFoundError: if there is neither a config.json nor a function.
+    """
+
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False, loader: str | None = None) -> None:
+        self._folder, self._trusted, self._text = folder, trust_remote_code, loader
+        if loader is not None:
+            self._load = import_function(loader, what="loader")
+            check_takes(self._load, 3, f"loader {loader!r}", "(folder, device, dtype)")
+        else:
+            self._kind = self._automatic()
+
+    def load(self, device: torch.device, dtype: torch.dtype | None, *, tokenizer: bool = True) -> tuple[Any, Any]:
+        """Return the model, in evaluation mode and without gradients, and its tokenizer if that is asked for.
+
+        With `dtype` None the model has its own. Where the function returns no tokenizer, Transformers loads it: for a
+        vision-language model with images the processor. Raises ValueError if something cannot be loaded, RuntimeError
+        if the function raises.
+        """
+        if self._text is None:
+            # Before the model, which takes longer.
+            found = self._tokenizer() if tokenizer else None
+            check_transformers().utils.logging.disable_progress_bar()
+            model = self._pretrained(self._kind, dtype=dtype or "auto").to(device)
+        else:
+            try:
+                made = self._load(self._folder, device, dtype)
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}"
+                raise RuntimeError(f"loader {self._text!r} raised {why} for {self._folder}; correct it") from error
+            model, found = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+            if not isinstance(model, torch.nn.Module):
+                what = f"loader {self._text!r} returned a {type(model).__name__}"
+                raise ValueError(f"{what}; let it return a model, or (model, tokenizer)")
+            if found is None and tokenizer:
+                found = self._tokenizer()
+        return model.eval().requires_grad_(False), found
+
+    def _tokenizer(self) -> Any:
+        transformers = check_transformers()
+        files = (self._folder / name for name in ("processor_config.json", "preprocessor_config.json"))
+        of_images = self._text is None and self._kind is transformers.AutoModelForImageTextToText
+        with_images = of_images and any(file.is_file() for file in files)
+        return self._pretrained(transformers.AutoProcessor if with_images else transformers.AutoTokenizer)
+
+    def _automatic(self) -> Any:
+        """Return the class of Transformers that loads the folder."""
+        transformers, path = check_transformers(), self._folder / "config.json"
+        if not path.is_file():
+            what = f"{self._folder} has no config.json, so nothing says what model it is"
+            raise FileNotFoundError(f"{what}; give a model folder, or pass loader='module:function'")
+        if not isinstance(config := read_plain(path), dict):
+            raise ValueError(f"{path} holds no configuration of a model; correct it")
+        kind_of, named = config.get("model_type"), config.get("architectures") or ()
+        own = config.get("auto_map") or {}
+        automatic = import_module("transformers.models.auto.modeling_auto")
+        names_of = {
+            "AutoModelForCausalLM": automatic.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            "AutoModelForImageTextToText": automatic.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        }
+        known = {kind: names[kind_of] for kind, names in names_of.items() if kind_of in names}
+        if self._trusted:
+            known |= {kind: own[kind].rpartition(".")[2] for kind in names_of if kind in own}
+        chosen = next((kind for kind, name in known.items() if name in named), None)
+        # Another class that Transformers has is another model, not an old name of this one.
+        if chosen is None and not any(hasattr(transformers, name) for name in named):
+            chosen = next(iter(known), None)
+        if chosen is not None:
+            return getattr(transformers, chosen)
+        if own and not self._trusted:
+            what = f"{self._folder} needs code of its own (auto_map in config.json), which is not run"
+            raise ValueError(f"{what}; pass trust_remote_code=True if you trust it, or loader='module:function'")
+        what = f"{self._folder} holds a {some(named) or kind_of or 'model without a type'}"
+        neither = "which neither AutoModelForCausalLM nor AutoModelForImageTextToText of Transformers loads"
+        raise ValueError(f"{what}, {neither}; pass loader='module:function' with a function that does")
+
+    def _pretrained(self, kind: Any, **options: Any) -> Any:
+        """Return what a class loads from the folder, whose code is only run if it is trusted."""
+        try:
+            return kind.from_pretrained(self._folder, local_files_only=True, trust_remote_code=self._trusted, **options)
+        except Exception as error:
+            failed = f"{kind.__name__} of Transformers cannot load {self._folder} ({type(error).__name__}: {error})"
+            raise ValueError(f"{failed}; give the folder of a whole model, or pass loader='module:function'") from error
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer of a Hugging Face folder, or raise ValueError if Transformers cannot load it."""
-    return _pretrained(check_transformers().AutoTokenizer, folder)
+def text_tokenizer(tokenizer: Any) -> Any:
+    """Return the tokenizer of a processor, any other tokenizer itself."""
+    return getattr(tokenizer, "tokenizer", tokenizer)
 
 
-def _pretrained(kind: Any, folder: Path, **options: Any) -> Any:
-    """Return what `kind` loads from a folder, whose code is not run."""
+def check_takes(function: Callable[..., Any], count: int, what: str, parameters: str) -> None:
+    """Raise ValueError unless a function can be called with so many arguments by position."""
+    accepted = signature(function)
     try:
-        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
-    except Exception as error:
-        failed = f"{kind.__name__} of Transformers cannot load {folder} ({type(error).__name__}: {error})"
-        raise ValueError(f"{failed}; give the folder of a whole model") from error
+        accepted.bind(*[None] * count)
+    except TypeError as error:
+        raise ValueError(f"{what} takes {accepted}; let it take {parameters}") from error

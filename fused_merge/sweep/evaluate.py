@@ -1,39 +1,40 @@
 """A model scored at many ratios of the path between two models, in one process: results survive a kill.
 
-`results.json` is written anew after every ratio and says what it belongs to, so that only the same sweep goes on from
-it. The random generators of Python, numpy and torch start every scorer at the same state: ratios are compared on the
-same draws, and a sweep that was killed ends with the numbers of one that was not.
+`results.json` is written anew after every scorer and says what it belongs to, so that only the same sweep goes on from
+it, with the first score that is missing. The random generators of Python, numpy and torch start every scorer at the
+same state: ratios are compared on the same draws, and a sweep that was killed ends with the numbers of one that was
+not.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import random
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-import numpy as np
 import torch
 
 from fused_merge.distributed import Processes
 from fused_merge.functional.backend import check_device
 from fused_merge.interpolation.ratio_sweep import RatioSweep
+from fused_merge.io.options import LoadingOptions
 from fused_merge.io.sources import PathLike, open_files
-from fused_merge.io.transformers import check_transformers, load_model, load_tokenizer, stored_dtype
+from fused_merge.io.transformers import ModelLoader, stored_dtype
 from fused_merge.io.writer import stamp_of, write_text
 from fused_merge.names import some
-from fused_merge.options import documented, resolve
+from fused_merge.options import documented, options_of, resolve
 from fused_merge.per_tensor import PerTensor, dtype_name, finite, plain
 from fused_merge.progress import progress_bar
-from fused_merge.sweep.options import EvaluateOptions, SweepOptions
+from fused_merge.sweep.harness import Harness, HarnessTask
+from fused_merge.sweep.options import EvaluateOptions, SweepOptions, TaskOptions
 from fused_merge.sweep.plots import check_matplotlib
-from fused_merge.sweep.report import write_report
-from fused_merge.sweep.results import RESULTS, Results, ScoredRatio, read_results, resume
-from fused_merge.sweep.scorers import ImportedScorer, Scorer, harness_tasks, import_harness
+from fused_merge.sweep.report import check_places, read_finished, write_report
+from fused_merge.sweep.results import RESULTS, Results, ScoredRatio, resume
+from fused_merge.sweep.scorers import ImportedScorer, Scorer, same_draws
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -64,7 +65,7 @@ def evaluate_ratios(
     checkpoints: Mapping[str, PathLike] | None = None,
     **options: Unpack[EvaluateOptions],
 ) -> list[ScoredRatio]:
-    """Score a model at many ratios; go on where a killed sweep of the same kind ended.
+    """Score a model at many ratios; go on with the first score that a killed sweep of the same kind left out.
 
     For a model under DDP or FSDP2 every process has to call this, with the same arguments: all of them score; the
     scores of the first one are returned by all, and written by it alone. A scorer that returns no finite number stops
@@ -74,12 +75,12 @@ def evaluate_ratios(
         sweep: holds the model, which has its weights back at the end, also when a scorer fails.
         ratios: distinct numbers, or {label: number, or what else `sweep.at` takes by name of tensor}.
         scorers: name -> function of the model; it returns a number, which becomes the score of that name, or
-            {key: number}, which become the scores `name/key`. One that knows of keys for which less is better lists
-            them in an attribute `lower_is_better`.
+            {key: number}, which become the scores `name/key`. Keys for which less is better it may list in an attribute
+            `lower_is_better`, and keys that are kept but count for no front in an attribute `details`.
         out: folder of `results.json`; made if need be.
-        checkpoints: the files or folders that the sweep is between, by what they are, such as `"base"`. Finished
-            ratios are only taken for the same ratios and scorers on files of the same path, size and time of change;
-            without this, on any.
+        checkpoints: the files or folders that the sweep is between, by what they are, such as `"base"`. Scores are
+            only taken for the same ratios and scorers on files of the same path, size and time of change; without
+            this, on any.
         {options}
 
     Returns:
@@ -88,7 +89,7 @@ def evaluate_ratios(
     Raises:
         ValueError: if ratios, scorers or `minimize` do not fit, or `out` holds the results of another sweep.
         RuntimeError: if a scorer raises, or returns what is no finite number; the sentence names scorer and ratio.
-            Finished ratios are kept. Also if another process has raised one of these.
+            Earlier scores are kept. Also if another process has raised one of these.
         OSError: if `out` cannot be written to, or a checkpoint cannot be read.
         TypeError: for a ratio that is no number.
     """
@@ -102,11 +103,15 @@ def evaluate_ratios(
 def sweep_checkpoints(
     base: PathLike, tuned: PathLike, ratios: Ratios, out: PathLike, **options: Unpack[SweepOptions]
 ) -> list[Path]:
-    """Load a causal language model, score it at many ratios, and report; see `evaluate_ratios` and `write_report`.
+    """Load a model, score it at many ratios, and report; see `evaluate_ratios` and `write_report`.
+
+    Tasks, scorers and the places of all files are looked at before the model is loaded. What decides the scores belongs
+    to a sweep: with other tasks or another way to load and to ask, `out` is refused.
 
     Args:
         base: theta0: a safetensors file or a Hugging Face folder.
-        tuned: theta1: a Hugging Face folder, from which Transformers loads the model. Its code is never run.
+        tuned: theta1: a Hugging Face folder, from which Transformers loads a causal or a vision-language model; with
+            `loader` anything that the function loads. Its code is only run with `trust_remote_code`.
         ratios: as for `evaluate_ratios`.
         out: folder of `results.json`, `results.md` and `pareto.png`.
         {options}
@@ -115,38 +120,45 @@ def sweep_checkpoints(
         The files written.
 
     Raises:
-        ImportError: if Transformers, matplotlib, the harness or the module of a scorer cannot be imported.
-        ValueError: if anything does not fit; as `evaluate_ratios`, `write_report` and `RatioSweep`.
-        RuntimeError: if a scorer fails.
+        ImportError: if Transformers, matplotlib, the harness or the module of a function cannot be imported.
+        ValueError: if anything does not fit; as `evaluate_ratios`, `write_report`, `RatioSweep`, `ModelLoader` and
+            `Harness.find`.
+        RuntimeError: if a scorer or the loader fails.
         OSError: if a file cannot be read or written.
     """
     o = resolve(options, SweepOptions)
-    source = open_files(tuned, role="tuned")
-    if not (source.path / "config.json").is_file():
-        raise FileNotFoundError(f"{tuned} has no config.json, so nothing says what model it is; give a model folder")
+    source, folder = open_files(tuned, role="tuned"), Path(out).expanduser()
     device, dtype = check_device(o["device"]), o["dtype"] or stored_dtype(source)
     check_matplotlib()
-    check_transformers()
+    check_places(folder)
     for path in o["compare"]:
-        read_results(path)
+        read_finished(path)
+    loader = ModelLoader(source.path, trust_remote_code=o["trust_remote_code"], loader=o["loader"])
     imported = [ImportedScorer(text) for text in o["scorers"]]
-    harness = import_harness() if o["tasks"] else None
-    names = [*(scorer.name for scorer in imported), *o["tasks"]]
+    # What decides the scores, where it is not as it always was: files of older sweeps say nothing of it.
+    decisive = {name: option.default for name, option in options_of(TaskOptions, LoadingOptions).items()}
+    given = {name: o[name] for name, default in decisive.items() if o[name] != default}
+    of_tasks = {name: o[name] for name in options_of(TaskOptions)}
+    if not o["tasks"] and (idle := [name for name in of_tasks if name in given]):
+        raise ValueError(f"{idle[0]} is for tasks of the lm-evaluation-harness; give tasks, or leave it out")
+    harness = Harness(**of_tasks) if o["tasks"] else None
+    tasks = harness.find(o["tasks"]) if harness else {}
+    named: list[ImportedScorer | HarnessTask] = [*imported, *tasks.values()]
+    names = [scorer.name for scorer in named]
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise ValueError(f"two scorers are called {twice[0]!r}; rename one")
-    also = {"scorers": [*o["scorers"], *o["tasks"]], "dtype": dtype and dtype_name(dtype)}
-    state = _Sweep(ratios, names, out, {"base": base, "tuned": tuned}, o["minimize"], _ALONE, also)
+    also = {"scorers": [*o["scorers"], *tasks], "dtype": dtype and dtype_name(dtype), **given}
+    state = _Sweep(ratios, names, folder, {"base": base, "tuned": tuned}, o["minimize"], _ALONE, also)
     if state.missing:
-        model = load_model(source.path, device, dtype)
-        functions: dict[str, Scorer] = {scorer.name: scorer for scorer in imported}
-        if harness or any(scorer.takes_tokenizer for scorer in imported):
-            tokenizer = load_tokenizer(source.path)
-            for scorer in imported:
-                scorer.tokenizer = tokenizer
-            if harness:
-                functions |= harness_tasks(harness, o["tasks"], model, tokenizer, o["batch_size"])
-        state.finish(RatioSweep(model, base, tuned), functions, progress=o["progress"])
-    return write_report(out, o["compare"])
+        for_text = harness is not None or any(scorer.takes_tokenizer for scorer in imported)
+        model, tokenizer = loader.load(device, dtype, tokenizer=for_text)
+        if harness:
+            harness.use(list(tasks.values()), model, tokenizer, o["batch_size"])
+        for scorer in imported:
+            scorer.tokenizer = tokenizer
+        scorers = dict(zip(names, named, strict=True))
+        state.finish(RatioSweep(model, base, tuned), scorers, progress=o["progress"])
+    return write_report(folder, o["compare"])
 
 
 class _Sweep:
@@ -165,22 +177,24 @@ class _Sweep:
         self._ratios = _labeled(ratios)
         if not names:
             raise ValueError("there is no scorer; give at least one function of the model")
+        for name in names:
+            if whose := [other for other in names if name.startswith(f"{other}/")]:
+                raise ValueError(f"scores of {name!r} could be taken for those of {whose[0]!r}; rename one scorer")
         for score in minimize:
             if not any(f"{score}/".startswith(f"{name}/") for name in names):
                 raise ValueError(f"minimize names {score!r}, which is no score of {some(map(repr, names))}; correct it")
-        self._path, self._processes = Path(out) / RESULTS, processes
+        self._names, self._path, self._processes = list(names), Path(out).expanduser() / RESULTS, processes
         with processes.raising_together():
             described = {}
             for role, path in checkpoints.items():
                 files = {file.name: list(stamp_of(file)) for file in open_files(path).files()}
-                described[role] = {"path": str(Path(path).absolute()), "files": files}
-            belongs_to = {"checkpoints": described, "ratios": self._ratios, "scorers": list(names), **(also or {})}
+                described[role] = {"path": str(Path(path).expanduser().absolute()), "files": files}
+            belongs_to = {"checkpoints": described, "ratios": self._ratios, "scorers": self._names, **(also or {})}
             found = resume(self._path, belongs_to) if processes.is_first else Results(belongs_to)
-        finished, lower = processes.from_first((found.finished, found.lower_is_better))
-        self._results = Results(belongs_to, self._in_order(finished), minimize, lower)
-        if finished:
-            self._check_minimize()
-        # At once, so that a folder that cannot be written to is no surprise after the first ratio.
+        self._results = replace(processes.from_first(found), minimize=minimize)
+        self._results = replace(self._results, finished=self._in_order(self._results.finished))
+        self._check_minimize()
+        # At once, so that a folder that cannot be written to is no surprise after the first score.
         self._save()
 
     @property
@@ -201,16 +215,31 @@ class _Sweep:
                         model = stack.enter_context(sweep.at(ratio))
                     else:
                         sweep.move_to(ratio)
-                scored = ScoredRatio(label, ratio, self._score(scorers, model, label))
-                lower = {f"{name}/{key}" for name in scorers for key in getattr(scorers[name], "lower_is_better", ())}
-                scored, lower = self._processes.from_first((scored, lower))
-                finished = self._in_order([*self._results.finished, scored])
-                lower = {*self._results.lower_is_better, *lower}
-                self._results = replace(self._results, finished=finished, lower_is_better=lower)
-                self._save()
-                self._check_minimize()
+                scored = next((one for one in self._results.partial if one.label == label), None)
+                scored = scored or ScoredRatio(label, ratio, {})
+                for name in self._names:
+                    if not scored.of(name):
+                        scores = self._score(name, scorers[name], model, scored)
+                        scored = self._keep(scored, name, scorers[name], scores)
                 advance(1)
         return list(self._results.finished)
+
+    def _keep(self, scored: ScoredRatio, name: str, scorer: Scorer, scores: dict[str, float]) -> ScoredRatio:
+        """Write down what a scorer found, and return the ratio with it; it is finished with its last scorer."""
+        said = [{f"{name}/{key}" for key in getattr(scorer, what, ())} for what in ("lower_is_better", "details")]
+        scores, (lower, details) = self._processes.from_first((scores, said))
+        scored = replace(scored, scores=scored.scores | scores)
+        found, whole = self._results, all(map(scored.of, self._names))
+        self._results = replace(
+            found,
+            finished=self._in_order([*found.finished, scored]) if whole else found.finished,
+            lower_is_better={*found.lower_is_better, *lower},
+            details={*found.details, *details},
+            partial=[*(one for one in found.partial if one.label != scored.label), *([] if whole else [scored])],
+        )
+        self._save()
+        self._check_minimize()
+        return scored
 
     def _in_order(self, finished: Iterable[ScoredRatio]) -> list[ScoredRatio]:
         return sorted(finished, key=lambda scored: list(self._ratios).index(scored.label))
@@ -220,43 +249,47 @@ class _Sweep:
             if self._processes.is_first:
                 write_text(self._path, json.dumps(self._results.document(), indent=1) + "\n")
 
-    def _check_minimize(self) -> None:
-        names = self._results.scores
-        if unknown := sorted({*self._results.minimize} - {*names}):
-            what = f"minimize names {some(map(repr, unknown))}, but the scores are {some(map(repr, names), 10)}"
-            raise ValueError(f"{what}; correct it and run the same again, finished ratios are kept")
+    def _first(self, scorer: str) -> list[str]:
+        """Return the names of the scores that a scorer gave at the first ratio, none if it has not been there."""
+        return next(filter(None, (list(one.of(scorer)) for one in self._results.all)), [])
 
-    def _score(self, scorers: Mapping[str, Scorer], model: Any, label: str) -> dict[str, float]:
-        """Return the scores of a model, or say which scorer failed at the ratio called `label`, and what is kept."""
-        expected, done = self._results.scores, len(self._results.finished)
-        kept = f"{done} of {len(self._ratios)} ratios are finished and kept in {self._path}"
-        way_out = f"correct it and run the same again ({kept})"
-        scores: dict[str, float] = {}
-        for name, scorer in scorers.items():
-            at = f"scorer {name!r} at ratio {label}"
-            try:
-                with _same_draws():
-                    found = scorer(model)
-            except Exception as error:
-                said = ": ".join(filter(None, (type(error).__name__, str(error))))
-                raise RuntimeError(f"{at} raised {said}; {way_out}") from error
-            # Before the next scorer, in which a process could wait for one that has failed.
-            with self._processes.raising_together():
-                by_key = found if isinstance(found, Mapping) else {None: found}
-                if not by_key:
-                    raise RuntimeError(f"{at} returned no score; {way_out}")
-                for key, value in by_key.items():
-                    score, of = (name, "") if key is None else (f"{name}/{key}", f" for {key!r}")
-                    if score in scores:
-                        raise RuntimeError(f"{at} returned {score!r} as another scorer does; rename one ({kept})")
-                    scores[score] = _number(value)
-                    if not math.isfinite(scores[score]):
-                        raise RuntimeError(f"{at} returned {value!r}{of}, which is no finite number; {way_out}")
+    def _check_minimize(self) -> None:
+        for name in self._names:
+            found = self._first(name)
+            named = [score for score in self._results.minimize if f"{score}/".startswith(f"{name}/")]
+            if found and (unknown := sorted({*named} - {*found})):
+                what = f"minimize names {some(map(repr, unknown))}, but the scores are {some(map(repr, found), 10)}"
+                raise ValueError(f"{what}; correct it and run the same again, all scores are kept")
+
+    def _score(self, name: str, scorer: Scorer, model: Any, scored: ScoredRatio) -> dict[str, float]:
+        """Return the scores that a scorer gives a model at a ratio, or say how it failed, and what is kept."""
+        others = [other for other in self._names if scored.of(other)]
+        kept = f"{len(self._results.finished)} of {len(self._ratios)} ratios"
+        kept += f", and of this one {some(map(repr, others))}," if others else ""
+        kept += f" are finished and kept in {self._path}"
+        at, way_out = f"scorer {name!r} at ratio {scored.label}", f"correct it and run the same again ({kept})"
+        try:
+            with same_draws():
+                found = scorer(model)
+        except Exception as error:
+            said = ": ".join(filter(None, (type(error).__name__, str(error))))
+            raise RuntimeError(f"{at} raised {said}; {way_out}") from error
+        # Before the next scorer, in which a process could wait for one that has failed.
         with self._processes.raising_together():
-            if expected and set(scores) != set(expected):
+            by_key = found if isinstance(found, Mapping) else {None: found}
+            if not by_key:
+                raise RuntimeError(f"{at} returned no score; {way_out}")
+            scores: dict[str, float] = {}
+            for key, value in by_key.items():
+                score, of = (name, "") if key is None else (f"{name}/{key}", f" for {key!r}")
+                scores[score] = _number(value)
+                if not math.isfinite(scores[score]):
+                    raise RuntimeError(f"{at} returned {value!r}{of}, which is no finite number; {way_out}")
+            expected = self._first(name) or list(scores)
+            if set(scores) != set(expected):
                 change = f"are {some(map(repr, scores))} and were {some(map(repr, expected))} before"
-                raise RuntimeError(f"the scores at ratio {label} {change}; return the same at every ratio ({kept})")
-        return {name: scores[name] for name in expected or scores}
+                raise RuntimeError(f"the scores at ratio {scored.label} {change}; return the same every time ({kept})")
+        return {score: scores[score] for score in expected}
 
 
 def _labeled(ratios: Ratios) -> dict[str, PerTensor]:
@@ -287,19 +320,3 @@ def _number(value: Any) -> float:
         return float(value.detach() if isinstance(value, torch.Tensor) else value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         return math.nan
-
-
-@contextmanager
-def _same_draws() -> Iterator[None]:
-    """Start all random generators at one state, and give the caller's back."""
-    states = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices=list(devices)):
-        random.seed(0)
-        np.random.seed(0)
-        torch.manual_seed(0)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])

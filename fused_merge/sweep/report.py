@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 from fused_merge.io.sources import PathLike
-from fused_merge.io.writer import write_text, writing
+from fused_merge.io.writer import write_text, write_whole
 from fused_merge.names import some
 from fused_merge.sweep.plots import draw_fronts
 from fused_merge.sweep.results import MOST_SCORES_OF_A_VOLUME, RESULTS, Results, read_results
+
+TABLE = "results.md"
+PICTURE = "pareto.png"
 
 
 def write_report(out: PathLike, compare: Sequence[PathLike] = ()) -> list[Path]:
@@ -31,36 +35,52 @@ def write_report(out: PathLike, compare: Sequence[PathLike] = ()) -> list[Path]:
         ImportError: if there is a picture to draw and matplotlib is missing.
         OSError: if a file cannot be read or written.
     """
-    folder = Path(out)
+    folder = Path(out).expanduser()
     sweeps = _compared([folder / RESULTS, *map(Path, compare)])
-    files = [folder / RESULTS, folder / "results.md"]
+    files = [folder / RESULTS, folder / TABLE]
     write_text(files[1], _markdown(sweeps))
     if len(next(iter(sweeps.values())).scores) > 1:
-        files.append(folder / "pareto.png")
-        figure = draw_fronts(sweeps)
-        with writing(files[2]):
-            # The name of the program would have its version in it.
-            figure.savefig(files[2], format="png", metadata={"Software": None})
+        files.append(folder / PICTURE)
+        content = BytesIO()
+        # The name of the program would have its version in it.
+        draw_fronts(sweeps).savefig(content, format="png", metadata={"Software": None})
+        write_whole(files[2], content.getvalue())
     return files
+
+
+def check_places(out: Path) -> None:
+    """Raise IsADirectoryError if a folder is where a sweep will write a file."""
+    for path in (out / RESULTS, out / TABLE, out / PICTURE):
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder and should become a file; remove it, or choose another place")
+
+
+def read_finished(path: PathLike) -> Results:
+    """Read a `results.json` as `read_results`; ValueError also if it has no finished ratio."""
+    results = read_results(path)
+    if not results.finished:
+        raise ValueError(f"{path} has no finished ratio yet; run that sweep first")
+    return results
 
 
 def _compared(paths: Sequence[Path]) -> dict[str, Results]:
     """Return the sweeps under names that tell them apart, with the scores and directions of the first."""
-    found = [read_results(path) for path in paths]
+    found = [read_finished(path) for path in paths]
     main = found[0]
     names = [path.absolute().parent.name for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
     sweeps: dict[str, Results] = {}
     for name, path, results in zip(names, paths, found, strict=True):
-        if not results.finished:
-            raise ValueError(f"{path} has no finished ratio yet; run that sweep first")
         if set(results.scores) != set(main.scores):
             here, there = (some(map(repr, each.scores)) for each in (results, main))
             what = f"{path} has the scores {here} and {paths[0]} has {there}"
             raise ValueError(f"{what}; compare sweeps with the same scores")
-        finished = [replace(one, scores={key: one.scores[key] for key in main.scores}) for one in results.finished]
-        sweeps[name] = replace(main, sweep=results.sweep, finished=finished)
+        first = dict.fromkeys(main.scores)
+        finished = [
+            replace(one, scores={key: one.scores[key] for key in first | one.scores}) for one in results.finished
+        ]
+        sweeps[name] = replace(main, sweep=results.sweep, finished=finished, details=results.details)
     return sweeps
 
 
@@ -92,8 +112,13 @@ def _markdown(sweeps: Mapping[str, Results]) -> str:
         places = dict.fromkeys((ratio.label for ratio in results.front), "front") | {results.knee.label: "knee"}
         lines = [["ratio", *arrows, ""]]
         for ratio in results.finished:
-            lines.append([ratio.label, *(f"{x:.6g}" for x in ratio.scores.values()), places.get(ratio.label, "")])
+            values = [f"{ratio.scores[score]:.6g}" for score in results.scores]
+            lines.append([ratio.label, *values, places.get(ratio.label, "")])
         sections.append(_table(lines))
+        if details := [score for score in results.finished[0].scores if score not in results.scores]:
+            lines = [["in detail", *(ratio.label for ratio in results.finished)]]
+            lines += [[score, *(f"{ratio.scores[score]:.6g}" for ratio in results.finished)] for score in details]
+            sections.append(_table(lines))
     return "\n\n".join(sections) + "\n"
 
 

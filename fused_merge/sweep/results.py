@@ -15,6 +15,8 @@ from fused_merge.per_tensor import PerTensor
 from fused_merge.sweep.pareto import hypervolume, knee, pareto_front
 
 RESULTS = "results.json"
+# What a file lists of names of scores.
+_NAMES = ("minimize", "lower_is_better", "details")
 
 # Slicing a volume takes n^(d - 1) steps for d scores.
 MOST_SCORES_OF_A_VOLUME = 4
@@ -28,25 +30,38 @@ class ScoredRatio:
     ratio: PerTensor
     scores: dict[str, float]
 
+    def of(self, scorer: str) -> dict[str, float]:
+        """Return the scores that a scorer gave: the one of its name, or those called `name/key`; none if it did not."""
+        return {name: score for name, score in self.scores.items() if f"{name}/".startswith(f"{scorer}/")}
+
 
 @dataclass(frozen=True)
 class Results:
     """The finished ratios of a sweep, in the order of its ratios, each with the same scores.
 
     Attributes:
-        sweep: what they belong to: checkpoints, ratios by label, names of scorers, dtype of the model if it is known.
+        sweep: what they belong to: checkpoints, ratios by label, names of scorers, and what else decides the scores.
         minimize, lower_is_better: the scores for which less is better, as the caller and as the scorers said.
+        details: the scores that are kept, but count for no front, such as those of the subtasks of a group.
+        partial: the ratios that only some scorers have scored; they count for nothing, and a sweep goes on from them.
     """
 
     sweep: Mapping[str, Any]
     finished: Sequence[ScoredRatio] = ()
     minimize: Collection[str] = ()
     lower_is_better: Collection[str] = ()
+    details: Collection[str] = ()
+    partial: Sequence[ScoredRatio] = ()
+
+    @property
+    def all(self) -> list[ScoredRatio]:
+        """The finished ratios and the partial ones."""
+        return [*self.finished, *self.partial]
 
     @property
     def scores(self) -> list[str]:
-        """The names of the scores; none before a ratio is finished."""
-        return list(self.finished[0].scores) if self.finished else []
+        """The names of the scores that count; none before a ratio is finished."""
+        return [name for name in self.finished[0].scores if name not in self.details] if self.finished else []
 
     @property
     def maximize(self) -> list[bool]:
@@ -82,8 +97,11 @@ class Results:
     def document(self) -> dict[str, Any]:
         """Return what `results.json` holds; front, knee and volume once every ratio is finished."""
         content: dict[str, Any] = {"fused_merge": __version__, "sweep": self.sweep}
-        content |= {"minimize": sorted(self.minimize), "lower_is_better": sorted(self.lower_is_better)}
+        for name in _NAMES:
+            content[name] = sorted(getattr(self, name))
         content["rows"] = [asdict(scored) for scored in self.finished]
+        if self.partial:
+            content["partial"] = [asdict(scored) for scored in self.partial]
         if len(self.finished) == len(self.sweep["ratios"]):
             worst = self.worst()
             content |= {"front": [scored.label for scored in self.front], "knee": self.knee.label}
@@ -99,28 +117,33 @@ def read_results(path: PathLike) -> Results:
         OSError: if it cannot be read.
     """
     try:
-        content = load_json(Path(path).read_bytes())
-        finished = []
-        for entry in content["rows"]:
-            scores = {name: float(score) for name, score in entry["scores"].items()}
-            finished.append(ScoredRatio(str(entry["label"]), entry["ratio"], scores))
-        results = Results(dict(content["sweep"]), finished, list(content["minimize"]), list(content["lower_is_better"]))
-        # Raises for scores that are not finite, or not the same for all ratios.
-        pareto_front(results.points)
+        content = load_json(Path(path).expanduser().read_bytes())
+        rows = [_scored(entry) for entry in content["rows"]]
+        if any(set(row.scores) != set(rows[0].scores) for row in rows):
+            raise ValueError("the ratios have different scores")
+        # Older files have neither details nor partial ratios.
+        names = {name: list(content.get(name, ())) for name in _NAMES}
+        partial = [_scored(entry) for entry in content.get("partial", ())]
+        results = Results(dict(content["sweep"]), rows, **names, partial=partial)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         said = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} holds no results of a sweep ({said}); give another file, or delete it") from error
     return results
 
 
+def _scored(entry: Mapping[str, Any]) -> ScoredRatio:
+    scores = {name: float(score) for name, score in entry["scores"].items()}
+    return ScoredRatio(str(entry["label"]), entry["ratio"], scores)
+
+
 def resume(path: Path, sweep: Mapping[str, Any]) -> Results:
     """Return what a killed sweep left in `results.json`, or raise ValueError if that is of another sweep."""
     found = read_results(path) if path.exists() else None
-    if found is None or not found.finished:
+    if found is None or not (found.finished or found.partial):
         return Results(sweep)
     # As it would be read back.
     same = json.loads(json.dumps(sweep))
-    if other := " and ".join(part for part in same if found.sweep.get(part) != same[part]):
+    if other := " and ".join(part for part in same | found.sweep if found.sweep.get(part) != same.get(part)):
         what = f"{path} holds the results of a sweep with other {other}"
         raise ValueError(f"{what}; choose another folder, or delete it to begin anew")
     return replace(found, sweep=sweep)

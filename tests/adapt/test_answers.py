@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -127,6 +128,28 @@ def test_the_command(folders, tmp_path, capsys, monkeypatch):
     code, printed, errors = run(*asked[:-4], "--mean-ratio", 1.5)
     assert (code, printed) == (1, "")
     assert errors.startswith("error: ")
+
+
+def test_a_model_that_a_function_loads(folders, tmp_path, monkeypatch):
+    config = json.loads((folders[1] / "config.json").read_text()) | {"model_type": "own", "architectures": ["Own"]}
+    (folders[1] / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own_words.py").write_text(
+        "from tiny import llama\n"
+        "from word_tokens import tokenizer\n"
+        "class Processor:\n"
+        "    tokenizer = tokenizer()\n"
+        "def load(folder, device, dtype):\n"
+        "    assert folder.name == 'tuned'\n"
+        "    return llama(1).to(device, dtype), Processor()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    short = {"steps": 2, "parts": 2, "max_new_tokens": 4, "progress": False}
+    with pytest.raises(ValueError, match=r"holds a Own, which neither .*; pass loader='module:function'"):
+        adapt_checkpoints(*folders, PROMPTS, tmp_path / "out", **short)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert adapt_checkpoints(*folders, PROMPTS, "~/out", loader="own_words:load", **short) == tmp_path / "out/model"
+    assert sum(LayerRatios.load(tmp_path / "out/ratios.json").ratios) / 2 == pytest.approx(0.4, abs=1e-9)
 
 
 def test_prompts_of_files_and_none(folders, tmp_path):

@@ -15,7 +15,8 @@ from fused_merge.delta.reference_delta import ReferenceDelta
 
 SWEEP = ["sweep", "a", "b", "--out", "out", "--ratios", "0:1:0.5"]
 SWEEP_DEFAULTS = {"scorers": [], "tasks": [], "minimize": [], "compare": [], "device": "cpu", "dtype": None}
-SWEEP_DEFAULTS |= {"batch_size": 1, "progress": True}
+SWEEP_DEFAULTS |= {"batch_size": 1, "progress": True, "trust_remote_code": False, "loader": None, "include_path": []}
+SWEEP_DEFAULTS |= {"num_fewshot": None, "limit": None, "apply_chat_template": False, "confirm_run_unsafe_code": False}
 
 
 @pytest.fixture
@@ -44,10 +45,14 @@ def test_sweep_passes_everything_on(run, swept):
     assert swept.options == SWEEP_DEFAULTS | {"scorers": ["m:f"]}
 
     asked = "--scorer m:f --scorer n:g --task x --task y --minimize g --minimize x/loss --compare o/results.json "
-    asked += "--compare p/results.json --device cuda --dtype bfloat16 --batch-size 8 --quiet"
+    asked += "--compare p/results.json --device cuda --dtype bfloat16 --batch-size 8 --quiet --include-path t "
+    asked += "--include-path u --num-fewshot 5 --limit 0.1 --apply-chat-template --trust-remote-code --loader l:h "
+    asked += "--confirm-run-unsafe-code"
     assert run(*SWEEP, *asked.split())[:2] == (0, "")
     wanted = {"scorers": ["m:f", "n:g"], "tasks": ["x", "y"], "minimize": ["g", "x/loss"], "device": "cuda"}
     wanted |= {"compare": ["o/results.json", "p/results.json"], "dtype": "bfloat16", "batch_size": 8}
+    wanted |= {"include_path": ["t", "u"], "num_fewshot": 5, "limit": 0.1, "apply_chat_template": True}
+    wanted |= {"trust_remote_code": True, "loader": "l:h", "confirm_run_unsafe_code": True}
     assert swept.options == wanted | {"progress": False}
 
 
@@ -108,6 +113,12 @@ def test_sweep_of_two_models(run, tmp_path, monkeypatch):
     code, printed, errors = run(*common[:-1], tmp_path / "other", "--scorer", "cli_scores:nothing")
     assert (code, printed) == (1, "")
     assert errors.startswith("error: scorer 'nothing' at ratio 0 returned nan, which is no finite number; correct it")
+
+
+def test_errors_name_options_as_the_command_line_has_them(run, swept):
+    for said, shown in (("trust_remote_code=True", "--trust-remote-code"), ("loader='m:f'", "--loader m:f")):
+        swept.fails = ValueError(f"pass {said}")
+        assert run(*SWEEP, "--scorer", "m:f")[2] == f"a scorer at work\nerror: pass {shown}\n"
 
 
 def test_delta_is_written_and_replaces_no_checkpoint(run, files, tmp_path):

@@ -123,7 +123,7 @@ def test_scores_are_the_first_processs_and_written_by_it_alone(kind, pair, tmp_p
 @pytest.mark.parametrize(
     ("fault", "first", "error", "message"),
     [
-        ("nan", 1, RuntimeError, r"scorer 'own' at ratio parts returned nan, .* \(1 of 3 ratios are fin"),
+        ("nan", 1, RuntimeError, r"scorer 'own' at ratio parts returned nan, .* \(1 of 3 ratios, and of this one"),
         # A folder that only the first process cannot write to.
         (None, 0, OSError, r"cannot write .*out/results.json"),
     ],

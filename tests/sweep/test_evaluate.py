@@ -18,6 +18,7 @@ from torch import nn
 
 from fused_merge.interpolation.ratio_sweep import RatioSweep
 from fused_merge.sweep.evaluate import evaluate_ratios
+from fused_merge.sweep.report import write_report
 from fused_merge.sweep.results import ScoredRatio, read_results
 
 
@@ -136,6 +137,7 @@ import os, random, signal
 import numpy as np, torch
 from fused_merge.interpolation.ratio_sweep import RatioSweep
 from fused_merge.sweep.evaluate import evaluate_ratios
+from fused_merge.sweep.report import write_report
 
 def sweep(folder, out, kill_at=None):
     asked = []
@@ -264,10 +266,12 @@ def test_a_scorer_that_fails_half_way(answer, sentence, evaluate, tmp_path):
             raise answer
         return good if mean(model) < 0.5 else answer
 
-    kept = rf"correct it and run the same again \(2 of 4 ratios are finished and kept in {tmp_path}/results.json\)"
+    kept = rf"2 of 4 ratios, and of this one 'mean', are finished and kept in {tmp_path}/results.json"
+    kept = rf"correct it and run the same again \({kept}\)"
     with pytest.raises(RuntimeError, match=f"scorer 'fails' at ratio 0.5 {sentence}; {kept}"):
         evaluate([0, 0.25, 0.5, 0.75], {"mean": mean, "fails": fails})
     assert labels_of(tmp_path) == ["0", "0.25"]
+    assert results_of(tmp_path)["partial"] == [{"label": "0.5", "ratio": 0.5, "scores": {"mean": 0.5}}]
     # Corrected, it goes on from there.
     asked = []
 
@@ -275,8 +279,12 @@ def test_a_scorer_that_fails_half_way(answer, sentence, evaluate, tmp_path):
         asked.append(float(mean(model)))
         return dict(reversed(good.items())) if isinstance(answer, dict) else good
 
-    rows = evaluate([0, 0.25, 0.5, 0.75], {"mean": mean, "fails": corrected})
-    assert asked == [0.5, 0.75]
+    again = []
+    rows = evaluate(
+        [0, 0.25, 0.5, 0.75], {"mean": lambda m: again.append(float(mean(m))) or mean(m), "fails": corrected}
+    )
+    assert (again, asked) == ([0.75], [0.5, 0.75])
+    assert "partial" not in results_of(tmp_path)
     assert [row.scores["mean"] for row in rows] == [0, 0.25, 0.5, 0.75]
     # In the order of the first ratio, whatever the order of the answers.
     assert len({tuple(row.scores) for row in rows}) == 1
@@ -297,9 +305,85 @@ def test_scores_that_change_between_ratios(evaluate):
         evaluate([0, 1], {"s": lambda model: {mean(model).item(): 1.0}})
 
 
-def test_two_scorers_with_one_score(evaluate):
-    with pytest.raises(RuntimeError, match="scorer 'a/b' at ratio 0 returned 'a/b' as another scorer does; rename one"):
-        evaluate([0], {"a": lambda model: {"b": 1.0}, "a/b": mean})
+def test_two_scorers_whose_scores_could_not_be_told_apart(evaluate):
+    with pytest.raises(ValueError, match="scores of 'a/b' could be taken for those of 'a'; rename one scorer"):
+        evaluate([0], {"a/b": pytest.fail, "a": pytest.fail})
+
+
+def test_scores_of_a_ratio_that_is_not_finished_count_for_nothing_but_are_kept(evaluate, tmp_path):
+    asked = []
+
+    def scorer(name, stops_at=None):
+        def score(model):
+            if mean(model) == stops_at:
+                raise KeyboardInterrupt
+            asked.append((name, float(mean(model))))
+            return {"x": mean(model) + torch.rand(()).item(), "loss": mean(model)}
+
+        score.lower_is_better = {"loss"}
+        return score
+
+    names = "a", "b", "c"
+    whole = evaluate_ratios(
+        RatioSweep(linear(7.0), linear(0.0), linear(1.0)), [0, 1], {n: scorer(n) for n in names}, tmp_path / "whole"
+    )
+    asked.clear()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate([0, 1], {"a": scorer("a"), "b": scorer("b"), "c": scorer("c", stops_at=0)})
+    found = results_of(tmp_path)
+    assert (found["rows"], "front" in found, found["lower_is_better"]) == ([], False, ["a/loss", "b/loss"])
+    assert list(found["partial"][0]["scores"]) == ["a/x", "a/loss", "b/x", "b/loss"]
+    with pytest.raises(ValueError, match="json has no finished ratio yet; run that sweep first"):
+        write_report(tmp_path)
+    # A wrong direction is known with the first score that it names.
+    with pytest.raises(
+        ValueError, match=r"minimize names 'a/y', but the scores are 'a/x', 'a/loss'; .* all scores are kept"
+    ):
+        evaluate([0, 1], dict.fromkeys(names, pytest.fail), minimize=["a/y"])
+    # In another order the first ratio is another one, and both may be partial.
+    with pytest.raises(KeyboardInterrupt):
+        evaluate([1, 0], {"a": scorer("a"), "b": scorer("b", stops_at=1), "c": scorer("c")})
+    assert [one["label"] for one in results_of(tmp_path)["partial"]] == ["0", "1"]
+    assert evaluate([0, 1], {name: scorer(name) for name in names}) == whole
+    assert asked == [("a", 0), ("b", 0), ("a", 1), ("c", 0), ("b", 1), ("c", 1)]
+    assert (tmp_path / "results.json").read_bytes() == (tmp_path / "whole/results.json").read_bytes()
+
+
+def test_details_are_kept_and_count_for_no_front(evaluate, tmp_path):
+    def group(model):
+        return {"acc": mean(model), "part/acc": 1 - mean(model)}
+
+    group.details = {"part/acc"}
+    evaluate([0, 1], {"group": group, "mean": mean})
+    found = results_of(tmp_path)
+    assert (found["details"], found["front"]) == (["group/part/acc"], ["1"])
+    assert found["rows"][1]["scores"] == {"group/acc": 1.0, "group/part/acc": 0.0, "mean": 1.0}
+    table = write_report(tmp_path)[1].read_text()
+    assert "| ratio | group/acc ↑ | mean ↑ |  |" in table
+    assert table.endswith("| in detail | 0 | 1 |\n| --- | --- | --- |\n| group/part/acc | 1 | 0 |\n")
+    # Another sweep has the same scores, whatever its details.
+    (tmp_path / "other").mkdir()
+    for row in found["rows"]:
+        del row["scores"]["group/part/acc"]
+    (tmp_path / "other/results.json").write_text(json.dumps(found | {"details": []}))
+    assert "## other" in write_report(tmp_path, [tmp_path / "other/results.json"])[1].read_text()
+
+
+def test_results_of_an_older_version_are_finished(evaluate, tmp_path):
+    row = {"label": "0", "ratio": 0.0, "scores": {"mean": 5.0}}
+    sweep = {"checkpoints": {}, "ratios": {"0": 0.0, "1": 1.0}, "scorers": ["mean"]}
+    old = {"fused_merge": "0.1.0", "sweep": sweep, "minimize": [], "lower_is_better": [], "rows": [row]}
+    (tmp_path / "results.json").write_text(json.dumps(old))
+    assert [scored.scores["mean"] for scored in evaluate([0, 1])] == [5.0, 1.0]
+
+
+def test_a_tilde_is_the_home_of_the_user(sweep, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_file({"w": torch.zeros(3)}, tmp_path / "base.safetensors")
+    evaluate_ratios(sweep, [0, 1], {"mean": mean}, "~/out")
+    evaluate_ratios(sweep, [0, 1], {"mean": mean}, "~/more")
+    report = write_report("~/out", ["~/more/results.json"])
+    assert report == [tmp_path / "out/results.json", tmp_path / "out/results.md"]
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,21 @@
-"""Sweeps between checkpoints, with scorers of a module and tasks of the lm-evaluation-harness."""
+"""Sweeps between checkpoints, with scorers of a module, of models that Transformers or a function loads."""
 
 from __future__ import annotations
 
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import llama, save
+from transformers import BertConfig, BertForMaskedLM
 from word_tokens import tokenizer
 
 from fused_merge.interpolation.interpolate import interpolate
 from fused_merge.sweep.evaluate import sweep_checkpoints
 from fused_merge.sweep.results import read_results
-from fused_merge.sweep.scorers import HarnessTask, ImportedScorer
+from fused_merge.sweep.scorers import ImportedScorer
 
 
 def results_of(out):
@@ -83,7 +83,7 @@ def test_a_finished_sweep_loads_no_model_again(ends, module, tmp_path, monkeypat
     options = {"scorers": ["ones:one", "ones:two"]}
     sweep_checkpoints(*ends, [0, 1], tmp_path / "out", **options)
     (tmp_path / "out" / "pareto.png").unlink()
-    monkeypatch.setattr("fused_merge.sweep.evaluate.load_model", pytest.fail)
+    monkeypatch.setattr("fused_merge.sweep.evaluate.ModelLoader.load", pytest.fail)
     assert sweep_checkpoints(*ends, [0, 1], tmp_path / "out", **options)[2].exists()
 
 
@@ -145,7 +145,7 @@ def test_a_scorer_gets_what_its_signature_asks_for(parameters, module):
 
 
 def test_what_is_known_before_a_model_is_loaded(ends, module, tmp_path, monkeypatch):
-    monkeypatch.setattr("fused_merge.sweep.evaluate.load_model", pytest.fail)
+    monkeypatch.setattr("fused_merge.sweep.evaluate.ModelLoader.load", pytest.fail)
     module("ones", "def one(model):\n    return 1\n")
     out, scorers = tmp_path / "out", ["ones:one"]
     base, tuned = ends
@@ -167,6 +167,16 @@ def test_what_is_known_before_a_model_is_loaded(ends, module, tmp_path, monkeypa
     no_harness = r"tasks need the lm-evaluation-harness \(.*\): pip install 'fused_merge\[evaluation\]'"
     refused(ImportError, no_harness, tasks=["t"])
     refused(FileNotFoundError, "gone.json", compare=["gone.json"])
+    (tmp_path / "begun.json").write_text('{"sweep": {}, "rows": []}')
+    refused(ValueError, "begun.json has no finished ratio yet; run that sweep first", compare=[tmp_path / "begun.json"])
+    refused(ValueError, "'nowhere' is no loader; write module:function", loader="nowhere")
+    refused(ValueError, "num_fewshot must be at least 0, got -1", num_fewshot=-1)
+    for limit in (0, 2.5):
+        refused(ValueError, f"limit must be a whole number, or a share between 0 and 1, got {limit}", limit=limit)
+    refused(NotADirectoryError, "include_path .*/nowhere is no folder; give one that holds", include_path=["nowhere"])
+    refused(TypeError, r"include_path must be a sequence, got 'here'; write \['here'\]", include_path="here")
+    idle = "apply_chat_template is for tasks of the lm-evaluation-harness; give tasks, or leave it out"
+    refused(ValueError, idle, apply_chat_template=True)
     for missing, sentence in (
         ("matplotlib", r"pareto.png needs matplotlib: pip install 'fused_merge\[plots\]'"),
         ("transformers", r"models are loaded by Transformers: pip install 'fused_merge\[evaluation\]'"),
@@ -174,6 +184,11 @@ def test_what_is_known_before_a_model_is_loaded(ends, module, tmp_path, monkeypa
         with monkeypatch.context() as without:
             without.setitem(sys.modules, missing, None)
             refused(ImportError, sentence)
+    for name in ("results.json", "results.md", "pareto.png"):
+        (out / name).mkdir(parents=True)
+        with pytest.raises(IsADirectoryError, match=f"{name} is a folder and should become a file; remove it, or"):
+            sweep_checkpoints(base, tuned, [0, 1], out, scorers=scorers)
+        (out / name).rmdir()
 
 
 def test_models_and_tokenizers_that_transformers_cannot_load(ends, module, tmp_path):
@@ -182,64 +197,40 @@ def test_models_and_tokenizers_that_transformers_cannot_load(ends, module, tmp_p
         file.unlink()
     with pytest.raises(ValueError, match=r"AutoTokenizer of Transformers cannot load .*tuned \(ValueError: Could"):
         sweep_checkpoints(*ends, [0], tmp_path / "out", scorers=["words:scorer"])
-    (ends[1] / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"AutoModelForCausalLM of Transformers cannot load .*tuned \(ValueError: Un"):
-        sweep_checkpoints(*ends, [0], tmp_path / "out", scorers=["words:scorer"])
+    (ends[1] / "model.safetensors").unlink()
+    save_file({"lm_head.weight": torch.zeros(3)}, ends[1] / "model.safetensors", {"format": "pt"})
+    module("one", "def scorer(model):\n    return 1\n")
+    with pytest.raises(ValueError, match=r"AutoModelForCausalLM of Transformers cannot load .*tuned \("):
+        sweep_checkpoints(*ends, [0], tmp_path / "out", scorers=["one:scorer"])
 
 
-# --- the lm-evaluation-harness, as a stand-in
+MASKED = """
+import torch, transformers
+calls = []
+def load(folder, device, dtype):
+    calls.append(folder)
+    model = transformers.BertForMaskedLM.from_pretrained(folder, dtype=dtype).to(device)
+    return model, "a tokenizer"
+def bias(model, tokenizer):
+    assert tokenizer == "a tokenizer" and not model.training
+    return model.bert.embeddings.word_embeddings.weight.double().sum()
+"""
 
 
-@pytest.fixture
-def harness(monkeypatch):
-    """A module with the names and the answers of lm_eval 0.4; remembers what it was asked."""
-    asked = SimpleNamespace(wrapped=None, calls=[])
-
-    class HFLM:
-        def __init__(self, pretrained, tokenizer, batch_size):
-            assert asked.wrapped is None
-            self.model = pretrained
-            asked.wrapped = (pretrained, tokenizer, batch_size)
-
-    def simple_evaluate(model, tasks, task_manager, **options):
-        assert task_manager == "every task"
-        asked.calls.append((tasks, options))
-        (task,) = tasks
-        found = {"alias": task, "sample_len": 3, "acc,none": float(model.model.lm_head.weight.double().sum())}
-        found |= {"acc_stderr,none": "N/A", "perplexity,none": 2.0}
-        found |= {"exact_match,strict-match": 0.5, "exact_match_stderr,strict-match": 0.1}
-        higher = {"acc": True, "perplexity": False, "exact_match": None}
-        return {"results": {task: found}, "higher_is_better": {task: higher}}
-
-    for name, content in (
-        ("lm_eval", {"simple_evaluate": simple_evaluate}),
-        ("lm_eval.models.huggingface", {"HFLM": HFLM}),
-        ("lm_eval.tasks", {"TaskManager": lambda: "every task"}),
-    ):
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**content))
-    return asked
-
-
-def test_tasks_of_the_harness(ends, harness, tmp_path):
-    files = sweep_checkpoints(*ends, [0, 1], tmp_path / "out", tasks=["first", "second"], batch_size=4)
-    rows = read_results(files[0]).finished
-    for row, folder in zip(rows, ends, strict=True):
-        total = load_file(folder / "model.safetensors")["model.embed_tokens.weight"].double().sum().item()
-        metrics = {"acc": total, "perplexity": 2.0, "exact_match,strict-match": 0.5}
-        assert row.scores == {f"{task}/{name}": metrics[name] for task in ("first", "second") for name in metrics}
-    model, words, batch_size = harness.wrapped
-    assert (type(model).__name__, words.vocab_size, batch_size) == ("LlamaForCausalLM", 48, 4)
-    assert [tasks for tasks, _ in harness.calls] == [["first"], ["second"]] * 2
-    assert harness.calls[0][1] == {"bootstrap_iters": 0, "log_samples": False}
-    # The harness knows of which less is better, and so does whoever goes on.
-    assert results_of(tmp_path / "out")["lower_is_better"] == ["first/perplexity", "second/perplexity"]
-    assert read_results(files[0]).maximize == [True, False, True] * 2
-    sweep_checkpoints(*ends, [0, 1], tmp_path / "out", tasks=["first", "second"])
-    assert len(harness.calls) == 4
-    assert read_results(files[0]).maximize == [True, False, True] * 2
-
-
-def test_a_task_without_directions_is_to_be_maximized():
-    task = HarnessTask("t", lambda **options: {"results": {"t": {"alias": "t", "acc,none": 0.5}}}, None, None)
-    assert task(None) == {"acc": 0.5}
-    assert task.lower_is_better == set()
+def test_a_model_that_a_function_loads(module, tmp_path):
+    module("masked", MASKED)
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = BertConfig(vocab_size=12, **size)
+    ends = [save(BertForMaskedLM(config), tmp_path / name) for name in ("base", "tuned")]
+    with pytest.raises(ValueError, match=r"holds a BertForMaskedLM, which neither .*; pass loader='module:function'"):
+        sweep_checkpoints(*ends, [0, 1], tmp_path / "out", scorers=["masked:bias"])
+    assert not (tmp_path / "out").exists()
+    files = sweep_checkpoints(*ends, [0, 1], tmp_path / "out", scorers=["masked:bias"], loader="masked:load")
+    totals = [load_file(end / "model.safetensors")["bert.embeddings.word_embeddings.weight"] for end in ends]
+    scores = [row.scores["bias"] for row in read_results(files[0]).finished]
+    assert scores == pytest.approx([total.double().sum().item() for total in totals])
+    assert sys.modules["masked"].calls == [ends[1]]
+    assert results_of(tmp_path / "out")["sweep"]["loader"] == "masked:load"
+    module("others", MASKED)
+    with pytest.raises(ValueError, match="a sweep with other loader"):
+        sweep_checkpoints(*ends, [0, 1], tmp_path / "out", scorers=["masked:bias"], loader="others:load")
