@@ -18,9 +18,10 @@ from fused_merge.adapt.adapt import adapt_ratios, answer_loss
 from fused_merge.adapt.options import AnswerOptions, SamplingOptions, TargetOptions
 from fused_merge.checkpoints.interpolate import plan_interpolation
 from fused_merge.functional.backend import check_device
+from fused_merge.io.options import PairingOptions
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.io.transformers import ModelLoader, import_function, stored_dtype, text_tokenizer
-from fused_merge.options import documented, resolve, split
+from fused_merge.options import documented, resolve, select, split
 from fused_merge.options import share as check_share
 from fused_merge.progress import progress_bar
 
@@ -148,7 +149,8 @@ def adapt_checkpoints(
     loader = ModelLoader(source.path, trust_remote_code=o["trust_remote_code"], loader=o["loader"])
     reward = None if o["reward"] is None else import_function(o["reward"], what="reward")
     # Before any work: whether the model can be written.
-    plan_interpolation(base, tuned, {MODEL: o["mean_ratio"]}, out)
+    pairing: dict[str, Any] = {"unmatched": o["unmatched"], **select(o, PairingOptions)}
+    plan_interpolation(base, tuned, {MODEL: o["mean_ratio"]}, out, **pairing)
     model, tokenizer = loader.load(check_device(o["device"]), o["dtype"] or stored_dtype(source))
     tokenizer = text_tokenizer(tokenizer)
     sampling, target, _ = split(options, SamplingOptions, TargetOptions, AnswerOptions)
@@ -162,9 +164,11 @@ def adapt_checkpoints(
     padding = tokenizer.pad_token_id or 0
     batches = answer_batches(answers, batch_size=o["batch_size"], padding=padding, device=model.device)
     run = {"journal": out / "journal.json", "progress": o["progress"]}
-    found = adapt_ratios(model, base, tuned, answer_loss, batches, **target, **run)
+    found = adapt_ratios(model, base, tuned, answer_loss, batches, **target, **run, **pairing)
     found.save(out / RATIOS)
-    (written,) = plan_interpolation(base, tuned, {MODEL: found}, out).run(device=o["device"], progress=o["progress"])
+    (written,) = plan_interpolation(base, tuned, {MODEL: found}, out, **pairing).run(
+        device=o["device"], progress=o["progress"]
+    )
     return written
 
 

@@ -6,7 +6,7 @@ Nothing here waits for torch.
 import math
 from typing import TYPE_CHECKING, Annotated, TypedDict
 
-from fused_merge.io.options import ModelOptions, PathOptions
+from fused_merge.io.options import ModelOptions, PairingOptions, PathOptions
 from fused_merge.options import Option, at_least, definition, need, one_of, share, within
 from fused_merge.progress import ProgressOption
 
@@ -93,14 +93,16 @@ class SamplingOptions(ProgressOption, total=False):
 
 
 @definition
-class AnswerOptions(TargetOptions, SamplingOptions, ModelOptions, total=False):
+class AnswerOptions(TargetOptions, SamplingOptions, ModelOptions, PairingOptions, total=False):
     """The options of `adapt_checkpoints`.
 
     Options:
         reward: function of a list of (prompt, answer) texts that returns a number for each, as `"module:function"`;
             only the `best` share is kept. None keeps all.
         best: share of the answers to keep with `reward`, in (0, 1].
+        unmatched: what happens to tensors that only one model holds: `"error"` or `"copy"`.
     """
 
     reward: Annotated["str | None", Option(None, cli={"metavar": "MODULE:FUNCTION"})]
     best: Annotated[float, Option(0.4, share, cli={})]
+    unmatched: Annotated[str, Option("error", one_of("error", "copy"), cli={})]

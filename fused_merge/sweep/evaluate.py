@@ -21,12 +21,13 @@ import torch
 from fused_merge.distributed import Processes
 from fused_merge.functional.backend import check_device
 from fused_merge.interpolation.ratio_sweep import RatioSweep
-from fused_merge.io.options import LoadingOptions
+from fused_merge.io.match import match
+from fused_merge.io.options import LoadingOptions, PathOptions
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.io.transformers import ModelLoader, stored_dtype
 from fused_merge.io.writer import stamp_of, write_text
 from fused_merge.names import some
-from fused_merge.options import documented, options_of, resolve
+from fused_merge.options import documented, resolve, select
 from fused_merge.per_tensor import PerTensor, dtype_name, finite, plain
 from fused_merge.progress import progress_bar
 from fused_merge.sweep.harness import Harness, HarnessTask
@@ -136,11 +137,12 @@ def sweep_checkpoints(
     loader = ModelLoader(source.path, trust_remote_code=o["trust_remote_code"], loader=o["loader"])
     imported = [ImportedScorer(text) for text in o["scorers"]]
     # What decides the scores, where it is not as it always was: files of older sweeps say nothing of it.
-    decisive = {name: option.default for name, option in options_of(TaskOptions, LoadingOptions).items()}
-    given = {name: o[name] for name, default in decisive.items() if o[name] != default}
-    of_tasks = {name: o[name] for name in options_of(TaskOptions)}
+    usual = resolve({}, TaskOptions, LoadingOptions, PathOptions)
+    given = {name: o[name] for name, default in usual.items() if o[name] != default}
+    of_tasks, pairing = select(o, TaskOptions), select(o, PathOptions)
     if not o["tasks"] and (idle := [name for name in of_tasks if name in given]):
         raise ValueError(f"{idle[0]} is for tasks of the lm-evaluation-harness; give tasks, or leave it out")
+    match(open_files(base, role="base"), source, same_dtype=True, memory=True, **pairing)
     harness = Harness(**of_tasks) if o["tasks"] else None
     tasks = harness.find(o["tasks"]) if harness else {}
     named: list[ImportedScorer | HarnessTask] = [*imported, *tasks.values()]
@@ -157,7 +159,7 @@ def sweep_checkpoints(
         for scorer in imported:
             scorer.tokenizer = tokenizer
         scorers = dict(zip(names, named, strict=True))
-        state.finish(RatioSweep(model, base, tuned), scorers, progress=o["progress"])
+        state.finish(RatioSweep(model, base, tuned, **pairing), scorers, progress=o["progress"])
     return write_report(folder, o["compare"])
 
 

@@ -5,7 +5,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
-from fused_merge.io.options import ModelOptions
+from fused_merge.io.options import ModelOptions, PathOptions
 from fused_merge.options import Option, at_least, definition, need, optional
 from fused_merge.progress import ProgressOption
 
@@ -66,7 +66,7 @@ class TaskOptions(TypedDict, total=False):
 
 
 @definition
-class SweepOptions(EvaluateOptions, TaskOptions, ModelOptions, total=False):
+class SweepOptions(EvaluateOptions, TaskOptions, ModelOptions, PathOptions, total=False):
     """The options of `sweep_checkpoints`.
 
     Options:
