@@ -22,7 +22,7 @@ from fused_merge.checkpoints.options import (
 )
 from fused_merge.merge.merge import plan_merge
 from fused_merge.merge.mergekit import plan_mergekit
-from fused_merge.merge.options import MergeOptions, MergePlanOptions
+from fused_merge.merge.options import MergekitOptions, MergeOptions, MergePlanOptions
 from fused_merge.optim.options import MergingOptions
 from fused_merge.options import at_least, check_known, one_of, optional, options_of, resolve, split, within
 from fused_merge.sweep.options import SweepOptions
@@ -32,10 +32,11 @@ FUNCTIONS = {
     plan_interpolation: InterpolatePlanOptions,
     fm.merge_checkpoints: MergeOptions,
     plan_merge: MergePlanOptions,
-    plan_mergekit: FileOptions,
+    plan_mergekit: MergekitOptions,
     Job.run: RunOptions,
 }
-DEFAULTS = {"max_shard_size": None, "overwrite": False, "dtype": None, "unmatched": "refuse", "align_vocabulary": False}
+DEFAULTS = {"max_shard_size": None, "overwrite": False, "dtype": None, "unmatched": "error", "align_vocabulary": False}
+DEFAULTS |= {"strip_prefix": (), "rename": (), "any_architecture": False}
 DEFAULTS |= {"threads": None, "max_memory": None, "device": "cpu", "verify": False, "progress": True}
 MERGE_DEFAULTS = {"density": None, "gamma": None, "epsilon": None, "normalize": None, "rescale": None, "scale": 1.0}
 MERGE_DEFAULTS |= {"trim": "tensor", "seed": 0}
@@ -95,7 +96,7 @@ def test_the_help_of_the_command_line_is_the_first_clause_of_a_text():
     ("name", "value", "error", "message"),
     [
         ("dtype", "int8", ValueError, "dtype must be 'bfloat16', 'float16', 'float32', 'float64' or None, got 'int8'"),
-        ("unmatched", "keep", ValueError, "unmatched must be 'refuse' or 'copy' or 'drop', got 'keep'"),
+        ("unmatched", "keep", ValueError, "unmatched must be 'error' or 'copy' or 'drop', got 'keep'"),
         ("max_shard_size", "big", ValueError, "max_shard_size must be a number of bytes such as .* got 'big'"),
         ("max_memory", 0, ValueError, "max_memory must be a number of bytes such as .* got 0"),
         ("threads", 0, ValueError, "threads must be at least 1, got 0"),
@@ -112,11 +113,12 @@ def test_checks_name_the_option_and_the_value(name, value, error, message):
 
 def test_resolved_options_are_as_they_are_used():
     found = resolve({"dtype": "bfloat16", "max_shard_size": "5GB", "threads": 3, "seed": torch.tensor(7)}, MergeOptions)
-    changed = {"dtype": torch.bfloat16, "max_shard_size": 5 * 10**9, "threads": 3, "seed": 7}
+    changed = {"dtype": torch.bfloat16, "max_shard_size": 5 * 10**9, "threads": 3, "seed": 7, "rename": {}}
     assert found == DEFAULTS | MERGE_DEFAULTS | changed
     # What was resolved can be resolved again.
     assert resolve(found, MergeOptions) == found
-    said = {"max_shard_size": 5 * 10**9, "dtype": "bfloat16", "unmatched": "refuse", "align_vocabulary": False}
+    pairing = {"unmatched": "error", "align_vocabulary": False, "strip_prefix": (), "rename": {}}
+    said = {"max_shard_size": 5 * 10**9, "dtype": "bfloat16", "any_architecture": False, **pairing}
     assert described(found) == said
 
 

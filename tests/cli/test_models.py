@@ -47,12 +47,15 @@ def test_sweep_passes_everything_on(run, swept):
     asked = "--scorer m:f --scorer n:g --task x --task y --minimize g --minimize x/loss --compare o/results.json "
     asked += "--compare p/results.json --device cuda --dtype bfloat16 --batch-size 8 --quiet --include-path t "
     asked += "--include-path u --num-fewshot 5 --limit 0.1 --apply-chat-template --trust-remote-code --loader l:h "
-    asked += "--confirm-run-unsafe-code"
+    asked += "--confirm-run-unsafe-code --align-vocabulary --unmatched copy --strip-prefix net. --rename a=b "
+    asked += "--any-architecture"
     assert run(*SWEEP, *asked.split())[:2] == (0, "")
     wanted = {"scorers": ["m:f", "n:g"], "tasks": ["x", "y"], "minimize": ["g", "x/loss"], "device": "cuda"}
     wanted |= {"compare": ["o/results.json", "p/results.json"], "dtype": "bfloat16", "batch_size": 8}
     wanted |= {"include_path": ["t", "u"], "num_fewshot": 5, "limit": 0.1, "apply_chat_template": True}
     wanted |= {"trust_remote_code": True, "loader": "l:h", "confirm_run_unsafe_code": True}
+    wanted |= {"align_vocabulary": True, "unmatched": "copy", "strip_prefix": ["net."], "rename": ["a=b"]}
+    wanted |= {"any_architecture": True}
     assert swept.options == wanted | {"progress": False}
 
 

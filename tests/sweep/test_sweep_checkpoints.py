@@ -197,8 +197,9 @@ def test_models_and_tokenizers_that_transformers_cannot_load(ends, module, tmp_p
         file.unlink()
     with pytest.raises(ValueError, match=r"AutoTokenizer of Transformers cannot load .*tuned \(ValueError: Could"):
         sweep_checkpoints(*ends, [0], tmp_path / "out", scorers=["words:scorer"])
-    (ends[1] / "model.safetensors").unlink()
-    save_file({"lm_head.weight": torch.zeros(3)}, ends[1] / "model.safetensors", {"format": "pt"})
+    for end in ends:
+        (end / "model.safetensors").unlink()
+        save_file({"lm_head.weight": torch.zeros(3)}, end / "model.safetensors", {"format": "pt"})
     module("one", "def scorer(model):\n    return 1\n")
     with pytest.raises(ValueError, match=r"AutoModelForCausalLM of Transformers cannot load .*tuned \("):
         sweep_checkpoints(*ends, [0], tmp_path / "out", scorers=["one:scorer"])
