@@ -17,6 +17,8 @@ SWEEP = ["sweep", "a", "b", "--out", "out", "--ratios", "0:1:0.5"]
 SWEEP_DEFAULTS = {"scorers": [], "tasks": [], "minimize": [], "compare": [], "device": "cpu", "dtype": None}
 SWEEP_DEFAULTS |= {"batch_size": 1, "progress": True, "trust_remote_code": False, "loader": None, "include_path": []}
 SWEEP_DEFAULTS |= {"num_fewshot": None, "limit": None, "apply_chat_template": False, "confirm_run_unsafe_code": False}
+SWEEP_DEFAULTS |= {"align_vocabulary": False, "unmatched": "error", "strip_prefix": [], "rename": []}
+SWEEP_DEFAULTS |= {"any_architecture": False}
 
 
 @pytest.fixture
