@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fused_merge.checkpoints.folders import read_config
 from fused_merge.checkpoints.plan import AlignedSegment, AlignedTensor
+from fused_merge.io.configs import read_config
 from fused_merge.io.match import match
 from fused_merge.io.sources import FileSource
 from fused_merge.names import some

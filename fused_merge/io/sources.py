@@ -6,6 +6,7 @@ are known without reading any data. Nothing here ever unpickles a file.
 
 from __future__ import annotations
 
+import logging
 import os
 from abc import abstractmethod
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from fused_merge.distributed import is_sharded, local_part
 from fused_merge.io.headers import METADATA, Entry, open_safetensors, read_json
 from fused_merge.names import canonical_name, some
+
+logger = logging.getLogger("fused_merge")
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 SourceLike: TypeAlias = "nn.Module | Mapping[str, Tensor] | PathLike"
@@ -256,6 +259,9 @@ def _location(tensor: Tensor) -> tuple[object, ...]:
 def _read_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, set[str]]]:
     """Return the index, None for a single file, and for each shard the tensors that the index lists."""
     if (folder / SINGLE_FILE).exists():
+        if (folder / INDEX_FILE).exists():
+            both = folder, SINGLE_FILE, INDEX_FILE, SINGLE_FILE
+            logger.warning("%s holds both %s and %s; only %s is read, as Transformers does", *both)
         return None, {SINGLE_FILE: set()}
     path = folder / INDEX_FILE
     if not path.exists():

@@ -209,7 +209,8 @@ def read_mergekit(path: PathLike) -> MergeRecipe:
         options={
             **decided,
             "dtype": dtypes[0] or dtypes[1],
-            "files_from": _files_from(top.get("tokenizer_source"), base, models, path),
+            "config_from": base or models[0],
+            "tokenizer_from": _tokenizer_from(top.get("tokenizer_source"), base, models, path),
         },
         slices=slices,
     )
@@ -272,7 +273,7 @@ def _folder(reference: Any, where: str) -> Path:
     return Path(reference)
 
 
-def _files_from(source: Any, base: Path | None, models: Sequence[Path], path: Path) -> Path:
+def _tokenizer_from(source: Any, base: Path | None, models: Sequence[Path], path: Path) -> Path:
     if source == "union":
         raise ValueError(f"{path}: tokenizer_source 'union' is not supported; name the base or a model")
     if source == "base" and base is None:
