@@ -191,3 +191,17 @@ def test_an_untied_or_constant_extra_tensor_is_no_alias():
     # A fresh norm equals another by accident: it may not stand for one that is missing.
     with pytest.raises(ValueError, match="lacks 'another'"):
         match(small, open_source(weights(a=[1, 2], one=[1, 1], another=[1, 1])))
+
+
+def test_a_single_file_beside_an_index_is_read_and_said(tmp_path, caplog):
+    save_file(weights(a=[1, 2]), tmp_path / "model.safetensors")
+    open_source(tmp_path)
+    assert caplog.messages == []
+    save_file(weights(a=[3, 4]), tmp_path / "shard.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "shard.safetensors"}}')
+    assert open_source(tmp_path)["a"].tolist() == [1, 2]
+    (sentence,) = caplog.messages
+    assert sentence == (
+        f"{tmp_path} holds both model.safetensors and model.safetensors.index.json; only model.safetensors is read, "
+        "as Transformers does"
+    )
