@@ -27,7 +27,7 @@ from fused_merge.checkpoints.plan import OutputFile
 from fused_merge.checkpoints.work_folder import WorkFolder
 from fused_merge.io.configs import declared_but_missing
 from fused_merge.io.sources import INDEX_FILE, SINGLE_FILE, FileSource
-from fused_merge.io.writer import stamp_of, sync_folder, write_whole
+from fused_merge.io.writer import stamp_of, sync_folder, write_whole, writing
 from fused_merge.names import some
 from fused_merge.options import documented, resolve
 from fused_merge.progress import progress_bar
@@ -232,6 +232,8 @@ class Job:
                 # The next run writes it anew.
                 self._work_folder.entry(file).unlink(missing_ok=True)
                 raise
+        # What is written into a folder synchronizes that one alone.
+        inner = {place for name in beside for place in (folder / name).parents if folder in place.parents}
         beside = {
             **beside,
             folders.CARD: folders.card(output.title, output.text, output.recipe),
@@ -239,8 +241,9 @@ class Job:
         }
         for name, content in beside.items():
             write_whole(folder / name, content)
-        for inner in {inner for name in beside for inner in Path(name).parents}:
-            sync_folder(folder / inner)
+        for place in inner:
+            with writing(place):
+                sync_folder(place)
 
     def _copied(self) -> list[Path]:
         """Return the files that are copied to outputs."""
