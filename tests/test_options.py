@@ -39,14 +39,14 @@ DEFAULTS = {"max_shard_size": None, "overwrite": False, "dtype": None, "unmatche
 DEFAULTS |= {"strip_prefix": (), "rename": (), "any_architecture": False}
 DEFAULTS |= {"threads": None, "max_memory": None, "device": "cpu", "verify": False, "progress": True}
 MERGE_DEFAULTS = {"density": None, "gamma": None, "epsilon": None, "normalize": None, "rescale": None, "scale": 1.0}
-MERGE_DEFAULTS |= {"trim": "tensor", "seed": 0}
-MERGE_DEFAULTS |= {"files_from": None}
+FILES_FROM = {"config_from": None, "tokenizer_from": None}
+MERGE_DEFAULTS |= {"trim": "tensor", "seed": 0, **FILES_FROM}
 
 
 @pytest.mark.parametrize(
     ("function", "arguments", "own"),
     [
-        (fm.interpolate_checkpoints, ["base", "tuned", "ratios", "out"], {"files_from": "tuned", "impl": "auto"}),
+        (fm.interpolate_checkpoints, ["base", "tuned", "ratios", "out"], FILES_FROM | {"impl": "auto"}),
         (fm.merge_checkpoints, ["base", "models", "method", "out"], MERGE_DEFAULTS),
     ],
 )

@@ -6,18 +6,29 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fused_merge.checkpoints.plan import AlignedSegment, AlignedTensor
-from fused_merge.io.match import match
+from fused_merge.io.match import match, ties
 from fused_merge.io.options import OutputOptions
 from fused_merge.io.sources import FileRange, FileSource, TensorSource
+from fused_merge.names import kind_of
 from fused_merge.options import select
 
 
-def align(sources: Sequence[FileSource], config_source: int, options: Mapping[str, Any]) -> list[AlignedTensor]:
+class Alignment(NamedTuple):
+    """What several checkpoints have in common."""
+
+    tensors: list[AlignedTensor]
+    fitting: list[
+        int
+    ]  # the checkpoints whose tensors have the shapes of the output: those that its tokenizer may be of
+    config_values: dict[str, Any]  # what the configuration of the output has to say
+
+
+def align(sources: Sequence[FileSource], config_source: int, options: Mapping[str, Any]) -> Alignment:
     """Pair the tensors of n checkpoints by `PlanOptions`, or raise a ValueError that names those that do not fit.
 
     The first source gives the order and decides which tied weights are written out: those that it holds, and those that
@@ -39,6 +50,17 @@ def align(sources: Sequence[FileSource], config_source: int, options: Mapping[st
         if len(own) == len(sources):
             common[name] = own
     aligned = [_aligned(name, own, views, config_source, dtype) for name, own in common.items()]
+    fitting = [
+        i
+        for i, view in enumerate(views)
+        if all(tuple(view.shape(common[tensor.name][i])) == tensor.shape for tensor in aligned)
+    ]
+    embeddings = {tensor.shape for tensor in aligned if kind_of(tensor.name) == "embeddings"}
+    has_head = any(tensor.shape in embeddings for tensor in aligned if kind_of(tensor.name) == "head")
+    # Where one model ties its head and another does not, the output does not, since it has both.
+    untied = has_head and (
+        any(each.untied for each in matches) or {ties(source) for source in sources} >= {True, False}
+    )
     if options["unmatched"] == "copy":
         known = set(common)
         for i in (config_source, *range(len(sources))):
@@ -47,7 +69,7 @@ def align(sources: Sequence[FileSource], config_source: int, options: Mapping[st
             new = [name for name in views[i] if name not in known and name not in aliases]
             known.update(new)
             aligned += [_copied(name, views[i], dtype) for name in new]
-    return aligned
+    return Alignment(aligned, fitting, {"tie_word_embeddings": False} if untied else {})
 
 
 def _aligned(

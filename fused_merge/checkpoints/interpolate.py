@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fused_merge import functional
 from fused_merge.checkpoints.align import align
-from fused_merge.checkpoints.folders import describe_source
+from fused_merge.checkpoints.folders import beside, describe_source, has_config, has_tokenizer
 from fused_merge.checkpoints.job import Job, Output
 from fused_merge.checkpoints.options import InterpolateOptions, InterpolatePlanOptions, RunOptions, described
-from fused_merge.checkpoints.plan import AlignedSegment, AlignedTensor, CopyRule, Rule, lay_out_files
+from fused_merge.checkpoints.plan import AlignedSegment, AlignedTensor, CopyRule, Rule, lay_out_files, merged_share
 from fused_merge.eager.interpolate import interpolate_
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.options import documented, resolve, split
@@ -53,9 +53,9 @@ def interpolate_checkpoints(
 
     `out/r0.10/` and so on hold the tensors of `base` under canonical names; tied weights that `base` leaves out stay
     out. The arithmetic is fp32 (fp64 if one of the models is) and is rounded once. At r = 0 and r = 1 every tensor is
-    copied bit for bit. Integer tensors are copied from `tuned`, at r = 0 from `base`. Configuration, generation
-    configuration, tokenizer and chat template go along; `fused_merge.json` holds the recipe and the checksums,
-    `README.md` a model card. Source: Lin et al. 2024 (arXiv 2309.06256).
+    copied bit for bit. Integer tensors are copied from `tuned`, at r = 0 from `base`. Everything small that is neither
+    weights nor training state goes along: configuration, tokenizer, chat template, folders too. `fused_merge.json`
+    holds the recipe and the checksums, `README.md` a model card. Source: Lin et al. 2024 (arXiv 2309.06256).
 
     Everything is checked before the first byte is written. Until all outputs are complete, they are in
     `out/.fused_merge.part`; when a run failed or was killed, the same call goes on there and writes the same bytes.
@@ -93,8 +93,9 @@ def plan_interpolation(
     """
     plan = resolve(options, InterpolatePlanOptions)
     sources = open_files(base, role="base"), open_files(tuned, role="tuned")
-    config_source = ("base", "tuned").index(plan["files_from"])
-    tensors = align(sources, config_source, plan)
+    named = {"base": 0, "tuned": 1}
+    layout = named.get(plan["config_from"], 1)
+    tensors, fitting, config_values = align(sources, layout, plan)
     interpolated = [tensor.name for tensor in tensors if tensor.merged]
     labeled = dict(ratios) if isinstance(ratios, Mapping) and not isinstance(ratios, NamedRatios) else None
     given = check_ratios(ratios if labeled is None else labeled.values())  # type: ignore[arg-type]
@@ -110,18 +111,30 @@ def plan_interpolation(
             return InterpolateRule(tuple(own[tensor.name] for own in decided))
         return CopyRule(copied_from if len(segment.inputs) == 2 else (0,) * len(given))
 
+    # A model whose vocabulary has another size than the outputs has neither configuration nor tokenizer for them.
+    ends_that_fit = sorted(fitting, reverse=True)
+    configs = [i for i in ends_that_fit if has_config(sources[i])] or [layout]
+    tokenizers = [i for i in ends_that_fit if has_tokenizer(sources[i])] or [layout]
+    tokenizer = named.get(plan["tokenizer_from"], tokenizers[0])
+    around = {}
+    for end in dict.fromkeys(copied_from):
+        config = named.get(plan["config_from"], end if end in configs else configs[0])
+        around[end] = beside(sources[config], sources[tokenizer], plan["dtype"], config_values)
     ends = {"base": describe_source(sources[0]), "tuned": describe_source(sources[1])}
-    recipe = {"operation": "interpolate", **ends, **described(plan), "files_from": plan["files_from"]}
+    recipe = {"operation": "interpolate", **ends, **described(plan)}
+    recipe |= {name: plan[name] for name in ("config_from", "tokenizer_from")}
     about = (
         f"An interpolation of two models: base + r * (tuned - base), with base = `{base}` and tuned = `{tuned}`, "
-        "computed in fp32 and rounded once ([Lin et al. 2024](https://arxiv.org/abs/2309.06256))."
+        "computed in fp32 and rounded once ([Lin et al. 2024](https://arxiv.org/abs/2309.06256)). "
+        f"{merged_share(tensors):.2%} of its bytes are interpolated, the others copied."
     )
     outputs = []
-    for label, ratio, own in zip(labels, given, decided, strict=True):
+    for label, ratio, own, end in zip(labels, given, decided, copied_from, strict=True):
         written = plain(own if isinstance(ratio, NamedRatios) else ratio, what="ratio")
-        outputs.append(Output(Path(out) / label, {**recipe, "ratio": written}, f"Ratio {label}", about))
+        said = {**recipe, "ratio": written}
+        outputs.append(Output(Path(out) / label, said, f"Ratio {label}", about, around[end]))
     files, work = lay_out_files(tensors, sources[0], rule_of, plan["max_shard_size"]), Path(out) / ".fused_merge.part"
-    return Job("interpolating", outputs, sources, sources[config_source], files, work=work, options=plan)
+    return Job("interpolating", outputs, sources, files, work=work, options=plan)
 
 
 def _labels(ratios: Sequence[PerTensor], decided: Sequence[Mapping[str, float]]) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import resource
 import shutil
@@ -24,13 +25,17 @@ from fused_merge.checkpoints.engine import Resources, write_file
 from fused_merge.checkpoints.options import RunOptions
 from fused_merge.checkpoints.plan import OutputFile
 from fused_merge.checkpoints.work_folder import WorkFolder
+from fused_merge.io.configs import declared_but_missing
 from fused_merge.io.sources import INDEX_FILE, SINGLE_FILE, FileSource
-from fused_merge.io.writer import stamp_of, write_whole
+from fused_merge.io.writer import stamp_of, sync_folder, write_whole, writing
+from fused_merge.names import some
 from fused_merge.options import documented, resolve
 from fused_merge.progress import progress_bar
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+logger = logging.getLogger("fused_merge")
 
 # Files that are open beside inputs and outputs: the lock, a journal, a folder.
 _SPARE_HANDLES = 16
@@ -55,6 +60,7 @@ class Output(NamedTuple):
     recipe: Mapping[str, Any]  # how to make it again, as the manifest says it
     title: str
     text: str  # of the card
+    beside: folders.Beside  # all else that goes along
 
 
 class Job:
@@ -65,7 +71,6 @@ class Job:
         operation: str,  # what the progress bar says
         targets: Sequence[Output],
         sources: Sequence[FileSource],
-        config_source: FileSource,  # whose configuration and tokenizer go along
         files: Sequence[OutputFile],  # the weights of each output
         *,
         work: Path,  # where everything is until it is finished
@@ -75,17 +80,19 @@ class Job:
         self.operation, self._targets, self.files = operation, targets, files
         self._overwrite, self.whole_tensor_pass = options["overwrite"], whole_tensor_pass
         self.outputs = [output.folder for output in targets]
-        # Other files of each output by name: where they are, or what they hold.
-        self._beside = folders.sidecar_files(config_source, options["dtype"])
+        # Other files of each output by path in it: where they are, or what they hold.
+        self._beside = [dict(output.beside.files) for output in targets]
+        self.left_behind = {path: why for output in targets for path, why in output.beside.left.items()}
         if len(files) > 1 or files[0].name != SINGLE_FILE:
             index = next((source.index for source in sources if source.index is not None), None) or {}
             metadata = {**index.get("metadata", {}), "total_size": sum(file.nbytes for file in files)}
             weight_map = {name: file.name for file in files for name in file.entries}
             content = {**index, "metadata": metadata, "weight_map": weight_map}
-            self._beside[INDEX_FILE] = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+            for beside in self._beside:
+                beside[INDEX_FILE] = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
         # Size and time of change of every file that is read.
         weights = [path for source in sources for path in source.files()]
-        self._stamps = {path: stamp_of(path) for path in (*weights, *self._beside.values()) if isinstance(path, Path)}
+        self._stamps = {path: stamp_of(path) for path in (*weights, *self._copied())}
         sizes = {file.name: file.size for file in files}
         self._work_folder = WorkFolder(work, json.dumps(self.identity).encode(), self.outputs, sizes)
         for folder in self.outputs:
@@ -94,18 +101,22 @@ class Job:
                 raise ValueError(f"{folder} holds the input {held}, which it would replace; choose another folder")
         self._check_space()
         self._check_handles()
+        self._warn()
 
     @cached_property
     def identity(self) -> str:
         """SHA-256 over recipes, layout and inputs: jobs of one identity write the same bytes."""
-        beside = {name: str(x.absolute()) if isinstance(x, Path) else _sha256(x) for name, x in self._beside.items()}
+        beside = [
+            [[name, str(each.absolute()) if isinstance(each, Path) else _sha256(each)] for name, each in own.items()]
+            for own in self._beside
+        ]
         content = [
             __version__,
             [HASH, PIECE],
             [[output.folder.name, output.recipe] for output in self._targets],
             [[file.name, _sha256(file.header)] for file in self.files],
             [[str(path.absolute()), *stamp] for path, stamp in self._stamps.items()],
-            [*beside.items()],
+            beside,
         ]
         return _sha256(json.dumps(content).encode())
 
@@ -118,9 +129,9 @@ class Job:
     @property
     def bytes_written(self) -> int:
         """Bytes of all outputs together."""
-        beside = self._beside.values()
-        sizes = (each.stat().st_size if isinstance(each, Path) else len(each) for each in beside)
-        return len(self._targets) * (sum(file.size for file in self.files) + sum(sizes))
+        contents = (each for own in self._beside for each in own.values())
+        sizes = (each.stat().st_size if isinstance(each, Path) else len(each) for each in contents)
+        return len(self._targets) * sum(file.size for file in self.files) + sum(sizes)
 
     def describe(self) -> dict[str, Any]:
         """Return the plan in plain numbers and strings."""
@@ -133,6 +144,7 @@ class Job:
             "tensors": sum(len(file.entries) for file in self.files),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
+            "left_behind": self.left_behind,
         }
 
     @documented(RunOptions)
@@ -192,11 +204,12 @@ class Job:
 
     def _finish(self, *, verify: bool) -> None:
         """Complete every output that has not got its name yet, and rename it."""
-        self._check_inputs(content for content in self._beside.values() if isinstance(content, Path))
+        self._check_inputs(self._copied())
         journal, unnamed = self._work_folder.journal(), self._work_folder.unnamed
         for i, output in enumerate(self._targets):
             if output.folder in unnamed:
-                self._complete(output, {file: digests[i] for file, digests in journal.items()}, verify=verify)
+                own = {file: digests[i] for file, digests in journal.items()}
+                self._complete(output, self._beside[i], own, verify=verify)
             elif verify:
                 folders.verify_checkpoint(output.folder)
         try:
@@ -207,7 +220,9 @@ class Job:
             self._work_folder.restore()
         self._work_folder.remove()
 
-    def _complete(self, output: Output, digests: Mapping[str, Sequence[str]], *, verify: bool) -> None:
+    def _complete(
+        self, output: Output, beside: Mapping[str, Path | bytes], digests: Mapping[str, Sequence[str]], *, verify: bool
+    ) -> None:
         """Give an output all that belongs beside its weights."""
         folder = self._work_folder.staging(output.folder)
         for file, expected in digests.items() if verify else ():
@@ -217,13 +232,38 @@ class Job:
                 # The next run writes it anew.
                 self._work_folder.entry(file).unlink(missing_ok=True)
                 raise
+        # What is written into a folder synchronizes that one alone.
+        inner = {place for name in beside for place in (folder / name).parents if folder in place.parents}
         beside = {
-            **self._beside,
+            **beside,
             folders.CARD: folders.card(output.title, output.text, output.recipe),
             folders.MANIFEST: folders.manifest(output.recipe, self.identity, digests),
         }
         for name, content in beside.items():
             write_whole(folder / name, content)
+        for place in inner:
+            with writing(place):
+                sync_folder(place)
+
+    def _copied(self) -> list[Path]:
+        """Return the files that are copied to outputs."""
+        return [each for own in self._beside for each in own.values() if isinstance(each, Path)]
+
+    def _warn(self) -> None:
+        """Say what stays behind, and what configurations declare that is not written."""
+        if self.left_behind:
+            # First what somebody may miss.
+            listed = sorted(self.left_behind.items(), key=lambda each: each[1] in folders.STAYS)
+            named = some((f"{path} ({why})" for path, why in listed), 8)
+            logger.warning("of what stands beside the weights stays behind: %s; copy what the outputs need", named)
+        names = {name for file in self.files for name in file.entries}
+        missing = {each: None for output in self._targets for each in declared_but_missing(output.beside.config, names)}
+        if missing:
+            logger.warning(
+                "the config.json of an output declares %s, but no tensor that is written belongs to it; write it with "
+                "unmatched='copy' if a model holds it, or correct the file",
+                ", ".join(missing),
+            )
 
     def _check_name(self, folder: Path) -> None:
         """Verify that a folder may be replaced, if there is one."""

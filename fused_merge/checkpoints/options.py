@@ -82,10 +82,17 @@ class InterpolatePlanOptions(PlanOptions, total=False):
     """The options that decide what `interpolate_checkpoints` writes.
 
     Options:
-        files_from: model whose configuration and tokenizer go along: `"tuned"` or `"base"`.
+        config_from: model whose configuration goes along, `"base"` or `"tuned"`; with it go code and whatever else is
+            no tokenizer. None is the model that the weights are those of: the base at r = 0, else the tuned one. With
+            vocabularies of two sizes it is the tuned one for all outputs.
+        tokenizer_from: model whose tokenizer goes along, `"base"` or `"tuned"`; with it go processor and chat template.
+            None is the tuned model, or the base where that has none or one for another vocabulary.
     """
 
-    files_from: Annotated[str, Option("tuned", one_of("base", "tuned"), cli={})]
+    config_from: Annotated[
+        "str | None", Option(None, one_of("base", "tuned", None), cli={"show_default": "base at r = 0, else tuned"})
+    ]
+    tokenizer_from: Annotated["str | None", Option(None, one_of("base", "tuned", None), cli={"show_default": "tuned"})]
 
 
 class InterpolateOptions(InterpolatePlanOptions, RunOptions, total=False):

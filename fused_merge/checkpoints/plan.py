@@ -48,6 +48,13 @@ class AlignedTensor(NamedTuple):
         return prod(self.shape) * self.dtype.itemsize
 
 
+def merged_share(tensors: Sequence[AlignedTensor]) -> float:
+    """Return the share of the bytes of an output that is merged and not copied."""
+    segments = [(each, tensor.dtype.itemsize) for tensor in tensors for each in tensor.segments]
+    whole = sum(each.numel * size for each, size in segments)
+    return sum(each.numel * size for each, size in segments if each.merged) / max(1, whole)
+
+
 class Rule(Protocol):
     """Makes n elements of R outputs of the same elements of the inputs: vectors, of which `outs` are written.
 

@@ -102,13 +102,13 @@ def encode_header(entries: Mapping[str, Entry], metadata: Mapping[str, str], *, 
     return length.to_bytes(8, "little") + text.ljust(length)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, finite: bool = True) -> Any:
     """Read a JSON file from outside, as `load_json` parses it; OSError, or ValueError if it is none or too large."""
     try:
         with _opened(path) as (file, size):
             if size > _LONGEST_JSON:
                 raise ValueError(f"it has {size} bytes")
-            value = load_json(file.read(size))
+            value = load_json(file.read(size), finite=finite)
         if _levels(value) > _MOST_LEVELS:
             raise ValueError("it is nested too deeply")
     except (ValueError, RecursionError) as error:
@@ -116,14 +116,14 @@ def read_json(path: Path) -> Any:
     return value
 
 
-def load_json(text: bytes) -> Any:
+def load_json(text: bytes, *, finite: bool = True) -> Any:
     """Parse JSON from outside, by the letter of the standard; ValueError or, if it is too deep, RecursionError.
 
     A key that stands twice is refused, since readers differ in which one they take, and so is what other readers
-    could not read when it is written again: NaN, infinities, and halves of surrogate pairs.
+    could not read when it is written again: halves of surrogate pairs and, if `finite`, NaN and infinities.
     """
     value = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
-    json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    json.dumps(value, allow_nan=not finite, ensure_ascii=False).encode()
     return value
 
 

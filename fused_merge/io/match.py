@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fused_merge.io.configs import check_configs
 from fused_merge.io.layouts import in_memory, layout_of
 from fused_merge.io.sources import MemorySource, TensorSource, bits, same_bits
 from fused_merge.io.views import Assembly, Conversion, Piece, ViewSource
@@ -122,6 +123,7 @@ def explain(
     tensor that both hold: tied weights that one checkpoint writes out and the other does not. A head that only one
     source holds, of a model that the other ties, belongs to the embedding of the other.
     """
+    check_configs([source for source in (first, second) if source.files()], any_architecture=any_architecture)
     apart: dict[str, Any] = {"same_dtype": same_dtype, "any_rows": align_vocabulary, "parameters": parameters}
     sources = first, second
     if strip_prefix or rename:
@@ -380,7 +382,7 @@ def _embedding_of(
     head: str, here: TensorSource, there: TensorSource, common: Sequence[str], any_rows: bool
 ) -> str | None:
     """Return the embedding that `there` uses as a head that only `here` has by itself, None if it is none."""
-    if kind_of(head) != "head" or len(here.shape(head)) != 2 or not _ties(there):
+    if kind_of(head) != "head" or len(here.shape(head)) != 2 or not ties(there):
         return None
     shape = here.shape(head)
     fits = [
@@ -392,7 +394,7 @@ def _embedding_of(
     return fits[0] if len(fits) == 1 else None
 
 
-def _ties(source: TensorSource) -> bool | None:
+def ties(source: TensorSource) -> bool | None:
     """Return whether the configuration of a source says that its head is its embedding; None without one."""
     nested = source.config.get("text_config")
     said = source.config.get("tie_word_embeddings")
@@ -413,7 +415,7 @@ def _find_tied(
     first = {source.aliases.get(name, name): name for name in common} if source.aliases else {}
     tied = {name: first[owner] for name in extra if (owner := source.aliases.get(name, name)) in first}
     candidates: defaultdict[tuple[object, ...], list[str]] = defaultdict(list)
-    for name in owners if may_tie and _ties(source) is not False else ():
+    for name in owners if may_tie and ties(source) is not False else ():
         candidates[_fingerprint(source, name)].append(name)
     for name in may_tie if candidates else ():
         alike = candidates.get(_fingerprint(source, name), ())

@@ -6,9 +6,11 @@ are known without reading any data. Nothing here ever unpickles a file.
 
 from __future__ import annotations
 
+import logging
 import os
 from abc import abstractmethod
 from collections.abc import Container, Iterable, Iterator, Mapping
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 from fused_merge.distributed import is_sharded, local_part
 from fused_merge.io.headers import METADATA, Entry, open_safetensors, read_json
 from fused_merge.names import canonical_name, some
+
+logger = logging.getLogger("fused_merge")
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 SourceLike: TypeAlias = "nn.Module | Mapping[str, Tensor] | PathLike"
@@ -38,7 +42,6 @@ class TensorSource(Mapping[str, Tensor]):
     origin: str  # what messages call this source: a path, or what was passed
     aliases: dict[str, str]  # name -> the first name of the tensor that both share (tied weights)
     buffers: frozenset[str] = frozenset()  # the names that are a module's buffers
-    config: Mapping[str, Any] = {}  # of the model, as in its `config.json`; empty if there is none
     ordered: bool = False  # whether the order is known to be that of the model's parameters
     _kinds: dict[str, tuple[torch.Size, torch.dtype]]
 
@@ -72,6 +75,11 @@ class TensorSource(Mapping[str, Tensor]):
             box = tuple(slice(0, min(size, -(-n // each))) for size, each in zip(shape, inner, strict=True))
         return self.box(name, box).reshape(-1)[:n]
 
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration of the model, as in its `config.json`; empty if there is none."""
+        return {}
+
     def files(self) -> tuple[Path, ...]:
         """Return the safetensors files behind this source; none for tensors in memory."""
         return ()
@@ -96,8 +104,6 @@ class MemorySource(TensorSource):
 
     def __init__(self, named: Iterable[tuple[Any, Any]], origin: str, module: nn.Module | None = None) -> None:
         self.origin, self.module, self.ordered = origin, module, module is not None
-        to_dict = getattr(getattr(module, "config", None), "to_dict", None)
-        self.config = to_dict() if to_dict else {}
         buffers = () if module is None else persistent_buffers(module)
         self.buffers = frozenset(map(canonical_name, buffers))
         self._tensors: dict[str, Tensor] = {}
@@ -115,6 +121,12 @@ class MemorySource(TensorSource):
             if owner != name:
                 self.aliases[name] = owner
         self._kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in self._tensors.items()}
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration of a model of Transformers."""
+        to_dict = getattr(getattr(self.module, "config", None), "to_dict", None)
+        return to_dict() if to_dict else {}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -142,8 +154,6 @@ class FileSource(TensorSource):
         self.path = path
         self.origin, self.aliases = str(path), {}
         self._folder = path if path.is_dir() else path.parent
-        if path.is_dir():
-            self.config = read_config(path)
         listed: dict[str, set[str]] = {path.name: set()}
         if path.is_dir():
             self.index, listed = _read_folder(path)
@@ -179,6 +189,17 @@ class FileSource(TensorSource):
         file, raw, _ = self._stored[name]
         tensor: Tensor = self._opened[file][0].get_slice(raw)[box]
         return tensor
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The parsed `config.json` beside a whole model; ValueError if it is no JSON object."""
+        path = self._folder / "config.json"
+        if not (self.path.is_dir() or self.path.name == SINGLE_FILE) or not path.is_file():
+            return {}
+        # Transformers itself writes infinities there.
+        if isinstance(config := read_json(path, finite=False), dict):
+            return config
+        raise ValueError(f"{path} is not a JSON object; download it again")
 
     def files(self) -> tuple[Path, ...]:
         """Return the safetensors files, in the order of their names."""
@@ -253,16 +274,6 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the parsed `config.json` of a folder, empty if there is none; ValueError if it is no JSON object."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return {}
-    if isinstance(config := read_json(path), dict):
-        return config
-    raise ValueError(f"{path} is not a JSON object; download it again")
-
-
 def _new_name(raw: str, known: Container[str], origin: str) -> str:
     """Return the canonical name of a tensor that joins those already known."""
     name = canonical_name(raw)
@@ -285,6 +296,9 @@ def _location(tensor: Tensor) -> tuple[object, ...]:
 def _read_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, set[str]]]:
     """Return the index, None for a single file, and for each shard the tensors that the index lists."""
     if (folder / SINGLE_FILE).exists():
+        if (folder / INDEX_FILE).exists():
+            both = folder, SINGLE_FILE, INDEX_FILE, SINGLE_FILE
+            logger.warning("%s holds both %s and %s; only %s is read, as Transformers does", *both)
         return None, {SINGLE_FILE: set()}
     path = folder / INDEX_FILE
     if not path.exists():

@@ -167,7 +167,6 @@ class ViewSource(TensorSource):
     ) -> None:
         self.source, self.tensors, self.ordered = source, tensors, ordered
         self.origin, self.buffers = source.origin, frozenset(buffers)
-        self.config = source.config
         self._kinds = {}
         for name, tensor in tensors.items():
             dtypes = {source.dtype(part) for part in tensor.names}
@@ -182,6 +181,11 @@ class ViewSource(TensorSource):
         }
         tied = ((name, source.aliases.get(own)) for own, name in renamed.items())
         self.aliases = {name: renamed[owner] for name, owner in tied if owner in renamed}
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration of the source."""
+        return self.source.config
 
     def __getitem__(self, name: str) -> Tensor:
         return self.box(name, None)

@@ -19,7 +19,7 @@ from torch import Tensor
 from fused_merge.checkpoints.align import align
 from fused_merge.checkpoints.disk import reading
 from fused_merge.checkpoints.engine import Resources, workers
-from fused_merge.checkpoints.folders import describe_source
+from fused_merge.checkpoints.folders import beside, describe_source, has_chat_template, has_tokenizer
 from fused_merge.checkpoints.job import Job, Output
 from fused_merge.checkpoints.options import StreamOptions, described
 from fused_merge.checkpoints.plan import (
@@ -30,6 +30,7 @@ from fused_merge.checkpoints.plan import (
     Rule,
     Segment,
     lay_out_files,
+    merged_share,
 )
 from fused_merge.eager.merge import Coefficients, kept_ranks, mask_key, merge_block, weighted_sum
 from fused_merge.eager.precision import compute_dtype
@@ -52,6 +53,9 @@ from fused_merge.per_tensor import PerTensor, per_tensor, plain
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+# The options that name a model whose files go along.
+_FILES_FROM = "config_from", "tokenizer_from"
 
 # Elements that are merged at once, so that temporaries stay in a cache.
 _BLOCK = 1 << 16
@@ -239,14 +243,9 @@ def merge_job(
         raise ValueError("there is no model to merge; pass at least one")
     paths = [*models] if base is None else [base, *models]
     sources = [open_files(path, role="a model") for path in paths]
-    config_source, files_from = 0, options["files_from"]
-    if files_from is not None and not (files_from == "base" and method.has_base):
-        same = [i for i, path in enumerate(paths) if Path(path) == Path(files_from)]
-        if not same:
-            listed = some(repr(str(path)) for path in paths)
-            raise ValueError(f"files_from must be one of {listed}, got {str(files_from)!r}")
-        config_source = same[0]
-    tensors = align(sources, config_source, options)
+    named = [_named(option, options[option], paths, has_base=base is not None) for option in _FILES_FROM]
+    config_source = named[0] or 0
+    tensors, fitting, config_values = align(sources, config_source, options)
     merged = [tensor for tensor in tensors if tensor.merged]
     decided = coefficients([tensor.name for tensor in merged])
     packed = next((tensor.name for tensor in merged if sum(each.merged for each in tensor.segments) > 1), None)
@@ -270,6 +269,12 @@ def merge_job(
             return _over_rows(rule, tensor, segment) if method.sparsify == "ranked" else rule
         return CopyRule((config_source if len(segment.inputs) == len(sources) else 0,))
 
+    tokenizer = named[1]
+    if tokenizer is None:
+        tokenizers = [i for i in fitting if has_tokenizer(sources[i])]
+        chatting = (i for i in tokenizers if has_chat_template(sources[i]))
+        tokenizer = next(chatting, tokenizers[0] if tokenizers else config_source)
+    around = beside(sources[config_source], sources[tokenizer], options["dtype"], config_values)
     inputs = [describe_source(source) for source in sources]
     own = inputs[1:] if method.has_base else inputs
     whole_recipe = {
@@ -280,15 +285,15 @@ def merge_job(
         **(recipe or {}),
         "models": [{**model, **said} for model, said in zip(own, models.values(), strict=True)],
         **described(options),
-        "files_from": sources[config_source].origin,
+        **{option: sources[i].origin for option, i in zip(_FILES_FROM, (config_source, tokenizer), strict=True)},
     }
-    about = f"A merge of {len(models)} models by `{method.name}` ({method.paper}), in fp32 and rounded once."
+    about = f"A merge of {len(models)} models by `{method.name}` ({method.paper}), in fp32 and rounded once. "
+    about += f"{merged_share(tensors):.2%} of its bytes are merged, the others copied."
     folder = Path(out).absolute()
     return Job(
         "merging",
-        [Output(Path(out), whole_recipe, folder.name, about)],
+        [Output(Path(out), whole_recipe, folder.name, about, around)],
         sources,
-        sources[config_source],
         lay_out_files(tensors, sources[0], rule_of, options["max_shard_size"]),
         work=folder.with_name(f".{folder.name}.part"),
         options=options,
@@ -309,6 +314,18 @@ def _over_rows(rule: MergeTensorRule, tensor: AlignedTensor, segment: AlignedSeg
             "keep all of it with a density of 1, or take another method"
         )
     return rule._replace(row=row, places=segment.inputs)
+
+
+def _named(option: str, given: PathLike | None, paths: Sequence[PathLike], *, has_base: bool) -> int | None:
+    """Return which of the models an option names, None if it is left open."""
+    if given is None:
+        return None
+    if given == "base" and has_base:
+        return 0
+    for i, path in enumerate(paths):
+        if Path(path) == Path(given):
+            return i
+    raise ValueError(f"{option} must be one of {some(repr(str(path)) for path in paths)}, got {str(given)!r}")
 
 
 class WholeTensorPass:

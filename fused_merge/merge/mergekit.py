@@ -234,7 +234,8 @@ def read_mergekit(path: PathLike) -> MergeRecipe:
         options={
             **decided,
             "dtype": dtypes[0] or dtypes[1],
-            "files_from": _files_from(top, base, models, path),
+            "config_from": base or models[0],
+            "tokenizer_from": _tokenizer_from(top, base, models, path),
         },
         slices=slices,
     )
@@ -310,7 +311,7 @@ def _folder(reference: Any, where: str) -> Path:
     raise FileNotFoundError(f"{where} is {reference!r}, but there is no such folder; nothing is downloaded")
 
 
-def _files_from(top: Mapping[str, Any], base: Path | None, models: Sequence[Path], path: Path) -> Path:
+def _tokenizer_from(top: Mapping[str, Any], base: Path | None, models: Sequence[Path], path: Path) -> Path:
     """Return whose tokenizer goes along; ValueError if tokens would have to be moved for it."""
     key, source = "tokenizer_source", top.get("tokenizer_source")
     if top.get("tokenizer") is not None:

@@ -40,8 +40,11 @@ class MergePlanOptions(PlanOptions, total=False):
         trim: choose by magnitude in each `"tensor"` or in the whole `"model"`; the paper of TIES takes the model. The
             density, and gamma, are then one number for each model.
         seed: seed of the random masks; the mask of the first model is that of a saved `ReferenceDelta`.
-        files_from: model whose configuration and tokenizer go along, `"base"` or a path as given; integer tensors come
-            from it, too. None is the base, without a base the first model.
+        config_from: model whose configuration goes along, `"base"` or a path as given; with it go integer tensors, code
+            and whatever else is no tokenizer. None is the base, without a base the first model.
+        tokenizer_from: model whose tokenizer goes along, `"base"` or a path as given; with it go processor and chat
+            template. None is the first that has a chat template, in the order base and models, else the first with a
+            tokenizer; one for another vocabulary does not count.
     """
 
     density: Annotated["PerTensor | Sequence[PerTensor | None] | None", Option(None, cli={"type": float})]
@@ -52,7 +55,10 @@ class MergePlanOptions(PlanOptions, total=False):
     scale: Annotated[float, Option(1.0, _check_scale, cli={"param_decls": ("--scale", "--lambda")})]
     trim: Annotated[str, Option("tensor", one_of("tensor", "model"), cli={})]
     seed: Annotated[int, Option(0, _check_seed, cli={})]
-    files_from: Annotated["PathLike | None", Option(None, cli={"type": str, "show_default": "base"})]
+    config_from: Annotated["PathLike | None", Option(None, cli={"type": str, "show_default": "base"})]
+    tokenizer_from: Annotated[
+        "PathLike | None", Option(None, cli={"type": str, "show_default": "first with a chat template"})
+    ]
 
 
 class MergekitOptions(FileOptions, OutputOptions, total=False):

@@ -52,7 +52,7 @@ def source(tmp_path):
 
 
 def aligned(*sources, config_source=0, **options):
-    return {tensor.name: tensor for tensor in align(sources, config_source, resolve(options, PlanOptions))}
+    return {tensor.name: tensor for tensor in align(sources, config_source, resolve(options, PlanOptions)).tensors}
 
 
 def held(segment):

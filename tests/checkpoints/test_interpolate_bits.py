@@ -245,12 +245,12 @@ def test_tensors_that_only_one_end_holds(tmp_path):
 
 @pytest.mark.usefixtures("_many_blocks")
 @pytest.mark.parametrize("rows", [(40, 43), (43, 40)])
-@pytest.mark.parametrize("files_from", ["base", "tuned"])
-def test_vocabularies_of_two_sizes(rows, files_from, tmp_path):
+@pytest.mark.parametrize("config_from", ["base", "tuned"])
+def test_vocabularies_of_two_sizes(rows, config_from, tmp_path):
     names = "base", "tuned"
     ends = [save(llama(i, vocabulary=rows[i]), tmp_path / name) for i, name in enumerate(names)]
-    made = interpolate_checkpoints(*ends, [0, 0.3, 1], tmp_path, align_vocabulary=True, files_from=files_from)
-    chosen = names.index(files_from)
+    made = interpolate_checkpoints(*ends, [0, 0.3, 1], tmp_path, align_vocabulary=True, config_from=config_from)
+    chosen = names.index(config_from)
     name = "model.embed_tokens.weight"
     base, tuned = (load(end)[name] for end in ends)
     for folder, ratio in zip(made, (0, 0.3, 1), strict=True):

@@ -108,7 +108,7 @@ def test_a_finished_job_needs_neither_room_nor_leave_to_write_nor_what_another_l
     assert interpolate_checkpoints(*models, RATIOS, tmp_path) == made
     assert contents(tmp_path / WORK) == kept
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    monkeypatch.setattr(os, "access", lambda *arguments: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     assert interpolate_checkpoints(*models, RATIOS, tmp_path, verify=True) == made
     with pytest.raises(OSError, match=r"is not a folder that you may write to"):
         interpolate_checkpoints(*models, RATIOS, tmp_path, overwrite=True)

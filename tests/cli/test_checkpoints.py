@@ -19,12 +19,12 @@ from fused_merge.options import options_of
 
 INTERPOLATE = ["interpolate", "a", "b", "--ratios", "0.1,0.5", "--out", "line"]
 MERGE = ["merge", "--base", "a", "--model", "b=0.5", "--model", "dir=1/c=-2", "--method", "ties", "--out", "line"]
-PLAN = ["--dtype", "float32", "--unmatched", "copy", "--align-vocabulary", "--files-from", "base", "--overwrite"]
-PLAN += ["--max-shard-size", "5GB", "--strip-prefix", "net.", "--strip-prefix", "model.", "--rename", "a=b"]
-PLAN += ["--any-architecture"]
+PLAN = ["--dtype", "float32", "--unmatched", "copy", "--align-vocabulary", "--config-from", "base", "--overwrite"]
+PLAN += ["--tokenizer-from", "base", "--any-architecture", "--max-shard-size", "5GB"]
+PLAN += ["--strip-prefix", "net.", "--strip-prefix", "model.", "--rename", "a=b"]
 RUN = ["--threads", "4", "--max-memory", "1000000", "--device", "cuda:1", "--verify", "--quiet"]
-PLAN_ASKED = {"dtype": "float32", "unmatched": "copy", "align_vocabulary": True, "files_from": "base"}
-PLAN_ASKED |= {"max_shard_size": "5GB", "overwrite": True, "any_architecture": True}
+PLAN_ASKED = {"dtype": "float32", "unmatched": "copy", "align_vocabulary": True, "config_from": "base"}
+PLAN_ASKED |= {"tokenizer_from": "base", "max_shard_size": "5GB", "overwrite": True, "any_architecture": True}
 PLAN_ASKED |= {"strip_prefix": ["net.", "model."], "rename": ["a=b"]}
 RUN_ASKED = {"threads": 4, "max_memory": "1000000", "device": "cuda:1", "verify": True, "progress": False}
 

@@ -131,3 +131,17 @@ def test_paths_that_are_no_model(tmp_path):
         open_source(tmp_path / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"it holds pytorch_model\.bin, and pickle files are never loaded"):
         open_source(tmp_path)
+
+
+def test_a_single_file_beside_an_index_is_read_and_said(tmp_path, caplog):
+    save_file(weights(a=[1, 2]), tmp_path / "model.safetensors")
+    open_source(tmp_path)
+    assert caplog.messages == []
+    save_file(weights(a=[3, 4]), tmp_path / "shard.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "shard.safetensors"}}')
+    assert open_source(tmp_path)["a"].tolist() == [1, 2]
+    (sentence,) = caplog.messages
+    assert sentence == (
+        f"{tmp_path} holds both model.safetensors and model.safetensors.index.json; only model.safetensors is read, "
+        "as Transformers does"
+    )

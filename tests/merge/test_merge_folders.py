@@ -34,7 +34,7 @@ def test_folders_that_transformers_loads(tmp_path):
     originals[1].generation_config.do_sample = True
     folders = [save(model, tmp_path / name, "3KB") for name, model in zip(NAMES, originals, strict=False)]
     (folders[1] / "tokenizer.json").write_text("{}")
-    models, options = {folders[1]: 0.5, folders[2]: 0.3}, {"files_from": folders[1], "overwrite": True}
+    models, options = {folders[1]: 0.5, folders[2]: 0.3}, {"config_from": folders[1], "overwrite": True}
     for size, files in ((None, True), ("5KB", True), ("1GB", False)):
         out = tmp_path / "out"
         merge_checkpoints(folders[0], models, "task_arithmetic", out, max_shard_size=size, **options)
@@ -81,7 +81,7 @@ def test_a_recipe_is_everything_that_it_takes(case, models, tmp_path):
     if method != "model_stock":
         weights = [{r".*\.layers\.0.*": np.float32(weights[0]), ".*": torch.tensor(0.5)}, *weights[1:]]
     base, own = folders[0] if has_base else None, dict(zip(folders[has_base:], weights, strict=True))
-    out = merge_checkpoints(base, own, method, tmp_path / "out", files_from=folders[-1], **options)
+    out = merge_checkpoints(base, own, method, tmp_path / "out", config_from=folders[-1], **options)
     recipe = recipe_of(out)
     assert recipe["method"] == method
     assert rerun(recipe, out).identity == manifest_of(out)["plan"]
@@ -130,7 +130,7 @@ def test_integers_and_booleans_come_from_the_model_whose_files_go_along(config_s
             listed = json.loads(index.read_text())["weight_map"]
             index.write_text(json.dumps({"weight_map": {**listed, "flag": file.name, "half": file.name}}))
     both, source = dict.fromkeys(folders[1:], 1), folders[config_source]
-    made = load(merge_checkpoints(folders[0], both, "ties", tmp_path / "out", files_from=source))
+    made = load(merge_checkpoints(folders[0], both, "ties", tmp_path / "out", config_from=source))
     assert torch.equal(made["flag"], own[config_source]["flag"])
     assert made["half"].dtype == torch.uint16
     assert made["half"].tolist() == [config_source] * 3
@@ -178,7 +178,7 @@ def test_vocabularies_of_two_sizes(method, config_source, models, tmp_path, smal
     with pytest.raises(ValueError, match=r"'embed.weight' is \[40, 30\] and \[43, 30\]; pass align_vocabulary=True"):
         merge_checkpoints(*arguments, tmp_path / "out")
     density = None if method in ("linear", "slerp") else 0.5
-    options = {"align_vocabulary": True, "files_from": folders[config_source], "threads": 3, "density": density}
+    options = {"align_vocabulary": True, "config_from": folders[config_source], "threads": 3, "density": density}
     made = load(merge_checkpoints(*arguments, tmp_path / "out", **options))["embed.weight"]
     base, *thetas = [*([] if has_base else [None]), tensors[0]["embed.weight"], longer[:40]]
     densities = None if density is None else [density]
@@ -225,8 +225,8 @@ def test_spellings_of_the_model_whose_files_go_along(models, tmp_path, monkeypat
     asked = [(("base", {"a/": 1, Path("b"): 1}, "ties"), *each) for each in spellings]
     # Without a base, "base" is a folder of that name.
     asked += [((None, {"a": 1, "base": 1}, "linear"), *each) for each in (("base", "base"), (None, "a"))]
-    for arguments, files_from, want in asked:
-        merge_checkpoints(*arguments, "out", files_from=files_from, overwrite=True)
+    for arguments, config_from, want in asked:
+        merge_checkpoints(*arguments, "out", config_from=config_from, overwrite=True)
         assert json.loads(Path("out/config.json").read_text()) == {"from": want}
 
 
@@ -277,9 +277,9 @@ CANCELS = f"'{UP1}': a mean of models divides by the sum of .1.0, -1.0"
         ({"method": "task_arithmetic", "density": 0.5}, ValueError, "'task_arithmetic' has no option 'density'"),
         ({"trim": "model", "method": "dare_ties"}, ValueError, "method 'dare_ties' has no option trim='model'"),
         ({"trim": "model", "density": {UP0: 0.5, ".*": 0.2}}, ValueError, "give one density for each model, and tens"),
-        ({"files_from": "tuned"}, ValueError, "files_from must be one of 'base', 'a', 'b', got 'tuned'"),
-        ({"models": {"a": 1}, "files_from": "b"}, ValueError, "files_from must be one of 'base', 'a', got 'b'"),
-        (LINEAR | {"files_from": "base"}, ValueError, "files_from must be one of 'a', 'b', got 'base'"),
+        ({"config_from": "tuned"}, ValueError, "config_from must be one of 'base', 'a', 'b', got 'tuned'"),
+        ({"models": {"a": 1}, "config_from": "b"}, ValueError, "config_from must be one of 'base', 'a', got 'b'"),
+        (LINEAR | {"config_from": "base"}, ValueError, "config_from must be one of 'a', 'b', got 'base'"),
         ({"densty": 0.5}, TypeError, "there is no option 'densty'; did you mean 'density'?"),
     ],
 )

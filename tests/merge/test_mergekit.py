@@ -69,7 +69,7 @@ def test_files_run_unchanged_and_mean_what_they_meant(case, tmp_path, monkeypatc
             largest = torch.stack([x.abs() for x in (*(model[name] for model in models), theirs)]).amax(0)
             assert ((ours - theirs).abs() <= 1e-6 * largest).all(), name
     config = json.loads((out / "config.json").read_text())
-    source = json.loads((recipe.options["files_from"] / "config.json").read_text())
+    source = json.loads((recipe.options["config_from"] / "config.json").read_text())
     written = "bfloat16" if recipe.options["dtype"] == torch.bfloat16 else "float32"
     assert config == {**source, "torch_dtype": written}
     LlamaForCausalLM.from_pretrained(out)
@@ -104,7 +104,7 @@ def test_a_merge_of_deltas(read):
     assert (recipe.path, recipe.method.name) == (Path("merge.yaml"), "dare_ties")
     assert (recipe.base, recipe.models) == (Path("base"), (Path("a"), Path("b")))
     assert options_of(recipe) == (True, False, 0.7)
-    assert (recipe.options["dtype"], recipe.options["files_from"]) == (torch.float16, Path("b"))
+    assert (recipe.options["dtype"], recipe.options["tokenizer_from"]) == (torch.float16, Path("b"))
     for coefficients in recipe.coefficients(NAMES).values():
         assert coefficients == Coefficients((0.5, 2.0), (0.3, 1.0))
 
@@ -113,10 +113,10 @@ def test_what_a_file_leaves_out(read):
     recipe = read(models("ties", ("a", "weight: 1")))
     assert recipe.method == MERGE_METHODS["ties"]
     assert options_of(recipe) == (None, None, 1.0)
-    assert (recipe.options["dtype"], recipe.options["files_from"]) == (None, Path("base"))
+    assert (recipe.options["dtype"], recipe.options["tokenizer_from"]) == (None, Path("base"))
     assert read(models("ties", ("a", "weight: 1"), more="dtype: bfloat16")).options["dtype"] == torch.bfloat16
     recipe = read(models("linear", ("b", "weight: 1"), ("a", "weight: 1"), base=None))
-    assert (recipe.base, recipe.models, recipe.options["files_from"]) == (None, (Path("b"), Path("a")), Path("b"))
+    assert (recipe.base, recipe.models, recipe.options["tokenizer_from"]) == (None, (Path("b"), Path("a")), Path("b"))
     assert recipe.coefficients(NAMES)[EMBED].densities is None
 
 
@@ -135,7 +135,8 @@ def test_what_a_method_does_not_have_is_passed_over(read):
 
 def test_the_base_joins_a_mean_of_models(read):
     recipe = read(models("linear", ("a", "weight: 3"), more="parameters: {weight: 1}"))
-    assert (recipe.base, recipe.models, recipe.options["files_from"]) == (None, (Path("a"), Path("base")), Path("base"))
+    assert (recipe.base, recipe.models) == (None, (Path("a"), Path("base")))
+    assert (recipe.options["config_from"], recipe.options["tokenizer_from"]) == (Path("base"), Path("base"))
     assert weights(recipe) == [(3, 1)] * 7
     recipe = read(models("linear", ("base", "weight: 2"), ("a", "weight: 3")))
     assert (recipe.models, recipe.coefficients(NAMES)[NORM].weights) == ((Path("base"), Path("a")), (2, 3))
