@@ -138,11 +138,11 @@ def write_at(byte, path, tensors):
 def test_tensors_that_begin_at_any_byte(byte, tmp_path):
     torch.manual_seed(0)
     base = {"flag": torch.tensor([True, False, True]), "w": torch.randn(3001), "byte": torch.arange(5).byte()}
-    base |= {"h": torch.randn(2500).half(), "count": torch.arange(700), "tied": torch.randn(41)}
+    base |= {"h": torch.randn(2500).half(), "count": torch.arange(700), "embed": torch.randn(41)}
     base["d"] = torch.randn(900, dtype=torch.float64)
     tuned = {name: x if x.dtype in (torch.bool, torch.uint8) else x + 1 for name, x in reversed(base.items())}
     # A further name of a tensor, which is found bit by bit.
-    tuned["head"] = tuned["tied"].clone()
+    tuned["head"] = tuned["embed"].clone()
     paths = write_at(byte, tmp_path / "a.safetensors", base), write_at(7 - byte, tmp_path / "b.safetensors", tuned)
     start, half, end = interpolate_checkpoints(*paths, [0, 0.5, 1], tmp_path / "out")
     for name in base:
@@ -156,7 +156,7 @@ def test_tensors_that_begin_at_any_byte(byte, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
 def test_what_is_never_merged_is_copied_bit_for_bit(dtype, tmp_path):
     patterns = torch.arange(256).byte().repeat(8)
-    ends = save_ends(tmp_path, {"w": torch.ones(2), "odd": patterns.view(dtype)}, {"w": torch.zeros(2)})
+    ends = save_ends(tmp_path, {"w": torch.ones(999), "odd": patterns.view(dtype)}, {"w": torch.zeros(999)})
     for folder in interpolate_checkpoints(*ends, [0, 0.5], tmp_path / "out", unmatched="copy"):
         assert torch.equal(load(folder)["odd"].view(torch.uint8), patterns)
 

@@ -169,7 +169,7 @@ def test_ways_to_name_a_folder(written, read, tmp_path, monkeypatch):
     recipe = read(models("ties", (written, "weight: 1")))
     assert [model.samefile("a") for model in recipe.models] == [True]
     more = f"base_model: {written}\ntokenizer_source: {written}\n"
-    assert read(models("ties", ("b", "weight: 1"), base=None, more=more)).options["files_from"].samefile("a")
+    assert read(models("ties", ("b", "weight: 1"), base=None, more=more)).options["tokenizer_from"].samefile("a")
 
 
 def test_a_folder_may_have_any_name(read):
