@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from fused_merge.names import some
@@ -23,15 +23,37 @@ class NamedRatios(Mapping[str, float]):
     """Ratios whose keys are names and not patterns; it may hold more tensors than are asked for."""
 
 
-def per_tensor(value: PerTensor, names: Sequence[str], *, what: str) -> dict[str, float]:
+def per_tensor(
+    value: PerTensor,
+    names: Sequence[str],
+    *,
+    what: str,
+    also: Callable[[], Mapping[str, Sequence[str]]] | None = None,
+) -> dict[str, float]:
     """Return the number of every tensor, in the order of their canonical names.
 
     The keys of a mapping are as for `match_keys`; those of `NamedRatios` are names only, and those that are not asked
-    for are passed over. Error messages call the value `what`, for example `"ratio"`. Raises ValueError as `match_keys`
-    and `finite`.
+    for are passed over. Where they fit no names, they may be those that `also` has for each: in memory, or on disk.
+    Error messages call the value `what`, for example `"ratio"`. Raises ValueError as `match_keys` and `finite`, and if
+    what is one tensor here has several numbers under its other names.
     """
     if not isinstance(value, Mapping):
         return dict.fromkeys(names, finite(value, what=what))
+    if also is not None:
+        try:
+            return per_tensor(value, names, what=what)
+        except ValueError as error:
+            others = also()
+            try:
+                found = per_tensor(value, list(dict.fromkeys(o for name in names for o in others[name])), what=what)
+            except (KeyError, ValueError):
+                raise error from None
+            decided = {name: {found[other] for other in others[name]} for name in names}
+            if several := [name for name, numbers in decided.items() if len(numbers) > 1]:
+                raise ValueError(
+                    f"{several[0]!r} is one tensor here, and what it packs has more than one {what}; give it one"
+                ) from None
+            return {name: numbers.pop() for name, numbers in decided.items()}
     if isinstance(value, NamedRatios):
         if absent := [name for name in names if name not in value]:
             raise ValueError(

@@ -18,6 +18,7 @@ from fused_merge.checkpoints.job import Job, Output
 from fused_merge.checkpoints.options import InterpolateOptions, InterpolatePlanOptions, RunOptions, described
 from fused_merge.checkpoints.plan import AlignedSegment, AlignedTensor, CopyRule, Rule, lay_out_files, merged_share
 from fused_merge.eager.interpolate import interpolate_
+from fused_merge.io.match import names_in_memory
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.options import documented, resolve, split
 from fused_merge.per_tensor import NamedRatios, PerTensor, check_ratios, is_tuned, per_tensor, plain
@@ -99,7 +100,8 @@ def plan_interpolation(
     interpolated = [tensor.name for tensor in tensors if tensor.merged]
     labeled = dict(ratios) if isinstance(ratios, Mapping) and not isinstance(ratios, NamedRatios) else None
     given = check_ratios(ratios if labeled is None else labeled.values())  # type: ignore[arg-type]
-    decided = [per_tensor(ratio, interpolated, what="ratio") for ratio in given]
+    # Ratios that were found for a model in memory, or made for it, have its names.
+    decided = [per_tensor(each, interpolated, what="ratio", also=lambda: names_in_memory(sources[0])) for each in given]
     labels = _labels(given, decided) if labeled is None else list(labeled)
     for label in labels:
         if not isinstance(label, str) or not label or Path(label).name != label or label.startswith("."):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fused_merge import functional
 from fused_merge.distributed import local_box, local_part, reshard
 from fused_merge.functional.backend import check_impl
-from fused_merge.io.match import match
+from fused_merge.io.match import match, own_names
 from fused_merge.io.options import PathOptions
 from fused_merge.io.sources import SourceLike, TensorSource, open_source, same_bits
 from fused_merge.io.views import whole_box
@@ -102,7 +102,7 @@ class RatioSweep(Generic[Model]):
         regular expressions on whole names to numbers. Raises ValueError if it is not finite or does not fit, or the
         model now shares storage with either end; RuntimeError inside another `at` of this sweep.
         """
-        decided = per_tensor(ratio, self.names, what="ratio")
+        decided = self._decide(ratio)
         if self._ratio is not None:
             raise RuntimeError(f"the model is at ratio {self._ratio} already; leave that block, or use move_to")
         self._ratio = ratio
@@ -125,7 +125,7 @@ class RatioSweep(Generic[Model]):
         """
         if self._ratio is None:
             raise RuntimeError("call move_to() inside `with sweep.at(ratio):`")
-        self._write(ratio, per_tensor(ratio, self.names, what="ratio"))
+        self._write(ratio, self._decide(ratio))
         self._ratio = ratio
 
     def ends_of(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,6 +136,15 @@ class RatioSweep(Generic[Model]):
         places = list(zip(self._ends, self._source_names[name], strict=True))
         base, tuned = (self._read(order, weight) for order in (places, places[::-1]))
         return base, tuned
+
+    def _decide(self, ratio: PerTensor) -> dict[str, float]:
+        """Return the ratio of every tensor, given by its name or by what it is called in the files of `base`."""
+        base = self._ends[0]
+
+        def in_files() -> dict[str, list[str]]:
+            return {name: own_names(base, str(self._source_names[name][0])) for name in self.names}
+
+        return per_tensor(ratio, self.names, what="ratio", also=in_files)
 
     def _read(self, places: Sequence[tuple[TensorSource, str | None]], weight: Tensor) -> Tensor:
         """Return this process's part of a tensor from the first place that has it, and further rows from the next."""

@@ -82,7 +82,7 @@ class Match:
                 for side, source, each in zip(("first", "second"), (self.first, self.second), own, strict=True)
                 if each is not None
             }
-            names = {side: _own_names(*held[side]) if side in held else [] for side in ("first", "second")}
+            names = {side: own_names(*held[side]) if side in held else [] for side in ("first", "second")}
             entries.append({"kind": kind, "name": name, **names, "bytes": _nbytes(*next(iter(held.values())))})
         return entries
 
@@ -209,6 +209,17 @@ def _differences(
     if len(set(rows.values())) > 1:
         listed = some(f"{name!r} has {a} and {b} rows" for name, (a, b) in rows.items())
         yield f"{listed}: these are not two sizes of one vocabulary; resize the models first"
+
+
+def names_in_memory(source: TensorSource) -> dict[str, list[str]]:
+    """Return for each tensor of a source what it belongs to in the memory of a model; none where that is not known."""
+    layout = layout_of(source)
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    if (view := layout and in_memory(source, layout)) is not None:
+        for name in view:
+            for part in own_names(view, name):
+                found[part].append(name)
+    return dict(found)
 
 
 def named_as(source: TensorSource, names: Collection[str]) -> TensorSource:
@@ -355,11 +366,11 @@ def _in_names_of(first: ViewSource, second: ViewSource) -> ViewSource:
     return ViewSource(second.source, {**rest, **tensors})
 
 
-def _own_names(source: TensorSource, name: str) -> list[str]:
+def own_names(source: TensorSource, name: str) -> list[str]:
     """Return what the tensors behind one of a view are called."""
     if not isinstance(source, ViewSource):
         return [name]
-    return [own for part in source.tensors[name].names for own in _own_names(source.source, part)]
+    return [own for part in source.tensors[name].names for own in own_names(source.source, part)]
 
 
 def _is_made(source: TensorSource, name: str) -> bool:

@@ -177,3 +177,21 @@ def test_a_layout_of_other_orders_of_elements_is_refused_with_a_way_out(pairs, t
     assert all(not delta.tensor(name).any() for name in delta.names)
     with fm.RatioSweep(family_model("llama", 2), base, other).at(1.0) as moved:
         assert_same_bits(moved.state_dict(), model.state_dict())
+
+
+def test_ratios_by_the_names_of_either_side(pairs, tmp_path):
+    """Found for a model in memory, or written for its files: the same path."""
+    models, (base, tuned), _ = pairs["qwen3-moe"]
+    in_memory_names, on_disk = (fm.LayerRatios.by_parts(each, [0.2, 0.7]) for each in (models[0], base))
+    folders = fm.interpolate_checkpoints(base, tuned, {"a": in_memory_names, "b": on_disk}, tmp_path, progress=False)
+    assert_same_bits(*(load(folder) for folder in folders))
+    sweep = fm.RatioSweep(family_model("qwen3-moe", 2), base, tuned)
+    with sweep.at(in_memory_names):
+        by_memory = {name: x.clone() for name, x in sweep.model.state_dict().items()}
+        sweep.move_to(on_disk)
+        assert_same_bits(sweep.model.state_dict(), by_memory)
+        message = (
+            "'model.layers.0.mlp.experts.gate_up_proj' is one tensor here, and what it packs has more than one ratio"
+        )
+        with pytest.raises(ValueError, match=message):
+            sweep.move_to({r".*experts\.2\..*": 0.5, ".*": 0.1})

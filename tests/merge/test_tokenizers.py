@@ -16,7 +16,9 @@ def tokenizer(folder, *words, added=(), **more):
 
 
 def files_from(read, more, base="base"):
-    return read(models("linear", ("a", "weight: 1"), ("b", "weight: 1"), base=base, more=more)).options["tokenizer_from"]
+    return read(models("linear", ("a", "weight: 1"), ("b", "weight: 1"), base=base, more=more)).options[
+        "tokenizer_from"
+    ]
 
 
 SOURCES = [("tokenizer_source: {}", "tokenizer_source"), ("tokenizer: {{source: {}}}", "tokenizer")]
