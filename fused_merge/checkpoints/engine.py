@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from fused_merge.checkpoints.checksum import PIECE, hasher
-from fused_merge.checkpoints.disk import DirectFile, aligned, bytes_of, read_into, reading
+from fused_merge.checkpoints.disk import DirectFile, aligned
 from fused_merge.checkpoints.plan import ALIGNMENT, OutputFile, Segment
 from fused_merge.functional import backend
+from fused_merge.io.files import bytes_of, read_into, reading
 from fused_merge.io.writer import sync_folder, writing
 
 # On two cores five threads took 3.0 s, three 3.7, four 3.4 and six, in more memory, 2.9

@@ -11,7 +11,7 @@ import json
 import os
 import resource
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +24,9 @@ from fused_merge.checkpoints.engine import Resources, write_file
 from fused_merge.checkpoints.options import RunOptions
 from fused_merge.checkpoints.plan import OutputFile
 from fused_merge.checkpoints.work_folder import WorkFolder
+from fused_merge.io.files import check_unchanged, stamp_of
 from fused_merge.io.sources import INDEX_FILE, SINGLE_FILE, FileSource
-from fused_merge.io.writer import stamp_of, write_whole
+from fused_merge.io.writer import write_whole
 from fused_merge.options import documented, resolve
 from fused_merge.progress import progress_bar
 
@@ -83,9 +84,9 @@ class Job:
             weight_map = {name: file.name for file in files for name in file.entries}
             content = {**index, "metadata": metadata, "weight_map": weight_map}
             self._beside[INDEX_FILE] = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
-        # Size and time of change of every file that is read.
-        weights = [path for source in sources for path in source.files()]
-        self._stamps = {path: stamp_of(path) for path in (*weights, *self._beside.values()) if isinstance(path, Path)}
+        # Of every file that is read: of weights as they were when their headers were.
+        self._stamps = {path: stamp_of(path) for path in self._beside.values() if isinstance(path, Path)}
+        self._stamps |= {path: stamp for source in sources for path, stamp in source.stamps.items()}
         sizes = {file.name: file.size for file in files}
         self._work_folder = WorkFolder(work, json.dumps(self.identity).encode(), self.outputs, sizes)
         for folder in self.outputs:
@@ -181,18 +182,18 @@ class Job:
             total += self.whole_tensor_pass.bytes_read(self.files, missing)
         with progress_bar(self.operation, total, enabled=progress) as advance:
             for file in missing:
-                self._check_inputs(self._stamps)
+                check_unchanged(self._stamps)
                 if self.whole_tensor_pass is not None:
                     file = self.whole_tensor_pass.complete(self.files, file, resources, advance)
                 paths = [self._work_folder.staging(folder) / file.name for folder in self.outputs]
                 digests = write_file(file, paths, resources, advance)
                 # Nothing that was read while it changed goes into the journal.
-                self._check_inputs(self._stamps)
+                check_unchanged(self._stamps)
                 write_whole(self._work_folder.entry(file.name), json.dumps(digests).encode())
 
     def _finish(self, *, verify: bool) -> None:
         """Complete every output that has not got its name yet, and rename it."""
-        self._check_inputs(content for content in self._beside.values() if isinstance(content, Path))
+        check_unchanged({path: self._stamps[path] for path in self._beside.values() if isinstance(path, Path)})
         journal, unnamed = self._work_folder.journal(), self._work_folder.unnamed
         for i, output in enumerate(self._targets):
             if output.folder in unnamed:
@@ -229,14 +230,6 @@ class Job:
         """Verify that a folder may be replaced, if there is one."""
         if folder.exists() and not self._is_finished(folder) and not (self._overwrite and folder.is_dir()):
             raise FileExistsError(f"{folder} exists; pass overwrite=True to replace a folder, or choose another")
-
-    def _check_inputs(self, paths: Iterable[Path]) -> None:
-        """Verify that inputs are still those that were planned with."""
-        for path in paths:
-            with suppress(OSError):
-                if stamp_of(path) == self._stamps[path]:
-                    continue
-            raise OSError(f"{path} vanished or changed after it was looked at; put it back and run the same again")
 
     def _check_handles(self) -> None:
         """Verify that this process may open as many files as are written at once."""

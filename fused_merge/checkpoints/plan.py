@@ -107,7 +107,9 @@ class OutputFile(NamedTuple):
     @property
     def inputs(self) -> list[Path]:
         """The files that it is made of."""
-        return sorted({place.file for segment in self.segments for place in segment.inputs})
+        # To hash a path takes long, and one source has one object for each.
+        found = {id(place.file): place.file for segment in self.segments for place in segment.inputs}
+        return sorted(set(found.values()))
 
 
 RuleOf: TypeAlias = Callable[[AlignedTensor, AlignedSegment], Rule]
@@ -123,10 +125,13 @@ def lay_out_files(
         return [_lay_out(name, shard, rule_of, metadata) for name, shard in shards.items()]
     file_of = {name: file for file, names in base.shards.items() for name in names}
     last = list(base.shards)[-1]
+    of_base: dict[str, list[AlignedTensor]] = {file: [] for file in base.shards}
+    for tensor in tensors:
+        of_base[file_of.get(tensor.name, last)].append(tensor)
     return [
         _lay_out(SINGLE_FILE if base.index is None else file, shard, rule_of, metadata | base.metadata(file))
-        for file in base.shards
-        if (shard := [tensor for tensor in tensors if file_of.get(tensor.name, last) == file])
+        for file, shard in of_base.items()
+        if shard
     ]
 
 

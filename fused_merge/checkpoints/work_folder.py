@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fused_merge.checkpoints.checksum import PIECE
-from fused_merge.io.headers import explained, load_json
+from fused_merge.io.files import explained
+from fused_merge.io.headers import load_json
 from fused_merge.io.writer import sync_folder, write_whole, writing
 
 logger = logging.getLogger("fused_merge")

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from fused_merge.io.mergeable import check_mergeable
 from fused_merge.io.sources import TensorSource, bits, same_bits
 from fused_merge.names import some
 
@@ -37,6 +38,8 @@ def match(
     A name that only one source holds is accepted if, there, it is bit-equal to a tensor that both hold: tied
     weights that one checkpoint writes out and the other does not. Reads data only to decide that.
     """
+    for source in (first, second):
+        check_mergeable(source)
     common = [name for name in first if name in second and name not in ignore]
     changed = {name: text for name in common if (text := _difference(name, first, second, same_dtype, any_rows))}
     if changed:

@@ -22,9 +22,10 @@ import torch
 from fused_merge.distributed import Processes
 from fused_merge.functional.backend import check_device
 from fused_merge.interpolation.ratio_sweep import RatioSweep
+from fused_merge.io.files import stamp_of
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.io.transformers import check_transformers, load_model, load_tokenizer, stored_dtype
-from fused_merge.io.writer import stamp_of, write_text
+from fused_merge.io.writer import write_text
 from fused_merge.names import some
 from fused_merge.options import documented, resolve
 from fused_merge.per_tensor import PerTensor, dtype_name, finite, plain
