@@ -18,6 +18,7 @@ from fused_merge.adapt.adapt import adapt_ratios, answer_loss
 from fused_merge.adapt.options import AnswerOptions, SamplingOptions, TargetOptions
 from fused_merge.checkpoints.interpolate import plan_interpolation
 from fused_merge.functional.backend import check_device
+from fused_merge.io.files import expanded
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.io.transformers import import_function, load_model, load_tokenizer, stored_dtype
 from fused_merge.options import documented, resolve, split
@@ -139,7 +140,7 @@ def adapt_checkpoints(
         OSError: if a file cannot be read or written.
     """
     o = resolve(options, AnswerOptions)
-    out = Path(out)
+    out = expanded(out)
     source = open_files(tuned, role="tuned")
     if not prompts:
         raise ValueError("there is no prompt; give at least one")

@@ -6,6 +6,8 @@ the inputs, makes the R points, hashes them while a cache still holds them, and 
 no more compute at a time than there are cores, since they would only wait for each other. Memory is that of the blocks
 in hand, whatever the size of the model.
 
+What was merged is looked at too, for elements that are not finite: a sum of each block says whether there may be any.
+
 Bytes per element of b bytes: reads n*b of n inputs, writes R*b.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +41,8 @@ _THREADS_PER_CORE = 2.5
 _MEMORY = 80 << 20
 # In the same memory, more threads with blocks of this size took less time than fewer with larger ones.
 _LARGEST_BLOCK = 1 << 20
+# Where sums of blocks need more room than their own dtype has.
+_SUMS = {torch.float16: torch.float32}
 # Temporaries that a rule is given, in bytes for each byte of a block of one output.
 _SCRATCH = 5
 
@@ -81,10 +86,19 @@ class Resources(NamedTuple):
         )
 
 
+class Written(NamedTuple):
+    """What is known of one file of R outputs when it is whole."""
+
+    digests: list[list[str]]  # for each output, of its pieces
+    # Name of a merged tensor -> for each output the elements that are not finite: since one of the inputs is not, and
+    # since they are too large for the dtype. Tensors without any are left out.
+    not_finite: dict[str, list[list[int]]]
+
+
 def write_file(
     file: OutputFile, paths: Sequence[Path], resources: Resources, advance: Callable[[int], None]
-) -> list[list[str]]:
-    """Write one file to a path in each of R outputs, and return for each the digests of its pieces.
+) -> Written:
+    """Write one file to a path in each of R outputs, and return what is in them.
 
     What is there is removed; all get their names when all are whole and on the disk. Threads call `advance` with the
     bytes just written. Raises OSError if a file cannot be read or written; then nothing of it is left.
@@ -111,7 +125,7 @@ def write_file(
             with suppress(OSError):
                 path.unlink(missing_ok=True)
         raise
-    return [list(own) for own in zip(*digests, strict=True)]
+    return Written([list(own) for own in zip(*digests, strict=True)], dict(sorted(stream.not_finite.items())))
 
 
 @dataclass
@@ -125,6 +139,8 @@ class _Stream:
     advance: Callable[[int], None]
 
     def __post_init__(self) -> None:
+        self.not_finite: dict[str, list[list[int]]] = {}
+        self._counting = threading.Lock()
         resources, outputs, segments = self.resources, len(self.outputs), self.file.segments
         # How many bytes of inputs a byte of an output takes.
         input_bytes = max((sum(x.dtype.itemsize for x in s.inputs) / s.dtype.itemsize for s in segments), default=0.0)
@@ -189,15 +205,29 @@ class _Stream:
         first, impl = segment.first + skipped, self.resources.impl
         if buffers.stream is None:
             segment.rule(inputs, outs, first, impl, buffers.scratch)
-            return
-        # Other threads read, write and compute while this one waits for its copies.
-        with torch.cuda.stream(buffers.stream):
-            there = [tensor.to(self.resources.device, non_blocking=True) for tensor in inputs]
-            points = [torch.empty_like(out, device=self.resources.device) for out in outs]
-            segment.rule(there, points, first, impl, None)
-            for out, point in zip(outs, points, strict=True):
-                out.copy_(point, non_blocking=True)
-            buffers.stream.synchronize()
+        else:
+            # Other threads read, write and compute while this one waits for its copies.
+            with torch.cuda.stream(buffers.stream):
+                there = [tensor.to(self.resources.device, non_blocking=True) for tensor in inputs]
+                points = [torch.empty_like(out, device=self.resources.device) for out in outs]
+                segment.rule(there, points, first, impl, None)
+                for out, point in zip(outs, points, strict=True):
+                    out.copy_(point, non_blocking=True)
+                buffers.stream.synchronize()
+        # A sum is not finite if an element is not, or, in itself, too large: then the count finds none.
+        if any(not math.isfinite(outs[i].sum(dtype=_SUMS.get(segment.dtype))) for i in segment.rule.telling):
+            self._count(segment.name, inputs, outs)
+
+    def _count(self, name: str, inputs: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+        """Count the elements that are not finite, in each output, by whether the inputs are."""
+        finite = torch.stack([tensor.isfinite() for tensor in inputs]).all(dim=0)
+        for i, out in enumerate(outs):
+            odd = ~out.isfinite()
+            counts = [int((odd & ~finite).sum()), int((odd & finite).sum())]
+            if any(counts):
+                with self._counting:
+                    own = self.not_finite.setdefault(name, [[0, 0] for _ in outs])
+                    own[i] = [a + b for a, b in zip(own[i], counts, strict=True)]
 
 
 class _InputBuffers(NamedTuple):

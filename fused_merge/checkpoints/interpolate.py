@@ -18,6 +18,7 @@ from fused_merge.checkpoints.job import Job, Output
 from fused_merge.checkpoints.options import InterpolateOptions, InterpolatePlanOptions, RunOptions, described
 from fused_merge.checkpoints.plan import AlignedSegment, AlignedTensor, CopyRule, Rule, lay_out_files
 from fused_merge.eager.interpolate import interpolate_
+from fused_merge.io.files import expanded
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.options import documented, resolve, split
 from fused_merge.per_tensor import NamedRatios, PerTensor, check_ratios, is_tuned, per_tensor, plain
@@ -33,6 +34,11 @@ class InterpolateRule(NamedTuple):
     """The rule of a tensor that is interpolated: output k is theta(ratios[k])."""
 
     ratios: tuple[float, ...]
+
+    @property
+    def telling(self) -> Sequence[int]:
+        """The two ends: every other point lies between them."""
+        return tuple({self.ratios.index(end(self.ratios)) for end in (min, max)})
 
     def __call__(
         self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None
@@ -91,7 +97,7 @@ def plan_interpolation(
 
     `Job.describe()` returns the plan in numbers, `Job.run()` carries it out.
     """
-    plan = resolve(options, InterpolatePlanOptions)
+    plan, out = resolve(options, InterpolatePlanOptions), expanded(out)
     sources = open_files(base, role="base"), open_files(tuned, role="tuned")
     config_source = ("base", "tuned").index(plan["files_from"])
     tensors = align(sources, config_source, plan)
@@ -119,8 +125,8 @@ def plan_interpolation(
     outputs = []
     for label, ratio, own in zip(labels, given, decided, strict=True):
         written = plain(own if isinstance(ratio, NamedRatios) else ratio, what="ratio")
-        outputs.append(Output(Path(out) / label, {**recipe, "ratio": written}, f"Ratio {label}", about))
-    files, work = lay_out_files(tensors, sources[0], rule_of, plan["max_shard_size"]), Path(out) / ".fused_merge.part"
+        outputs.append(Output(out / label, {**recipe, "ratio": written}, f"Ratio {label}", about))
+    files, work = lay_out_files(tensors, sources[0], rule_of, plan["max_shard_size"]), out / ".fused_merge.part"
     return Job("interpolating", outputs, sources, sources[config_source], files, work=work, options=plan)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import resource
 import shutil
@@ -20,18 +21,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from fused_merge._version import __version__
 from fused_merge.checkpoints import folders
 from fused_merge.checkpoints.checksum import HASH, PIECE, verify_file
-from fused_merge.checkpoints.engine import Resources, write_file
+from fused_merge.checkpoints.engine import Resources, Written, write_file
 from fused_merge.checkpoints.options import RunOptions
 from fused_merge.checkpoints.plan import OutputFile
 from fused_merge.checkpoints.work_folder import WorkFolder
 from fused_merge.io.files import check_unchanged, stamp_of
 from fused_merge.io.sources import INDEX_FILE, SINGLE_FILE, FileSource
 from fused_merge.io.writer import write_whole
+from fused_merge.names import some
 from fused_merge.options import documented, resolve
 from fused_merge.progress import progress_bar
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+logger = logging.getLogger("fused_merge")
 
 # Files that are open beside inputs and outputs: the lock, a journal, a folder.
 _SPARE_HANDLES = 16
@@ -186,10 +190,10 @@ class Job:
                 if self.whole_tensor_pass is not None:
                     file = self.whole_tensor_pass.complete(self.files, file, resources, advance)
                 paths = [self._work_folder.staging(folder) / file.name for folder in self.outputs]
-                digests = write_file(file, paths, resources, advance)
+                written = write_file(file, paths, resources, advance)
                 # Nothing that was read while it changed goes into the journal.
                 check_unchanged(self._stamps)
-                write_whole(self._work_folder.entry(file.name), json.dumps(digests).encode())
+                write_whole(self._work_folder.entry(file.name), json.dumps(written).encode())
 
     def _finish(self, *, verify: bool) -> None:
         """Complete every output that has not got its name yet, and rename it."""
@@ -197,7 +201,7 @@ class Job:
         journal, unnamed = self._work_folder.journal(), self._work_folder.unnamed
         for i, output in enumerate(self._targets):
             if output.folder in unnamed:
-                self._complete(output, {file: digests[i] for file, digests in journal.items()}, verify=verify)
+                self._complete(i, journal, verify=verify)
             elif verify:
                 folders.verify_checkpoint(output.folder)
         try:
@@ -207,10 +211,27 @@ class Job:
         finally:
             self._work_folder.restore()
         self._work_folder.remove()
+        if odd := _not_finite(journal):
+            logger.warning("%s: written with %s", some(map(str, self.outputs)), self._told(odd))
 
-    def _complete(self, output: Output, digests: Mapping[str, Sequence[str]], *, verify: bool) -> None:
+    def _told(self, counts: Mapping[str, Sequence[int]]) -> str:
+        """Say which elements of merged tensors are not finite, and why."""
+        dtypes = {name: entry.dtype for file in self.files for name, entry in file.entries.items()}
+        inputs, large = ([(name, own[k]) for name, own in counts.items() if own[k]] for k in (0, 1))
+        said = []
+        if inputs:
+            listed = some(f"{count} of {name!r}" for name, count in inputs)
+            said.append(f"{listed}, where an input is NaN or infinite (check the checkpoints)")
+        if large:
+            listed = some(f"{count} of {name!r} in {dtypes[name]}" for name, count in large)
+            said.append(f"{listed}, which the result is too large for (write dtype='float32')")
+        return f"elements that are not finite: {'; '.join(said)}"
+
+    def _complete(self, i: int, journal: Mapping[str, Written], *, verify: bool) -> None:
         """Give an output all that belongs beside its weights."""
+        output = self._targets[i]
         folder = self._work_folder.staging(output.folder)
+        digests, odd = {file: written.digests[i] for file, written in journal.items()}, _not_finite(journal, i)
         for file, expected in digests.items() if verify else ():
             try:
                 verify_file(folder / file, expected)
@@ -220,8 +241,10 @@ class Job:
                 raise
         beside = {
             **self._beside,
-            folders.CARD: folders.card(output.title, output.text, output.recipe),
-            folders.MANIFEST: folders.manifest(output.recipe, self.identity, digests),
+            folders.CARD: folders.card(
+                output.title, output.text + (f" It holds {self._told(odd)}." if odd else ""), output.recipe
+            ),
+            folders.MANIFEST: folders.manifest(output.recipe, self.identity, digests, odd),
         }
         for name, content in beside.items():
             write_whole(folder / name, content)
@@ -255,6 +278,16 @@ class Job:
         if free < needed:
             room = f"{needed / 1e9:.3g} GB of {free / 1e9:.3g} GB free"
             raise OSError(f"{out} needs {room}; make room or write less at once")
+
+
+def _not_finite(journal: Mapping[str, Written], output: int | None = None) -> dict[str, list[int]]:
+    """Return the counts of `Written` of the tensors of one output, or of all the largest, where there are any."""
+    tensors = {name: own for written in journal.values() for name, own in written.not_finite.items()}
+    found = {
+        name: [max(counts) for counts in zip(*own, strict=True)] if output is None else own[output]
+        for name, own in tensors.items()
+    }
+    return {name: counts for name, counts in found.items() if any(counts)}
 
 
 def _sha256(content: bytes) -> str:

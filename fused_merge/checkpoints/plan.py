@@ -55,6 +55,10 @@ class Rule(Protocol):
     `fused_merge.interpolate`, and `scratch` bytes that may be overwritten.
     """
 
+    @property
+    def telling(self) -> Sequence[int]:
+        """The outputs that are not finite where any output is not; none of what is only copied."""
+
     def __call__(
         self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None
     ) -> None:
@@ -65,6 +69,11 @@ class CopyRule(NamedTuple):
     """The rule of what is copied: output k is input `chosen[k]`, bit for bit or, if dtypes differ, converted."""
 
     chosen: tuple[int, ...]
+
+    @property
+    def telling(self) -> Sequence[int]:
+        """None: a mask may well be -inf."""
+        return ()
 
     def __call__(
         self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None

@@ -99,7 +99,7 @@ class TauOfCheckpoints(TauSource):
         self._ends = open_files(base, role="base"), open_files(tuned, role="tuned")
         self.specs = _specs_of(*self._ends)
         self.files = {role: end.files() for role, end in zip(("base", "tuned"), self._ends, strict=True)}
-        self._paths = os.path.abspath(base), os.path.abspath(tuned)
+        self._paths = os.path.abspath(self._ends[0].path), os.path.abspath(self._ends[1].path)
         self.origin = " and ".join(self._paths)
 
     def read(self, name: str, dtype: torch.dtype, first: int | None = None) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_merge.distributed import is_sharded, local_part
-from fused_merge.io.files import Stamp, bytes_of, check_unchanged, expanded, read_into, reading, stamp_of
+from fused_merge.io.files import bytes_of, check_unchanged, expanded, read_into, reading, stamp_of
 from fused_merge.io.headers import METADATA, Entry, open_safetensors, read_json
 from fused_merge.io.mergeable import check_mergeable, refuse_other_formats
 from fused_merge.names import canonical_name, some
@@ -163,7 +163,7 @@ class FileSource(TensorSource):
             for raw, entry in header.entries.items():
                 self._stored[_new_name(raw, self._stored, self.origin)] = (file, raw, entry)
             self.shards[file] = tuple(self._stored)[before:]
-        self._kinds = {name: (entry.shape, entry.dtype) for name, (_, _, entry) in self._stored.items()}
+        self._kinds = {name: (torch.Size(entry.shape), entry.dtype) for name, (_, _, entry) in self._stored.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._read(name, ())
@@ -266,7 +266,7 @@ def _read_box(place: FileRange, shape: Sequence[int], box: Sequence[slice]) -> T
     rows = torch.empty(max(0, last - first) * prod(row), dtype=place.dtype)
     with reading(place.file) as handle:
         read_into(handle, place.file, bytes_of(rows), place.offset + first * prod(row) * place.dtype.itemsize)
-    return rows.view(last - first, *row)[:, *box[1:]].contiguous() if box else rows.view(shape)
+    return rows.view(last - first, *row)[(slice(None), *box[1:])].contiguous() if box else rows.view(shape)
 
 
 def _location(tensor: Tensor) -> tuple[object, ...]:

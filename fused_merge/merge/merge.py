@@ -32,6 +32,7 @@ from fused_merge.eager.merge import mask_key, merge_block, slerp_coefficients
 from fused_merge.eager.precision import compute_dtype
 from fused_merge.eager.shard import ShardIndex
 from fused_merge.eager.sparsify import kept_count
+from fused_merge.io.files import expanded
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.merge.options import MergeOptions, MergePlanOptions
 from fused_merge.merge.whole_tensors import Advance, Map, Pair, inner_products, kth_magnitude, lowest_bits
@@ -63,6 +64,11 @@ class MergeTensorRule(NamedTuple):
     densities: tuple[float, ...] | None  # one per model, or None
     seed: int  # of the random masks
     thresholds: tuple[int, ...] | None = None  # of a trim, one per model; None while they are not known
+
+    @property
+    def telling(self) -> Sequence[int]:
+        """The only output."""
+        return (0,)
 
     def __call__(
         self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None
@@ -121,8 +127,8 @@ def merge_checkpoints(
             unknown.
     """
     plan, run = split(options, MergePlanOptions, StreamOptions)
-    plan_merge(base, models, method, out, **plan).run(**run)
-    return Path(out)
+    (folder,) = plan_merge(base, models, method, out, **plan).run(**run)
+    return folder
 
 
 @documented(MergePlanOptions)
@@ -196,7 +202,7 @@ def merge_job(
     sources = [open_files(path, role="a model") for path in paths]
     config_source, files_from = 0, options["files_from"]
     if files_from is not None and not (files_from == "base" and method.has_base):
-        same = [i for i, path in enumerate(paths) if Path(path) == Path(files_from)]
+        same = [i for i, path in enumerate(paths) if expanded(path) == expanded(files_from)]
         if not same:
             listed = some(repr(str(path)) for path in paths)
             raise ValueError(f"files_from must be one of {listed}, got {str(files_from)!r}")
@@ -230,11 +236,12 @@ def merge_job(
         "files_from": sources[config_source].origin,
     }
     about = f"A merge of {len(models)} models by `{method.name}` ({method.paper}), in fp32 and rounded once."
-    folder = Path(out).absolute()
+    out = expanded(out)
+    folder = out.absolute()
     needs_whole_tensors = method.spherical or method.sparsify == "magnitude"
     return Job(
         "merging",
-        [Output(Path(out), whole_recipe, folder.name, about)],
+        [Output(out, whole_recipe, folder.name, about)],
         sources,
         sources[config_source],
         lay_out_files(tensors, sources[0], rule_of, options["max_shard_size"]),

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from fused_merge.checkpoints.job import Job
 from fused_merge.checkpoints.options import FileOptions
+from fused_merge.io.files import expanded
 from fused_merge.io.sources import PathLike
 from fused_merge.merge.merge import Coefficients, merge_job
 from fused_merge.merge.options import MergePlanOptions
@@ -167,7 +168,7 @@ def read_mergekit(path: PathLike) -> MergeRecipe:
         raise ModuleNotFoundError(
             "files for mergekit are read with PyYAML: pip install 'fused_merge[cli]'", name=error.name
         ) from None
-    path = Path(path)
+    path = expanded(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -267,9 +268,9 @@ def _folder(reference: Any, where: str) -> Path:
         raise ValueError(f"{where} must name the folder of a model, got {reference!r}")
     if "@" in reference or "+" in reference:
         raise ValueError(f"{where} is {reference!r}, but revisions (@) and adapters (+) are not supported")
-    if not Path(reference).is_dir():
+    if not expanded(reference).is_dir():
         raise FileNotFoundError(f"{where} is {reference!r}, but there is no such folder; nothing is downloaded")
-    return Path(reference)
+    return expanded(reference)
 
 
 def _files_from(source: Any, base: Path | None, models: Sequence[Path], path: Path) -> Path:

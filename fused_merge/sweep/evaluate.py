@@ -22,7 +22,7 @@ import torch
 from fused_merge.distributed import Processes
 from fused_merge.functional.backend import check_device
 from fused_merge.interpolation.ratio_sweep import RatioSweep
-from fused_merge.io.files import stamp_of
+from fused_merge.io.files import expanded, stamp_of
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.io.transformers import check_transformers, load_model, load_tokenizer, stored_dtype
 from fused_merge.io.writer import write_text
@@ -169,12 +169,12 @@ class _Sweep:
         for score in minimize:
             if not any(f"{score}/".startswith(f"{name}/") for name in names):
                 raise ValueError(f"minimize names {score!r}, which is no score of {some(map(repr, names))}; correct it")
-        self._path, self._processes = Path(out) / RESULTS, processes
+        self._path, self._processes = expanded(out) / RESULTS, processes
         with processes.raising_together():
             described = {}
             for role, path in checkpoints.items():
                 files = {file.name: list(stamp_of(file)) for file in open_files(path).files()}
-                described[role] = {"path": str(Path(path).absolute()), "files": files}
+                described[role] = {"path": str(expanded(path).absolute()), "files": files}
             belongs_to = {"checkpoints": described, "ratios": self._ratios, "scorers": list(names), **(also or {})}
             found = resume(self._path, belongs_to) if processes.is_first else Results(belongs_to)
         finished, lower = processes.from_first((found.finished, found.lower_is_better))

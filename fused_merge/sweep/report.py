@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from fused_merge.io.files import expanded
 from fused_merge.io.sources import PathLike
 from fused_merge.io.writer import write_text, writing
 from fused_merge.names import some
@@ -31,8 +32,8 @@ def write_report(out: PathLike, compare: Sequence[PathLike] = ()) -> list[Path]:
         ImportError: if there is a picture to draw and matplotlib is missing.
         OSError: if a file cannot be read or written.
     """
-    folder = Path(out)
-    sweeps = _compared([folder / RESULTS, *map(Path, compare)])
+    folder = expanded(out)
+    sweeps = _compared([folder / RESULTS, *map(expanded, compare)])
     files = [folder / RESULTS, folder / "results.md"]
     write_text(files[1], _markdown(sweeps))
     if len(next(iter(sweeps.values())).scores) > 1:

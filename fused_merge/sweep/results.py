@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_merge._version import __version__
+from fused_merge.io.files import expanded
 from fused_merge.io.headers import load_json
 from fused_merge.io.sources import PathLike
 from fused_merge.per_tensor import PerTensor
@@ -99,7 +100,7 @@ def read_results(path: PathLike) -> Results:
         OSError: if it cannot be read.
     """
     try:
-        content = load_json(Path(path).read_bytes())
+        content = load_json(expanded(path).read_bytes())
         finished = []
         for entry in content["rows"]:
             scores = {name: float(score) for name, score in entry["scores"].items()}
