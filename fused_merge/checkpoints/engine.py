@@ -6,7 +6,7 @@ the inputs, makes the R points, hashes them while a cache still holds them, and 
 no more compute at a time than there are cores, since they would only wait for each other. Memory is that of the blocks
 in hand, whatever the size of the model.
 
-What was merged is looked at too, for elements that are not finite: a sum of each block says whether there may be any.
+Elements that are not finite are counted, unless they are copies: sums of blocks say whether there may be any.
 
 Bytes per element of b bytes: reads n*b of n inputs, writes R*b.
 """
@@ -33,6 +33,7 @@ from fused_merge.checkpoints.disk import DirectFile, aligned
 from fused_merge.checkpoints.plan import ALIGNMENT, OutputFile, Segment
 from fused_merge.functional import backend
 from fused_merge.io.files import bytes_of, read_into, reading
+from fused_merge.io.sources import same_bits
 from fused_merge.io.writer import sync_folder, writing
 
 # On two cores five threads took 3.0 s, three 3.7, four 3.4 and six, in more memory, 2.9
@@ -41,8 +42,8 @@ _THREADS_PER_CORE = 2.5
 _MEMORY = 80 << 20
 # In the same memory, more threads with blocks of this size took less time than fewer with larger ones.
 _LARGEST_BLOCK = 1 << 20
-# Where sums of blocks need more room than their own dtype has.
-_SUMS = {torch.float16: torch.float32}
+# What sums of blocks are made in: they must not overflow before their elements do.
+_SUMS = {x: x for x in (torch.float64, torch.float32, torch.bfloat16)} | {torch.float16: torch.float32}
 # Temporaries that a rule is given, in bytes for each byte of a block of one output.
 _SCRATCH = 5
 
@@ -90,8 +91,8 @@ class Written(NamedTuple):
     """What is known of one file of R outputs when it is whole."""
 
     digests: list[list[str]]  # for each output, of its pieces
-    # Name of a merged tensor -> for each output the elements that are not finite: since one of the inputs is not, and
-    # since they are too large for the dtype. Tensors without any are left out.
+    # Name of a tensor -> for each output the elements that are not finite: since an input is not, unless it is copied,
+    # and since they are too large for the dtype. Tensors without any are left out.
     not_finite: dict[str, list[list[int]]]
 
 
@@ -214,16 +215,18 @@ class _Stream:
                 for out, point in zip(outs, points, strict=True):
                     out.copy_(point, non_blocking=True)
                 buffers.stream.synchronize()
-        # A sum is not finite if an element is not, or, in itself, too large: then the count finds none.
-        if any(not math.isfinite(outs[i].sum(dtype=_SUMS.get(segment.dtype))) for i in segment.rule.telling):
-            self._count(segment.name, inputs, outs)
+        # A sum is not finite if an element is not or, seldom, if it is too large itself: then the count finds none.
+        if (wide := _SUMS.get(segment.dtype)) is not None:
+            if not all(math.isfinite(outs[i].sum(dtype=wide)) for i in segment.rule.telling):
+                self._count(segment.name, inputs, outs)
 
     def _count(self, name: str, inputs: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
-        """Count the elements that are not finite, in each output, by whether the inputs are."""
+        """Count the elements that are not finite, in each output, by whether the inputs are; copies keep what was."""
         finite = torch.stack([tensor.isfinite() for tensor in inputs]).all(dim=0)
         for i, out in enumerate(outs):
             odd = ~out.isfinite()
-            counts = [int((odd & ~finite).sum()), int((odd & finite).sum())]
+            copied = any(same_bits(out, tensor.to(out.dtype)) for tensor in inputs)
+            counts = [0 if copied else int((odd & ~finite).sum()), int((odd & finite).sum())]
             if any(counts):
                 with self._counting:
                     own = self.not_finite.setdefault(name, [[0, 0] for _ in outs])

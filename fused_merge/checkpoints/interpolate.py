@@ -38,7 +38,7 @@ class InterpolateRule(NamedTuple):
     @property
     def telling(self) -> Sequence[int]:
         """The two ends: every other point lies between them."""
-        return tuple({self.ratios.index(end(self.ratios)) for end in (min, max)})
+        return tuple({self.ratios.index(end) for end in (min(self.ratios), max(self.ratios))})
 
     def __call__(
         self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None

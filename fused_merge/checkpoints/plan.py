@@ -57,7 +57,7 @@ class Rule(Protocol):
 
     @property
     def telling(self) -> Sequence[int]:
-        """The outputs that are not finite where any output is not; none of what is only copied."""
+        """The outputs that are not all finite where any output is not."""
 
     def __call__(
         self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None
@@ -72,8 +72,8 @@ class CopyRule(NamedTuple):
 
     @property
     def telling(self) -> Sequence[int]:
-        """None: a mask may well be -inf."""
-        return ()
+        """One of each input."""
+        return tuple(map(self.chosen.index, set(self.chosen)))
 
     def __call__(
         self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None

@@ -140,11 +140,13 @@ class WorkFolder:
             try:
                 digests, not_finite = load_json(self.entry(file).read_bytes())
                 lengths = [len(own) if all(isinstance(each, str) for each in own) else 0 for own in digests]
+                counts = {name: [[int(a), int(b)] for a, b in own] for name, own in not_finite.items()}
                 whole = all((self.staging(output) / file).stat().st_size == size for output in self.unnamed)
-            except (OSError, ValueError, RecursionError, TypeError):
+            except (OSError, ValueError, RecursionError, TypeError, AttributeError):
                 continue
-            if whole and lengths == [-(-size // PIECE)] * len(self.outputs) and isinstance(not_finite, dict):
-                found[file] = Written(digests, not_finite)
+            whole &= {len(own) for own in counts.values()} <= {len(self.outputs)}
+            if whole and lengths == [-(-size // PIECE)] * len(self.outputs):
+                found[file] = Written(digests, counts)
         return found
 
     def entry(self, file: str) -> Path:

@@ -117,8 +117,8 @@ def _quantized(source: TensorSource) -> Iterator[tuple[str, str | None, str | No
         elif _is_scale(own) or (_NO_CODES.search(own) and not float8):
             continue
         elif scale := next((x for x in beside if _is_scale(x.rpartition(".")[2])), None):
-            fp4 = own.endswith("_blocks") and scale.endswith("_scales")
-            yield name, scale, "fp8" if float8 else "mxfp4" if fp4 else None
+            known = {f"{name}_scale_inv": "fp8", name.removesuffix("_blocks") + "_scales": "mxfp4"}
+            yield name, scale, known.get(scale)
         elif not float8 and (own == "weight" or own in _CODE_NAMES):
             yield name, None, None
 

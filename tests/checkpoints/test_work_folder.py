@@ -123,7 +123,8 @@ def entry(unfinished):
         lambda text: re.sub(rb'"(\w+)"', rb'"\1", "\1"', text),
         lambda text: re.sub(rb'"\w+"', b"null", text),
         lambda text: re.sub(rb'\["\w+"\]', b"7", text),
-        lambda text: re.sub(rb'^\[\["\w+"\], ', b"[", text),
+        lambda text: re.sub(rb'^\[\[\["\w+"\], ', b"[[", text),
+        *(lambda text, odd=odd: text.replace(b"{}", odd) for odd in (b"[]", b"null", b'{"w": 1}', b'{"w": [[0, 1]]}')),
     ],
 )
 def test_an_entry_of_the_journal_that_is_torn_or_odd_is_not_believed(lie, entry, finish):
@@ -193,7 +194,7 @@ def test_folders_that_a_killed_run_has_named_are_read_again_too(finish, tmp_path
 
 
 def test_digests_that_lie_are_found_by_reading_again(entry, finish, tmp_path):
-    entry.write_bytes(re.sub(rb'^\[\["\w', b'[["?', entry.read_bytes()))
+    entry.write_bytes(re.sub(rb'^\[\[\["\w', b'[[["?', entry.read_bytes()))
     with pytest.raises(ValueError, match=r"r0\.00/a\.safetensors is not what was written"):
         finish(verify=True)
     assert os.listdir(tmp_path) == [WORK]
