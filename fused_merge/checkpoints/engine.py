@@ -18,7 +18,7 @@ import os
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,8 +113,8 @@ def write_file(
         with ExitStack() as stack:
             sources = {path: stack.enter_context(reading(path)) for path in file.inputs}
             outputs = [stack.enter_context(DirectFile(*both)) for both in zip(paths, parts, strict=True)]
-            stream = _Stream(file, sources, outputs, resources, advance)
-            with workers(resources.threads) as pool:
+            with workers(resources.threads, advance) as (pool, advance):
+                stream = _Stream(file, sources, outputs, resources, advance)
                 digests = list(pool.map(stream.write_piece, range(0, file.size, PIECE)))
                 list(pool.map(lambda output: output.finish(file.size), outputs))
         for part, path in zip(parts, paths, strict=True):
@@ -216,9 +216,9 @@ class _Stream:
                     out.copy_(point, non_blocking=True)
                 buffers.stream.synchronize()
         # A sum is not finite if an element is not or, seldom, if it is too large itself: then the count finds none.
-        if (wide := _SUMS.get(segment.dtype)) is not None:
-            if not all(math.isfinite(outs[i].sum(dtype=wide)) for i in segment.rule.telling):
-                self._count(segment.name, inputs, outs)
+        wide = _SUMS.get(segment.dtype)
+        if wide is not None and not all(math.isfinite(outs[i].sum(dtype=wide)) for i in segment.rule.telling):
+            self._count(segment.name, inputs, outs)
 
     def _count(self, name: str, inputs: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
         """Count the elements that are not finite, in each output, by whether the inputs are; copies keep what was."""
@@ -255,12 +255,24 @@ def _taken(queue: SimpleQueue[_T]) -> Iterator[_T]:
 
 
 @contextmanager
-def workers(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Run threads whose torch operations stay in them: each is a worker already."""
+def workers(threads: int, advance: Callable[[int], None]) -> Iterator[tuple[ThreadPoolExecutor, Callable[[int], None]]]:
+    """Run threads whose torch operations stay in them: each is a worker already.
+
+    Also yields what they are to call instead of `advance`, so that those on their way end at once when the block fails
+    or is interrupted.
+    """
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    stopped = threading.Event()
+
+    def advance_or_stop(nbytes: int) -> None:
+        if stopped.is_set():
+            raise CancelledError
+        advance(nbytes)
+
     with ExitStack() as stack:
         # It also is what threads that are started from now on begin with.
         stack.callback(torch.set_num_threads, before)
         stack.callback(pool.shutdown, cancel_futures=True)
-        yield pool
+        stack.callback(stopped.set)
+        yield pool, advance_or_stop

@@ -267,7 +267,7 @@ class WholeTensorPass:
         self, files: Sequence[OutputFile], file: OutputFile, resources: Resources, advance: Advance
     ) -> OutputFile:
         """Return one of the files of a job with rules that know all they need."""
-        with workers(resources.threads) as pool:
+        with workers(resources.threads, advance) as (pool, advance):
             if self._over_model and self._thresholds is None and _merged(file):
                 merged = [each for any_file in files for each in _merged(any_file)]
                 self._thresholds = _thresholds(merged, advance, pool.map)

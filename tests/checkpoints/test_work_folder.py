@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from jobs import FILES, NAMES, RATIOS, WORK, contents, flip, leave_unfinished, patched, refuse, stop_before_the_name_of
 
-from fused_merge.checkpoints import job
+from fused_merge.checkpoints import job, work_folder
 from fused_merge.checkpoints.interpolate import interpolate_checkpoints
 
 BUSY = r"another process is writing to .*\.fused_merge\.part; wait for it, or choose another folder"
@@ -86,6 +86,26 @@ def test_a_file_system_without_locks_is_a_warning(reason, finish, caplog):
     (record,) = caplog.records
     warning = rf".*\.part cannot be locked \({os.strerror(reason)}\): let no second process write to it"
     assert re.fullmatch(warning, record.getMessage())
+
+
+def test_a_file_system_that_does_not_answer_is_named(finish, monkeypatch):
+    """As one on a network that is down: nothing else waits for a lock."""
+    said, sentences = threading.Event(), []
+
+    def warn(text, *arguments):
+        sentences.append(text % arguments)
+        said.set()
+
+    def wait(flock, handle, how):
+        assert said.wait(60)
+        return flock(handle, how)
+
+    monkeypatch.setattr(work_folder, "_PATIENCE", 0)
+    monkeypatch.setattr(work_folder.logger, "warning", warn)
+    with patched(fcntl, "flock", wait):
+        finish()
+    (sentence,) = sentences
+    assert re.match(r"the file system of .*\.part/lock does not answer whether it can be locked; wait, or", sentence)
 
 
 def test_what_finished_while_this_one_took_the_lock_is_not_done_again(finish, tmp_path):

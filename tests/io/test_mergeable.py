@@ -35,7 +35,8 @@ QUANTIZED = {
               "gate_up_proj_blocks", r"Mxfp4Config\(dequantize=True\)"),
     "fp8, blocks": ({"weight": (FP8, [8, 8]), "weight_scale_inv": (FP32, [1, 1])}, "weight",
                     r"FineGrainedFP8Config\(dequantize=True\)"),
-    "fp8, static": ({"weight": (FP8, [8, 8]), "weight_scale": (BF16, []), "input_scale": (BF16, [])}, "weight", "take the checkpoint"),
+    "fp8, static": ({"weight": (FP8, [8, 8]), "weight_scale": (BF16, []), "input_scale": (BF16, [])}, "weight",
+                    "take the checkpoint"),
     "MXFP8": ({"weight": (FP8, [8, 8]), "weight_scale": (torch.uint8, [8, 1])}, "weight", "dequantize it first"),
     "compressed-tensors": ({"weight_packed": (torch.int32, [8, 1]), "weight_scale": (BF16, [8, 1]),
                             "weight_shape": (torch.int64, [2])}, "weight_packed", "dequantize it first"),
@@ -59,15 +60,15 @@ def test_quantized_tensors_are_refused_by_what_they_are(method):
 
 
 PLAIN = {
-    "indices and counters": {"embeddings.position_ids": (torch.int64, [1, 8]), "num_batches_tracked": (torch.int64, [])},
+    "indices and counters": {"position_ids": (torch.int64, [1, 8]), "num_batches_tracked": (torch.int64, [])},
     "a scale beside a table of indices": {"relative_position_index": (torch.int64, [4, 4]), "logit_scale": (FP32, [2])},
-    "masks in bytes": {"attn.bias": (torch.uint8, [1, 1, 4, 4]), "attn.scale": (FP32, []), "mask": (torch.bool, [4, 4])},
+    "masks in bytes": {"attn.bias": (torch.uint8, [1, 1, 4, 4]), "attn.scale": (FP32, []), "m": (torch.bool, [4, 4])},
     "token ids": {"ids": (torch.int32, [4, 4]), "scale": (FP32, [])},
     "batch norm, layer scale, weight norm": {"running_var": (FP32, [4]), "layer_scale": (FP32, [4]),
                                              "weight_g": (FP32, [4, 1]), "weight_v": (FP32, [4, 4])},
     "state spaces": {"A_log": (FP32, [4, 4]), "dt_bias": (FP32, [4]), "conv1d.weight": (BF16, [4, 1, 4])},
     "scales of a cache of keys": {"weight": (BF16, [4, 4]), "k_scale": (FP32, []), "v_scale": (FP32, [])},
-    "latent attention, and a layer called lora": {"q_a_proj.weight": (BF16, [4, 4]), "w_lora.lora.0.weight": (BF16, [4])},
+    "latent attention, a layer called lora": {"q_a_proj.weight": (BF16, [4, 4]), "w_lora.lora.0.weight": (BF16, [4])},
 }  # fmt: skip
 
 
@@ -123,7 +124,7 @@ def adapter(tmp_path):
 
 def test_the_folder_of_an_adapter_is_recognized_unless_it_holds_a_model(adapter):
     for path in (adapter, adapter / "adapter_model.safetensors"):
-        with pytest.raises(ValueError, match=r"is an adapter, as .*adapter_config\.json .*says; merge it into its base"):
+        with pytest.raises(ValueError, match=r"is an adapter, as .*adapter_config\.json .*says; merge it into"):
             open_source(path)
     save_file({"w": torch.ones(2)}, adapter / "model.safetensors")
     check_mergeable(open_source(adapter))
@@ -147,7 +148,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
 def test_a_pointer_of_git_lfs_is_recognized(name, tmp_path):
     (tmp_path / name).write_bytes(POINTER)
-    with pytest.raises(ValueError, match=rf"{name} .*\(it is a pointer of Git LFS to .* not here: run `git lfs pull`\)"):
+    with pytest.raises(ValueError, match=rf"{name} .*\(it is a pointer of Git LFS to .* not here: run `git lfs pull`"):
         open_source(tmp_path)
 
 
