@@ -16,7 +16,14 @@ from fused_merge.checkpoints.align import align
 from fused_merge.checkpoints.folders import describe_source
 from fused_merge.checkpoints.job import Job, Output
 from fused_merge.checkpoints.options import InterpolateOptions, InterpolatePlanOptions, RunOptions, described
-from fused_merge.checkpoints.plan import AlignedSegment, AlignedTensor, CopyRule, Rule, lay_out_files
+from fused_merge.checkpoints.plan import (
+    AlignedSegment,
+    AlignedTensor,
+    CopyRule,
+    Rule,
+    lay_out_files,
+    without_collection,
+)
 from fused_merge.eager.interpolate import interpolate_
 from fused_merge.io.files import expanded
 from fused_merge.io.sources import PathLike, open_files
@@ -90,6 +97,7 @@ def interpolate_checkpoints(
 
 
 @documented(InterpolatePlanOptions)
+@without_collection()
 def plan_interpolation(
     base: PathLike, tuned: PathLike, ratios: Ratios, out: PathLike, **options: Unpack[InterpolatePlanOptions]
 ) -> Job:

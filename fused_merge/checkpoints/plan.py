@@ -6,7 +6,9 @@ inputs and the rule that makes it of them. Nothing here reads a tensor or writes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeAlias
@@ -19,6 +21,18 @@ from fused_merge.io.sources import SINGLE_FILE, FileRange, FileSource
 
 # Data begin and blocks are cut where every file system can write past its cache.
 ALIGNMENT = 4096
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Keep Python from looking for garbage among hundreds of thousands of small tuples, of which none is."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class AlignedSegment(NamedTuple):

@@ -54,7 +54,7 @@ class Entry(NamedTuple):
     """What a header says of one tensor; `start` and `end` are bytes from the beginning of the data."""
 
     dtype: torch.dtype
-    shape: Sequence[int]
+    shape: tuple[int, ...]
     start: int
     end: int
 

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -163,7 +163,9 @@ class FileSource(TensorSource):
             for raw, entry in header.entries.items():
                 self._stored[_new_name(raw, self._stored, self.origin)] = (file, raw, entry)
             self.shards[file] = tuple(self._stored)[before:]
-        self._kinds = {name: (torch.Size(entry.shape), entry.dtype) for name, (_, _, entry) in self._stored.items()}
+        self._kinds = {
+            name: (cast(torch.Size, entry.shape), entry.dtype) for name, (_, _, entry) in self._stored.items()
+        }
 
     def __getitem__(self, name: str) -> Tensor:
         return self._read(name, ())

@@ -27,6 +27,7 @@ from fused_merge.checkpoints.plan import (
     Rule,
     Segment,
     lay_out_files,
+    without_collection,
 )
 from fused_merge.eager.merge import mask_key, merge_block, slerp_coefficients
 from fused_merge.eager.precision import compute_dtype
@@ -175,6 +176,7 @@ def plan_merge(
     return merge_job(base, said, decided, coefficients, out, plan)
 
 
+@without_collection()
 def merge_job(
     base: PathLike | None,
     models: Mapping[PathLike, Mapping[str, Any]],
