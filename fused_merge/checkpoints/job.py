@@ -89,8 +89,8 @@ class Job:
             content = {**index, "metadata": metadata, "weight_map": weight_map}
             self._beside[INDEX_FILE] = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
         # Of every file that is read: of weights as they were when their headers were.
-        self._stamps = {path: stamp_of(path) for path in self._beside.values() if isinstance(path, Path)}
-        self._stamps |= {path: stamp for source in sources for path, stamp in source.stamps.items()}
+        self._stamps = {path: stamp for source in sources for path, stamp in source.stamps.items()}
+        self._stamps |= {path: stamp_of(path) for path in self._beside.values() if isinstance(path, Path)}
         sizes = {file.name: file.size for file in files}
         self._work_folder = WorkFolder(work, json.dumps(self.identity).encode(), self.outputs, sizes)
         for folder in self.outputs:
