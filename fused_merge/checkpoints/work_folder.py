@@ -213,3 +213,4 @@ def _patiently(lock: Path) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+        timer.join()
