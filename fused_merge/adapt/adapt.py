@@ -28,6 +28,7 @@ from fused_merge.adapt.search import CovarianceSearch, ProjectedAdam, Search, Si
 from fused_merge.distributed import Processes, is_sharded, local_part, sharding_groups, sum_over
 from fused_merge.interpolation.layer_ratios import LayerRatios
 from fused_merge.interpolation.ratio_sweep import RatioSweep
+from fused_merge.io.files import expanded
 from fused_merge.io.headers import load_json
 from fused_merge.io.options import PathOptions
 from fused_merge.io.sources import SourceLike, open_source
@@ -109,7 +110,7 @@ def adapt_ratios(
             search = SigmoidAdam(np.zeros_like(first), mean_ratio, lr, o["betas"], steps)
         else:
             search = ProjectedAdam(first, mean_ratio, lr, o["betas"], steps)
-        journal = Path(o["journal"]) if processes.is_first and o["journal"] is not None else None
+        journal = expanded(o["journal"]) if processes.is_first and o["journal"] is not None else None
         run = {
             "parts": {label: list(names) for label, names in start.parts.items()},
             "start": list(start.ratios),

@@ -18,6 +18,7 @@ from fused_merge.adapt.adapt import adapt_ratios, answer_loss
 from fused_merge.adapt.options import AnswerOptions, SamplingOptions, TargetOptions
 from fused_merge.checkpoints.interpolate import plan_interpolation
 from fused_merge.functional.backend import check_device
+from fused_merge.io.files import expanded
 from fused_merge.io.options import PairingOptions
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.io.transformers import ModelLoader, import_function, stored_dtype, text_tokenizer
@@ -142,7 +143,7 @@ def adapt_checkpoints(
         OSError: if a file cannot be read or written.
     """
     o = resolve(options, AnswerOptions)
-    out = Path(out).expanduser()
+    out = expanded(out)
     source = open_files(tuned, role="tuned")
     if not prompts:
         raise ValueError("there is no prompt; give at least one")
@@ -177,7 +178,7 @@ def read_prompts(path: Path) -> list[str]:
 
     Raises ValueError if a line has no prompt; the sentence names it.
     """
-    prompts = [line for line in path.expanduser().read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if path.suffix.lower() == ".jsonl":
         for i, line in enumerate(prompts):
             try:

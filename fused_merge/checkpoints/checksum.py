@@ -16,7 +16,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from fused_merge.checkpoints.disk import aligned, bytes_of, read_into, reading
+from fused_merge.checkpoints.disk import aligned
+from fused_merge.io.files import bytes_of, read_into, reading
 from fused_merge.io.headers import read_header
 from fused_merge.names import some
 

@@ -1,4 +1,4 @@
-"""Files as the disk has them: read from any place, and written past the page cache where the file system takes that."""
+"""Files written past the page cache where the file system takes that, and memory that they are written from."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fused_merge.checkpoints.plan import ALIGNMENT
-from fused_merge.io.headers import explained
 from fused_merge.io.writer import writing
 
 _DIRECT = getattr(os, "O_DIRECT", 0)
@@ -72,32 +70,6 @@ class DirectFile:
         with writing(self.path):
             os.ftruncate(self._handle, size)
             os.fsync(self._handle)
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[int]:
-    """Open a file to read from any place of it; what the operating system refuses becomes a sentence."""
-    with explained(f"cannot read {path}", "put it back and run the same again"):
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        yield handle
-    finally:
-        os.close(handle)
-
-
-def read_into(handle: int, path: Path, view: memoryview, at: int) -> None:
-    """Fill a view from a place of a file; OSError if that cannot be read or ends early."""
-    while view:
-        with explained(f"cannot read {path}", "check its disk and run the same again"):
-            got = os.preadv(handle, [view], at)
-        if got == 0:
-            raise OSError(f"{path} ends before byte {at + len(view)}: it changed while it was read; run the same again")
-        view, at = view[got:], at + got
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """Return the memory of a contiguous CPU tensor as bytes."""
-    return tensor.view(torch.uint8).numpy().data
 
 
 def aligned(nbytes: int, *, pinned: bool) -> Tensor:

@@ -6,6 +6,8 @@ the inputs, makes the R points, hashes them while a cache still holds them, and 
 no more compute at a time than there are cores, since they would only wait for each other. Memory is that of the blocks
 in hand, whatever the size of the model.
 
+Elements that are not finite are counted, unless they are copies: sums of blocks say whether there may be any.
+
 Bytes per element of b bytes: reads n*b of n inputs, writes R*b.
 """
 
@@ -13,9 +15,10 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +29,11 @@ import torch
 from torch import Tensor
 
 from fused_merge.checkpoints.checksum import PIECE, hasher
-from fused_merge.checkpoints.disk import DirectFile, aligned, bytes_of, read_into, reading
+from fused_merge.checkpoints.disk import DirectFile, aligned
 from fused_merge.checkpoints.plan import ALIGNMENT, OutputFile, Segment
 from fused_merge.functional import backend
+from fused_merge.io.files import bytes_of, read_into, reading
+from fused_merge.io.sources import same_bits
 from fused_merge.io.writer import sync_folder, writing
 
 # On two cores five threads took 3.0 s, three 3.7, four 3.4 and six, in more memory, 2.9
@@ -37,6 +42,8 @@ _THREADS_PER_CORE = 2.5
 _MEMORY = 80 << 20
 # In the same memory, more threads with blocks of this size took less time than fewer with larger ones.
 _LARGEST_BLOCK = 1 << 20
+# What sums of blocks are made in: they must not overflow before their elements do.
+_SUMS = {x: x for x in (torch.float64, torch.float32, torch.bfloat16)} | {torch.float16: torch.float32}
 # Temporaries that a rule is given, in bytes for each byte of a block of one output.
 _SCRATCH = 5
 
@@ -80,10 +87,19 @@ class Resources(NamedTuple):
         )
 
 
+class Written(NamedTuple):
+    """What is known of one file of R outputs when it is whole."""
+
+    digests: list[list[str]]  # for each output, of its pieces
+    # Name of a tensor -> for each output the elements that are not finite: since an input is not, unless it is copied,
+    # and since they are too large for the dtype. Tensors without any are left out.
+    not_finite: dict[str, list[list[int]]]
+
+
 def write_file(
     file: OutputFile, paths: Sequence[Path], resources: Resources, advance: Callable[[int], None]
-) -> list[list[str]]:
-    """Write one file to a path in each of R outputs, and return for each the digests of its pieces.
+) -> Written:
+    """Write one file to a path in each of R outputs, and return what is in them.
 
     What is there is removed; all get their names when all are whole and on the disk. Threads call `advance` with the
     bytes just written. Raises OSError if a file cannot be read or written; then nothing of it is left.
@@ -97,8 +113,8 @@ def write_file(
         with ExitStack() as stack:
             sources = {path: stack.enter_context(reading(path)) for path in file.inputs}
             outputs = [stack.enter_context(DirectFile(*both)) for both in zip(paths, parts, strict=True)]
-            stream = _Stream(file, sources, outputs, resources, advance)
-            with workers(resources.threads) as pool:
+            with workers(resources.threads, advance) as (pool, advance):
+                stream = _Stream(file, sources, outputs, resources, advance)
                 digests = list(pool.map(stream.write_piece, range(0, file.size, PIECE)))
                 list(pool.map(lambda output: output.finish(file.size), outputs))
         for part, path in zip(parts, paths, strict=True):
@@ -110,7 +126,7 @@ def write_file(
             with suppress(OSError):
                 path.unlink(missing_ok=True)
         raise
-    return [list(own) for own in zip(*digests, strict=True)]
+    return Written([list(own) for own in zip(*digests, strict=True)], dict(sorted(stream.not_finite.items())))
 
 
 @dataclass
@@ -124,6 +140,8 @@ class _Stream:
     advance: Callable[[int], None]
 
     def __post_init__(self) -> None:
+        self.not_finite: dict[str, list[list[int]]] = {}
+        self._counting = threading.Lock()
         resources, outputs, segments = self.resources, len(self.outputs), self.file.segments
         # How many bytes of inputs a byte of an output takes.
         input_bytes = max((sum(x.dtype.itemsize for x in s.inputs) / s.dtype.itemsize for s in segments), default=0.0)
@@ -188,15 +206,31 @@ class _Stream:
         first, impl = segment.first + skipped, self.resources.impl
         if buffers.stream is None:
             segment.rule(inputs, outs, first, impl, buffers.scratch)
-            return
-        # Other threads read, write and compute while this one waits for its copies.
-        with torch.cuda.stream(buffers.stream):
-            there = [tensor.to(self.resources.device, non_blocking=True) for tensor in inputs]
-            points = [torch.empty_like(out, device=self.resources.device) for out in outs]
-            segment.rule(there, points, first, impl, None)
-            for out, point in zip(outs, points, strict=True):
-                out.copy_(point, non_blocking=True)
-            buffers.stream.synchronize()
+        else:
+            # Other threads read, write and compute while this one waits for its copies.
+            with torch.cuda.stream(buffers.stream):
+                there = [tensor.to(self.resources.device, non_blocking=True) for tensor in inputs]
+                points = [torch.empty_like(out, device=self.resources.device) for out in outs]
+                segment.rule(there, points, first, impl, None)
+                for out, point in zip(outs, points, strict=True):
+                    out.copy_(point, non_blocking=True)
+                buffers.stream.synchronize()
+        # A sum is not finite if an element is not or, seldom, if it is too large itself: then the count finds none.
+        wide = _SUMS.get(segment.dtype)
+        if wide is not None and not all(math.isfinite(outs[i].sum(dtype=wide)) for i in segment.rule.telling):
+            self._count(segment.name, inputs, outs)
+
+    def _count(self, name: str, inputs: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+        """Count the elements that are not finite, in each output, by whether the inputs are; copies keep what was."""
+        finite = torch.stack([tensor.isfinite() for tensor in inputs]).all(dim=0)
+        for i, out in enumerate(outs):
+            odd = ~out.isfinite()
+            copied = any(same_bits(out, tensor.to(out.dtype)) for tensor in inputs)
+            counts = [0 if copied else int((odd & ~finite).sum()), int((odd & finite).sum())]
+            if any(counts):
+                with self._counting:
+                    own = self.not_finite.setdefault(name, [[0, 0] for _ in outs])
+                    own[i] = [a + b for a, b in zip(own[i], counts, strict=True)]
 
 
 class _InputBuffers(NamedTuple):
@@ -221,12 +255,24 @@ def _taken(queue: SimpleQueue[_T]) -> Iterator[_T]:
 
 
 @contextmanager
-def workers(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Run threads whose torch operations stay in them: each is a worker already."""
+def workers(threads: int, advance: Callable[[int], None]) -> Iterator[tuple[ThreadPoolExecutor, Callable[[int], None]]]:
+    """Run threads whose torch operations stay in them: each is a worker already.
+
+    Also yields what they are to call instead of `advance`, so that those on their way end at once when the block fails
+    or is interrupted.
+    """
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    stopped = threading.Event()
+
+    def advance_or_stop(nbytes: int) -> None:
+        if stopped.is_set():
+            raise CancelledError
+        advance(nbytes)
+
     with ExitStack() as stack:
         # It also is what threads that are started from now on begin with.
         stack.callback(torch.set_num_threads, before)
         stack.callback(pool.shutdown, cancel_futures=True)
-        yield pool
+        stack.callback(stopped.set)
+        yield pool, advance_or_stop

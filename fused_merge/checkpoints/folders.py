@@ -18,6 +18,7 @@ import torch
 
 from fused_merge._version import __version__
 from fused_merge.checkpoints.checksum import HASH, PIECE, verify_file
+from fused_merge.io.files import expanded
 from fused_merge.io.headers import load_json, read_json
 from fused_merge.io.sources import INDEX_FILE, FileSource, PathLike
 from fused_merge.names import some
@@ -162,10 +163,22 @@ def _is_tokenizer(name: str) -> bool:
     return any(fnmatch(part, pattern) for part in name.lower().split("/") for pattern in _TOKENIZER)
 
 
-def manifest(recipe: Mapping[str, Any], plan: str, digests: Mapping[str, Sequence[str]]) -> bytes:
-    """Return a manifest: recipe and identity of the job that made the folder, and file -> digests of its pieces."""
+def manifest(
+    recipe: Mapping[str, Any],
+    plan: str,
+    digests: Mapping[str, Sequence[str]],
+    not_finite: Mapping[str, Sequence[int]] | None = None,
+) -> bytes:
+    """Return a manifest: recipe and identity of the job that made the folder, and file -> digests of its pieces.
+
+    `not_finite` maps names of merged tensors to two counts of elements that are not finite: since an input is not, and
+    since the result is too large for its dtype.
+    """
     checksums = {"hash": HASH, "piece_bytes": PIECE, "files": digests}
     content = {"fused_merge": __version__, "recipe": recipe, "plan": plan, "checksums": checksums}
+    if not_finite:
+        causes = ("inputs", "overflow")
+        content["not_finite"] = {name: dict(zip(causes, own, strict=True)) for name, own in not_finite.items()}
     return _json(content)
 
 
@@ -185,7 +198,7 @@ def verify_checkpoint(folder: PathLike) -> int:
         ValueError: if a file is missing, changed or not listed; the sentence names it, and tensors that changed.
         OSError: if a file cannot be read.
     """
-    folder = Path(folder)
+    folder = expanded(folder)
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {MANIFEST}, so nothing says what it should hold; write it again")

@@ -16,8 +16,17 @@ from fused_merge.checkpoints.align import align
 from fused_merge.checkpoints.folders import beside, describe_source, has_config, has_tokenizer
 from fused_merge.checkpoints.job import Job, Output
 from fused_merge.checkpoints.options import InterpolateOptions, InterpolatePlanOptions, RunOptions, described
-from fused_merge.checkpoints.plan import AlignedSegment, AlignedTensor, CopyRule, Rule, lay_out_files, merged_share
+from fused_merge.checkpoints.plan import (
+    AlignedSegment,
+    AlignedTensor,
+    CopyRule,
+    Rule,
+    lay_out_files,
+    merged_share,
+    without_collection,
+)
 from fused_merge.eager.interpolate import interpolate_
+from fused_merge.io.files import expanded
 from fused_merge.io.match import names_in_memory
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.options import documented, resolve, split
@@ -34,6 +43,11 @@ class InterpolateRule(NamedTuple):
     """The rule of a tensor that is interpolated: output k is theta(ratios[k])."""
 
     ratios: tuple[float, ...]
+
+    @property
+    def telling(self) -> Sequence[int]:
+        """The two ends: every other point lies between them."""
+        return tuple({self.ratios.index(end) for end in (min(self.ratios), max(self.ratios))})
 
     def __call__(
         self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None
@@ -85,6 +99,7 @@ def interpolate_checkpoints(
 
 
 @documented(InterpolatePlanOptions)
+@without_collection()
 def plan_interpolation(
     base: PathLike, tuned: PathLike, ratios: Ratios, out: PathLike, **options: Unpack[InterpolatePlanOptions]
 ) -> Job:
@@ -92,7 +107,7 @@ def plan_interpolation(
 
     `Job.describe()` returns the plan in numbers, `Job.run()` carries it out.
     """
-    plan = resolve(options, InterpolatePlanOptions)
+    plan, out = resolve(options, InterpolatePlanOptions), expanded(out)
     sources = open_files(base, role="base"), open_files(tuned, role="tuned")
     named = {"base": 0, "tuned": 1}
     layout = named.get(plan["config_from"], 1)
@@ -134,8 +149,8 @@ def plan_interpolation(
     for label, ratio, own, end in zip(labels, given, decided, copied_from, strict=True):
         written = plain(own if isinstance(ratio, NamedRatios) else ratio, what="ratio")
         said = {**recipe, "ratio": written}
-        outputs.append(Output(Path(out) / label, said, f"Ratio {label}", about, around[end]))
-    files, work = lay_out_files(tensors, sources[0], rule_of, plan["max_shard_size"]), Path(out) / ".fused_merge.part"
+        outputs.append(Output(out / label, said, f"Ratio {label}", about, around[end]))
+    files, work = lay_out_files(tensors, sources[0], rule_of, plan["max_shard_size"]), out / ".fused_merge.part"
     return Job("interpolating", outputs, sources, files, work=work, options=plan)
 
 

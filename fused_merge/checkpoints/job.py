@@ -12,7 +12,7 @@ import logging
 import os
 import resource
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from fused_merge._version import __version__
 from fused_merge.checkpoints import folders
 from fused_merge.checkpoints.checksum import HASH, PIECE, verify_file
-from fused_merge.checkpoints.engine import Resources, write_file
+from fused_merge.checkpoints.engine import Resources, Written, write_file
 from fused_merge.checkpoints.options import RunOptions
 from fused_merge.checkpoints.plan import OutputFile
 from fused_merge.checkpoints.work_folder import WorkFolder
 from fused_merge.io.configs import declared_but_missing
+from fused_merge.io.files import check_unchanged, stamp_of
 from fused_merge.io.sources import INDEX_FILE, SINGLE_FILE, FileSource
-from fused_merge.io.writer import stamp_of, sync_folder, write_whole, writing
+from fused_merge.io.writer import sync_folder, write_whole, writing
 from fused_merge.names import some
 from fused_merge.options import documented, resolve
 from fused_merge.progress import progress_bar
@@ -90,9 +91,9 @@ class Job:
             content = {**index, "metadata": metadata, "weight_map": weight_map}
             for beside in self._beside:
                 beside[INDEX_FILE] = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
-        # Size and time of change of every file that is read.
-        weights = [path for source in sources for path in source.files()]
-        self._stamps = {path: stamp_of(path) for path in (*weights, *self._copied())}
+        # Of every file that is read: of weights as they were when their headers were.
+        self._stamps = {path: stamp for source in sources for path, stamp in source.stamps.items()}
+        self._stamps |= {path: stamp_of(path) for path in self._copied()}
         sizes = {file.name: file.size for file in files}
         self._work_folder = WorkFolder(work, json.dumps(self.identity).encode(), self.outputs, sizes)
         for folder in self.outputs:
@@ -193,23 +194,22 @@ class Job:
             total += self.whole_tensor_pass.bytes_read(self.files, missing)
         with progress_bar(self.operation, total, enabled=progress) as advance:
             for file in missing:
-                self._check_inputs(self._stamps)
+                check_unchanged(self._stamps)
                 if self.whole_tensor_pass is not None:
                     file = self.whole_tensor_pass.complete(self.files, file, resources, advance)
                 paths = [self._work_folder.staging(folder) / file.name for folder in self.outputs]
-                digests = write_file(file, paths, resources, advance)
+                written = write_file(file, paths, resources, advance)
                 # Nothing that was read while it changed goes into the journal.
-                self._check_inputs(self._stamps)
-                write_whole(self._work_folder.entry(file.name), json.dumps(digests).encode())
+                check_unchanged(self._stamps)
+                write_whole(self._work_folder.entry(file.name), json.dumps(written).encode())
 
     def _finish(self, *, verify: bool) -> None:
         """Complete every output that has not got its name yet, and rename it."""
-        self._check_inputs(self._copied())
+        check_unchanged({path: self._stamps[path] for path in self._copied()})
         journal, unnamed = self._work_folder.journal(), self._work_folder.unnamed
         for i, output in enumerate(self._targets):
             if output.folder in unnamed:
-                own = {file: digests[i] for file, digests in journal.items()}
-                self._complete(output, self._beside[i], own, verify=verify)
+                self._complete(i, journal, verify=verify)
             elif verify:
                 folders.verify_checkpoint(output.folder)
         try:
@@ -219,12 +219,27 @@ class Job:
         finally:
             self._work_folder.restore()
         self._work_folder.remove()
+        if odd := _not_finite(journal):
+            logger.warning("%s: written with %s", some(map(str, self.outputs)), self._told(odd))
 
-    def _complete(
-        self, output: Output, beside: Mapping[str, Path | bytes], digests: Mapping[str, Sequence[str]], *, verify: bool
-    ) -> None:
+    def _told(self, counts: Mapping[str, Sequence[int]]) -> str:
+        """Say which elements of merged tensors are not finite, and why."""
+        dtypes = {name: entry.dtype for file in self.files for name, entry in file.entries.items()}
+        inputs, large = ([(name, own[k]) for name, own in counts.items() if own[k]] for k in (0, 1))
+        said = []
+        if inputs:
+            listed = some(f"{count} of {name!r}" for name, count in inputs)
+            said.append(f"{listed}, where an input is NaN or infinite (check the checkpoints)")
+        if large:
+            listed = some(f"{count} of {name!r} in {dtypes[name]}" for name, count in large)
+            said.append(f"{listed}, which the result is too large for (write dtype='float32')")
+        return f"elements that are not finite: {'; '.join(said)}"
+
+    def _complete(self, i: int, journal: Mapping[str, Written], *, verify: bool) -> None:
         """Give an output all that belongs beside its weights."""
+        output = self._targets[i]
         folder = self._work_folder.staging(output.folder)
+        digests, odd = {file: written.digests[i] for file, written in journal.items()}, _not_finite(journal, i)
         for file, expected in digests.items() if verify else ():
             try:
                 verify_file(folder / file, expected)
@@ -233,11 +248,13 @@ class Job:
                 self._work_folder.entry(file).unlink(missing_ok=True)
                 raise
         # What is written into a folder synchronizes that one alone.
-        inner = {place for name in beside for place in (folder / name).parents if folder in place.parents}
+        inner = {place for name in self._beside[i] for place in (folder / name).parents if folder in place.parents}
         beside = {
-            **beside,
-            folders.CARD: folders.card(output.title, output.text, output.recipe),
-            folders.MANIFEST: folders.manifest(output.recipe, self.identity, digests),
+            **self._beside[i],
+            folders.CARD: folders.card(
+                output.title, output.text + (f" It holds {self._told(odd)}." if odd else ""), output.recipe
+            ),
+            folders.MANIFEST: folders.manifest(output.recipe, self.identity, digests, odd),
         }
         for name, content in beside.items():
             write_whole(folder / name, content)
@@ -270,14 +287,6 @@ class Job:
         if folder.exists() and not self._is_finished(folder) and not (self._overwrite and folder.is_dir()):
             raise FileExistsError(f"{folder} exists; pass overwrite=True to replace a folder, or choose another")
 
-    def _check_inputs(self, paths: Iterable[Path]) -> None:
-        """Verify that inputs are still those that were planned with."""
-        for path in paths:
-            with suppress(OSError):
-                if stamp_of(path) == self._stamps[path]:
-                    continue
-            raise OSError(f"{path} vanished or changed after it was looked at; put it back and run the same again")
-
     def _check_handles(self) -> None:
         """Verify that this process may open as many files as are written at once."""
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -302,6 +311,16 @@ class Job:
         if free < needed:
             room = f"{needed / 1e9:.3g} GB of {free / 1e9:.3g} GB free"
             raise OSError(f"{out} needs {room}; make room or write less at once")
+
+
+def _not_finite(journal: Mapping[str, Written], output: int | None = None) -> dict[str, list[int]]:
+    """Return the counts of `Written` of the tensors of one output, or of all the largest, where there are any."""
+    tensors = {name: own for written in journal.values() for name, own in written.not_finite.items()}
+    found = {
+        name: [max(counts) for counts in zip(*own, strict=True)] if output is None else own[output]
+        for name, own in tensors.items()
+    }
+    return {name: counts for name, counts in found.items() if any(counts)}
 
 
 def _sha256(content: bytes) -> str:

@@ -6,7 +6,9 @@ inputs and the rule that makes it of them. Nothing here reads a tensor or writes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeAlias
@@ -19,6 +21,18 @@ from fused_merge.io.sources import SINGLE_FILE, FileRange, FileSource
 
 # Data begin and blocks are cut where every file system can write past its cache.
 ALIGNMENT = 4096
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Keep Python from looking for garbage among hundreds of thousands of small tuples, of which none is."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class AlignedSegment(NamedTuple):
@@ -62,6 +76,10 @@ class Rule(Protocol):
     `fused_merge.interpolate`, and `scratch` bytes that may be overwritten.
     """
 
+    @property
+    def telling(self) -> Sequence[int]:
+        """The outputs that are not all finite where any output is not."""
+
     def __call__(
         self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None
     ) -> None:
@@ -72,6 +90,11 @@ class CopyRule(NamedTuple):
     """The rule of what is copied: output k is input `chosen[k]`, bit for bit or, if dtypes differ, converted."""
 
     chosen: tuple[int, ...]
+
+    @property
+    def telling(self) -> Sequence[int]:
+        """One of each input."""
+        return tuple(map(self.chosen.index, set(self.chosen)))
 
     def __call__(
         self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None
@@ -114,7 +137,9 @@ class OutputFile(NamedTuple):
     @property
     def inputs(self) -> list[Path]:
         """The files that it is made of."""
-        return sorted({place.file for segment in self.segments for place in segment.inputs})
+        # To hash a path takes long, and one source has one object for each.
+        found = {id(place.file): place.file for segment in self.segments for place in segment.inputs}
+        return sorted(set(found.values()))
 
 
 RuleOf: TypeAlias = Callable[[AlignedTensor, AlignedSegment], Rule]
@@ -130,10 +155,13 @@ def lay_out_files(
         return [_lay_out(name, shard, rule_of, metadata) for name, shard in shards.items()]
     file_of = {name: file for file, names in base.shards.items() for name in names}
     last = list(base.shards)[-1]
+    of_base: dict[str, list[AlignedTensor]] = {file: [] for file in base.shards}
+    for tensor in tensors:
+        of_base[file_of.get(tensor.name, last)].append(tensor)
     return [
         _lay_out(SINGLE_FILE if base.index is None else file, shard, rule_of, metadata | base.metadata(file))
-        for file in base.shards
-        if (shard := [tensor for tensor in tensors if file_of.get(tensor.name, last) == file])
+        for file, shard in of_base.items()
+        if shard
     ]
 
 

@@ -4,7 +4,7 @@
 * `plan.json`: the identity of the job, so that no other goes on with it. Made last and removed first: without it,
   whatever else is there is rubbish;
 * `outputs/NAME/`: each output, with the files that are whole; gone when the output has its name;
-* `journal/FILE.json`: for each whole file the digests of its pieces; written when the file is on the disk;
+* `journal/FILE.json`: what is known of each whole file, as `Written`; made when the file is on the disk;
 * `replaced/NAME/`: what had the name of an output before.
 
 A job that was killed finds the files of the journal again and writes the others anew.
@@ -17,22 +17,24 @@ import fcntl
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from fused_merge.checkpoints.checksum import PIECE
-from fused_merge.io.headers import explained, load_json
+from fused_merge.checkpoints.engine import Written
+from fused_merge.io.files import explained
+from fused_merge.io.headers import load_json
 from fused_merge.io.writer import sync_folder, write_whole, writing
 
 logger = logging.getLogger("fused_merge")
 
+# Seconds after which it is said what is waited for.
+_PATIENCE = 5.0
 # What file systems without locks say, such as NFS without its lock daemon and Lustre mounted without flock.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-
-# For each output of a file the digests of its pieces.
-Digests = list[list[str]]
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class WorkFolder:
                     # Another process has just removed the folder.
                     continue
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with _patiently(path):
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 why = error.strerror
                 if error.errno in _NO_LOCKS:
@@ -130,22 +133,24 @@ class WorkFolder:
                     folder.mkdir(parents=True)
             write_whole(self.path / "plan.json", self.identity)
 
-    def journal(self) -> dict[str, Digests]:
-        """Return the digests of the files that are whole; a torn or odd entry does not count, nor does a lost file."""
+    def journal(self) -> dict[str, Written]:
+        """Return what is known of the files that are whole; a torn or odd entry does not count, nor a lost file."""
         found = {}
         for file, size in self.sizes.items():
             try:
-                digests = load_json(self.entry(file).read_bytes())
+                digests, not_finite = load_json(self.entry(file).read_bytes())
                 lengths = [len(own) if all(isinstance(each, str) for each in own) else 0 for own in digests]
+                counts = {name: [[int(a), int(b)] for a, b in own] for name, own in not_finite.items()}
                 whole = all((self.staging(output) / file).stat().st_size == size for output in self.unnamed)
-            except (OSError, ValueError, RecursionError, TypeError):
+            except (OSError, ValueError, RecursionError, TypeError, AttributeError):
                 continue
+            whole &= {len(own) for own in counts.values()} <= {len(self.outputs)}
             if whole and lengths == [-(-size // PIECE)] * len(self.outputs):
-                found[file] = digests
+                found[file] = Written(digests, counts)
         return found
 
     def entry(self, file: str) -> Path:
-        """Return where the journal has the digests of a file."""
+        """Return where the journal has what is known of a file."""
         return self.path / "journal" / f"{file}.json"
 
     def rename(self, output: Path) -> None:
@@ -195,3 +200,17 @@ class WorkFolder:
                 with suppress(FileNotFoundError):
                     total += os.stat(os.path.join(place, name)).st_size
         return total
+
+
+@contextmanager
+def _patiently(lock: Path) -> Iterator[None]:
+    """Say so if the system takes long over a lock that nobody should wait for, as over a network that is down."""
+    said = "the file system of %s does not answer whether it can be locked; wait, or press Ctrl-C and choose another"
+    timer = threading.Timer(_PATIENCE, logger.warning, (said, lock))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()

@@ -157,7 +157,7 @@ def adapt(
     from fused_merge.interpolation.layer_ratios import LayerRatios
 
     if parts_file is not None:
-        options["parts"] = LayerRatios.load(parts_file.expanduser())
+        options["parts"] = LayerRatios.load(parts_file)
     # What a reward prints is no result.
     with redirect_stdout(sys.stderr):
         folder = adapt_checkpoints(base, tuned, read_prompts(prompts), out, **options, progress=not quiet)

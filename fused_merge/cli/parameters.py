@@ -37,7 +37,7 @@ def command(
         @wraps(function)
         def run(*, json_output: bool, debug: bool, **given: Any) -> None:
             try:
-                document, lines = function(**given)
+                document, lines = function(**{name: _expanded(value) for name, value in given.items()})
                 for line in lines:
                     if not (json_output or given.get("quiet")):
                         say(line)
@@ -64,6 +64,13 @@ def command(
         return run
 
     return decorate
+
+
+def _expanded(value: Any) -> Any:
+    """Return a path, or a list of them, as the shell would have given it where it does not expand `~` (--out=~/x)."""
+    if isinstance(value, list):
+        return [_expanded(each) for each in value]
+    return value.expanduser() if isinstance(value, Path) else value
 
 
 def _parameter(name: str, option: Option, annotation: str) -> inspect.Parameter:
@@ -124,7 +131,7 @@ def wanted_ratios(ratios: list[float] | None, file: Path | None) -> list[float] 
         raise BadParameter("--ratios and --ratios-file exclude each other; give one")
     from fused_merge.io.plain import read_plain
 
-    content = read_plain(file.expanduser())
+    content = read_plain(file)
     if not (content and isinstance(content, dict)):
         raise ValueError(f"{file} must map folder names to ratios, such as 'half: 0.5'; correct it")
     for folder, ratio in content.items():

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fused_merge.delta.tensors import Sparsity, TauSource, TensorSpec
 from fused_merge.eager.sparse import WORDS, SparseTensor, block_count, packed_nbytes
+from fused_merge.io.files import expanded
 from fused_merge.io.headers import CODES, DTYPES
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.io.writer import Manifest, SafetensorsWriter
@@ -32,13 +33,14 @@ class SavedDelta(TauSource):
     """The tensors of a saved delta; raises as `ReferenceDelta.load`."""
 
     def __init__(self, path: PathLike) -> None:
-        if Path(path).is_dir():
+        path = expanded(path)
+        if path.is_dir():
             raise ValueError(
                 f"{path} is a folder and a saved delta is one file; "
                 "for two model folders use ReferenceDelta.from_checkpoints(base, tuned)"
             )
         self._source = open_files(path, role="path")
-        metadata = self._source.metadata(Path(path).name)
+        metadata = self._source.metadata(path.name)
         version = metadata.get(_VERSION_KEY)
         if version != _VERSION:
             raise ValueError(

@@ -16,6 +16,7 @@ from fused_merge.delta.file import SavedDelta, describe_files, write_delta
 from fused_merge.delta.tensors import Sparsity, TauInMemory, TauOfCheckpoints, TauSource, TensorSpec, check_finite
 from fused_merge.eager.sparse import SparseTensor
 from fused_merge.eager.sparsify import sparsify_tau
+from fused_merge.io.files import expanded
 from fused_merge.io.headers import CODES
 from fused_merge.io.options import DeltaOptions
 from fused_merge.io.sources import PathLike, SourceLike, bits
@@ -123,7 +124,7 @@ class ReferenceDelta:
             ValueError: if options do not fit, tau is not finite in its dtype, or the delta is made of the file `path`.
             OSError: if the disk is full or refuses.
         """
-        asked, path = parse_dtype(dtype), Path(path)
+        asked, path = parse_dtype(dtype), expanded(path)
         if others := [name for name in self.names if asked not in (None, self.dtype(name))]:
             if self.sparsity is not None:
                 raise ValueError(

@@ -100,7 +100,7 @@ class TauOfCheckpoints(TauSource):
         self._pairs = _Pairs(*ends, options)
         self.ordered, self.specs = self._pairs.ordered, self._pairs.specs
         self.files = {role: end.files() for role, end in zip(("base", "tuned"), ends, strict=True)}
-        self._arguments = os.path.abspath(base), os.path.abspath(tuned), options
+        self._arguments = os.path.abspath(ends[0].path), os.path.abspath(ends[1].path), options
         self.origin = " and ".join(self._arguments[:2])
 
     def read(self, name: str, dtype: torch.dtype, first: int | None = None) -> Tensor:

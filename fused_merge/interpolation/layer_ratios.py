@@ -6,7 +6,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -14,6 +13,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from fused_merge.interpolation.parts import slices_by_depth, summarize
+from fused_merge.io.files import expanded
 from fused_merge.io.plain import plain_text, read_plain
 from fused_merge.io.sources import PathLike, open_source
 from fused_merge.io.writer import write_text
@@ -176,7 +176,7 @@ class LayerRatios(NamedRatios):
         An existing file is replaced when the new one is whole. Raises ImportError for YAML without PyYAML, TypeError
         if the history is not plain data, OSError if the file cannot be written.
         """
-        path = Path(path)
+        path = expanded(path)
         parts = {label: {"ratio": ratio, "tensors": list(names)} for label, names, ratio in self._rows()}
         content = {"parts": parts} | ({"history": self.history} if self.history else {})
         try:
@@ -192,7 +192,7 @@ class LayerRatios(NamedRatios):
         Raises FileNotFoundError if the file is not there, ValueError if it says something else, ImportError for YAML
         without PyYAML.
         """
-        path = Path(path)
+        path = expanded(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; give a file that LayerRatios.save wrote")
         content = read_plain(path)

@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fused_merge.io.files import stamp_of
 from fused_merge.io.sources import FileSource, MemorySource, TensorSource, persistent_buffers
 from fused_merge.io.views import Assembly, Conversion, ViewSource
-from fused_merge.io.writer import stamp_of
 from fused_merge.names import canonical_name
 
 logger = logging.getLogger("fused_merge")

@@ -18,6 +18,7 @@ import torch
 
 from fused_merge.io.configs import check_configs
 from fused_merge.io.layouts import in_memory, layout_of
+from fused_merge.io.mergeable import check_mergeable
 from fused_merge.io.sources import MemorySource, TensorSource, bits, same_bits
 from fused_merge.io.views import Assembly, Conversion, Piece, ViewSource
 from fused_merge.names import kind_of, some
@@ -123,6 +124,8 @@ def explain(
     tensor that both hold: tied weights that one checkpoint writes out and the other does not. A head that only one
     source holds, of a model that the other ties, belongs to the embedding of the other.
     """
+    for source in (first, second):
+        check_mergeable(source)
     check_configs([source for source in (first, second) if source.files()], any_architecture=any_architecture)
     apart: dict[str, Any] = {"same_dtype": same_dtype, "any_rows": align_vocabulary, "parameters": parameters}
     sources = first, second

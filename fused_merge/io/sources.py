@@ -9,17 +9,19 @@ from __future__ import annotations
 import logging
 import os
 from abc import abstractmethod
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
 from fused_merge.distributed import is_sharded, local_part
+from fused_merge.io.files import bytes_of, check_unchanged, expanded, read_into, reading, stamp_of
 from fused_merge.io.headers import METADATA, Entry, open_safetensors, read_json
+from fused_merge.io.mergeable import check_mergeable, refuse_other_formats
 from fused_merge.names import canonical_name, some
 
 logger = logging.getLogger("fused_merge")
@@ -92,6 +94,7 @@ class TensorSource(Mapping[str, Tensor]):
         """Return whether a tensor is merged, as integers are not; ValueError if it is floating but cannot be."""
         dtype = self.dtype(name)
         if dtype not in _MERGED and (dtype.is_floating_point or dtype.is_complex):
+            check_mergeable(self)
             raise ValueError(
                 f"{name!r} of {self.origin} is {dtype}, which cannot be merged; "
                 "convert it to bfloat16, float16, float32 or float64 first"
@@ -146,18 +149,22 @@ class FileRange(NamedTuple):
 
 
 class FileSource(TensorSource):
-    """The tensors of a safetensors file or of a Hugging Face folder; headers are read now, data on demand."""
+    """The tensors of a safetensors file or of a Hugging Face folder; headers are read now, data on demand.
+
+    Reading raises OSError if a file has changed since: a shorter one that is still mapped would end the process.
+    """
 
     index: dict[str, Any] | None = None  # the parsed `model.safetensors.index.json`
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.origin, self.aliases = str(path), {}
-        self._folder = path if path.is_dir() else path.parent
         listed: dict[str, set[str]] = {path.name: set()}
         if path.is_dir():
             self.index, listed = _read_folder(path)
-        self._opened = {file: open_safetensors(self._folder / file) for file in listed}
+        self._paths = {file: path / file if path.is_dir() else path for file in listed}
+        self.stamps = {each: stamp_of(each) for each in self._paths.values()}  # of the files as they were opened
+        self._opened = {file: open_safetensors(each) for file, each in self._paths.items()}
         # Where each tensor is: its file, its name there, and what the header says of it.
         self._stored: dict[str, tuple[str, str, Entry]] = {}
         self.shards: dict[str, tuple[str, ...]] = {}  # name of each file -> the canonical names of its tensors
@@ -175,25 +182,30 @@ class FileSource(TensorSource):
             for raw, entry in header.entries.items():
                 self._stored[_new_name(raw, self._stored, self.origin)] = (file, raw, entry)
             self.shards[file] = tuple(self._stored)[before:]
-        self._kinds = {name: (torch.Size(entry.shape), entry.dtype) for name, (*_, entry) in self._stored.items()}
+        self._kinds = {
+            name: (cast(torch.Size, entry.shape), entry.dtype) for name, (_, _, entry) in self._stored.items()
+        }
 
     def __getitem__(self, name: str) -> Tensor:
-        file, raw, _ = self._stored[name]
-        tensor: Tensor = self._opened[file][0].get_tensor(raw)
-        return tensor
+        return self._read(name, ())
 
     def box(self, name: str, box: tuple[slice, ...] | None) -> Tensor:
         """Return a box of a tensor, reading nothing else, or all of it."""
-        if not box:
-            return self[name]
-        file, raw, _ = self._stored[name]
-        tensor: Tensor = self._opened[file][0].get_slice(raw)[box]
+        return self._read(name, box) if box else self[name]
+
+    def _read(self, name: str, box: tuple[slice, ...]) -> Tensor:
+        file, raw, entry = self._stored[name]
+        path, opened = self._paths[file], self._opened[file][0]
+        check_unchanged({path: self.stamps[path]})
+        if opened is None:
+            return _read_box(self.file_range(name), entry.shape, box)
+        tensor: Tensor = opened.get_slice(raw)[box] if box else opened.get_tensor(raw)
         return tensor
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """The parsed `config.json` beside a whole model; ValueError if it is no JSON object."""
-        path = self._folder / "config.json"
+        path = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
         if not (self.path.is_dir() or self.path.name == SINGLE_FILE) or not path.is_file():
             return {}
         # Transformers itself writes infinities there.
@@ -203,7 +215,7 @@ class FileSource(TensorSource):
 
     def files(self) -> tuple[Path, ...]:
         """Return the safetensors files, in the order of their names."""
-        return tuple(self._folder / file for file in self.shards)
+        return tuple(self._paths.values())
 
     def ranges(self, name: str) -> list[tuple[FileRange, int]]:
         """Return where the elements of a tensor lie, and how many they are."""
@@ -216,7 +228,7 @@ class FileSource(TensorSource):
     def file_range(self, name: str) -> FileRange:
         """Return where in which file the elements of a tensor lie."""
         file, _, entry = self._stored[name]
-        return FileRange(self._folder / file, self._opened[file][1].data + entry.start, entry.dtype)
+        return FileRange(self._paths[file], self._opened[file][1].data + entry.start, entry.dtype)
 
 
 def open_source(source: SourceLike, *, role: str = "source") -> TensorSource:
@@ -246,11 +258,12 @@ def open_files(path: PathLike, *, role: str = "source") -> FileSource:
     """Open a safetensors file or a Hugging Face folder; raises TypeError for what is no path, else as `open_source`."""
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"{role} must be the path of a safetensors file or a model folder, not a {type(path).__name__}")
-    path = Path(path)
+    path = expanded(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a local .safetensors file or a downloaded model folder")
     if path.is_file() and path.suffix in _PICKLES:
         raise ValueError(f"{path} is not a safetensors file; {_NEVER_PICKLE}")
+    refuse_other_formats(path)
     return FileSource(path)
 
 
@@ -286,6 +299,16 @@ def _new_name(raw: str, known: Container[str], origin: str) -> str:
     return name
 
 
+def _read_box(place: FileRange, shape: Sequence[int], box: Sequence[slice]) -> Tensor:
+    """Return a box of a tensor, for which whole rows are read, without mapping the file."""
+    first, last, _ = box[0].indices(shape[0]) if box else (0, 1, 1)
+    row = shape[1:] if box else shape
+    rows = torch.empty(max(0, last - first) * prod(row), dtype=place.dtype)
+    with reading(place.file) as handle:
+        read_into(handle, place.file, bytes_of(rows), place.offset + first * prod(row) * place.dtype.itemsize)
+    return rows.view(last - first, *row)[(slice(None), *box[1:])].contiguous() if box else rows.view(shape)
+
+
 def _location(tensor: Tensor) -> tuple[object, ...]:
     """Return what tied tensors have in common: of a sharded one what this process holds, if it holds anything."""
     part = local_part(tensor)
@@ -313,12 +336,14 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, set[str
         raise ValueError(f"{path} has 'metadata' that are no JSON object; download it again")
     listed: dict[str, set[str]] = {}
     for name, file in weight_map.items():
-        # Nothing that an index says may make us read, or later write, anywhere but in its own folder.
-        plain = isinstance(file, str) and Path(file).name == file and "\\" not in file and file.isprintable()
-        if not plain or not file.endswith(".safetensors"):
-            fault = f"puts {name!r:.200} into {file!r:.200}, which does not name a .safetensors file in its folder"
-            raise ValueError(f"{path} {fault}; correct the index")
-        listed.setdefault(file, set()).add(name)
+        if not isinstance(file, str) or file not in listed:
+            # Nothing that an index says may make us read, or later write, anywhere but in its own folder.
+            plain = isinstance(file, str) and Path(file).name == file and "\\" not in file and file.isprintable()
+            if not plain or not file.endswith(".safetensors"):
+                fault = f"puts {name!r:.200} into {file!r:.200}, which does not name a .safetensors file in its folder"
+                raise ValueError(f"{path} {fault}; correct the index")
+            listed[file] = set()
+        listed[file].add(name)
     for file in listed:
         # Not that of Path, which fails on names that are too long.
         if not os.path.exists(folder / file):

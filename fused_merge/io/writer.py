@@ -13,7 +13,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fused_merge.io.headers import CODES, Entry, encode_header, explained
+from fused_merge.io.files import expanded, explained
+from fused_merge.io.headers import CODES, Entry, encode_header
 from fused_merge.io.sources import PathLike, bits
 from fused_merge.names import some
 
@@ -35,7 +36,7 @@ class SafetensorsWriter:
     """
 
     def __init__(self, path: PathLike, manifest: Manifest, metadata: Mapping[str, str] | None = None) -> None:
-        self.path = Path(path)
+        self.path = expanded(path)
         self._part = self.path.with_name(self.path.name + ".part")
         self._manifest = manifest
         self._metadata = dict(metadata or {})
@@ -131,12 +132,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def stamp_of(path: Path) -> tuple[int, int]:
-    """Return the size of a file and when it was changed."""
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def writing(path: Path) -> AbstractContextManager[None]:

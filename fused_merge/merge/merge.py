@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fused_merge.checkpoints.align import align
-from fused_merge.checkpoints.disk import reading
 from fused_merge.checkpoints.engine import Resources, workers
 from fused_merge.checkpoints.folders import beside, describe_source, has_chat_template, has_tokenizer
 from fused_merge.checkpoints.job import Job, Output
@@ -31,10 +30,12 @@ from fused_merge.checkpoints.plan import (
     Segment,
     lay_out_files,
     merged_share,
+    without_collection,
 )
 from fused_merge.eager.merge import Coefficients, kept_ranks, mask_key, merge_block, weighted_sum
 from fused_merge.eager.precision import compute_dtype
 from fused_merge.eager.shard import ShardIndex
+from fused_merge.io.files import expanded, reading
 from fused_merge.io.sources import FileRange, PathLike, open_files
 from fused_merge.merge.options import MergeOptions, MergePlanOptions
 from fused_merge.merge.whole_tensors import (
@@ -74,6 +75,11 @@ class MergeTensorRule(NamedTuple):
     seed: int  # of the random masks
     row: int = 1  # elements of a row, where rows are ranked
     places: tuple[FileRange, ...] = ()  # the inputs, where rows are ranked
+
+    @property
+    def telling(self) -> Sequence[int]:
+        """The only output."""
+        return (0,)
 
     def __call__(
         self, inputs: Sequence[Tensor], outs: Sequence[Tensor], first: int, impl: str, scratch: Tensor | None
@@ -159,8 +165,8 @@ def merge_checkpoints(
             unknown.
     """
     plan, run = split(options, MergePlanOptions, StreamOptions)
-    plan_merge(base, models, method, out, **plan).run(**run)
-    return Path(out)
+    (folder,) = plan_merge(base, models, method, out, **plan).run(**run)
+    return folder
 
 
 @documented(MergePlanOptions)
@@ -223,6 +229,7 @@ def plan_merge(
     return merge_job(base, said, decided, coefficients, out, plan)
 
 
+@without_collection()
 def merge_job(
     base: PathLike | None,
     models: Mapping[PathLike, Mapping[str, Any]],
@@ -289,10 +296,11 @@ def merge_job(
     }
     about = f"A merge of {len(models)} models by `{method.name}` ({method.paper}), in fp32 and rounded once. "
     about += f"{merged_share(tensors):.2%} of its bytes are merged, the others copied."
-    folder = Path(out).absolute()
+    out = expanded(out)
+    folder = out.absolute()
     return Job(
         "merging",
-        [Output(Path(out), whole_recipe, folder.name, about, around)],
+        [Output(out, whole_recipe, folder.name, about, around)],
         sources,
         lay_out_files(tensors, sources[0], rule_of, options["max_shard_size"]),
         work=folder.with_name(f".{folder.name}.part"),
@@ -323,7 +331,7 @@ def _named(option: str, given: PathLike | None, paths: Sequence[PathLike], *, ha
     if given == "base" and has_base:
         return 0
     for i, path in enumerate(paths):
-        if Path(path) == Path(given):
+        if expanded(path) == expanded(given):
             return i
     raise ValueError(f"{option} must be one of {some(repr(str(path)) for path in paths)}, got {str(given)!r}")
 
@@ -346,7 +354,7 @@ class WholeTensorPass:
         self, files: Sequence[OutputFile], file: OutputFile, resources: Resources, advance: Advance
     ) -> OutputFile:
         """Return one of the files of a job with rules that know all they need."""
-        with workers(resources.threads) as pool:
+        with workers(resources.threads, advance) as (pool, advance):
             if self._over_model and self._bounds is None and _merged(file.segments):
                 merged = [each for any_file in files for each in _merged(any_file.segments)]
                 self._bounds = _bounds(merged, advance, pool.map)

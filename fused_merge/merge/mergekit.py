@@ -21,13 +21,13 @@ A file means something else here than in mergekit in these points:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from fused_merge.checkpoints.job import Job
 from fused_merge.eager.merge import Coefficients
+from fused_merge.io.files import expanded
 from fused_merge.io.sources import PathLike
 from fused_merge.merge.merge import merge_job
 from fused_merge.merge.options import MergekitOptions, MergePlanOptions
@@ -183,7 +183,7 @@ def read_mergekit(path: PathLike) -> MergeRecipe:
         raise ModuleNotFoundError(
             "files for mergekit are read with PyYAML: pip install 'fused_merge[cli]'", name=error.name
         ) from None
-    path = Path(path)
+    path = expanded(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -301,7 +301,7 @@ def _folder(reference: Any, where: str) -> Path:
         reference = inner[0] if len(inner) == 1 else None
     if not isinstance(reference, str) or not reference:
         raise ValueError(f"{where} must name the folder of a model, got {reference!r}")
-    folder = Path(os.path.expanduser(reference))
+    folder = expanded(reference)
     if folder.is_dir():
         return folder
     if "@" in reference or "+" in reference:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_merge.checkpoints.disk import bytes_of, read_into, reading
 from fused_merge.eager.sparsify import pattern
 from fused_merge.eager.sums import tree_sum
+from fused_merge.io.files import bytes_of, read_into, reading
 from fused_merge.io.sources import FileRange
 
 # Elements of a block: a node of every tree, and small enough for its temporaries to stay in a cache.

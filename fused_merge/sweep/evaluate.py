@@ -21,11 +21,12 @@ import torch
 from fused_merge.distributed import Processes
 from fused_merge.functional.backend import check_device
 from fused_merge.interpolation.ratio_sweep import RatioSweep
+from fused_merge.io.files import expanded, stamp_of
 from fused_merge.io.match import match
 from fused_merge.io.options import LoadingOptions, PathOptions
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.io.transformers import ModelLoader, stored_dtype
-from fused_merge.io.writer import stamp_of, write_text
+from fused_merge.io.writer import write_text
 from fused_merge.names import some
 from fused_merge.options import documented, resolve, select
 from fused_merge.per_tensor import PerTensor, dtype_name, finite, plain
@@ -128,7 +129,7 @@ def sweep_checkpoints(
         OSError: if a file cannot be read or written.
     """
     o = resolve(options, SweepOptions)
-    source, folder = open_files(tuned, role="tuned"), Path(out).expanduser()
+    source, folder = open_files(tuned, role="tuned"), expanded(out)
     device, dtype = check_device(o["device"]), o["dtype"] or stored_dtype(source)
     check_matplotlib()
     check_places(folder)
@@ -185,12 +186,12 @@ class _Sweep:
         for score in minimize:
             if not any(f"{score}/".startswith(f"{name}/") for name in names):
                 raise ValueError(f"minimize names {score!r}, which is no score of {some(map(repr, names))}; correct it")
-        self._names, self._path, self._processes = list(names), Path(out).expanduser() / RESULTS, processes
+        self._names, self._path, self._processes = list(names), expanded(out) / RESULTS, processes
         with processes.raising_together():
             described = {}
             for role, path in checkpoints.items():
                 files = {file.name: list(stamp_of(file)) for file in open_files(path).files()}
-                described[role] = {"path": str(Path(path).expanduser().absolute()), "files": files}
+                described[role] = {"path": str(expanded(path).absolute()), "files": files}
             belongs_to = {"checkpoints": described, "ratios": self._ratios, "scorers": self._names, **(also or {})}
             found = resume(self._path, belongs_to) if processes.is_first else Results(belongs_to)
         self._results = replace(processes.from_first(found), minimize=minimize)

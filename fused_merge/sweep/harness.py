@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
+from fused_merge.io.files import expanded
 from fused_merge.io.transformers import text_tokenizer
 from fused_merge.names import some
 from fused_merge.sweep.scorers import same_draws
@@ -129,7 +129,7 @@ class Harness:
             task.wrapped = wrapped
 
     def _build(self, wanted: str) -> Iterator[tuple[str, HarnessTask]]:
-        known, path = self._manager.all_tasks, Path(wanted).expanduser().absolute()
+        known, path = self._manager.all_tasks, expanded(wanted).absolute()
         of_file = wanted not in known and path.is_file()
         names = [str(path)] if of_file else self._manager.match_tasks([wanted])
         if not names:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
+from fused_merge.io.files import expanded
 from fused_merge.io.sources import PathLike
 from fused_merge.io.writer import write_text, write_whole
 from fused_merge.names import some
@@ -35,8 +36,8 @@ def write_report(out: PathLike, compare: Sequence[PathLike] = ()) -> list[Path]:
         ImportError: if there is a picture to draw and matplotlib is missing.
         OSError: if a file cannot be read or written.
     """
-    folder = Path(out).expanduser()
-    sweeps = _compared([folder / RESULTS, *map(Path, compare)])
+    folder = expanded(out)
+    sweeps = _compared([folder / RESULTS, *map(expanded, compare)])
     files = [folder / RESULTS, folder / TABLE]
     write_text(files[1], _markdown(sweeps))
     if len(next(iter(sweeps.values())).scores) > 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fused_merge._version import __version__
+from fused_merge.io.files import expanded
 from fused_merge.io.headers import load_json
 from fused_merge.io.sources import PathLike
 from fused_merge.per_tensor import PerTensor
@@ -117,7 +118,7 @@ def read_results(path: PathLike) -> Results:
         OSError: if it cannot be read.
     """
     try:
-        content = load_json(Path(path).expanduser().read_bytes())
+        content = load_json(expanded(path).read_bytes())
         rows = [_scored(entry) for entry in content["rows"]]
         if any(set(row.scores) != set(rows[0].scores) for row in rows):
             raise ValueError("the ratios have different scores")

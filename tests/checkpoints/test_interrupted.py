@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from every_step import FAILURES, die_at_every_step, die_before_its_name, fail_at_every_step, in_children
 from jobs import NAMES, RATIOS, WORK, contents, leave_unfinished, open_handles, patched, refuse
 
+from fused_merge.checkpoints.engine import workers
 from fused_merge.checkpoints.interpolate import interpolate_checkpoints
 
 
@@ -93,6 +95,22 @@ def test_an_interruption_while_threads_write(threads, finish, tmp_path):
     assert (open_handles(), torch.get_num_threads()) == held
     assert [path.name for path in tmp_path.rglob("*.safetensors.part")] == []
     finish()
+
+
+def test_threads_on_their_way_end_when_the_rest_is_interrupted():
+    """A whole tensor may take minutes to read."""
+    reached = threading.Event()
+
+    def read(blocks, advance):
+        for _ in range(blocks):
+            advance(1)
+            reached.set()
+
+    with workers(2, lambda nbytes: None) as (pool, advance):
+        running = pool.submit(read, 10**8, advance)
+        # As on the way out of an interrupted block.
+        assert reached.wait(60)
+    assert isinstance(running.exception(0), CancelledError)
 
 
 def test_the_first_fault_of_any_thread_is_what_is_said(big, tmp_path):

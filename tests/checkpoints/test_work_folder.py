@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from jobs import FILES, NAMES, RATIOS, WORK, contents, flip, leave_unfinished, patched, refuse, stop_before_the_name_of
 
-from fused_merge.checkpoints import job
+from fused_merge.checkpoints import job, work_folder
 from fused_merge.checkpoints.interpolate import interpolate_checkpoints
 
 BUSY = r"another process is writing to .*\.fused_merge\.part; wait for it, or choose another folder"
@@ -88,6 +88,26 @@ def test_a_file_system_without_locks_is_a_warning(reason, finish, caplog):
     assert re.fullmatch(warning, record.getMessage())
 
 
+def test_a_file_system_that_does_not_answer_is_named(finish, monkeypatch):
+    """As one on a network that is down: nothing else waits for a lock."""
+    said, sentences = threading.Event(), []
+
+    def warn(text, *arguments):
+        sentences.append(text % arguments)
+        said.set()
+
+    def wait(flock, handle, how):
+        assert said.wait(60)
+        return flock(handle, how)
+
+    monkeypatch.setattr(work_folder, "_PATIENCE", 0)
+    monkeypatch.setattr(work_folder.logger, "warning", warn)
+    with patched(fcntl, "flock", wait):
+        finish()
+    (sentence,) = sentences
+    assert re.match(r"the file system of .*\.part/lock does not answer whether it can be locked; wait, or", sentence)
+
+
 def test_what_finished_while_this_one_took_the_lock_is_not_done_again(finish, tmp_path):
     done, out = tmp_path / "done", tmp_path / "out"
     finish(done)
@@ -123,7 +143,8 @@ def entry(unfinished):
         lambda text: re.sub(rb'"(\w+)"', rb'"\1", "\1"', text),
         lambda text: re.sub(rb'"\w+"', b"null", text),
         lambda text: re.sub(rb'\["\w+"\]', b"7", text),
-        lambda text: re.sub(rb'^\[\["\w+"\], ', b"[", text),
+        lambda text: re.sub(rb'^\[\[\["\w+"\], ', b"[[", text),
+        *(lambda text, odd=odd: text.replace(b"{}", odd) for odd in (b"[]", b"null", b'{"w": 1}', b'{"w": [[0, 1]]}')),
     ],
 )
 def test_an_entry_of_the_journal_that_is_torn_or_odd_is_not_believed(lie, entry, finish):
@@ -193,7 +214,7 @@ def test_folders_that_a_killed_run_has_named_are_read_again_too(finish, tmp_path
 
 
 def test_digests_that_lie_are_found_by_reading_again(entry, finish, tmp_path):
-    entry.write_bytes(re.sub(rb'^\[\["\w', b'[["?', entry.read_bytes()))
+    entry.write_bytes(re.sub(rb'^\[\[\["\w', b'[[["?', entry.read_bytes()))
     with pytest.raises(ValueError, match=r"r0\.00/a\.safetensors is not what was written"):
         finish(verify=True)
     assert os.listdir(tmp_path) == [WORK]

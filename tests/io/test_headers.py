@@ -88,18 +88,18 @@ def test_a_header_that_lies_is_refused_by_the_library_in_one_sentence_of_ours(he
 @pytest.mark.parametrize(
     ("changes", "kind"),
     [
-        ({"shape": [1] * 65}, r"of shape \[1, 1.*"),
+        ({"shape": [1] * 65}, r"of shape \[1, 1.*, which torch cannot hold; convert it first$"),
         ({"shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}, r"of shape \[0, 4611686018427387904, 46.*"),
         ({"shape": [0, 2**63], "data_offsets": [0, 0]}, r"of shape \[0, 9223372036854775808\]"),
         ({"shape": [0, 2**64 - 1], "data_offsets": [0, 0]}, r"of shape \[0, 18446744073709551615\]"),
-        ({"dtype": "F4", "shape": [8]}, "F4"),
-        ({"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}, "F6_E2M3"),
+        ({"dtype": "F4", "shape": [8]}, "F4, packed codes that mean nothing without .*; dequantize the model first$"),
+        ({"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}, "F6_E2M3, packed codes"),
     ],
 )
-def test_tensors_that_the_library_accepts_and_torch_cannot_hold(changes, kind, tmp_path):
+def test_tensors_that_the_library_accepts_and_nothing_can_be_done_with(changes, kind, tmp_path):
     path = write_raw(tmp_path / "x.safetensors", {"a": entry(**changes)}, bytes(entry(**changes)["data_offsets"][1]))
     safe_open(path, "pt")
-    with pytest.raises(ValueError, match=rf"x\.safetensors cannot be used: 'a' is {kind}, which torch cannot hold"):
+    with pytest.raises(ValueError, match=rf"x\.safetensors cannot be used: 'a' is {kind}"):
         read_header(path)
 
 
@@ -266,9 +266,9 @@ def test_whatever_is_accepted_safetensors_reads_alike(tmp_path):
         (b"\xff", "can't decode byte 0xff"),
         (b"\xef\xbb\xbf{}", "BOM"),
         (b'{"a": 1, "b": {"c": 1, "c": 1}}', "'c' stands in it twice"),
-        (b'{"a": NaN}', "Out of range float"),
-        (b'{"a": Infinity}', "Out of range float"),
-        (b'{"a": -1e999}', "Out of range float"),
+        (b'{"a": NaN}', "is no number that JSON can hold"),
+        (b'{"a": Infinity}', "is no number that JSON can hold"),
+        (b'{"a": -1e999}', "is no number that JSON can hold"),
         (b'{"a": "\\udfff"}', "surrogates not allowed"),
         (b"[" * 101 + b"]" * 101, "it is nested too deeply"),
         (b"[" * 10**6, "(recursion depth|Stack overflow)"),

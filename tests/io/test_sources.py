@@ -6,10 +6,14 @@ import os
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import llama, save
 from torch import nn
 
+import fused_merge as fm
+from fused_merge.checkpoints.folders import verify_checkpoint
+from fused_merge.io import headers
 from fused_merge.io.sources import open_files, open_source, same_bits
 
 
@@ -90,6 +94,108 @@ def test_bits_tell_apart_what_values_do_not():
     assert same_bits(zero, zero.clone())
     assert not same_bits(zero, -zero)
     assert not same_bits(zero, zero.double())
+
+
+@pytest.fixture
+def unmapped(monkeypatch):
+    """Let no model file be mapped, in the words of the safetensors library, which has no number for it."""
+
+    def refuse(path, **options):
+        if str(path).endswith(".safetensors"):
+            raise OSError("No such device (os error 19)")
+        return safe_open(path, **options)
+
+    return lambda: monkeypatch.setattr(headers, "safe_open", refuse)
+
+
+BOXES = [None, (slice(0, 0),), (slice(1, 3),), (slice(0, 4), slice(1, 3)), (slice(2, 4), slice(0, 5), slice(1, 2))]
+
+
+def test_a_file_system_without_mmap_is_read_alike(unmapped, tmp_path):
+    path = tmp_path / "model.safetensors"
+    shapes = {"scalar": (), "none": (0, 3), "vector": (7,), "matrix": (4, 5), "cube": (4, 5, 2)}
+    tensors = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
+    save_file({**tensors, "flag": torch.tensor([True, False]), "count": torch.tensor(3)}, path, {"format": "pt"})
+    mapped = open_source(path)
+    unmapped()
+    source = open_source(tmp_path)
+    assert (list(source), source.metadata(path.name)) == (list(mapped), {"format": "pt"})
+    for name in source:
+        assert same_bits(source[name], mapped[name])
+        assert same_bits(source.head(name, 6), mapped.head(name, 6))
+        for box in BOXES:
+            if box is None or (len(box) <= len(source.shape(name)) and source.shape(name)[0] == 4):
+                assert same_bits(source.box(name, box), mapped.box(name, box))
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read as a safetensors file .*; copy or"):
+        open_source(path)
+
+
+@pytest.mark.skipif(not os.path.exists("/sys/kernel/uevent_seqnum"), reason="no file that cannot be mapped")
+def test_a_file_that_really_cannot_be_mapped():
+    with pytest.raises(ValueError, match="uevent_seqnum cannot be read as a safetensors file"):
+        open_source("/sys/kernel/uevent_seqnum")
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch, run):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for i, name in enumerate(("base", "tuned")):
+        save(llama(i), tmp_path / name)
+    assert open_source("~/base").origin == str(tmp_path / "base")
+    assert fm.interpolate_checkpoints("~/base", "~/tuned", [0.5], "~/line") == [tmp_path / "line" / "r0.50"]
+    merged = fm.merge_checkpoints("~/base", {"~/tuned": 0.5}, method="ties", files_from="~/tuned", out="~/merged")
+    assert (merged, verify_checkpoint("~/merged") > 0) == (tmp_path / "merged", True)
+    delta = fm.ReferenceDelta.from_checkpoints("~/base", "~/tuned")
+    assert delta.save("~/tau.safetensors") == tmp_path / "tau.safetensors"
+    assert fm.ReferenceDelta.load("~/tau.safetensors").identity == delta.identity
+    fm.LayerRatios.by_parts("~/base", [0.1, 0.2]).save("~/ratios.json")
+    assert fm.LayerRatios.load("~/ratios.json").ratios == (0.1, 0.2)
+    # What a shell leaves as it is, as in --out=~/line.
+    assert run("interpolate", "~/base", "~/tuned", "--ratios=0.1", "--out=~/line")[0] == 0
+    assert run("verify", "~/line/r0.10", "~/merged")[0] == 0
+    assert run("delta", "~/base", "~/tuned", "--out=~/tau.safetensors")[0] == 1
+    assert sorted(os.listdir(tmp_path)) == ["base", "line", "merged", "ratios.json", "tau.safetensors", "tuned"]
+
+
+CHANGED = r"model\.safetensors vanished or changed after it was looked at; put it back and run the same again"
+
+
+@pytest.mark.parametrize("shorter", [False, True])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_file_that_changed_is_not_read(mapped, shorter, unmapped, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"w": torch.ones(100, 100), "v": torch.ones(3)}, path)
+    if not mapped:
+        unmapped()
+    source = open_source(tmp_path)
+    assert source["w"].sum() == 10_000
+    if shorter:
+        os.truncate(path, 4096)
+    else:
+        save_file({"w": torch.zeros(100, 100), "v": torch.ones(3)}, path)
+        os.utime(path, ns=(0, 0))
+    for read in (lambda: source["w"], lambda: source.box("w", (slice(1),)), lambda: source.head("w", 3)):
+        with pytest.raises(OSError, match=CHANGED):
+            read()
+    path.unlink()
+    with pytest.raises(OSError, match=CHANGED):
+        source["v"]
+
+
+def test_a_file_that_became_shorter_does_not_end_the_process(tmp_path):
+    """A child tells, which a signal would end: SIGBUS, where the pages of a mapped file are gone."""
+    for name in ("base", "tuned"):
+        save_file({"w": torch.ones(300, 300)}, tmp_path / f"{name}.safetensors")
+    delta = fm.ReferenceDelta.from_checkpoints(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors")
+    os.truncate(tmp_path / "tuned.safetensors", 4096)
+    child = os.fork()
+    if child == 0:
+        try:
+            delta.tensor("w").sum()
+        except OSError:
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 # --- what is refused
