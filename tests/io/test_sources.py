@@ -143,7 +143,7 @@ def test_a_home_folder_is_found(tmp_path, monkeypatch, run):
         save(llama(i), tmp_path / name)
     assert open_source("~/base").origin == str(tmp_path / "base")
     assert fm.interpolate_checkpoints("~/base", "~/tuned", [0.5], "~/line") == [tmp_path / "line" / "r0.50"]
-    merged = fm.merge_checkpoints("~/base", {"~/tuned": 0.5}, method="ties", files_from="~/tuned", out="~/merged")
+    merged = fm.merge_checkpoints("~/base", {"~/tuned": 0.5}, method="ties", config_from="~/tuned", out="~/merged")
     assert (merged, verify_checkpoint("~/merged") > 0) == (tmp_path / "merged", True)
     delta = fm.ReferenceDelta.from_checkpoints("~/base", "~/tuned")
     assert delta.save("~/tau.safetensors") == tmp_path / "tau.safetensors"

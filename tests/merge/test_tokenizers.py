@@ -15,7 +15,7 @@ def tokenizer(folder, *words, added=(), **more):
     (Path(folder) / "tokenizer.json").write_text(json.dumps({**content, **more}))
 
 
-def files_from(read, more, base="base"):
+def tokenizer_from(read, more, base="base"):
     return read(models("linear", ("a", "weight: 1"), ("b", "weight: 1"), base=base, more=more)).options[
         "tokenizer_from"
     ]
@@ -26,49 +26,49 @@ SOURCES = [("tokenizer_source: {}", "tokenizer_source"), ("tokenizer: {{source: 
 
 @pytest.mark.parametrize(("form", "key"), SOURCES)
 def test_a_tokenizer_is_copied_where_all_are_equal(form, key, read):
-    assert [files_from(read, form.format(each)) for each in ("base", "b", "union")] == [
+    assert [tokenizer_from(read, form.format(each)) for each in ("base", "b", "union")] == [
         *map(Path, ("base", "b", "base"))
     ]
-    assert files_from(read, form.format("union"), base=None) == Path("a")
+    assert tokenizer_from(read, form.format("union"), base=None) == Path("a")
     tokenizer("a", "x", "y", added=[("<s>", 2)])
     # The base has none, and union means one of those that are there.
-    assert files_from(read, form.format("union")) == Path("a")
+    assert tokenizer_from(read, form.format("union")) == Path("a")
     # It is the same whatever is done with templates, padding and the order of what is written.
     tokenizer("b", "x", "y", added=[("<s>", 2)], padding={"strategy": "Fixed"}, version="1.0")
     (Path("b") / "tokenizer_config.json").write_text('{"chat_template": "{{ x }}"}')
     (Path("b") / "vocab.txt").write_text("x")
-    assert files_from(read, form.format("union") + "\nchat_template: auto") == Path("a")
-    assert files_from(read, form.format("b")) == Path("b")
+    assert tokenizer_from(read, form.format("union") + "\nchat_template: auto") == Path("a")
+    assert tokenizer_from(read, form.format("b")) == Path("b")
     message = f"{key} 'base' would have to move tokens, for the tokenizer of 'a' is not that of 'base', and they are"
     with pytest.raises(ValueError, match=message):
-        files_from(read, form.format("base"))
+        tokenizer_from(read, form.format("base"))
     for other in (["y", "x"], ["x", "y", "z"], ["x"]):
         tokenizer("b", *other, added=[("<s>", 2)])
         message = f"{key} 'union' .* tokenizer of 'b' is not that of 'a', .* one tokenizer, or leave {key} out"
         with pytest.raises(ValueError, match=message):
-            files_from(read, form.format("union"))
+            tokenizer_from(read, form.format("union"))
     tokenizer("b", "x", "y", added=[("<s>", 3)])
     with pytest.raises(ValueError, match="tokenizer of 'a' is not that of 'b'"):
-        files_from(read, form.format("b"))
+        tokenizer_from(read, form.format("b"))
     # Nothing is asked for.
-    assert files_from(read, "chat_template: auto") == Path("base")
+    assert tokenizer_from(read, "chat_template: auto") == Path("base")
 
 
 def test_tokenizers_of_other_kinds(read):
     for kind in ({"vocab": [["x", -1.0], ["y", -2.0]]}, {"vocab": {"y": 1, "x": 0}}):
         tokenizer("a", "x", "y")
         tokenizer("b", model=kind)
-        assert files_from(read, "tokenizer_source: union") == Path("a")
+        assert tokenizer_from(read, "tokenizer_source: union") == Path("a")
     tokenizer("a", model={"type": "unheard of"})
     with pytest.raises(ValueError, match="tokenizer of 'b' is not that of 'a'"):
-        files_from(read, "tokenizer_source: union")
+        tokenizer_from(read, "tokenizer_source: union")
     tokenizer("b", model={"type": "unheard of"})
-    assert files_from(read, "tokenizer_source: union") == Path("a")
+    assert tokenizer_from(read, "tokenizer_source: union") == Path("a")
     # Without a tokenizer.json the files of the vocabulary are compared.
     for folder in "ab":
         (Path(folder) / "tokenizer.json").unlink()
         (Path(folder) / "tokenizer.model").write_bytes(b"pieces")
-    assert files_from(read, "tokenizer: {}", base=None) == Path("a")
+    assert tokenizer_from(read, "tokenizer: {}", base=None) == Path("a")
     (Path("b") / "tokenizer.model").write_bytes(b"others")
     with pytest.raises(ValueError, match="tokenizer 'union' would have to move tokens, for the tokenizer of 'b'"):
-        files_from(read, "tokenizer: {}")
+        tokenizer_from(read, "tokenizer: {}")
