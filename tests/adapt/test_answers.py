@@ -131,8 +131,9 @@ def test_the_command(folders, tmp_path, capsys, monkeypatch):
 
 
 def test_a_model_that_a_function_loads(folders, tmp_path, monkeypatch):
-    config = json.loads((folders[1] / "config.json").read_text()) | {"model_type": "own", "architectures": ["Own"]}
-    (folders[1] / "config.json").write_text(json.dumps(config))
+    for folder in folders:
+        config = json.loads((folder / "config.json").read_text()) | {"model_type": "own", "architectures": ["Own"]}
+        (folder / "config.json").write_text(json.dumps(config))
     (tmp_path / "own_words.py").write_text(
         "from tiny import llama\n"
         "from word_tokens import tokenizer\n"

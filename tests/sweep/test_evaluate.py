@@ -233,7 +233,7 @@ RESULTS = '{"sweep": {}, "minimize": [], "lower_is_better": [], "rows": [{"label
         ("[]", "TypeError: .*"),
         ('{"rows": []}', "KeyError: 'sweep'"),
         (RESULTS % "", "KeyError: 'scores'"),
-        (RESULTS % ', "scores": {"a": NaN}', "ValueError: Out of range float values are not JSON compliant"),
+        (RESULTS % ', "scores": {"a": NaN}', "ValueError: NaN is no number that JSON can hold"),
     ],
 )
 def test_a_file_that_holds_no_results(text, reason, evaluate, tmp_path):
