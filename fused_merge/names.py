@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_MAY_BE_WRAPPED = re.compile("|".join(_WRAPPERS))
+
+
+def _compiled(**patterns: str) -> dict[str, re.Pattern[str]]:
+    return {kind: re.compile(pattern, re.IGNORECASE) for kind, pattern in patterns.items()}
 
 
 # What a list of layers is called: `layers` in Llama and most others, `h` in GPT-2, `layer` in BERT, `block` in T5.
@@ -21,28 +26,29 @@ _LISTS = re.compile(r"layers?|h|(res)?blocks?", re.IGNORECASE)
 # layers heads come first, which have norms and projections of their own (`cls.predictions.transform.LayerNorm`,
 # `embed_out`), and embeddings before norms, for `embeddings.LayerNorm` and `word_embeddings_layernorm`; what normalizes
 # them before the first layer counts as theirs (`ln_pre`, `pre_layrnorm`).
-OUTSIDE = {
-    "head": r"(\w+_)?heads?|cls|(pre_)?classifier|score|pooler|output|qa_outputs|vocab_(transform|layer_norm|projector)"
+OUTSIDE = _compiled(
+    head=r"(\w+_)?heads?|cls|(pre_)?classifier|score|pooler|output|qa_outputs|vocab_(transform|layer_norm|projector)"
     r"|embed_out|project_out",
-    "embeddings": r"\w*embed\w*|\w*emb|wte|wpe|shared|project_in|ln_pre|pre_la?ye?r_?norm",
-    "norm": r"\w*norm\w*|ln_\w+",
-}
+    embeddings=r"\w*embed\w*|\w*emb|wte|wpe|shared|project_in|ln_pre|pre_la?ye?r_?norm",
+    norm=r"\w*norm\w*|ln_\w+",
+)
 # Within a layer norms come first, which are named after what they stand before or behind (`post_attention_layernorm`,
 # `attention.output.LayerNorm`, `self_attn.q_norm`), and attention before MLP, since BERT calls the last projection of
 # either `output` and OPT has its MLP, `fc1` and `fc2`, in no module of its own.
-_INSIDE = {
-    "norm": r"\w*norm\w*|ln(_\w+|\d+)?",
-    "attention": r"\w*attn\w*|\w*attention\w*",
-    "mlp": r"\w*mlp\w*|(\w+_)?ffn?(_\w+)?|feed_?forward\w*|DenseReluDense|\w*moe|\w*experts?|fc\d|intermediate|output",
-}
+_INSIDE = _compiled(
+    norm=r"\w*norm\w*|ln(_\w+|\d+)?",
+    attention=r"\w*attn\w*|\w*attention\w*",
+    mlp=r"\w*mlp\w*|(\w+_)?ffn?(_\w+)?|feed_?forward\w*|DenseReluDense|\w*moe|\w*experts?|fc\d|intermediate|output",
+)
 
 
-@cache
 def canonical_name(name: str) -> str:
     """Return `name` without what DDP, torch.compile, FSDP and checkpointing insert: `module._orig_mod.w` becomes `w`.
 
     The last component is the tensor's own name and always stays.
     """
+    if not _MAY_BE_WRAPPED.search(name):
+        return name
     *path, last = name.split(".")
     return ".".join([part for part in path if part not in _WRAPPERS] + [last])
 
@@ -85,12 +91,9 @@ def list_and_layer(name: str) -> tuple[str, int] | None:
     return None if _kind_by(place[0], OUTSIDE) == "head" else place
 
 
-def _kind_by(name: str, patterns: Mapping[str, str]) -> str | None:
+def _kind_by(name: str, patterns: Mapping[str, re.Pattern[str]]) -> str | None:
     components = name.split(".")
-    for kind, pattern in patterns.items():
-        if any(re.fullmatch(pattern, component, re.IGNORECASE) for component in components):
-            return kind
-    return None
+    return next((kind for kind, pattern in patterns.items() if any(map(pattern.fullmatch, components))), None)
 
 
 def some(items: Iterable[str], shown: int = 3) -> str:

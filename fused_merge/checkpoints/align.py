@@ -14,7 +14,7 @@ from fused_merge.checkpoints.plan import AlignedSegment, AlignedTensor
 from fused_merge.io.match import match, ties
 from fused_merge.io.options import OutputOptions
 from fused_merge.io.sources import FileRange, FileSource, TensorSource
-from fused_merge.names import kind_of
+from fused_merge.names import kind_of, layer_of
 from fused_merge.options import select
 
 
@@ -42,6 +42,10 @@ def align(sources: Sequence[FileSource], config_source: int, options: Mapping[st
     # The name that each tensor of all has in each of the views.
     common: dict[str, list[str]] = {}
     for name in dict.fromkeys((*base, *(name for each in matches for name in each.untied))):
+        if all(name in each.pairs for each in matches):
+            own = [each.pairs[name][1] for each in matches]
+            common[name] = [matches[0].pairs[name][0] if matches else name, *own]
+            continue
         own = [name if name in base else next(e.pairs[name][0] for e in matches if name in e.pairs)]
         for each in matches:
             # A model that ties it, as the base does, has its embedding instead.
@@ -50,13 +54,17 @@ def align(sources: Sequence[FileSource], config_source: int, options: Mapping[st
         if len(own) == len(sources):
             common[name] = own
     aligned = [_aligned(name, own, views, config_source, dtype) for name, own in common.items()]
-    fitting = [
-        i
-        for i, view in enumerate(views)
-        if all(tuple(view.shape(common[tensor.name][i])) == tensor.shape for tensor in aligned)
-    ]
-    embeddings = {tensor.shape for tensor in aligned if kind_of(tensor.name) == "embeddings"}
-    has_head = any(tensor.shape in embeddings for tensor in aligned if kind_of(tensor.name) == "head")
+    fitting = list(range(len(views)))
+    if options["align_vocabulary"]:
+        fitting = [
+            i
+            for i, view in enumerate(views)
+            if all(tuple(view.shape(common[tensor.name][i])) == tensor.shape for tensor in aligned)
+        ]
+    kinds = [(kind_of(each.name), each.shape) for each in aligned if len(each.shape) == 2 and not layer_of(each.name)]
+    has_head = bool(
+        {shape for kind, shape in kinds if kind == "head"} & {s for kind, s in kinds if kind == "embeddings"}
+    )
     # Where one model ties its head and another does not, the output does not, since it has both.
     untied = has_head and (
         any(each.untied for each in matches) or {ties(source) for source in sources} >= {True, False}
@@ -76,21 +84,22 @@ def _aligned(
     name: str, names: Sequence[str], views: Sequence[TensorSource], config_source: int, dtype: torch.dtype | None
 ) -> AlignedTensor:
     """Return a tensor that all hold, each under its own name."""
+    held = list(zip(views, names, strict=True))
+    kinds = [view.kind(own) for view, own in held]
+    (shape, written), numel = kinds[config_source], prod(kinds[config_source][0])
     floating = views[0].is_merged(names[0])
-    kinds = [view.dtype(own) for view, own in zip(views, names, strict=True)]
-    written = dtype if floating and dtype is not None else kinds[0]
-    for view, kind in zip(views, kinds, strict=True):
-        if kind != kinds[0] and not (floating and dtype is not None):
-            apart = f"{name!r} is {kinds[0]} in {views[0].origin} and {kind} in {view.origin}"
-            way_out = "say which to write with dtype='bfloat16' or another" if floating else "use one architecture"
-            raise ValueError(f"{apart}; {way_out}")
-    shapes = [view.shape(own) for view, own in zip(views, names, strict=True)]
-    shape, fewest = shapes[config_source], min(map(prod, shapes))
-    inputs = [_ranges(view, own) for view, own in zip(views, names, strict=True)]
-    segments = [AlignedSegment(numel, places, floating) for numel, places in _together(inputs, 0, fewest)]
-    if prod(shape) > fewest:
-        beyond = _together([inputs[config_source]], fewest, prod(shape))
-        segments += [AlignedSegment(numel, places, False) for numel, places in beyond]
+    if floating and dtype is not None:
+        written = dtype
+    elif (odd := next((i for i, kind in enumerate(kinds) if kind[1] != kinds[0][1]), None)) is not None:
+        apart = f"{name!r} is {kinds[0][1]} in {views[0].origin} and {kinds[odd][1]} in {views[odd].origin}"
+        way_out = "say which to write with dtype='bfloat16' or another" if floating else "use one architecture"
+        raise ValueError(f"{apart}; {way_out}")
+    inputs = [_ranges(view, own) for view, own in held]
+    fewest = min([numel, *(prod(each) for each, _ in kinds if each != shape)])
+    segments = [AlignedSegment(n, places, floating) for n, places in _together(inputs, 0, fewest)]
+    if numel > fewest:
+        beyond = _together([inputs[config_source]], fewest, numel)
+        segments += [AlignedSegment(n, places, False) for n, places in beyond]
     return AlignedTensor(name, written, tuple(shape), tuple(segments))
 
 
@@ -113,6 +122,10 @@ def _together(
     inputs: Sequence[Sequence[tuple[FileRange, int]]], first: int, last: int
 ) -> Iterator[tuple[int, tuple[FileRange, ...]]]:
     """Yield how many elements follow one another in all inputs, and where, from one element of a tensor to another."""
+    if first == 0 and all(len(ranges) == 1 for ranges in inputs):
+        # So it is, but for tensors that one of the models packs.
+        yield last, tuple(ranges[0][0] for ranges in inputs)
+        return
     ends = [list(accumulate(numel for _, numel in ranges)) for ranges in inputs]
     cuts = sorted({first, last, *(end for own in ends for end in own if first < end < last)})
     for start, stop in pairwise(cuts):
@@ -122,5 +135,3 @@ def _together(
             place, numel = ranges[i]
             places.append(place._replace(offset=place.offset + (start - own[i] + numel) * place.dtype.itemsize))
         yield stop - start, tuple(places)
-    if first == last == 0:
-        yield 0, tuple(ranges[0][0] for ranges in inputs)

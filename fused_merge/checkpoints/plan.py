@@ -171,14 +171,14 @@ def _lay_out(name: str, tensors: Iterable[AlignedTensor], rule_of: RuleOf, metad
     segments: list[Segment] = []
     place = 0
     for tensor in sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize):
-        entries[tensor.name] = Entry(tensor.dtype, tensor.shape, place, place + tensor.nbytes)
-        first = 0
+        first, end = 0, place + tensor.nbytes
+        entries[tensor.name] = Entry(tensor.dtype, tensor.shape, place, end)
         for each in tensor.segments:
             if each.numel:
                 rule, start = rule_of(tensor, each), place + first * tensor.dtype.itemsize
                 segments.append(Segment(tensor.name, tensor.dtype, each.numel, each.inputs, rule, first, start))
             first += each.numel
-        place += tensor.nbytes
+        place = end
     return OutputFile(name, encode_header(entries, metadata, multiple=ALIGNMENT), entries, tuple(segments), place)
 
 

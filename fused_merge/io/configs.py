@@ -78,6 +78,8 @@ def declared_but_missing(config: Mapping[str, Any], names: Collection[str]) -> l
     Such are layers for multi-token prediction, called `mtp` or numbered beyond the others, and the last of the layers.
     Each is said as in `"num_nextn_predict_layers = 1"`.
     """
+    if not any("layers" in key for _, own in _nested(config) for key in own):
+        return []
     places = [place for name in names if (place := layer_of(name)) and "vis" not in place[0]]
     stacks: dict[str, set[int]] = {}
     for stack, layer in places:

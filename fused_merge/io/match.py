@@ -158,6 +158,9 @@ def _paired(first: TensorSource, second: TensorSource, *, same_dtype: bool, any_
     pairs: dict[str, tuple[str, str]] = {}
     aliases: dict[str, str] = {}
     firsts: dict[tuple[str, str], str] = {}
+    if not (first.aliases and second.aliases):
+        pairs = {name: (name, name) for name in common}
+        common = []
     for name in common:
         # Tied in both sources: one tensor under its first name.
         owners = (first.aliases.get(name, name), second.aliases.get(name, name))
@@ -196,6 +199,9 @@ def _differences(
     """Yield a sentence if tensors that belong together differ in kind."""
     changed, rows = {}, {}
     for name, (a, b) in pairs.items():
+        if first.kind(a) == second.kind(b):
+            first.is_merged(a)
+            continue
         shapes, dtypes = (first.shape(a), second.shape(b)), (first.dtype(a), second.dtype(b))
         if shapes[0] != shapes[1] and any_rows and _rows_apart(*shapes, dims=1):
             rows[name] = (shapes[0][0], shapes[1][0])

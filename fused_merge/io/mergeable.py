@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _ADAPTER = "adapter_config.json"
 # The factors of LoRA and its relatives, by PEFT and by kohya's scripts.
 _FACTOR = re.compile(
-    r"(?:^|[._])(?:lora_(?:[AB]|embedding_[AB]|magnitude_vector|down|up)|ia3_l|hada_w1_a|lokr_w[12]|oft_[rR]"
-    r"|vera_lambda_[bd])(?:[._]|$)"
+    r"(?:^|[._\n])(?:lora_(?:[AB]|embedding_[AB]|magnitude_vector|down|up)|ia3_l|hada_w1_a|lokr_w[12]|oft_[rR]"
+    r"|vera_lambda_[bd])(?:[._\n]|$)"
 )
 # Integers of 64 bits are indices and counters.
 _CODES = frozenset({torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32})
@@ -51,7 +51,8 @@ _MERGE_ADAPTER = (
 
 def check_mergeable(source: TensorSource) -> None:
     """Raise ValueError if a source holds codes of a quantized model or factors of an adapter; reads no tensor."""
-    if factor := next((name for name in source if _FACTOR.search(name)), None):
+    # All names at once, since there may be hundreds of thousands.
+    if _FACTOR.search("\n".join(source)) and (factor := next(filter(_FACTOR.search, source), None)):
         raise ValueError(f"{source.origin} holds factors of an adapter, such as {factor!r}; {_MERGE_ADAPTER}")
     found = next(_quantized(source), None)
     said = _method_in(source.config)
@@ -100,7 +101,8 @@ def _begins_with(path: Path, magic: bytes) -> bool:
 
 def _quantized(source: TensorSource) -> Iterator[tuple[str, str | None, str | None]]:
     """Yield tensors of codes, with what lies beside them and the method, where these are known."""
-    codes = [name for name in source if source.dtype(name) in _CODES | _FLOAT8 and len(source.shape(name)) > 1]
+    kinds = ((name, *source.kind(name)) for name in source)
+    codes = [name for name, shape, dtype in kinds if dtype in _CODES or dtype in _FLOAT8 if len(shape) > 1]
     if not codes:
         return
     modules: dict[str, list[str]] = {}

@@ -57,6 +57,10 @@ class TensorSource(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._kinds)
 
+    def kind(self, name: str) -> tuple[torch.Size, torch.dtype]:
+        """Return shape and dtype of a tensor; reads no data."""
+        return self._kinds[name]
+
     def shape(self, name: str) -> torch.Size:
         """Return the shape of a tensor; reads no data."""
         return self._kinds[name][0]
