@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -333,3 +334,90 @@ def test_inspect_shows_the_pairing(models, run):
     assert (code, document["refused"]) == (0, [document["refused"][0]])
     assert f"lacks '{MTP}' of" in document["refused"][0]
     assert run("inspect", str(made.folders[0]), "--pairing")[0] == 2
+
+
+# --- what cannot be combined
+
+
+def quantized(folder):
+    """Give a folder what GPTQ makes of a projection: codes, scales and zeros."""
+    held = load(folder)
+    name = "model.layers.0.mlp.up_proj"
+    del held[f"{name}.weight"]
+    held |= {f"{name}.qweight": torch.ones(2, 24, dtype=torch.int32), f"{name}.scales": torch.ones(1, 24)}
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    return r"tuned is quantized: 'model.layers.0.mlp.up_proj.qweight' is torch.int32, with .*; dequantize it first"
+
+
+def with_adapter(folder):
+    held = load(folder)
+    held |= {f"model.layers.0.mlp.up_proj.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    save_file(held, folder / "model.safetensors", {"format": "pt"})
+    return (
+        r"tuned holds factors of an adapter, such as 'model.layers.0.mlp.up_proj.lora_A.weight'; merge it into its base"
+    )
+
+
+def another_architecture(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["LlamaForTokenClassification"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return r"base is a LlamaForCausalLM and .*tuned a LlamaForTokenClassification; take models of one architecture"
+
+
+@pytest.mark.parametrize("spoil", [quantized, with_adapter, another_architecture])
+def test_models_that_no_command_combines(spoil, models, run, tmp_path):
+    made = models(llama(0), llama(1))
+    base, tuned = map(str, made.folders)
+    message = spoil(made.folders[1])
+    calls = [
+        lambda: fm.interpolate_checkpoints(base, tuned, [0.5], tmp_path / "x"),
+        lambda: fm.merge_checkpoints(base, {tuned: 0.5}, "ties", tmp_path / "x"),
+        lambda: fm.ReferenceDelta.from_checkpoints(base, tuned),
+        lambda: fm.ReferenceDelta.from_models(base, tuned),
+        lambda: fm.RatioSweep(llama(2), base, tuned),
+        lambda: fm.adapt_ratios(llama(2), base, tuned, lambda model, batch: 0.0, [None]),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call()
+    (tmp_path / "scores.py").write_text("def one(model):\n    return 1.0\n")
+    (tmp_path / "prompts.txt").write_text("a\n")
+    out = ["--out", str(tmp_path / "x")]
+    commands = [
+        ["interpolate", base, tuned, "--ratios", "0.5", *out],
+        ["merge", "--base", base, "--model", f"{tuned}=1", "--method", "ties", *out],
+        ["delta", base, tuned, *out],
+        ["inspect", base, tuned],
+    ]
+    if spoil is not another_architecture:
+        # It loads the tuned model, and says that it is none that answers.
+        commands.append(["adapt", base, tuned, "--prompts", str(tmp_path / "prompts.txt"), *out])
+    for command in commands:
+        code, _, errors = run(*command)
+        assert (code, re.search(message, errors) is not None) == (1, True), errors
+    code, printed, _ = run("inspect", base, tuned, "--pairing")
+    assert code == 0
+    assert re.search("refused: .*" + message, printed)
+    assert not (tmp_path / "x").exists()
+
+
+def test_configurations_that_mean_something_else_are_said_once(models, run, tmp_path, caplog):
+    made = models(llama(0), llama(1))
+    config = json.loads((made.folders[1] / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 12345.0
+    (made.folders[1] / "config.json").write_text(json.dumps(config))
+    folders = path_of(made, run, tmp_path / "line")
+    fm.ReferenceDelta.from_checkpoints(*made.folders)
+    fm.RatioSweep(llama(2), *made.folders)
+    (said,) = [message for message in caplog.messages if "mean something else" in message]
+    assert "differ in rope_theta (10000.0 against 12345.0)" in said
+    assert_same_bits(logits(written(folders[0])), logits(made.base))
+    assert_same_bits(logits(written(folders[2])), logits(written(made.folders[1])))
+
+
+def test_the_card_says_what_share_is_merged(models, run, tmp_path):
+    made = models(llama(0), llama(1), base_holds={MTP: torch.ones(30, 30)})
+    folders = path_of(made, run, tmp_path / "line", "--unmatched", "copy")
+    whole = sum(x.nbytes for x in load(folders[1]).values())
+    share = f"{1 - 3600 / whole:.2%} of its bytes are interpolated, the others copied."
+    assert share in (folders[1] / "README.md").read_text()

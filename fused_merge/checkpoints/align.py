@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 
 from fused_merge.checkpoints.plan import AlignedSegment, AlignedTensor
-from fused_merge.io.match import match, ties
+from fused_merge.io.match import match
 from fused_merge.io.options import OutputOptions
 from fused_merge.io.sources import FileRange, FileSource, TensorSource
+from fused_merge.io.ties import ties
 from fused_merge.names import kind_of, layer_of
 from fused_merge.options import select
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fused_merge.interpolation.parts import slices_by_depth, summarize
 from fused_merge.io.files import expanded
+from fused_merge.io.mergeable import check_mergeable
 from fused_merge.io.plain import plain_text, read_plain
 from fused_merge.io.sources import PathLike, open_source
 from fused_merge.io.writer import write_text
@@ -251,6 +252,7 @@ def _names_of(model_or_names: Names) -> tuple[str, ...]:
     """Return the canonical names of all tensors that are interpolated, tied ones once."""
     if isinstance(model_or_names, (nn.Module, Mapping, str, os.PathLike)):
         source = open_source(model_or_names, role="model")
+        check_mergeable(source)
         names = tuple(name for name in source if name not in source.aliases and source.is_merged(name))
     else:
         names = _canonical(model_or_names)

@@ -19,7 +19,8 @@ import torch
 from fused_merge.io.configs import check_configs
 from fused_merge.io.layouts import in_memory, layout_of
 from fused_merge.io.mergeable import check_mergeable
-from fused_merge.io.sources import MemorySource, TensorSource, bits, same_bits
+from fused_merge.io.sources import MemorySource, TensorSource
+from fused_merge.io.ties import TIEABLE, embedding_of, find_tied, rows_apart
 from fused_merge.io.views import Assembly, Conversion, Piece, ViewSource
 from fused_merge.names import kind_of, some
 
@@ -174,14 +175,14 @@ def _paired(first: TensorSource, second: TensorSource, *, same_dtype: bool, any_
     named_alike = list(pairs)
     for i, (here, there) in enumerate(((first, second), (second, first))):
         extra = [name for name in here if name not in there and name not in ignore]
-        may_tie = [name for name in extra if kind_of(name) in ("embeddings", "head")]
+        may_tie = [name for name in extra if kind_of(name) in TIEABLE]
         # Of thousands of tensors only those that could be one with another.
         sizes = {here.shape(name)[any_rows:] for name in may_tie}
         alike = [name for name in named_alike if may_tie and here.shape(name)[any_rows:] in sizes]
-        can_own = [name for name in alike if kind_of(name) in ("embeddings", "head")]
-        aliases |= _find_tied(here, extra, named_alike, may_tie, can_own)
+        can_own = [name for name in alike if kind_of(name) in TIEABLE]
+        aliases |= find_tied(here, extra, named_alike, may_tie, can_own)
         for name in may_tie:
-            if name not in aliases and (owner := _embedding_of(name, here, there, can_own, any_rows)):
+            if name not in aliases and (owner := embedding_of(name, here, there, can_own, any_rows)):
                 pairs[name] = (name, owner) if i == 0 else (owner, name)
                 untied.append(name)
         only.append(tuple(name for name in extra if name not in aliases and name not in pairs))
@@ -203,7 +204,7 @@ def _differences(
             first.is_merged(a)
             continue
         shapes, dtypes = (first.shape(a), second.shape(b)), (first.dtype(a), second.dtype(b))
-        if shapes[0] != shapes[1] and any_rows and _rows_apart(*shapes, dims=1):
+        if shapes[0] != shapes[1] and any_rows and rows_apart(*shapes, dims=1):
             rows[name] = (shapes[0][0], shapes[1][0])
         elif shapes[0] != shapes[1]:
             changed[name] = f"{name!r} is {list(shapes[0])} and {list(shapes[1])}"
@@ -212,7 +213,7 @@ def _differences(
     if changed:
         way_out = "both must be of one architecture" + " and one dtype" * same_dtype
         shapes_of = [(first.shape(pairs[name][0]), second.shape(pairs[name][1])) for name in changed]
-        if all(_rows_apart(*shapes, dims=2) for shapes in shapes_of):
+        if all(rows_apart(*shapes, dims=2) for shapes in shapes_of):
             way_out = "pass align_vocabulary=True, or resize one model to the vocabulary of the other"
         yield f"{first.origin} and {second.origin} do not match: {some(changed.values())}; {way_out}"
     if len(set(rows.values())) > 1:
@@ -391,67 +392,3 @@ def _is_made(source: TensorSource, name: str) -> bool:
 
 def _nbytes(source: TensorSource, name: str) -> int:
     return prod(source.shape(name)) * source.dtype(name).itemsize
-
-
-def _rows_apart(a: torch.Size, b: torch.Size, *, dims: int) -> bool:
-    """Return whether two shapes of at least so many dimensions differ in the number of rows alone."""
-    return len(a) == len(b) >= dims and a[1:] == b[1:] and a != b
-
-
-def _embedding_of(
-    head: str, here: TensorSource, there: TensorSource, common: Sequence[str], any_rows: bool
-) -> str | None:
-    """Return the embedding that `there` uses as a head that only `here` has by itself, None if it is none."""
-    if kind_of(head) != "head" or len(here.shape(head)) != 2 or not ties(there):
-        return None
-    shape = here.shape(head)
-    fits = [
-        name
-        for name in common
-        if kind_of(name) == "embeddings"
-        and (there.shape(name) == shape or (any_rows and _rows_apart(there.shape(name), shape, dims=2)))
-    ]
-    return fits[0] if len(fits) == 1 else None
-
-
-def ties(source: TensorSource) -> bool | None:
-    """Return whether the configuration of a source says that its head is its embedding; None without one."""
-    nested = source.config.get("text_config")
-    said = source.config.get("tie_word_embeddings")
-    if said is None and isinstance(nested, Mapping):
-        said = nested.get("tie_word_embeddings")
-    # Transformers leaves out of a configuration what is its default, which is true.
-    return bool(said is not False) if source.config else None
-
-
-def _find_tied(
-    source: TensorSource, extra: Sequence[str], common: Sequence[str], may_tie: Sequence[str], owners: Sequence[str]
-) -> dict[str, str]:
-    """Return those `extra` tensors of a source that are tied to a `common` one, and to which.
-
-    Those of one storage are; so are, of `may_tie`, those that are bit-equal to one of `owners`, unless the
-    configuration says that they only happen to be.
-    """
-    first = {source.aliases.get(name, name): name for name in common} if source.aliases else {}
-    tied = {name: first[owner] for name in extra if (owner := source.aliases.get(name, name)) in first}
-    candidates: defaultdict[tuple[object, ...], list[str]] = defaultdict(list)
-    for name in owners if may_tie and ties(source) is not False else ():
-        candidates[_fingerprint(source, name)].append(name)
-    for name in may_tie if candidates else ():
-        alike = candidates.get(_fingerprint(source, name), ())
-        if found := next((other for other in alike if _same_values(source, name, other)), None):
-            tied.setdefault(name, found)
-    return tied
-
-
-def _fingerprint(source: TensorSource, name: str) -> tuple[object, ...]:
-    """Return what tied tensors have in common, from the beginning of a tensor alone."""
-    head = bits(source.head(name, 1024).contiguous()).cpu().numpy().tobytes()
-    return source.shape(name), source.dtype(name), head
-
-
-def _same_values(source: TensorSource, name: str, other: str) -> bool:
-    """Return whether two tensors of one fingerprint are bit-equal and not constant."""
-    pattern = bits(source[name]).flatten()
-    # Fresh norms and biases are constant and equal one another by accident.
-    return bool((pattern != pattern[:1]).any()) and same_bits(source[name], source[other])

@@ -1,4 +1,4 @@
-"""What looks like a model and cannot be merged: quantized checkpoints, adapters, GGUF files.
+"""What looks like a model and cannot be merged: quantized checkpoints and adapters.
 
 The codes of a quantized tensor are numbers only together with its scales, and the two factors of an adapter only
 together with each other. Merged apart, they give weights that are neither model's.
@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from fused_merge.names import some
+from fused_merge.io.formats import MERGE_ADAPTER
+from fused_merge.io.sources import TensorSource
 
-if TYPE_CHECKING:
-    from fused_merge.io.sources import TensorSource
-
-_ADAPTER = "adapter_config.json"
 # The factors of LoRA and its relatives, by PEFT and by kohya's scripts.
 _FACTOR = re.compile(
     r"(?:^|[._\n])(?:lora_(?:[AB]|embedding_[AB]|magnitude_vector|down|up)|ia3_l|hada_w1_a|lokr_w[12]|oft_[rR]"
@@ -44,16 +40,13 @@ _HOW = {
     "metal": _WHEN_LOADED.format("MetalConfig"),
 }
 _ORIGINAL = "take the checkpoint that it was made of"
-_MERGE_ADAPTER = (
-    "merge it into its base first, with PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained"
-)
 
 
 def check_mergeable(source: TensorSource) -> None:
     """Raise ValueError if a source holds codes of a quantized model or factors of an adapter; reads no tensor."""
     # All names at once, since there may be hundreds of thousands.
     if _FACTOR.search("\n".join(source)) and (factor := next(filter(_FACTOR.search, source), None)):
-        raise ValueError(f"{source.origin} holds factors of an adapter, such as {factor!r}; {_MERGE_ADAPTER}")
+        raise ValueError(f"{source.origin} holds factors of an adapter, such as {factor!r}; {MERGE_ADAPTER}")
     found = next(_quantized(source), None)
     said = _method_in(source.config)
     if found is not None:
@@ -68,35 +61,6 @@ def check_mergeable(source: TensorSource) -> None:
             f"{source.origin} is quantized ({said}), as its config.json says; dequantize it first: "
             f"{_HOW.get(said, _ORIGINAL)}; if its tensors are plain, remove quantization_config there"
         )
-
-
-def refuse_other_formats(path: Path) -> None:
-    """Raise ValueError for a GGUF file, or a folder that holds no model but an adapter or such files."""
-    if path.is_dir():
-        if any(path.glob("model*.safetensors*")):
-            return
-        if (path / _ADAPTER).exists():
-            raise ValueError(f"{path} is an adapter, as its {_ADAPTER} says; {_MERGE_ADAPTER}")
-        files = sorted(path.glob("*.gguf"))
-    else:
-        if path.name.startswith("adapter_model") and (path.parent / _ADAPTER).exists():
-            raise ValueError(f"{path} is an adapter, as the {_ADAPTER} beside it says; {_MERGE_ADAPTER}")
-        files = [path] if path.is_file() and _begins_with(path, b"GGUF") else []
-    if files:
-        what = "is a GGUF file" if path == files[0] else f"holds {some(file.name for file in files)}, in GGUF"
-        raise ValueError(
-            f"{path} {what}, whose tensors are other ones and mostly quantized; take the safetensors checkpoint that "
-            f"it was made of, or load it with Transformers and gguf_file={files[0].name!r}, and save that"
-        )
-
-
-def _begins_with(path: Path, magic: bytes) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(len(magic)) == magic
-    except OSError:
-        # Whoever reads it says why it cannot be read.
-        return False
 
 
 def _quantized(source: TensorSource) -> Iterator[tuple[str, str | None, str | None]]:

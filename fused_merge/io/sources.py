@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from fused_merge.distributed import is_sharded, local_part
 from fused_merge.io.files import bytes_of, check_unchanged, expanded, read_into, reading, stamp_of
+from fused_merge.io.formats import refuse_other_formats
 from fused_merge.io.headers import METADATA, Entry, open_safetensors, read_json
-from fused_merge.io.mergeable import check_mergeable, refuse_other_formats
 from fused_merge.names import canonical_name, some
 
 logger = logging.getLogger("fused_merge")
@@ -98,7 +98,6 @@ class TensorSource(Mapping[str, Tensor]):
         """Return whether a tensor is merged, as integers are not; ValueError if it is floating but cannot be."""
         dtype = self.dtype(name)
         if dtype not in _MERGED and (dtype.is_floating_point or dtype.is_complex):
-            check_mergeable(self)
             raise ValueError(
                 f"{name!r} of {self.origin} is {dtype}, which cannot be merged; "
                 "convert it to bfloat16, float16, float32 or float64 first"

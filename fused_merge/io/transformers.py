@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fused_merge.io.mergeable import check_mergeable
 from fused_merge.io.plain import read_plain
 from fused_merge.io.sources import FileSource
 from fused_merge.names import some
@@ -45,6 +46,7 @@ def check_transformers() -> Any:
 
 def stored_dtype(source: FileSource) -> torch.dtype | None:
     """Return the dtype that all floating tensors of a checkpoint have, or None if they differ: what the model gets."""
+    check_mergeable(source)
     stored = {source.dtype(name) for name in source if source.is_merged(name)}
     return stored.pop() if len(stored) == 1 else None
 
