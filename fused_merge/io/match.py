@@ -21,7 +21,7 @@ from fused_merge.io.layouts import in_memory, layout_of
 from fused_merge.io.mergeable import check_mergeable
 from fused_merge.io.sources import MemorySource, TensorSource
 from fused_merge.io.ties import TIEABLE, embedding_of, find_tied, rows_apart
-from fused_merge.io.views import Assembly, Conversion, Piece, ViewSource
+from fused_merge.io.views import Assembly, Box, Conversion, Piece, ViewSource
 from fused_merge.names import kind_of, some
 
 # Beginnings of names that a refusal tries to strip.
@@ -201,6 +201,7 @@ def _differences(
     changed, rows = {}, {}
     for name, (a, b) in pairs.items():
         if first.kind(a) == second.kind(b):
+            # Refuses what cannot be merged at all.
             first.is_merged(a)
             continue
         shapes, dtypes = (first.shape(a), second.shape(b)), (first.dtype(a), second.dtype(b))
@@ -360,20 +361,28 @@ def _in_names_of(first: ViewSource, second: ViewSource) -> ViewSource:
             # Even if the two differ in their rows.
             tensors.setdefault(whole[0], Assembly.whole(whole[1], second.source.shape(whole[1])))
             continue
+        # Of two files that pack nothing, hundreds of experts in each, a piece of one is a piece of the other.
+        same = {_corners(other.box): other for other in theirs.pieces}
         for piece in ours.pieces:
-            for part in filter(None, (other.within(piece.box) for other in theirs.pieces)):
+            found = same.get(_corners(piece.box))
+            parts = [found] if found else [part for each in theirs.pieces if (part := each.within(piece.box))]
+            for part in parts:
                 own = piece.within(part.box)
                 assert own is not None
                 sides = [both for both in zip(own.source, part.source, strict=True) if both != (None, None)]
                 box, source = zip(*sides, strict=True) if sides else ((), ())
                 pieces[piece.name].append(Piece(box, part.name, source))
-    for name, parts in pieces.items():
-        made = Assembly(first.source.shape(name), parts)
+    for name, own_pieces in pieces.items():
+        made = Assembly(first.source.shape(name), own_pieces)
         if made.is_full:
             tensors.setdefault(name, made)
     used = {part for tensor in tensors.values() if isinstance(tensor, Assembly) for part in tensor.names}
     rest = {name: Assembly.whole(name, second.source.shape(name)) for name in second.source if name not in used}
     return ViewSource(second.source, {**rest, **tensors})
+
+
+def _corners(box: Box) -> tuple[tuple[int, int] | None, ...]:
+    return tuple(side and (side.start, side.stop) for side in box)
 
 
 def own_names(source: TensorSource, name: str) -> list[str]:

@@ -110,22 +110,23 @@ def test_a_path_between_files_of_either_layout(family, pairs, tmp_path):
         assert_same_bits(halfway, expected)
 
 
-def test_files_of_the_hub_that_lack_the_prefix_of_their_model(pairs, tmp_path):
-    models, folders, _ = pairs["gpt2"]
+@pytest.mark.parametrize(("family", "prefix"), [("gpt2", "transformer."), ("qwen3-moe", "model.")])
+def test_files_of_the_hub_that_lack_the_prefix_of_their_model(family, prefix, pairs, tmp_path):
+    models, folders, _ = pairs[family]
     short = []
     for folder in folders:
         short.append(tmp_path / folder.name)
         short[-1].mkdir()
         (short[-1] / "config.json").write_bytes((folder / "config.json").read_bytes())
-        stripped = {name.removeprefix("transformer."): tensor for name, tensor in load(folder).items()}
+        stripped = {name.removeprefix(prefix): tensor for name, tensor in load(folder).items()}
         save_file(stripped, short[-1] / "model.safetensors", {"format": "pt"})
     delta = fm.ReferenceDelta.from_checkpoints(*short)
     assert delta.identity == fm.ReferenceDelta.from_models(*models).identity
-    with fm.RatioSweep(family_model("gpt2", 2), short[0], folders[1]).at(1.0) as model:
+    with fm.RatioSweep(family_model(family, 2), short[0], folders[1]).at(1.0) as model:
         assert_same_bits(model.state_dict(), models[1].state_dict())
     (end,) = fm.interpolate_checkpoints(short[0], folders[1], [1.0], tmp_path / "line", progress=False)
-    assert_same_bits(load_family("gpt2", end).state_dict(), models[1].state_dict())
-    assert "wte.weight" in load(end)
+    assert_same_bits(load_family(family, end).state_dict(), models[1].state_dict())
+    assert load(end).keys() == load(short[0]).keys()
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "task_arithmetic"])
