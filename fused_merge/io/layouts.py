@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,37 +63,43 @@ def layout_of(source: TensorSource) -> Layout | None:
 def _of_module(module: nn.Module) -> Layout | None:
     # Whoever has such a model has imported its class.
     modeling = sys.modules.get("transformers.modeling_utils")
-    inner = [part for part in module.modules() if modeling is not None and isinstance(part, modeling.PreTrainedModel)]
-    # Wrappers that leave the names alone: DDP, compiled modules.
-    return (
-        Layout.of(inner[0])
-        if inner
-        and set(dict(inner[0].named_parameters())) == {canonical_name(name) for name, _ in module.named_parameters()}
-        else None
-    )
+    model = next((part for part in module.modules() if modeling and isinstance(part, modeling.PreTrainedModel)), None)
+    if model is None or {name for name, _ in model.named_parameters()} != {
+        # DDP and torch.compile leave the names alone.
+        canonical_name(name)
+        for name, _ in module.named_parameters()
+    }:
+        return None
+    # FSDP2 makes a class of its own, by whose name Transformers would not find the conversion.
+    kind = next(each for each in type(model).__mro__ if not each.__name__.startswith("FSDP"))
+    return Layout.of(model) if kind is type(model) else _without_data(kind, model.config)
 
 
 @lru_cache(maxsize=8)
 def _of_folder(folder: Path, stamp: tuple[int, int]) -> Layout | None:
+    if find_spec("transformers") is None:
+        return None
     try:
         import transformers
-        from transformers import AutoConfig
-    except ImportError:
-        return None
-    # What it would say of a configuration is of no use where no model is loaded.
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity(logging.ERROR)
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        (architecture,) = config.architectures
-        with torch.device("meta"):
-            return Layout.of(getattr(transformers, architecture)(config))
+
+        # What it would say of a configuration is of no use where no model is loaded.
+        verbosity = transformers.utils.logging.get_verbosity()
+        transformers.utils.logging.set_verbosity(logging.ERROR)
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            (architecture,) = config.architectures
+            return _without_data(getattr(transformers, architecture), config)
+        finally:
+            transformers.utils.logging.set_verbosity(verbosity)
     except Exception as error:
         # It fails in many ways on what it does not know; names are then those of the files.
         logger.debug("Transformers makes no model of %s: %s: %s", folder, type(error).__name__, error)
         return None
-    finally:
-        transformers.utils.logging.set_verbosity(verbosity)
+
+
+def _without_data(kind: Any, config: Any) -> Layout:
+    with torch.device("meta"):
+        return Layout.of(kind(config))
 
 
 def in_memory(source: TensorSource, layout: Layout) -> ViewSource | None:

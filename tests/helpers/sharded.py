@@ -8,6 +8,7 @@ from contextlib import suppress
 import pytest
 import torch
 from bits import same_bits
+from families import family_model
 from processes import WORLD
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -126,6 +127,23 @@ def sweep(rank, kind, dtype, folder):
             assert_held(model, point)
     assert_held(model, before)
     return [0 in part.shape for _, part in held(model).values()]
+
+
+def sweep_of_a_family(rank, family, folders):
+    """Go along the path between files whose names or packing are not those of the model, sharded as in training."""
+    model, (base, tuned) = family_model(family, 2), (family_model(family, seed) for seed in (0, 1))
+    for layer in next(part for part in model.modules() if isinstance(part, nn.ModuleList)):
+        fully_shard(layer, mesh=(mesh := init_device_mesh("cpu", (WORLD,))))
+    sweep = RatioSweep(fully_shard(model, mesh=mesh), *folders)
+    for ratio in (0.0, 0.3, 1.0):
+        point = interpolate(base.state_dict(), tuned.state_dict(), [ratio])[0]
+        with sweep.at(ratio):
+            # Some buffers are made anew and not saved.
+            parts = {name: own for name, own in held(model).items() if name in point}
+        assert parts.keys() == point.keys()
+        assert all(
+            same_bits(part, point[name] if box is None else point[name][box]) for name, (box, part) in parts.items()
+        )
 
 
 def forward_after_moving(rank, kind):

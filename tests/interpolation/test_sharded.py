@@ -7,6 +7,7 @@ import json
 import pytest
 import sharded
 import torch
+from families import family_model
 from processes import Pair
 from safetensors.torch import save_file
 from sharded import OPTIONS, PARTS, Network, batch_of, loss_of, points_of
@@ -37,6 +38,14 @@ def test_each_process_holds_the_bits_of_its_part(kind, dtype, where, pair, tmp_p
     empty = pair.both(sharded.sweep, kind, dtype, tmp_path if where == "files" else None)
     # Of a single element the second process has nothing to write.
     assert [any(found) for found in empty] == [False, kind != "ddp"]
+
+
+@pytest.mark.parametrize("family", ["gpt-neox", "qwen3-moe"])
+def test_each_process_reads_its_part_of_what_files_call_or_pack_otherwise(family, pair, tmp_path):
+    folders = [tmp_path / name for name in ("base", "tuned")]
+    for seed, folder in enumerate(folders):
+        family_model(family, seed).save_pretrained(folder)
+    pair.both(sharded.sweep_of_a_family, family, folders)
 
 
 @pytest.mark.parametrize("kind", KINDS)
