@@ -115,7 +115,7 @@ def _copied(name: str, view: TensorSource, dtype: torch.dtype | None) -> Aligned
 
 def _ranges(view: TensorSource, name: str) -> list[tuple[FileRange, int]]:
     ranges = view.ranges(name)
-    assert ranges is not None, f"{name} of {view.origin} lies in no ranges"
+    assert ranges is not None, f"{name} of {view.origin} was paired without ranges"
     return ranges
 
 

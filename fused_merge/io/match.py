@@ -374,7 +374,9 @@ def _in_names_of(first: ViewSource, second: ViewSource) -> ViewSource:
                 pieces[piece.name].append(Piece(box, part.name, source))
     for name, own_pieces in pieces.items():
         made = Assembly(first.source.shape(name), own_pieces)
-        if made.is_full:
+        # Files are read in ranges, not in boxes.
+        in_ranges = not second.files() or ViewSource(second.source, {name: made}).ranges(name) is not None
+        if made.is_full and in_ranges:
             tensors.setdefault(name, made)
     used = {part for tensor in tensors.values() if isinstance(tensor, Assembly) for part in tensor.names}
     rest = {name: Assembly.whole(name, second.source.shape(name)) for name in second.source if name not in used}

@@ -222,7 +222,7 @@ class FileSource(TensorSource):
 
     def ranges(self, name: str) -> list[tuple[FileRange, int]]:
         """Return where the elements of a tensor lie, and how many they are."""
-        return [(self.file_range(name), prod(self.shape(name)))]
+        return [(self.file_range(name), self._kinds[name][0].numel())]
 
     def metadata(self, file: str) -> dict[str, str]:
         """Return the free-form metadata of one of the files in `shards`."""

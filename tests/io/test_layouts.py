@@ -7,6 +7,8 @@ from bits import assert_same_bits
 from families import FAMILIES, family_model, load_family, logits
 from folders import load
 from safetensors.torch import save_file
+from transformers import conversion_mapping
+from transformers.core_model_loading import Concatenate, Transpose, WeightConverter
 
 import fused_merge as fm
 from fused_merge.io.layouts import in_memory, layout_of
@@ -154,30 +156,39 @@ def test_a_method_that_needs_whole_tensors_refuses_pieces(pairs, tmp_path):
         fm.merge_checkpoints(packed_base, {tuned: 0.5}, "slerp", tmp_path / "out")
 
 
-def test_a_layout_of_other_orders_of_elements_is_refused_with_a_way_out(pairs, tmp_path, monkeypatch):
-    from transformers import conversion_mapping
-    from transformers.core_model_loading import Transpose, WeightConverter
+TURNED = {"names": ["turned"], "operations": [Transpose(0, 1)], "stored": lambda x: [x.T.contiguous()]}
+SPLIT = {
+    "names": ["left", "right"],
+    "operations": [Concatenate(dim=1)],
+    "stored": lambda x: [part.contiguous() for part in x.chunk(2, dim=1)],
+}
 
+
+@pytest.mark.parametrize("kind", [TURNED, SPLIT], ids=["transposed", "split along columns"])
+def test_a_layout_of_other_orders_of_elements_is_refused_with_a_way_out(kind, pairs, tmp_path, monkeypatch):
     (model, _), (base, _), _ = pairs["llama"]
-    turned = WeightConverter("mlp.turned.weight", "mlp.up_proj.weight", operations=[Transpose(0, 1)])
-    monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "llama", [turned])
-    other = tmp_path / "other"
+    sources = [f"mlp.{name}.weight" for name in kind["names"]]
+    converter = WeightConverter(sources, "mlp.up_proj.weight", operations=kind["operations"])
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")
+    monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "llama", [converter])
+    other, tensors = tmp_path / "other", {}
     other.mkdir()
     (other / "config.json").write_bytes((base / "config.json").read_bytes())
-    tensors = {
-        name.replace("up_proj", "turned"): x.T.contiguous() if "up_proj" in name else x
-        for name, x in load(base).items()
-    }
+    for name, x in load(base).items():
+        parts = kind["stored"](x) if "up_proj" in name else [x]
+        names = [name.replace("up_proj", part) for part in kind["names"]] if "up_proj" in name else [name]
+        tensors |= dict(zip(names, parts, strict=True))
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(
-        ValueError, match=r"one architecture in two layouts, with .*up_proj.* and .*turned.*of other orders"
-    ):
-        fm.interpolate_checkpoints(base, other, [0.5], tmp_path / "line")
-    delta = fm.ReferenceDelta.from_checkpoints(base, other)
-    assert delta.names == tuple(parameters(model))
-    assert all(not delta.tensor(name).any() for name in delta.names)
-    with fm.RatioSweep(family_model("llama", 2), base, other).at(1.0) as moved:
-        assert_same_bits(moved.state_dict(), model.state_dict())
+    for ends in ((base, other), (other, base)):
+        with pytest.raises(
+            ValueError, match=r"one architecture in two layouts, with .* and .*, of other orders of elem"
+        ):
+            fm.interpolate_checkpoints(*ends, [0.5], tmp_path / "line")
+        delta = fm.ReferenceDelta.from_checkpoints(*ends)
+        assert delta.names == tuple(parameters(model))
+        assert all(not delta.tensor(name).any() for name in delta.names)
+        with fm.RatioSweep(family_model("llama", 2), *ends).at(1.0) as moved:
+            assert_same_bits(moved.state_dict(), model.state_dict())
 
 
 def test_ratios_by_the_names_of_either_side(pairs, tmp_path):
