@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-_MAY_BE_WRAPPED = re.compile("|".join(_WRAPPERS))
+MAY_BE_WRAPPED = re.compile("|".join(_WRAPPERS))
 
 
 def _compiled(**patterns: str) -> dict[str, re.Pattern[str]]:
@@ -47,7 +47,7 @@ def canonical_name(name: str) -> str:
 
     The last component is the tensor's own name and always stays.
     """
-    if not _MAY_BE_WRAPPED.search(name):
+    if not MAY_BE_WRAPPED.search(name):
         return name
     *path, last = name.split(".")
     return ".".join([part for part in path if part not in _WRAPPERS] + [last])

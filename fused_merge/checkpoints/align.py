@@ -85,8 +85,7 @@ def _aligned(
     name: str, names: Sequence[str], views: Sequence[TensorSource], config_source: int, dtype: torch.dtype | None
 ) -> AlignedTensor:
     """Return a tensor that all hold, each under its own name."""
-    held = list(zip(views, names, strict=True))
-    kinds = [view.kind(own) for view, own in held]
+    kinds = [view.kind(own) for view, own in zip(views, names, strict=True)]
     (shape, written), numel = kinds[config_source], prod(kinds[config_source][0])
     floating = views[0].is_merged(names[0])
     if floating and dtype is not None:
@@ -95,7 +94,12 @@ def _aligned(
         apart = f"{name!r} is {kinds[0][1]} in {views[0].origin} and {kinds[odd][1]} in {views[odd].origin}"
         way_out = "say which to write with dtype='bfloat16' or another" if floating else "use one architecture"
         raise ValueError(f"{apart}; {way_out}")
-    inputs = [_ranges(view, own) for view, own in held]
+    files = [view for view in views if isinstance(view, FileSource)]
+    if kinds.count(kinds[0]) == len(kinds) == len(files):
+        # So it is nearly always, and there may be hundreds of thousands.
+        whole = AlignedSegment(numel, tuple(map(FileSource.file_range, files, names)), floating)
+        return AlignedTensor(name, written, tuple(shape), (whole,))
+    inputs = [_ranges(view, own) for view, own in zip(views, names, strict=True)]
     fewest = min([numel, *(prod(each) for each, _ in kinds if each != shape)])
     segments = [AlignedSegment(n, places, floating) for n, places in _together(inputs, 0, fewest)]
     if numel > fewest:

@@ -123,9 +123,13 @@ def plan_interpolation(
             raise ValueError(f"{label!r} cannot name the folder of a ratio; use a plain name such as 'low-layers'")
     copied_from = tuple(int(is_tuned(ratio, own)) for ratio, own in zip(given, decided, strict=True))
 
+    numbers = [ratio for ratio in given if isinstance(ratio, float)]
+    # One for all tensors, of which there may be hundreds of thousands.
+    uniform = InterpolateRule(tuple(numbers)) if len(numbers) == len(given) else None
+
     def rule_of(tensor: AlignedTensor, segment: AlignedSegment) -> Rule:
         if segment.merged:
-            return InterpolateRule(tuple(own[tensor.name] for own in decided))
+            return uniform or InterpolateRule(tuple(own[tensor.name] for own in decided))
         return CopyRule(copied_from if len(segment.inputs) == 2 else (0,) * len(given))
 
     # A model whose vocabulary has another size than the outputs has neither configuration nor tokenizer for them.

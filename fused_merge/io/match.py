@@ -150,6 +150,11 @@ def explain(
 
 def _paired(first: TensorSource, second: TensorSource, *, same_dtype: bool, any_rows: bool, parameters: bool) -> Match:
     """Pair two sources by the names that they have."""
+    if first.is_like(second) and not (parameters or (first.aliases and second.aliases)):
+        # So it is nearly always, and there may be hundreds of thousands.
+        for name in first.dtypes.values():
+            first.is_merged(name)
+        return Match(first, second, {name: (name, name) for name in first}, {})
     ignore: set[str] = set()
     if parameters:
         buffers = first.buffers | second.buffers
@@ -159,9 +164,6 @@ def _paired(first: TensorSource, second: TensorSource, *, same_dtype: bool, any_
     pairs: dict[str, tuple[str, str]] = {}
     aliases: dict[str, str] = {}
     firsts: dict[tuple[str, str], str] = {}
-    if not (first.aliases and second.aliases):
-        pairs = {name: (name, name) for name in common}
-        common = []
     for name in common:
         # Tied in both sources: one tensor under its first name.
         owners = (first.aliases.get(name, name), second.aliases.get(name, name))
@@ -200,10 +202,6 @@ def _differences(
     """Yield a sentence if tensors that belong together differ in kind."""
     changed, rows = {}, {}
     for name, (a, b) in pairs.items():
-        if first.kind(a) == second.kind(b):
-            # Refuses what cannot be merged at all.
-            first.is_merged(a)
-            continue
         shapes, dtypes = (first.shape(a), second.shape(b)), (first.dtype(a), second.dtype(b))
         if shapes[0] != shapes[1] and any_rows and rows_apart(*shapes, dims=1):
             rows[name] = (shapes[0][0], shapes[1][0])

@@ -65,8 +65,9 @@ def check_mergeable(source: TensorSource) -> None:
 
 def _quantized(source: TensorSource) -> Iterator[tuple[str, str | None, str | None]]:
     """Yield tensors of codes, with what lies beside them and the method, where these are known."""
-    kinds = ((name, *source.kind(name)) for name in source)
-    codes = [name for name, shape, dtype in kinds if dtype in _CODES or dtype in _FLOAT8 if len(shape) > 1]
+    if not (_CODES | _FLOAT8) & source.dtypes.keys():
+        return
+    codes = [name for name in source if source.dtype(name) in _CODES | _FLOAT8 and len(source.shape(name)) > 1]
     if not codes:
         return
     modules: dict[str, list[str]] = {}

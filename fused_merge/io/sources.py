@@ -22,7 +22,7 @@ from fused_merge.distributed import is_sharded, local_part
 from fused_merge.io.files import bytes_of, check_unchanged, expanded, read_into, reading, stamp_of
 from fused_merge.io.formats import refuse_other_formats
 from fused_merge.io.headers import METADATA, Entry, open_safetensors, read_json
-from fused_merge.names import canonical_name, some
+from fused_merge.names import MAY_BE_WRAPPED, canonical_name, some
 
 logger = logging.getLogger("fused_merge")
 
@@ -60,6 +60,15 @@ class TensorSource(Mapping[str, Tensor]):
     def kind(self, name: str) -> tuple[torch.Size, torch.dtype]:
         """Return shape and dtype of a tensor; reads no data."""
         return self._kinds[name]
+
+    def is_like(self, other: TensorSource) -> bool:
+        """Return whether both hold tensors of the same names, shapes and dtypes, in whatever order; reads no data."""
+        return self._kinds == other._kinds
+
+    @property
+    def dtypes(self) -> dict[torch.dtype, str]:
+        """Each dtype that a tensor has, and the last of these tensors."""
+        return {dtype: name for name, (_, dtype) in self._kinds.items()}
 
     def shape(self, name: str) -> torch.Size:
         """Return the shape of a tensor; reads no data."""
@@ -181,10 +190,9 @@ class FileSource(TensorSource):
                     else f"does not list {names}, which {file} holds"
                 )
                 raise ValueError(f"{path / INDEX_FILE} {fault}; index and shards must come from one download")
-            before = len(self._stored)
-            for raw, entry in header.entries.items():
-                self._stored[_new_name(raw, self._stored, self.origin)] = (file, raw, entry)
-            self.shards[file] = tuple(self._stored)[before:]
+            self.shards[file] = tuple(_new_names(header.entries, self._stored, self.origin))
+            for name, (raw, entry) in zip(self.shards[file], header.entries.items(), strict=True):
+                self._stored[name] = (file, raw, entry)
         self._kinds = {
             name: (cast(torch.Size, entry.shape), entry.dtype) for name, (_, _, entry) in self._stored.items()
         }
@@ -288,6 +296,16 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
         for leaf, buffer in part._buffers.items()
         if buffer is not None and leaf not in part._non_persistent_buffers_set
     }
+
+
+def _new_names(raw: Mapping[str, Any], known: Mapping[str, Any], origin: str) -> list[str]:
+    """Return the canonical names of tensors that join those already known."""
+    if not MAY_BE_WRAPPED.search("\n".join(raw)) and known.keys().isdisjoint(raw):
+        return list(raw)
+    names = dict.fromkeys(known)
+    for each in raw:
+        names[_new_name(each, names, origin)] = None
+    return list(names)[len(known) :]
 
 
 def _new_name(raw: str, known: Container[str], origin: str) -> str:
