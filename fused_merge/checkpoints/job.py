@@ -325,11 +325,11 @@ def _not_finite(journal: Mapping[str, Written], output: int | None = None) -> di
 
 def _index_text(content: Mapping[str, Any], weight_map: Mapping[str, str]) -> str:
     """Return an index as JSON to read; the encoder that indents takes ten times as long over hundreds of thousands."""
-    before, key, after = json.dumps({**content, "weight_map": {}}, indent=2, sort_keys=True).rpartition(
-        '"weight_map": {'
-    )
-    listed = json.dumps(weight_map, sort_keys=True, separators=(",\n    ", ": "))[1:-1]
-    return f"{before}{key}\n    {listed}\n  {after}\n"
+    listed = json.dumps(weight_map, sort_keys=True, separators=(",\n    ", ": "))
+    # Nothing that an index from outside may hold.
+    place = _sha256(listed.encode())
+    text = json.dumps({**content, "weight_map": place}, indent=2, sort_keys=True)
+    return text.replace(f'"{place}"', f"{{\n    {listed[1:-1]}\n  }}") + "\n"
 
 
 def _sha256(content: bytes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -144,3 +145,11 @@ def test_what_a_killed_run_holds_counts_as_room(models, tmp_path, monkeypatch):
     free.free -= 1
     with pytest.raises(OSError, match=r" GB of .* GB free; make room or write less at once"):
         plan_interpolation(*models, RATIOS, tmp_path)
+
+
+@pytest.mark.parametrize("weight_map", [{"b": "x", "a": "y"}, {'a"\n': "é"}])
+def test_an_index_is_json_to_read(weight_map):
+    # What an index from outside may hold beside its map.
+    content = {"metadata": {"total_size": 3}, "zz": {"weight_map": {}}}
+    whole = json.dumps({**content, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+    assert job._index_text(content, weight_map) == whole
