@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -259,13 +260,13 @@ def rows(only_changed: bool = False) -> list[dict[str, Any]]:
     """
     known = recorded() if only_changed else {}
     sample = set(jobs()[::23])  # of every target, whole blocks and ends
-
-    def row_of(job: Job) -> dict[str, Any]:
-        row = None if job in sample else known.get(job)
-        return row if row and row["source"] == source_hash(job.source()) else job.run()
-
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(row_of, jobs()))
+    found = {job: row for job in jobs() if job not in sample and (row := known.get(job))}
+    found = {job: row for job, row in found.items() if row["source"] == source_hash(job.source())}
+    missing = [job for job in jobs() if job not in found]
+    # Processes and not threads: LLVM has options that are global.
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        found |= zip(missing, pool.map(Job.run, missing), strict=True)
+    return [found[job] for job in jobs()]
 
 
 def print_table(found: list[dict[str, Any]]) -> None:
