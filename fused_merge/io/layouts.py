@@ -169,7 +169,7 @@ def _converted(source: TensorSource, layout: Layout) -> tuple[dict[str, Assembly
         pieces = {own: [Assembly.whole(name, source.shape(name)) for name in listed] for own, listed in names.items()}
         try:
             found |= convert(first, pattern, pieces)
-        except TypeError:
+        except (TypeError, AttributeError):
             # Boxes do not describe it. What it makes is seen on tensors without data.
             empty = {
                 own: [torch.empty(source.shape(name), dtype=source.dtype(name), device="meta") for name in listed]

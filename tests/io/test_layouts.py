@@ -8,7 +8,7 @@ from families import FAMILIES, family_model, load_family, logits
 from folders import load
 from safetensors.torch import save_file
 from transformers import conversion_mapping
-from transformers.core_model_loading import Concatenate, Transpose, WeightConverter
+from transformers.core_model_loading import Concatenate, Interleave, Transpose, WeightConverter
 
 import fused_merge as fm
 from fused_merge.io.layouts import in_memory, layout_of
@@ -164,7 +164,14 @@ SPLIT = {
 }
 
 
-@pytest.mark.parametrize("kind", [TURNED, SPLIT], ids=["transposed", "split along columns"])
+WOVEN = {
+    "names": ["woven"],
+    "operations": [Interleave(dim=0)],
+    "stored": lambda x: [x.view(2, -1, x.shape[1]).transpose(0, 1).reshape(x.shape).contiguous()],
+}
+
+
+@pytest.mark.parametrize("kind", [TURNED, SPLIT, WOVEN], ids=["transposed", "split along columns", "interleaved"])
 def test_a_layout_of_other_orders_of_elements_is_refused_with_a_way_out(kind, pairs, tmp_path, monkeypatch):
     (model, _), (base, _), _ = pairs["llama"]
     sources = [f"mlp.{name}.weight" for name in kind["names"]]
