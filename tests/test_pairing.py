@@ -156,7 +156,10 @@ def test_two_chat_tokens(sizes, models, run, tmp_path):
     assert_same_bits(delta.tensor(HEAD), tuned[HEAD][:48] - base[HEAD][:48])
 
 
-@pytest.mark.parametrize("merging", [{}, {"merge_every": 2}, {"dtype": torch.bfloat16, "master": "fp32"}])
+@pytest.mark.parametrize(
+    "merging",
+    [{}, {"merge_every": 2}, {"dtype": torch.bfloat16, "master": "fp32"}, {"impl": "triton", "stats_every": 1}],
+)
 @pytest.mark.parametrize("method", ["ondare", "onties", "onproj"])
 def test_rows_that_tau_lacks_step_plainly(method, merging, models, caplog):
     made = models(llama(0, tied=False), llama(1, tied=False, vocabulary=50))
