@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fused_merge.eager.shard import Shard, ShardIndex
+
 T = TypeVar("T")
 
 
@@ -33,16 +35,69 @@ def local_box(tensor: Tensor) -> tuple[slice, ...] | None:
     """
     if not is_sharded(tensor):
         return None
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    from torch.distributed.tensor import placement_types as types
 
-    placements = tensor.placements  # type: ignore[attr-defined]
-    # Exactly these: a strided shard, as of tensor parallelism under FSDP2, is no box.
-    if any(type(placement) not in (Shard, Replicate) for placement in placements):
-        raise ValueError(f"a tensor placed as {placements} is no box of the whole; use FSDP2 alone, or gather it first")
-    mesh = tensor.device_mesh  # type: ignore[attr-defined]
-    sizes, starts = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    return tuple(slice(start, start + size) for size, start in zip(sizes, starts, strict=True))
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    coordinate = mesh.get_coordinate()
+    box = [slice(0, size) for size in tensor.shape]
+    # FSDP2 cuts what tensor parallelism has cut before, although its dimension of the mesh comes first.
+    order = sorted(range(mesh.ndim), key=lambda dim: type(placements[dim]) is types._StridedShard)
+    for dim in order:
+        placement = placements[dim]
+        if type(placement) not in (types.Shard, types.Replicate, types._StridedShard):
+            raise ValueError(f"a tensor placed as {placements} is no box of the whole; redistribute it as shards first")
+        if type(placement) is not types.Replicate:
+            box[placement.dim] = _chunk(box[placement.dim], mesh.size(dim), coordinate[dim])
+    if tuple(part.stop - part.start for part in box) != tensor.to_local().shape:  # type: ignore[attr-defined]
+        raise ValueError(f"a tensor of {tuple(tensor.shape)} placed as {placements} is no box of the whole; gather it")
+    return tuple(box)
+
+
+def _chunk(of: slice, count: int, number: int) -> slice:
+    """Return one of `count` chunks of a range, of equal sizes but for the last ones, as `torch.chunk` cuts."""
+    size = -(-(of.stop - of.start) // count)
+    start, stop = (min(of.start + i * size, of.stop) for i in (number, number + 1))
+    return slice(start, stop)
+
+
+class Fragment(NamedTuple):
+    """What a process holds of a logical tensor, and where to read it: some elements of a box of the tensor."""
+
+    shard: Shard
+    box: tuple[slice, ...]
+    elements: slice | None = None  # of the box, row-major; None for all of them, in the shape of the box
+
+    def of(self, box: Tensor) -> Tensor:
+        """Return the elements that are held of the box, a view."""
+        return box if self.elements is None else box.reshape(-1)[self.elements]
+
+
+def fragment_of(tensor: Tensor) -> Fragment | None:
+    """Return what this process holds of a DTensor; None for a whole tensor.
+
+    Raises ValueError if that is no box of the logical tensor, or one whose elements `ShardIndex` cannot number.
+    """
+    box = local_box(tensor)
+    if box is None:
+        return None
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    shape = tuple(tensor.shape)
+    cut = [dim for dim in range(1, len(shape)) if (box[dim].start, box[dim].stop) != (0, shape[dim])]
+    sharded = {placement.dim for placement in placements if not placement.is_replicate()}
+    if len(sharded - {0}) > 1:
+        raise ValueError(
+            f"a tensor of {shape} is sharded along dimensions {sorted(sharded)}; its elements are numbered for one "
+            "dimension besides the first: shard it along fewer"
+        )
+    # Elements from the sharded dimension on are neighbors; dim 0 is no matter, where the first element lies is enough.
+    inner = min(cut, default=0)
+    sizes = [part.stop - part.start for part in box]
+    offset = sum(part.start * math.prod(shape[dim + 1 :]) for dim, part in enumerate(box))
+    run, distance = math.prod(sizes[inner:]), math.prod(shape[inner:])
+    index = ShardIndex(offset, max(run, 1), max(distance if cut else run, 1))
+    groups = sharding_groups(tensor)
+    across = [mesh.get_group(dim) for dim, p in enumerate(placements) if not p.is_replicate() and p.dim > 0]
+    return Fragment(Shard(index, shape, groups, tuple(across)), box)
 
 
 def sharding_groups(tensor: Tensor) -> tuple[Any, ...]:
@@ -50,7 +105,7 @@ def sharding_groups(tensor: Tensor) -> tuple[Any, ...]:
     if not is_sharded(tensor):
         return ()
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-    return tuple(mesh.get_group(dim) for dim, placement in enumerate(placements) if placement.is_shard())
+    return tuple(mesh.get_group(dim) for dim, placement in enumerate(placements) if not placement.is_replicate())
 
 
 def reshard(model: nn.Module) -> None:

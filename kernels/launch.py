@@ -21,8 +21,8 @@ from fused_merge.eager.operands import Operands
 from fused_merge.eager.philox import keep_threshold
 from fused_merge.eager.scalars import Hyper
 from fused_merge.eager.sparse import SparseTensor
-from fused_merge.eager.sparsify import kept_count
-from fused_merge.kernels import kth_largest, layout, merge_stats, scalars, sparsify
+from fused_merge.eager.sparsify import RANKED, kept_count
+from fused_merge.kernels import kth_largest, layout, merge_stats, scalars
 from fused_merge.kernels.layout import Programs, Specialization, TensorEntry
 from fused_merge.kernels.merging_adamw import merging_adamw_kernel
 from fused_merge.kernels.projection import ROW_BLOCKS, project_kernel
@@ -48,7 +48,7 @@ def why_unsupported(o: Operands, rule: MergeRule) -> str | None:
     for what, tensor in floats.items():
         if tensor is not None and tensor.dtype not in layout.TL_DTYPE:
             return f"{tensor.dtype} {what} have no kernel"
-    if o.tau is not None and rule.update not in ("none", "random", *sparsify.RANKED):
+    if o.tau is not None and rule.update not in ("none", "random", *RANKED):
         return f"F {rule.update!r} of the update has no kernel"
     if isinstance(o.tau, SparseTensor) and o.tau.offsets.dtype != torch.int32:
         return "a sparse delta with 2^31 kept values has no kernel"
@@ -65,23 +65,23 @@ def _projects_rows(o: Operands, rule: MergeRule) -> bool:
 
 def _specialization(o: Operands, rule: MergeRule, stats: bool, block: int) -> Specialization:
     """Return which compiled form steps a tensor."""
-    numel, row_length = o.param.numel(), o.param.shape[1:].numel()
+    numel, row_length, index = o.param.numel(), o.param.shape[1:].numel(), o.shard.elements
     dtypes = (layout.TL_DTYPE[x.dtype] for x in (o.param, o.grad, o.exp_avg, o.exp_avg_sq))
     common = {
         "MASTER": "none" if o.master is None else MASTER[o.master.dtype],
         "STOCHASTIC": rule.rounding == "stochastic",
-        "STRIDED": o.shard.local_inner < numel,
+        "STRIDED": index.local_inner < numel,
         "BLOCK": block,
     }
     dense = [o.param, o.grad, o.exp_avg, o.exp_avg_sq, o.master]
-    runs = o.shard.offset % 4 == 0 and (
-        o.shard.local_inner >= numel or o.shard.local_inner % 4 == o.shard.global_inner % 4 == 0
+    runs = index.offset % 4 == 0 and (
+        index.local_inner >= numel or index.local_inner % 4 == index.global_inner % 4 == 0
     )
     if o.tau is None:
         return Specialization(*dtypes, **common, ALIGNED=layout.is_aligned(dense), QUADS=runs)
     sparse = isinstance(o.tau, SparseTensor)
     f_of_u = "none" if rule.reserve_rate == 1.0 else rule.update
-    ranked = f_of_u in sparsify.RANKED
+    ranked = f_of_u in RANKED
     rows = _projects_rows(o, rule)
     row_programs = rows and not ranked and not stats
     plain = o.anchor is None and not stats
@@ -137,7 +137,7 @@ def _entry(
         row_length=o.param.shape[1:].numel() if spec.PROJECT_ROWS else numel,
         first_coefficient=first_coefficient,
         first_block=first_block,
-        **o.shard._asdict(),
+        **o.shard.elements._asdict(),
         tensor_id=o.tensor_id,
         # The table is signed; the kernel reads the 64 bits as they are.
         seed=(seed + 2**63) % 2**64 - 2**63,

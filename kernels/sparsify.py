@@ -5,9 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Those that compare with the k-th largest magnitude.
-RANKED = ("magnitude", "soft_threshold")
-
 
 @triton.jit
 def pattern(x):

@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 from torch import Tensor
 
 from fused_merge.eager.merging_adamw import Anchor
-from fused_merge.eager.shard import ShardIndex
+from fused_merge.eager.shard import Shard, ShardIndex
 from fused_merge.eager.sparse import SparseTensor
 
 Tau: TypeAlias = "Tensor | SparseTensor | None"
@@ -27,7 +27,7 @@ class Operands(NamedTuple):
     anchor: Anchor | None  # of step-K; mutated
     master: Tensor | None  # fp32, or the int16 low halves of a bf16 parameter; mutated
     tensor_id: int
-    shard: ShardIndex
+    shard: Shard
 
     def split(self, rows: int) -> tuple[Operands, Operands]:
         """Return the first rows, which tau has, and the others, which step as plain AdamW: views."""
@@ -40,6 +40,6 @@ class Operands(NamedTuple):
         numel = rest.param.numel()
         # Both count the same step.
         rest = rest._replace(tau=None, tau_dense=None, anchor=None, step=self.step.clone())
-        offset = first.param.numel()
-        first = first._replace(anchor=anchor, shard=ShardIndex.whole(offset))
-        return first, rest._replace(shard=ShardIndex(offset, numel, numel))
+        first = first._replace(anchor=anchor, shard=Shard.whole(first.param.shape))
+        rows_after = Shard(ShardIndex(first.param.numel(), max(numel, 1), max(numel, 1)), self.shard.shape)
+        return first, rest._replace(shard=rows_after)

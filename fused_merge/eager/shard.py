@@ -1,8 +1,13 @@
-"""Where the elements of a local tensor lie in the logical, unsharded one."""
+"""Where the elements of a local tensor lie in the logical, unsharded one, and who holds the others."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class ShardIndex(NamedTuple):
@@ -20,3 +25,32 @@ class ShardIndex(NamedTuple):
     def whole(cls, numel: int) -> ShardIndex:
         """Return the index of a tensor of `numel` elements that is not sharded."""
         return cls(0, max(numel, 1), max(numel, 1))
+
+
+class Shard(NamedTuple):
+    """What a process holds of a logical tensor, and the processes that hold the rest of it.
+
+    Sums over the logical tensor are sums of local elements, added up over `groups` one after the other; sums over one
+    index along its dim 0 are added up over `row_groups`.
+    """
+
+    elements: ShardIndex  # which ones
+    shape: Sequence[int]  # of the logical tensor
+    groups: tuple[ProcessGroup, ...] = ()
+    row_groups: tuple[ProcessGroup, ...] = ()
+    cuts_rows: bool = False  # the first or the last index along dim 0 may be held in part
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Shard:
+        """Return the shard that is all of a tensor."""
+        return cls(ShardIndex.whole(prod(shape)), shape)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the logical tensor."""
+        return prod(self.shape)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the logical tensor has several rows; one of fewer than two dimensions is one row."""
+        return len(self.shape) > 1 and self.shape[0] > 1

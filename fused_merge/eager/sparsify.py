@@ -63,6 +63,8 @@ SPARSIFY: dict[str, Callable[[Tensor, float, MaskKey], Tensor]] = {
     "magnitude": magnitude,
     "soft_threshold": soft_threshold,
 }
+# Those that compare with the k-th largest magnitude of the tensor.
+RANKED = ("magnitude", "soft_threshold")
 
 
 def kept_count(numel: int, rate: float) -> int:

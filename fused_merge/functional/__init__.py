@@ -4,7 +4,7 @@ from fused_merge.eager.merge_stats import MergeStats
 from fused_merge.eager.merging_adamw import Anchor
 from fused_merge.eager.operands import Operands
 from fused_merge.eager.scalars import Hyper
-from fused_merge.eager.shard import ShardIndex
+from fused_merge.eager.shard import Shard, ShardIndex
 from fused_merge.functional.inner_products import inner_products
 from fused_merge.functional.interpolate import interpolate
 from fused_merge.functional.merging_adamw import merging_adamw_, step_
@@ -17,6 +17,7 @@ __all__ = [
     "MergeRule",
     "MergeStats",
     "Operands",
+    "Shard",
     "ShardIndex",
     "Workspace",
     "inner_products",

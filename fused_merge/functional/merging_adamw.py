@@ -19,8 +19,9 @@ from fused_merge.eager.operands import Operands, Tau
 from fused_merge.eager.philox import DOMAIN_UPDATE, MaskKey
 from fused_merge.eager.precision import compute_dtype
 from fused_merge.eager.scalars import Hyper, Scalars, derive_scalars, scalar_table
-from fused_merge.eager.shard import ShardIndex
+from fused_merge.eager.shard import Shard, ShardIndex
 from fused_merge.eager.sparse import SparseTensor
+from fused_merge.eager.sparsify import RANKED
 from fused_merge.functional import backend, compiled
 from fused_merge.functional.workspace import Workspace
 from fused_merge.methods import MergeRule
@@ -120,7 +121,7 @@ def merging_adamw_(
     hyper: Hyper,
     tensor_ids: Sequence[int],
     seed: int = 0,
-    shards: Sequence[ShardIndex] | None = None,
+    shards: Sequence[Shard | ShardIndex] | None = None,
     dense_taus: Sequence[Tensor | None] | None = None,
     anchors: Sequence[Anchor | None] | None = None,
     masters: Sequence[Tensor | None] | None = None,
@@ -144,7 +145,8 @@ def merging_adamw_(
         hyper: learning rate, betas and the like; a tensor among them is never read by the host.
         tensor_ids: `fused_merge.names.tensor_id` of each tensor's name, which keys its random numbers.
         seed: 64-bit key of the random numbers.
-        shards: where each tensor lies in the unsharded one; None where all are whole.
+        shards: what each tensor is of the unsharded one; None where all are whole. A bare `ShardIndex` does where
+            nothing is summed or ranked over the unsharded tensor.
         dense_taus: tau before F, where the rule projects and `taus` are sparsified.
         anchors: what step-K keeps between merges; mutated. None merges at every step.
         masters: fp32 copies of 16-bit parameters or int16 low halves of bf16 ones; mutated.
@@ -174,13 +176,25 @@ def merging_adamw_(
         "anchors": [None] * count if anchors is None else anchors,
         "masters": [None] * count if masters is None else masters,
         "tensor_ids": tensor_ids,
-        "shards": [ShardIndex.whole(param.numel()) for param in params] if shards is None else shards,
+        "shards": _shards(params, shards, needs=rule.update in RANKED or rule.project is not None or stats),
     }
     for column, values in columns.items():
         if len(values) != count:
             raise ValueError(f"{column} must have one entry for each of the {count} params, got {len(values)}")
     operands = [Operands(*entry) for entry in zip(*columns.values(), strict=True)]
     return step_(operands, rule=rule, hyper=hyper, seed=seed, stats=stats, workspace=workspace, impl=impl)
+
+
+def _shards(params: Sequence[Tensor], shards: Sequence[Shard | ShardIndex] | None, *, needs: bool) -> Sequence[Shard]:
+    """Return a shard for each parameter, unless something `needs` all of a tensor of which only elements are known."""
+    if shards is None:
+        return [Shard.whole(param.shape) for param in params]
+    if needs and any(isinstance(shard, ShardIndex) for shard in shards):
+        raise ValueError(
+            "thresholds, projections and statistics are of whole tensors; pass each as a Shard, which knows the process "
+            "groups that hold it, instead of a ShardIndex"
+        )
+    return [shard if isinstance(shard, Shard) else Shard(shard, ()) for shard in shards]
 
 
 def _check(o: Operands, rule: MergeRule) -> None:
@@ -229,7 +243,7 @@ def _step_each(share: backend.Share, prepared: PreparedStep) -> list[MergeSums |
             _delta(o, rule),
             s,
             rule,
-            MaskKey(prepared.seed, s.step, o.tensor_id, DOMAIN_UPDATE, o.shard),
+            MaskKey(prepared.seed, s.step, o.tensor_id, DOMAIN_UPDATE, o.shard.elements),
             anchor=o.anchor,
             master=o.master,
             keep_terms=prepared.stats,

@@ -19,7 +19,7 @@ from fused_merge.delta.reference_delta import ReferenceDelta
 from fused_merge.eager.merging_adamw import Anchor
 from fused_merge.eager.operands import Operands
 from fused_merge.eager.scalars import Hyper
-from fused_merge.eager.shard import ShardIndex
+from fused_merge.eager.shard import Shard
 from fused_merge.functional.merging_adamw import PreparedStep, prepare, take
 from fused_merge.functional.workspace import Workspace
 from fused_merge.names import canonical_name, tensor_id
@@ -337,7 +337,7 @@ def _operands(name: str, param: Tensor, state: State, bound: Bound) -> Sequence[
         Anchor(state["anchor"], state["anchor_decay"]) if "anchor" in state else None,
         state.get("master", state.get("master_low")),
         tensor_id(name),
-        ShardIndex.whole(param.numel()),
+        Shard.whole(param.shape),
     )
     return [whole] if bound.tau is None or bound.tau.shape == param.shape else whole.split(bound.tau.shape[0])
 

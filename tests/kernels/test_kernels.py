@@ -20,7 +20,7 @@ from fused_merge import functional
 from fused_merge.eager import rounding
 from fused_merge.eager.operands import Operands
 from fused_merge.eager.sparse import SparseTensor
-from fused_merge.functional import Anchor, Hyper, ShardIndex, merge_rule
+from fused_merge.functional import Anchor, Hyper, Shard, ShardIndex, merge_rule
 from fused_merge.functional.merging_adamw import step_
 from fused_merge.names import tensor_id
 
@@ -138,7 +138,7 @@ def operands_of(case, number, t, generator):
         anchor=None,
         master=None if master is None else place(master),
         tensor_id=tensor_id(f"layers.{number}.weight"),
-        shard=shard,
+        shard=Shard(shard, shape),
     )
     if number == len(SHAPES) or case.tau == "none":
         return o
