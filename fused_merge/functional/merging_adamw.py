@@ -191,7 +191,7 @@ def _shards(params: Sequence[Tensor], shards: Sequence[Shard | ShardIndex] | Non
         return [Shard.whole(param.shape) for param in params]
     if needs and any(isinstance(shard, ShardIndex) for shard in shards):
         raise ValueError(
-            "thresholds, projections and statistics are of whole tensors; pass each as a Shard, which knows the process "
+            "thresholds, projections and statistics are of whole tensors; pass Shards, which know the process "
             "groups that hold it, instead of a ShardIndex"
         )
     return [shard if isinstance(shard, Shard) else Shard(shard, ()) for shard in shards]
