@@ -179,7 +179,7 @@ class MergingAdamW(Optimizer):
             for param, state in states:
                 self.state[param] |= state
             workspace = self._workspace.part(f"group {batch.number}")
-            gathered = take_verified(step, workspace, self.impl) if self.verify_steps else take(step)
+            gathered = take_verified(step, workspace, self.impl) if self.verify_steps else take(step)[0]
             for o, entry in zip(step.operands, gathered, strict=True):
                 if entry is not None:
                     self._stats[o.name] = {field: float(value) for field, value in entry._asdict().items()}
