@@ -54,11 +54,16 @@ class Binding:
         return _names_in_order([group["params"] for group in groups], self.delta)
 
     def bind(self, groups: Iterable[NamedGroup]) -> None:
-        """Find the delta of every parameter that has none yet, or raise ValueError and bind none."""
+        """Find the delta of every parameter that has none yet, or raise ValueError and bind none.
+
+        A frozen parameter needs none; when it is unfrozen, it is found by the next call.
+        """
         owners: dict[str, Tensor] = {}
         wanted: list[Wanted] = []
         for group in groups:
             for name, param in zip(group.names, group.params, strict=True):
+                if not param.requires_grad and param.grad is None:
+                    continue
                 if owners.setdefault(name, param) is not param:
                     raise ValueError(
                         f"two parameters are called {name!r}; deltas are matched by name: give the parameters distinct "
@@ -69,6 +74,14 @@ class Binding:
         if not wanted:
             return
         held = set(self.delta.names)
+        if held.isdisjoint(owners.keys() | self._bound.keys()):
+            # Some may lack a delta, and not all: nothing would ever be merged.
+            raise ValueError(
+                f"the reference delta holds none of the parameters of this optimizer: they are "
+                f"{some(map(repr, owners), shown=1)}, and it has {some(map(repr, self.delta.names), shown=1)}; "
+                f"{_naming(owners, self.delta)}make the delta of the model that is trained, or use torch.optim.AdamW "
+                "where nothing is to be merged"
+            )
         absent = [each.name for each in wanted if each.name not in held and each.group.options["missing"] == "error"]
         if absent:
             raise ValueError(

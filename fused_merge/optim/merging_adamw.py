@@ -34,6 +34,7 @@ from fused_merge.optim.options import (
     RunOptions,
     check_dtype,
     check_options,
+    check_sharding,
     dtype_of,
 )
 from fused_merge.optim.state import check_loadable, complete_state, restore_states
@@ -121,6 +122,7 @@ class MergingAdamW(Optimizer):
             for option in RUN_OPTIONS:
                 if option in group:
                     raise ValueError(f"{option} is an option of the optimizer, not of a parameter group")
+            check_sharding(group)
             rule = check_options(group)
         except ValueError:
             self.param_groups.pop()
@@ -189,6 +191,8 @@ class MergingAdamW(Optimizer):
 
     def _named_groups(self) -> list[NamedGroup]:
         """Return the parameters of every group by name, with options that are checked."""
+        for group in self.param_groups:
+            check_sharding(group)
         named = []
         for index, (group, names) in enumerate(
             zip(self.param_groups, self._binding.names(self.param_groups), strict=True)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, TypedDict
 import torch
 from torch import Tensor
 
+from fused_merge.distributed import is_flattened
 from fused_merge.functional.backend import check_impl
 from fused_merge.methods import MergeRule, ProjectionOptions, RuleOptions, merge_rule
 from fused_merge.options import Option, at_least, definition, need, one_of, options_of, within
@@ -126,6 +127,17 @@ def check_options(group: Mapping[str, Any]) -> MergeRule:
             "random rounding could save; choose one"
         )
     return rule
+
+
+def check_sharding(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for a parameter that FSDP1 has flattened."""
+    for index, param in enumerate(group["params"]):
+        if is_flattened(param):
+            name = group["param_names"][index] if "param_names" in group else f"number {index}"
+            raise ValueError(
+                f"parameter {name!r} was flattened by FullyShardedDataParallel (FSDP1), which cuts tensors anywhere; "
+                "shard the model with FSDP2, torch.distributed.fsdp.fully_shard (fsdp_version: 2 in Accelerate)"
+            )
 
 
 def check_dtype(name: str, param: Tensor, group: Mapping[str, Any]) -> None:
