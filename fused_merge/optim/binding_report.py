@@ -71,7 +71,7 @@ def _size_of_update(options: Mapping[str, Any], rule: MergeRule, *, merged: bool
     # A warm-up begins at 0; where it leads, schedulers keep in the group.
     lr = max(float(options["lr"]), float(options.get("initial_lr", 0.0)))
     if merged and options["merge_every"] == 1:
-        return lr * (1.0 - options["alpha"]) * rule.scale(rule.reserve_rate)
+        lr *= (1.0 - float(options["alpha"])) * rule.scale(rule.reserve_rate)
     return lr
 
 
