@@ -67,11 +67,16 @@ class Binding:
         return _names_in_order([group["params"] for group in groups], self.delta)
 
     def lacking(self, groups: Iterable[NamedGroup]) -> list[Wanted]:
-        """Return the pieces whose delta was not looked for yet; ValueError if two tensors have one name."""
+        """Return the pieces whose delta was not looked for yet; ValueError if two tensors have one name.
+
+        A frozen parameter needs no delta until it is unfrozen.
+        """
         owners: dict[str, Tensor] = {}
         wanted: list[Wanted] = []
         for group in groups:
             for _, param, pieces in group.members:
+                if not param.requires_grad and param.grad is None:
+                    continue
                 for piece in pieces:
                     if owners.setdefault(piece.name, param) is not param:
                         raise ValueError(
@@ -122,6 +127,15 @@ class Binding:
     def _check(self, wanted: Sequence[Wanted]) -> None:
         """Raise ValueError if the delta lacks a tensor, holds it in another shape or in a form that does not serve."""
         held = set(self.delta.names)
+        names = [each.name for each in wanted]
+        if not self._bound and names and held.isdisjoint(names):
+            # Some may lack a delta, and not all of them: nothing would ever be merged.
+            raise ValueError(
+                f"the reference delta holds none of the parameters of this optimizer: they are "
+                f"{some(map(repr, names), shown=1)}, and it has {some(map(repr, self.delta.names), shown=1)}; "
+                f"{_naming(names, self.delta)}make the delta of the model that is trained, or use torch.optim.AdamW "
+                "where nothing is to be merged"
+            )
         absent = [each.name for each in wanted if each.name not in held and each.group.options["missing"] == "error"]
         if absent:
             raise ValueError(
