@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from fused_merge.eager.operands import Tau
 from fused_merge.eager.sparse import SparseTensor
 from fused_merge.io.match import common_prefixes, has_first_rows
 from fused_merge.methods import MergeRule
-from fused_merge.names import canonical_name, some
+from fused_merge.names import some
 
 logger = logging.getLogger("fused_merge")
 
@@ -53,12 +53,6 @@ class Binding:
     def __init__(self, delta: ReferenceDelta) -> None:
         self.delta = delta
         self._bound: dict[str, Bound] = {}
-
-    def names(self, groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-        """Return the canonical names of the parameters of each group; unnamed ones are matched with the delta."""
-        if any("param_names" in group for group in groups):
-            return [[canonical_name(name) for name in group["param_names"]] for group in groups]
-        return _names_in_order([group["params"] for group in groups], self.delta)
 
     def bind(self, groups: Iterable[NamedGroup]) -> None:
         """Find the delta of every parameter that has none yet, or raise ValueError and bind none."""
@@ -127,21 +121,6 @@ def _naming(absent: Collection[str], delta: ReferenceDelta) -> str:
     if ours:
         return f"pass (name.removeprefix({ours!r}), parameter) for all of model.named_parameters(), or "
     return f"make it with strip_prefix={theirs!r}, or " if theirs else ""
-
-
-def _names_in_order(groups: list[list[Tensor]], delta: ReferenceDelta) -> list[list[str]]:
-    """Return the delta's names for unnamed parameters, matched one by one in the order of both."""
-    advice = "pass model.named_parameters()"
-    if not delta.ordered:
-        raise ValueError(f"a delta made of files does not know its model's order of parameters; {advice}")
-    shapes = [tuple(param.shape) for group in groups for param in group]
-    if shapes != [tuple(delta.shape(name)) for name in delta.names]:
-        raise ValueError(
-            f"{len(shapes)} unnamed parameters do not match the {len(delta)} tensors of the reference delta one "
-            f"by one in number and shape; {advice}"
-        )
-    names = iter(delta.names)
-    return [[next(names) for _ in group] for group in groups]
 
 
 class Wanted(NamedTuple):

@@ -25,6 +25,7 @@ from fused_merge.functional.workspace import Workspace
 from fused_merge.names import canonical_name, tensor_id
 from fused_merge.optim.binding import Binding, Bound, NamedGroup
 from fused_merge.optim.gradients import grad_factor, grad_norm, inverse_of
+from fused_merge.optim.naming import Naming
 from fused_merge.optim.options import (
     FIXED,
     GROUP_OPTIONS,
@@ -34,6 +35,7 @@ from fused_merge.optim.options import (
     RunOptions,
     check_dtype,
     check_options,
+    check_run_options,
     dtype_of,
 )
 from fused_merge.optim.state import check_loadable, complete_state, restore_states
@@ -75,8 +77,9 @@ class MergingAdamW(Optimizer):
     After a step with a `max_grad_norm`, `grad_norm` holds the norm of all gradients before clipping, 0-d fp64.
 
     Args:
-        params: `model.named_parameters()`, or parameter groups of such pairs. Unnamed parameters are matched in
-            order with a delta that knows its model's order (`ReferenceDelta.from_models` of two modules).
+        params: `model.named_parameters()`, or parameter groups of such pairs. Unnamed parameters get their names from
+            `names_of`, or are matched in order with a delta that knows its model's order
+            (`ReferenceDelta.from_models` of two modules) where that leaves no choice.
         reference_delta: a `ReferenceDelta`, or the path of a saved one.
         method: a key of the table.
         {options}
@@ -101,6 +104,7 @@ class MergingAdamW(Optimizer):
         self.verify_steps = 0
         self.grad_norm: Tensor | None = None
         self._binding = Binding(reference_delta)
+        self._naming = Naming(own["names_of"])
         self._calls = 0
         self._workspace = Workspace()
         self._stats: dict[str, dict[str, float]] = {}
@@ -115,12 +119,11 @@ class MergingAdamW(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options default to the optimizer's and are checked as the constructor's are."""
+        self._naming.name(param_group, self.param_groups)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            for option in RUN_OPTIONS:
-                if option in group:
-                    raise ValueError(f"{option} is an option of the optimizer, not of a parameter group")
+            check_run_options(group, self.impl, self.stats_every, self.reference_delta)
             rule = check_options(group)
         except ValueError:
             self.param_groups.pop()
@@ -189,9 +192,11 @@ class MergingAdamW(Optimizer):
 
     def _named_groups(self) -> list[NamedGroup]:
         """Return the parameters of every group by name, with options that are checked."""
+        # ZeroRedundancyOptimizer loads into the groups, past `load_state_dict`.
+        check_loadable({"param_groups": self.param_groups}, self.reference_delta)
         named = []
         for index, (group, names) in enumerate(
-            zip(self.param_groups, self._binding.names(self.param_groups), strict=True)
+            zip(self.param_groups, self._naming.of(self.param_groups, self.reference_delta), strict=True)
         ):
             rule = check_options(group)
             for option, value in self._fixed.get(index, {}).items():
@@ -291,6 +296,9 @@ class MergingAdamW(Optimizer):
         finally:
             last.remove()
         for group, old in zip(self.param_groups, before, strict=True):
+            if len(group.get("param_names", group["params"])) != len(group["params"]):
+                # ZeroRedundancyOptimizer saves those of the process that saves.
+                del group["param_names"]
             names, loaded = old.get("param_names"), group.get("param_names")
             if names and loaded and list(map(canonical_name, names)) != list(map(canonical_name, loaded)):
                 warnings.warn(
@@ -311,7 +319,7 @@ class MergingAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep; the delta is found again by the copy's first step."""
-        kept = ("impl", "stats_every", "verify_steps", "grad_norm", "_calls", "_stats", "_fixed")
+        kept = ("impl", "stats_every", "verify_steps", "grad_norm", "_naming", "_calls", "_stats", "_fixed")
         fresh = {"_binding": Binding(self.reference_delta), "_workspace": Workspace()}
         return super().__getstate__() | {key: self.__dict__[key] for key in kept} | fresh
 
