@@ -151,7 +151,7 @@ def _factory(
             {"params": [pair for pair in named if pair[0] not in decayed], "weight_decay": 0.0},
         ]
         optimizer = MergingAdamW(groups, reference_delta=reference_delta, method=method, **asked)
-        # When GradScaler itself skips a step that overflows, Accelerate notices, and the schedule waits as well. It costs
+        # When GradScaler itself skips a step that overflows, Accelerate notices and the schedule waits. That costs
         # little: the trainer unscales gradients anyway where it clips them.
         optimizer._step_supports_amp_scaling = False
         return optimizer
