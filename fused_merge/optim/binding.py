@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from fused_merge.distributed import Processes
 from fused_merge.eager.sparse import SparseTensor
 from fused_merge.io.match import common_prefixes, has_first_rows
 from fused_merge.methods import MergeRule
-from fused_merge.names import canonical_name, some
+from fused_merge.names import some
 from fused_merge.optim.binding_report import Found, report
 from fused_merge.optim.pieces import Bound, Piece
 
@@ -59,12 +59,6 @@ class Binding:
     def __init__(self, delta: ReferenceDelta) -> None:
         self.delta = delta
         self._bound: dict[str, Bound] = {}
-
-    def names(self, groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-        """Return the canonical names of the parameters of each group; unnamed ones are matched with the delta."""
-        if any("param_names" in group for group in groups):
-            return [[canonical_name(name) for name in group["param_names"]] for group in groups]
-        return _names_in_order([group["params"] for group in groups], self.delta)
 
     def lacking(self, groups: Iterable[NamedGroup]) -> list[Wanted]:
         """Return the pieces whose delta was not looked for yet; ValueError if two tensors have one name.
@@ -184,18 +178,3 @@ def _naming(absent: Collection[str], delta: ReferenceDelta) -> str:
     if ours:
         return f"pass (name.removeprefix({ours!r}), parameter) for all of model.named_parameters(), or "
     return f"make it with strip_prefix={theirs!r}, or " if theirs else ""
-
-
-def _names_in_order(groups: list[list[Tensor]], delta: ReferenceDelta) -> list[list[str]]:
-    """Return the delta's names for unnamed parameters, matched one by one in the order of both."""
-    advice = "pass model.named_parameters()"
-    if not delta.ordered:
-        raise ValueError(f"a delta made of files does not know its model's order of parameters; {advice}")
-    shapes = [tuple(param.shape) for group in groups for param in group]
-    if shapes != [tuple(delta.shape(name)) for name in delta.names]:
-        raise ValueError(
-            f"{len(shapes)} unnamed parameters do not match the {len(delta)} tensors of the reference delta one "
-            f"by one in number and shape; {advice}"
-        )
-    names = iter(delta.names)
-    return [[next(names) for _ in group] for group in groups]

@@ -22,6 +22,7 @@ from fused_merge.functional.merging_adamw import PreparedStep, prepare, take
 from fused_merge.functional.workspace import Workspace
 from fused_merge.optim.binding import Binding, Member, NamedGroup
 from fused_merge.optim.gradients import grad_factor, grad_norm, inverse_of, local_gradient, warn_of_no_gradient
+from fused_merge.optim.naming import Naming
 from fused_merge.optim.options import (
     FIXED,
     GROUP_OPTIONS,
@@ -33,11 +34,12 @@ from fused_merge.optim.options import (
     check_dtype,
     check_new_group,
     check_options,
+    check_run_options,
     check_sharding,
     opened_delta,
 )
 from fused_merge.optim.pieces import Piece, Pieces, operands_of
-from fused_merge.optim.state import check_loadable, complete_groups, complete_state, restore_states
+from fused_merge.optim.state import check_delta, check_loadable, complete_groups, complete_state, restore_states
 from fused_merge.optim.verification import take_verified, verify_as_the_environment_says
 from fused_merge.options import documented, resolve
 from fused_merge.per_tensor import dtype_name
@@ -76,8 +78,9 @@ class MergingAdamW(Optimizer):
     After a step with a `max_grad_norm`, `grad_norm` holds the norm of all gradients before clipping, 0-d fp64.
 
     Args:
-        params: `model.named_parameters()`, or parameter groups of such pairs. Unnamed parameters are matched in
-            order with a delta that knows its model's order (`ReferenceDelta.from_models` of two modules).
+        params: `model.named_parameters()`, or parameter groups of such pairs. Unnamed parameters get their names from
+            `names_of`, or are matched in order with a delta that knows its model's order
+            (`ReferenceDelta.from_models` of two modules) where that leaves no choice.
         reference_delta: a `ReferenceDelta`, or the path of a saved one.
         method: a key of the table.
         {options}
@@ -104,6 +107,7 @@ class MergingAdamW(Optimizer):
         self.verify_steps = 0
         self.grad_norm: Tensor | None = None
         self._binding = Binding(reference_delta)
+        self._naming = Naming(own["names_of"])
         self._pieces = Pieces()
         self._calls = 0
         self._warned = False  # of a step without any gradient
@@ -121,9 +125,11 @@ class MergingAdamW(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options default to the optimizer's and are checked as the constructor's are."""
+        self._naming.name(param_group, self.param_groups)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            check_run_options(group, self.impl, self.stats_every, self.reference_delta)
             rule = check_new_group(group)
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -222,11 +228,12 @@ class MergingAdamW(Optimizer):
         """Return the parameters of every group by name, with options that are checked."""
         for group in self.param_groups:
             check_sharding(group)
+        # ZeroRedundancyOptimizer loads into the groups, past `load_state_dict`.
+        check_delta(self.param_groups, self.reference_delta)
         named = []
         flat = self._pieces.tell_all_of([param for group in self.param_groups for param in group["params"]])
-        names = (
-            self._binding.names(self.param_groups) if not flat else [[""] * len(g["params"]) for g in self.param_groups]
-        )
+        unnamed = [[""] * len(group["params"]) for group in self.param_groups]
+        names = unnamed if flat else self._naming.of(self.param_groups, self.reference_delta)
         for group, own in zip(self.param_groups, names, strict=True):
             rule = check_options(group)
             fixed = next((self._fixed[param] for param in group["params"][:1] if param in self._fixed), {})
@@ -330,7 +337,7 @@ class MergingAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep; the delta is found again by the copy's first step."""
-        kept = ("impl", "stats_every", "verify_steps", "grad_norm", "_calls", "_warned", "_stats", "_fixed")
+        kept = ("impl", "stats_every", "verify_steps", "grad_norm", "_naming", "_calls", "_warned", "_stats", "_fixed")
         fresh = {"_binding": Binding(self.reference_delta), "_pieces": Pieces(), "_workspace": Workspace()}
         return super().__getstate__() | {key: self.__dict__[key] for key in kept} | fresh
 

@@ -12,6 +12,7 @@ from fused_merge.delta.reference_delta import ReferenceDelta
 from fused_merge.distributed import is_flattened
 from fused_merge.functional.backend import check_impl
 from fused_merge.methods import MergeRule, ProjectionOptions, RuleOptions, merge_rule
+from fused_merge.optim.naming import NamesOf
 from fused_merge.options import Option, at_least, check_known, definition, need, one_of, options_of, within
 from fused_merge.per_tensor import dtype_name
 
@@ -73,7 +74,8 @@ class AdamWOptions(ProjectionOptions, total=False):
         alpha: weight of the delta, in [0, 1]. Not scaled by `lr`: alpha*tau is added at every merge.
         merge_every: K; between merges the steps are plain AdamW, and a merge takes all that came since the last one as
             its u (the paper's step-K variant).
-        max_grad_norm: scale all gradients down to this norm, as `clip_grad_norm_` does, without writing them.
+        max_grad_norm: scale all gradients down to this norm, as `clip_grad_norm_` does, without writing them. Also for
+            trainers that refuse to clip for optimizers that unscale gradients themselves, as Lightning does.
         maximize: step uphill.
         missing: `"error"`, or `"plain"` to step parameters that the delta does not hold as AdamW does.
         state_dtype: of the moments: fp32, bf16 or fp16, as a dtype or by name.
@@ -107,10 +109,13 @@ class RunOptions(TypedDict, total=False):
         stats_every: collect `merge_stats` at every n-th step; 0 never does.
         impl: `"auto"` (Triton on a GPU; on a CPU eager, above 50 M parameters compiled), `"triton"`, `"compiled"` or
             `"eager"`; all give the same bits. `FUSED_MERGE_IMPL` overrides it.
+        names_of: the model, or its `named_parameters()`, for frameworks that pass bare parameters: each one is called
+            as it is there. May also stand in a group that is added later.
     """
 
     stats_every: Annotated[int, Option(0, at_least(0))]
     impl: Annotated[str, Option("auto", _check_impl)]
+    names_of: Annotated[NamesOf | None, Option(None)]
 
 
 class CommonOptions(AdamWOptions, RunOptions, total=False):
@@ -142,9 +147,6 @@ def check_arguments(given: Mapping[str, Any]) -> None:
 
 def check_new_group(group: dict[str, Any]) -> MergeRule:
     """Do what `check_options` does, and raise an error for what a group cannot have at all."""
-    for option in RUN_OPTIONS:
-        if option in group:
-            raise ValueError(f"{option} is an option of the optimizer, not of a parameter group")
     _check_options_of_adamw(group)
     check_sharding(group)
     return check_options(group)
@@ -181,6 +183,25 @@ def check_sharding(group: Mapping[str, Any]) -> None:
                 f"parameter {name!r} was flattened by FullyShardedDataParallel (FSDP1), which cuts tensors anywhere; "
                 "shard the model with FSDP2, torch.distributed.fsdp.fully_shard (fsdp_version: 2 in Accelerate)"
             )
+
+
+def check_run_options(group: dict[str, Any], impl: str, stats_every: int, delta: ReferenceDelta) -> None:
+    """Raise ValueError if a group has an option of the optimizer and it is not the optimizer's.
+
+    ZeroRedundancyOptimizer hands all its keyword arguments to every group, copies those back from here and saves them:
+    the large ones stay in the group as None.
+    """
+    own: dict[str, list[Any]] = {
+        "impl": [impl],
+        "stats_every": [stats_every],
+        "reference_delta": [delta, delta.path],
+    }
+    for option, values in own.items():
+        given = group.get(option)
+        given = os.fspath(given) if isinstance(given, os.PathLike) else given
+        if given is not None and given not in values:
+            raise ValueError(f"{option} is an option of the optimizer, not of a parameter group")
+    group.update({option: None for option in ("reference_delta", "names_of") if option in group})
 
 
 def check_dtype(name: str, param: Tensor, group: Mapping[str, Any]) -> None:

@@ -74,6 +74,18 @@ _ADAMW = ("step", "exp_avg", "exp_avg_sq")
 _KNOWN = (*_ADAMW, "master", "master_low", "anchor", "anchor_decay")
 
 
+def check_delta(param_groups: Sequence[Mapping[str, Any]], delta: ReferenceDelta) -> None:
+    """Raise ValueError if groups were saved with another delta."""
+    for group in param_groups:
+        reference = group.get("reference")
+        if reference and reference["identity"] != delta.identity:
+            raise ValueError(
+                f"the state dict was saved with the reference delta {reference['identity'][:12]} (from "
+                f"{reference['path'] or 'memory'}) and this optimizer has {delta.identity[:12]}; "
+                "resume with the delta that the run began with"
+            )
+
+
 def check_loadable(state_dict: StateDict, param_groups: Sequence[Mapping[str, Any]], delta: ReferenceDelta) -> None:
     """Raise ValueError if a state dict belongs to another delta or method, or is not that of an AdamW."""
     kind = "the state dict was saved by another kind of optimizer"
@@ -84,6 +96,7 @@ def check_loadable(state_dict: StateDict, param_groups: Sequence[Mapping[str, An
                 f"{kind}: it holds {some(map(repr, state), shown=len(_KNOWN))} of parameter {index!r}, and not "
                 f"{', '.join(map(repr, _ADAMW))}; {way_out}"
             )
+    check_delta(state_dict["param_groups"], delta)
     for group, own in zip(state_dict["param_groups"], param_groups, strict=False):
         if "lr" in group and "betas" not in group:
             raise ValueError(f"{kind}: its parameter groups have a learning rate and no betas; {way_out}")
@@ -94,13 +107,6 @@ def check_loadable(state_dict: StateDict, param_groups: Sequence[Mapping[str, An
             )
         if "state_dtype" in group:
             GROUP_OPTIONS["state_dtype"].check("state_dtype", group["state_dtype"])
-        reference = group.get("reference")
-        if reference and reference["identity"] != delta.identity:
-            raise ValueError(
-                f"the state dict was saved with the reference delta {reference['identity'][:12]} (from "
-                f"{reference['path'] or 'memory'}) and this optimizer has {delta.identity[:12]}; "
-                "resume with the delta that the run began with"
-            )
         if group.get("amsgrad"):
             raise ValueError("the state dict was saved with amsgrad=True, which this optimizer lacks")
         if group.get("decoupled_weight_decay") is False and group["weight_decay"]:
@@ -113,6 +119,9 @@ def check_loadable(state_dict: StateDict, param_groups: Sequence[Mapping[str, An
 def complete_groups(param_groups: Sequence[dict[str, Any]], before: Sequence[Mapping[str, Any]]) -> None:
     """Give groups that were loaded the names and the options which they had before and the state dict lacks."""
     for group, old in zip(param_groups, before, strict=True):
+        if len(group.get("param_names", group["params"])) != len(group["params"]):
+            # ZeroRedundancyOptimizer saves those of the process that saves.
+            del group["param_names"]
         names, loaded = old.get("param_names"), group.get("param_names")
         if names and loaded and list(map(canonical_name, names)) != list(map(canonical_name, loaded)):
             warnings.warn(

@@ -96,7 +96,7 @@ def test_f_of_a_part_is_a_part_of_f(kind, sparsity, tmp_path, monkeypatch):
 
 def test_all_of_a_tensor_is_the_tensor(tmp_path):
     delta = made("memory", tmp_path)
-    own = fragment((40, 61), (slice(0, 40), slice(0, 61)))
+    own = fragment((40, 61), (slice(0, 40), slice(0, 61)), groups=())
     assert delta.tensor("brain", own) is delta.tensor("brain")
     assert packed_alike(delta.sparse("brain", SOFT, own), delta.sparse("brain", SOFT))
 

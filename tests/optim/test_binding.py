@@ -1,10 +1,9 @@
-"""Which part of the delta belongs to which parameter: names, order, missing and reshaped tensors, stored deltas."""
+"""Which part of the delta belongs to which parameter: missing and reshaped tensors, stored deltas."""
 
 from __future__ import annotations
 
 import copy
 import logging
-import warnings
 
 import pytest
 import torch
@@ -15,45 +14,6 @@ from torch import nn
 
 import fused_merge as fm
 from fused_merge.eager.sparse import SparseTensor
-
-
-def test_wrapped_names_are_the_same_names(delta):
-    (plain, one), wrapped = training(delta), nn.ModuleDict({"module": trained()})
-    two = optimizer_of(wrapped, delta)
-    assert two.param_groups[0]["param_names"][0] == "module.embed.weight"
-    run(one, plain, 2)
-    run(two, wrapped, 2)
-    assert_same(one, two)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        two.load_state_dict(one.state_dict())
-
-
-def test_unnamed_parameters_are_bound_in_the_models_order(delta):
-    (named, one), unnamed = training(delta), trained()
-    two = fm.OnDAREAdamW(unnamed.parameters(), reference_delta=delta, lr=1e-2, alpha=0.1, reserve_rate=0.5)
-    run(one, named, 2)
-    run(two, unnamed, 2)
-    assert_same(one, two)
-
-
-def test_unnamed_parameters_that_do_not_fit_are_refused(delta):
-    model = trained()
-    few = fm.OnDAREAdamW(list(model.parameters())[1:], reference_delta=delta)
-    with pytest.raises(ValueError, match=r"5 unnamed parameters do not match the 6 tensors .* model.named_parameters"):
-        few.bind()
-
-
-def test_unnamed_parameters_are_refused_by_a_delta_of_files(tmp_path):
-    from safetensors.torch import save_file
-
-    model = trained().cpu()
-    save_file(Model(0).cpu().state_dict(), tmp_path / "base.safetensors")
-    save_file(model.state_dict(), tmp_path / "sft.safetensors")
-    delta = fm.ReferenceDelta.from_checkpoints(tmp_path / "base.safetensors", tmp_path / "sft.safetensors")
-    optimizer = fm.OnDAREAdamW(model.parameters(), reference_delta=delta)
-    with pytest.raises(ValueError, match=r"does not know its model's order of parameters; pass model.named_parameters"):
-        optimizer.bind()
 
 
 @pytest.mark.parametrize(("method", "stored"), [("ondare", "random"), ("onties", "magnitude")])
