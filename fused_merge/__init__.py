@@ -8,6 +8,7 @@
 - `merge_checkpoints`: finished models merged offline: model soups, task arithmetic, TIES, DARE, slerp.
 - `LayerRatios`, `adapt_ratios`: a ratio for each part of the network, given or found by optimization (same paper).
 - `evaluate_ratios`, `pareto_front`, `hypervolume`, `knee`: what the points of a path are worth.
+- `bind_deepspeed`: a merging optimizer under ZeRO.
 - `functional`: the same without classes.
 
 A name is imported when it is first used, so that the command line shows its help without waiting for
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from fused_merge.adapt.adapt import adapt_ratios, answer_loss, reward_weighted_loss
     from fused_merge.checkpoints.interpolate import interpolate_checkpoints
     from fused_merge.delta.reference_delta import ReferenceDelta
+    from fused_merge.integrations.deepspeed import bind_deepspeed
     from fused_merge.interpolation.interpolate import interpolate
     from fused_merge.interpolation.layer_ratios import LayerRatios
     from fused_merge.interpolation.ratio_sweep import RatioSweep
@@ -46,6 +48,7 @@ __all__ = [
     "__version__",
     "adapt_ratios",
     "answer_loss",
+    "bind_deepspeed",
     "evaluate_ratios",
     "functional",
     "hypervolume",
@@ -66,6 +69,7 @@ _HOMES = {
         "adapt.adapt": "adapt_ratios answer_loss reward_weighted_loss",
         "checkpoints.interpolate": "interpolate_checkpoints",
         "delta.reference_delta": "ReferenceDelta",
+        "integrations.deepspeed": "bind_deepspeed",
         "interpolation.interpolate": "interpolate",
         "interpolation.layer_ratios": "LayerRatios",
         "interpolation.ratio_sweep": "RatioSweep",

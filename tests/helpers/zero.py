@@ -46,9 +46,9 @@ def delta():
     return of_tensors({name: 0.1 * torch.randn_like(p) for name, p in Network().named_parameters()})
 
 
-def groups_of(model, trained_only=False):
+def groups_of(model):
     """Two groups, as with decay and without."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad or not trained_only]
+    named = list(model.named_parameters())
     return [
         {"params": [(name, p) for name, p in named if p.ndim > 1], "weight_decay": 0.1},
         {"params": [(name, p) for name, p in named if p.ndim <= 1]},
@@ -60,26 +60,71 @@ def optimizer_of(model, cls="OnDAREAdamW", **options):
     return getattr(fm, cls)(groups_of(model), reference_delta=delta(), **options)
 
 
-def engine_of(model, optimizer, stage, zero, dtype=torch.float32, **config):
-    os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())
-    config |= {
+def config_of(stage, zero, dtype=torch.float32, **config):
+    return config | {
         "train_micro_batch_size_per_gpu": 1,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {"stage": stage, **zero},
         "bf16": {"enabled": dtype == torch.bfloat16},
     }
+
+
+def engine_of(model, optimizer, config):
+    os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
-def stretches(rank, stage, zero, dtype, config):
+def loss_of(model, step):
+    """The same on all processes, so that the mean of their gradients is the gradient of one."""
+    tokens = torch.randint(11, (3, 5), generator=torch.Generator().manual_seed(step))
+    return nn.functional.cross_entropy(model(tokens[:, :-1]).float().flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def train(engine, steps):
+    for step in steps:
+        engine.backward(loss_of(engine, step))
+        engine.step()
+
+
+def trained_alone(dtype, steps, **options):
+    """The weights after training without DeepSpeed, with fp32 masters as it has them."""
+    model = Network(dtype)
+    optimizer = optimizer_of(model, **options, **({"master": "fp32"} if dtype == torch.bfloat16 else {}))
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    return {name: p.detach() for name, p in model.named_parameters()}, optimizer
+
+
+def weights_of(engine):
+    """The weights, gathered under ZeRO 3."""
+    params = list(engine.module.parameters())
+    with deepspeed.zero.GatheredParameters(params, enabled=engine.zero_optimization_stage() == 3):
+        return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+
+
+def differing(rank, config, dtype, options, steps=range(4)):
+    """The tensors that training with DeepSpeed makes other than training without."""
+    model = Network(dtype)
+    engine = engine_of(model, optimizer_of(model, **options), config)
+    fm.bind_deepspeed(engine)
+    train(engine, steps)
+    weights = weights_of(engine)
+    alone, _ = trained_alone(dtype, steps, **options)
+    assert not same_bits(alone["linear.weight"], dict(Network(dtype).named_parameters())["linear.weight"].detach())
+    return [name for name in alone if not same_bits(weights[name], alone[name])]
+
+
+def stretches(rank, config, dtype):
     """Compare what is said to stand in flat tensors with the parameters.
 
-    Returns (group, name, first element, last) of each piece, and how many elements of padding there are.
+    Returns (flat tensor, group, name, first element, last) of each piece, and how many elements of padding there are.
     """
     model = Network(dtype)
     whole = {name: p.detach().clone().float() for name, p in model.named_parameters()}
-    engine = engine_of(model, torch.optim.AdamW(groups_of(model)), stage, zero, dtype, **config)
+    engine = engine_of(model, torch.optim.AdamW(groups_of(model)), config)
     pieces = pieces_of(engine, engine.basic_optimizer.param_groups)
     found, padding = [], 0
     for number, flat in enumerate(flat_tensors(engine)):
@@ -87,10 +132,10 @@ def stretches(rank, stage, zero, dtype, config):
         for name, local, fragment in pieces[flat.tensor]:
             assert not owned[local].any()
             owned[local] = True
-            first = fragment.shard.elements.offset
+            first, held = fragment.shard.elements.offset, owned[local].numel()
             assert same_bits(flat.tensor.detach()[local], fragment.of(whole[name][fragment.box]))
-            assert same_bits(flat.tensor.detach()[local], whole[name].flatten()[first : first + owned[local].numel()])
+            assert same_bits(flat.tensor.detach()[local], whole[name].flatten()[first : first + held])
             assert fragment.shard.shape == whole[name].shape
-            found.append((number, flat.group, name, first, first + owned[local].numel()))
+            found.append((number, flat.group, name, first, first + held))
         padding += (~owned).sum().item()
     return found, padding
