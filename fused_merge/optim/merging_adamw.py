@@ -36,6 +36,7 @@ from fused_merge.optim.options import (
     dtype_of,
 )
 from fused_merge.optim.pieces import Piece, Pieces, operands_of
+from fused_merge.optim.stand_ins import StandIns
 from fused_merge.optim.state import check_loadable, complete_state, restore_states
 from fused_merge.optim.verification import take_verified, verify_as_the_environment_says
 from fused_merge.options import check_known, documented, resolve
@@ -104,6 +105,7 @@ class MergingAdamW(Optimizer):
         self.grad_norm: Tensor | None = None
         self._binding = Binding(reference_delta)
         self._pieces = Pieces()
+        self._stand_ins = StandIns()
         self._calls = 0
         self._workspace = Workspace()
         self._stats: dict[str, dict[str, float]] = {}
@@ -121,6 +123,7 @@ class MergingAdamW(Optimizer):
         """Add a group; its options default to the optimizer's and are checked as the constructor's are."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        self._stand_ins.expect(group["params"])
         try:
             for option in RUN_OPTIONS:
                 if option in group:
@@ -184,6 +187,8 @@ class MergingAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._is_idle():
+            return loss
         groups = self._named_groups()
         wanted = self._binding.lacking(groups)
         # What may fail on one process only is found at the first step, which waits for the host anyway.
@@ -215,6 +220,11 @@ class MergingAdamW(Optimizer):
         self._fix_options()
         self.verify_steps = max(0, self.verify_steps - 1)
         return loss
+
+    def _is_idle(self) -> bool:
+        """Return whether a step is to do nothing, since DeepSpeed takes it only to have states made."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        return not self._pieces.tell_all_of(params) and self._stand_ins.are_idle(params)
 
     def _named_groups(self) -> list[NamedGroup]:
         """Return the parameters of every group by name, with options that are checked."""
