@@ -193,6 +193,9 @@ class Processes(NamedTuple):
 
         So none waits for one that has failed. All must come here, and the block must contain no collective operation.
         """
+        if not self.groups:
+            yield
+            return
         failure: Exception | None = None
         try:
             yield
@@ -200,7 +203,8 @@ class Processes(NamedTuple):
             failure = error
         if sum_over(torch.full((), float(failure is not None), device=self.device), self.groups) == 0:
             return
-        sentences = self.gathered(failure and (isinstance(failure, ValueError), str(failure)))
+        told = None if failure is None else (isinstance(failure, ValueError), str(failure))
+        sentences = self.gathered(told)
         if failure is not None:
             raise failure
         is_value_error, sentence = next(each for each in sentences if each is not None)

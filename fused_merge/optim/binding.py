@@ -75,8 +75,8 @@ class Binding:
                 for piece in pieces:
                     if owners.setdefault(piece.name, param) is not param:
                         raise ValueError(
-                            f"two parameters are called {piece.name!r}; deltas are matched by name: give the "
-                            "parameters distinct names, for example a prefix, or give each model an optimizer of its own"
+                            f"two parameters are called {piece.name!r}; deltas are matched by name: give parameters "
+                            "distinct names, for example a prefix, or give each model an optimizer of its own"
                         )
                     if piece.name not in self._bound:
                         wanted.append(Wanted(piece, param, group))

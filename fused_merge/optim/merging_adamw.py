@@ -95,9 +95,9 @@ class MergingAdamW(Optimizer):
     ) -> None:
         check_known(options, GROUP_OPTIONS | RUN_OPTIONS)
         own = resolve({name: value for name, value in options.items() if name in RUN_OPTIONS}, RunOptions)
-        params = list(params)
+        given: list[Any] = list(params)
         if not isinstance(reference_delta, ReferenceDelta):
-            with Processes.that_share(_tensors_of(params)).raising_together():
+            with Processes.that_share(_tensors_of(given)).raising_together():
                 reference_delta = ReferenceDelta.load(reference_delta)
         self.impl: str = own["impl"]
         self.stats_every: int = own["stats_every"]
@@ -112,7 +112,7 @@ class MergingAdamW(Optimizer):
         # By the first parameter of a group, since a framework may step groups one by one.
         self._fixed: dict[Tensor, dict[str, Any]] = {}
         defaults = {name: options.get(name, option.default) for name, option in GROUP_OPTIONS.items()}
-        super().__init__(params, {**defaults, "method": method})
+        super().__init__(given, {**defaults, "method": method})
 
     @property
     def reference_delta(self) -> ReferenceDelta:
@@ -235,7 +235,8 @@ class MergingAdamW(Optimizer):
         )
         for group, own in zip(self.param_groups, names, strict=True):
             rule = check_options(group)
-            for option, value in self._fixed.get(next(iter(group["params"]), None), {}).items():
+            fixed = next((self._fixed[param] for param in group["params"][:1] if param in self._fixed), {})
+            for option, value in fixed.items():
                 if group[option] != value:
                     raise ValueError(
                         f"{option} of a group is fixed once it has taken a step: it was {value} and is "
@@ -250,7 +251,7 @@ class MergingAdamW(Optimizer):
         if all(batch.group.options["max_grad_norm"] is None for batch in batches):
             return None
         grads = [grad for batch in batches for grad in batch.grads]
-        groups = [member.pieces[0].shard(member.param).groups for batch in batches for member in batch.members]
+        groups = [member.pieces[0].shard(member.param).groups for batch in batches for member in batch.group.members]
         return grad_norm(grads, groups, inverse_scale, workspace=self._workspace.part("norm"), impl=self.impl)
 
     def _prepare(self, batch: Batch, factor: float | Tensor) -> tuple[list[tuple[Tensor, State]], PreparedStep]:
