@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from processes import Pair
+from processes import SECONDS_TO_START, Pair
 
 pytest.importorskip("deepspeed")
 
@@ -16,6 +16,9 @@ FP32, BF16 = torch.float32, torch.bfloat16
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     pair = Pair(tmp_path_factory.mktemp("pair"))
+    pair(abs)
+    # To import DeepSpeed is a matter of the disk, too.
+    pair._answers(SECONDS_TO_START, zero.ready)
     yield pair
     pair.stop()
 
