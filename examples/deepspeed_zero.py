@@ -1,24 +1,18 @@
-"""OnDARE under DeepSpeed: three lines more than AdamW (marked), for any ZeRO stage.
+"""OnDARE under DeepSpeed, for any ZeRO stage: three lines besides those of AdamW, marked.
 
     torchrun --nproc-per-node 2 examples/deepspeed_zero.py --stage 2    # or python, for one process
+
+On a machine without a GPU, set DS_ACCELERATOR=cpu.
 """
 
 import argparse
 import os
-
-for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-    os.environ.setdefault(key, value)
-os.environ.setdefault("MASTER_PORT", "29503")
 
 import deepspeed
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fused_merge as fm
-
-if deepspeed.get_accelerator().device_name() == "cpu":
-    # DeepSpeed would compile an all-reduce for CPUs first, which takes a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def tiny_llama(seed: int) -> LlamaForCausalLM:
@@ -31,16 +25,22 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--stage", type=int, default=2)
     stage = parser.parse_args().stage
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29503")
+    if deepspeed.get_accelerator().device_name() == "cpu":
+        # DeepSpeed would compile an all-reduce for CPUs first, which takes a minute.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-    # In earnest: fm.ReferenceDelta.from_checkpoints("base/", "sft/").
-    delta = fm.ReferenceDelta.from_models(tiny_llama(0), tiny_llama(1))  # 1
+    delta = fm.ReferenceDelta.from_models(
+        tiny_llama(0), tiny_llama(1)
+    )  # 1: in earnest, from_checkpoints("base/", "sft/")
     model = tiny_llama(1)
     optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, lr=1e-3, alpha=1e-4)  # 2
     config = {
         "train_micro_batch_size_per_gpu": 4,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage},
         "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     fm.bind_deepspeed(engine)  # 3
@@ -53,6 +53,7 @@ def main() -> None:
         engine.step()
         if torch.distributed.get_rank() == 0:
             print(f"step {step}: loss {loss.item():.3f}")
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, overload
 
@@ -106,10 +107,11 @@ class MergingAdamW(Optimizer):
         self._binding = Binding(reference_delta)
         self._pieces = Pieces()
         self._stand_ins = StandIns()
-        self._calls = 0
+        # Steps of each group, by its first parameter, since a framework may step groups one by one.
+        self._calls = Counter[Tensor]()
         self._workspace = Workspace()
         self._stats: dict[str, dict[str, float]] = {}
-        # By the first parameter of a group, since a framework may step groups one by one.
+        # By the first parameter, too.
         self._fixed: dict[Tensor, dict[str, Any]] = {}
         defaults = {name: options.get(name, option.default) for name, option in GROUP_OPTIONS.items()}
         super().__init__(given, {**defaults, "method": method})
@@ -203,11 +205,11 @@ class MergingAdamW(Optimizer):
             prepared = [
                 self._prepare(batch, grad_factor(batch.group.options, norm, inverse_scale)) for batch in batches
             ]
-        if self._calls == 0 and not self.verify_steps:
+        if not self._calls and not self.verify_steps:
             # Not before: the parameters may have moved to another device since the optimizer was made.
             verify_as_the_environment_says(self)
         self.grad_norm = norm
-        self._calls += 1
+        self._calls.update(group["params"][0] for group in self.param_groups if group["params"])
         for states, _ in prepared:
             for param, state in states:
                 self.state[param] |= state
@@ -279,7 +281,7 @@ class MergingAdamW(Optimizer):
             rule=rule,
             hyper=hyper,
             seed=options["seed"],
-            stats=self.stats_every > 0 and (self._calls + 1) % self.stats_every == 0,
+            stats=self.stats_every > 0 and (self._calls[options["params"][0]] + 1) % self.stats_every == 0,
             workspace=self._workspace.part(id(members[0].param)),
             impl=self.impl,
         )
@@ -344,7 +346,7 @@ class MergingAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep; the delta is found again by the copy's first step."""
-        kept = ("impl", "stats_every", "verify_steps", "grad_norm", "_calls", "_stats", "_fixed")
+        kept = ("impl", "stats_every", "verify_steps", "grad_norm", "_stand_ins", "_calls", "_stats", "_fixed")
         fresh = {"_binding": Binding(self.reference_delta), "_pieces": Pieces(), "_workspace": Workspace()}
         return super().__getstate__() | {key: self.__dict__[key] for key in kept} | fresh
 

@@ -7,6 +7,7 @@ import os
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed
+import pytest
 import torch
 from bits import same_bits
 from deltas import of_tensors
@@ -50,18 +51,19 @@ def delta():
     return of_tensors({name: 0.1 * torch.randn_like(p) for name, p in Network().named_parameters()})
 
 
-def groups_of(model):
+def groups_of(model, of_vectors=()):
     """Two groups, as with decay and without."""
     named = list(model.named_parameters())
     return [
         {"params": [(name, p) for name, p in named if p.ndim > 1], "weight_decay": 0.1},
-        {"params": [(name, p) for name, p in named if p.ndim <= 1]},
+        {"params": [(name, p) for name, p in named if p.ndim <= 1], **dict(of_vectors)},
     ]
 
 
-def optimizer_of(model, cls="OnDAREAdamW", **options):
+def optimizer_of(model, cls="OnDAREAdamW", of_vectors=(), **options):
     options = {"lr": 1e-2, "alpha": 1e-2, "reserve_rate": 0.1} | options
-    return getattr(fm, cls)(groups_of(model), reference_delta=delta(), **options)
+    options = {name: value for name, value in options.items() if value is not None}
+    return getattr(fm, cls)(groups_of(model, of_vectors), reference_delta=delta(), **options)
 
 
 def config_of(stage, zero, dtype=torch.float32, **config):
@@ -111,16 +113,81 @@ def weights_of(engine):
         return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
 
 
-def differing(rank, config, dtype, options, steps=range(4)):
-    """The tensors that training with DeepSpeed makes other than training without."""
+def bound_engine(config, dtype, options):
     model = Network(dtype)
     engine = engine_of(model, optimizer_of(model, **options), config)
     fm.bind_deepspeed(engine)
+    return engine
+
+
+def differing(rank, config, dtype, options, steps=range(4)):
+    """The tensors that training with DeepSpeed makes other than training without."""
+    engine = bound_engine(config, dtype, options)
     train(engine, steps)
     weights = weights_of(engine)
     alone, _ = trained_alone(dtype, steps, **options)
     assert not same_bits(alone["linear.weight"], dict(Network(dtype).named_parameters())["linear.weight"].detach())
     return [name for name in alone if not same_bits(weights[name], alone[name])]
+
+
+def distance(rank, config, options):
+    """How far the weights are from those of training without DeepSpeed, in their own precision."""
+    engine = bound_engine(config, torch.float32, options)
+    train(engine, range(1))
+    alone, _ = trained_alone(torch.float32, range(1), **options)
+    return max(
+        ((weights - alone[name]).abs() / torch.finfo().eps / alone[name].abs().clamp(min=1e-3)).max().item()
+        for name, weights in weights_of(engine).items()
+    )
+
+
+def statistics(rank, config, dtype, options):
+    """What the last merge that was looked at did, with DeepSpeed and without."""
+    engine = bound_engine(config, dtype, options)
+    train(engine, range(4))
+    _, optimizer = trained_alone(dtype, range(4), **options)
+    return engine.basic_optimizer.merge_stats(), optimizer.merge_stats()
+
+
+def resumed(rank, config, dtype, folder, bind_first):
+    """What differs between a run that is interrupted after two of four steps and one that is not."""
+    engine = bound_engine(config, dtype, {})
+    train(engine, range(2))
+    engine.save_checkpoint(folder)
+    train(engine, range(2, 4))
+
+    model = Network(dtype)
+    again = engine_of(model, optimizer_of(model), config)
+    if bind_first:
+        fm.bind_deepspeed(again)
+    again.load_checkpoint(folder)
+    if not bind_first:
+        fm.bind_deepspeed(again)
+    train(again, range(2, 4))
+    one, other = weights_of(engine), weights_of(again)
+    names = [name for name in one if not same_bits(one[name], other[name])]
+    states, others = engine.basic_optimizer.state.values(), again.basic_optimizer.state.values()
+    for state, same in zip(states, others, strict=True):
+        assert set(state) == set(same) == {"step", "exp_avg", "exp_avg_sq"}
+        names += [key for key in state if not same_bits(state[key], same[key])]
+    return names
+
+
+def unbound(rank, config, dtype):
+    """The error of the first step of an optimizer that was not bound, and whether initialize moved the weights."""
+    model = Network(dtype)
+    engine = engine_of(model, optimizer_of(model), config)
+    untouched = Network(dtype).state_dict()
+    moved = [name for name, weights in weights_of(engine).items() if not same_bits(weights, untouched[name])]
+    with pytest.raises(ValueError, match="bind_deepspeed") as caught:
+        train(engine, range(1))
+    return str(caught.value), moved
+
+
+def refused(rank, config, foreign, options):
+    model = Network()
+    optimizer = torch.optim.AdamW(model.named_parameters()) if foreign else optimizer_of(model, **options)
+    fm.bind_deepspeed(engine_of(model, optimizer, config))
 
 
 def stretches(rank, config, dtype):
