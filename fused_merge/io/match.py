@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fused_merge.io.adapters import check_adapters
 from fused_merge.io.configs import check_configs
 from fused_merge.io.layouts import in_memory, layout_of
 from fused_merge.io.mergeable import check_mergeable
@@ -126,7 +127,9 @@ def explain(
     source holds, of a model that the other ties, belongs to the embedding of the other.
     """
     for source in (first, second):
-        check_mergeable(source)
+        # The steps of an optimizer move each of two factors by itself, and a delta of theirs is what these add.
+        check_mergeable(source, factors=parameters)
+    check_adapters(first, second)
     check_configs([source for source in (first, second) if source.files()], any_architecture=any_architecture)
     apart: dict[str, Any] = {"same_dtype": same_dtype, "any_rows": align_vocabulary, "parameters": parameters}
     sources = first, second

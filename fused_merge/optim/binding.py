@@ -16,7 +16,7 @@ from fused_merge.eager.operands import Tau
 from fused_merge.eager.sparse import SparseTensor
 from fused_merge.io.match import common_prefixes, has_first_rows
 from fused_merge.methods import MergeRule
-from fused_merge.names import canonical_name, some
+from fused_merge.names import adapted_weight, canonical_name, some
 
 logger = logging.getLogger("fused_merge")
 
@@ -76,6 +76,13 @@ class Binding:
         if not wanted:
             return
         held = set(self.delta.names)
+        for each in wanted:
+            if each.name not in held and (weight := adapted_weight(each.name)) in held:
+                raise ValueError(
+                    f"the reference delta is of full weights, such as {weight!r}, and {each.name!r} is a factor of an "
+                    "adapter, which tau cannot be added to; make the delta of two adapters, with "
+                    "ReferenceDelta.from_checkpoints(first_adapter, sft_adapter), or train the weights themselves"
+                )
         absent = [each.name for each in wanted if each.name not in held and each.group.options["missing"] == "error"]
         if absent:
             raise ValueError(
