@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -56,6 +56,21 @@ class Adapter(NamedTuple):
     factors: Mapping[str, Factors]  # by the weight that they are for, as the model without an adapter calls it
 
 
+def is_adapter(source: TensorSource) -> bool:
+    """Return whether a source holds an adapter, or factors of one."""
+    return getattr(source, "adapter", None) is not None or factor_in(source) is not None
+
+
+def read_adapters(sources: Sequence[FileSource]) -> list[Adapter]:
+    """Return several adapters, as `read_adapter`; warn if they name different bases."""
+    adapters = [read_adapter(source) for source in sources]
+    bases = {str(each.config.get("base_model_name_or_path")): each.source.origin for each in adapters}
+    if len(bases) > 1:
+        listed = some(f"{base} ({origin})" for base, origin in bases.items())
+        logger.warning("the adapters were trained on bases of different names: %s; check that these are one", listed)
+    return adapters
+
+
 def read_adapter(source: FileSource) -> Adapter:
     """Return the products that a folder or file of an adapter stands for; reads no tensor.
 
@@ -80,6 +95,11 @@ def read_adapter(source: FileSource) -> Adapter:
     found: dict[str, dict[str, str]] = {}
     for name in source:
         if (weight := adapted_weight(name)) is None:
+            if ".base_layer." in name:
+                raise ValueError(
+                    f"{source.origin} holds {name!r}, a weight of its base, as PEFT saves it with embeddings; save the "
+                    "adapter again with save_pretrained(..., save_embedding_layers=False)"
+                )
             raise ValueError(f"{source.origin} holds {name!r}, which is no factor of LoRA; {_IN_MEMORY}")
         found.setdefault(weight, {})["A" if re.search(r"_A(\.weight)?$", name) else "B"] = name
     factors = {weight: _factors(weight, both, source, config) for weight, both in found.items()}

@@ -234,6 +234,20 @@ def names_in_memory(source: TensorSource) -> dict[str, list[str]]:
     return dict(found)
 
 
+def stored_whole(source: TensorSource) -> dict[str, str]:
+    """Return the tensors of a source under their own names and those that they have in the memory of a model.
+
+    What a model packs, or has in another order of elements, is under its own name alone.
+    """
+    layout = layout_of(source)
+    view = layout and in_memory(source, layout)
+    found = {name: name for name in source}
+    for name, tensor in view.tensors.items() if view is not None else ():
+        if isinstance(tensor, Assembly) and (own := tensor.renamed(source)) is not None:
+            found[name] = own
+    return found
+
+
 def named_as(source: TensorSource, names: Collection[str]) -> TensorSource:
     """Return a source under its own names or under those that a model has in memory: whichever more of `names` are."""
     if all(name in source for name in names):

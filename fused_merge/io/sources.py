@@ -321,6 +321,13 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def read_range(handle: int, place: FileRange, start: int, numel: int) -> Tensor:
+    """Read elements of a place in an open file, from the one at `start` on."""
+    tensor = torch.empty(numel, dtype=place.dtype)
+    read_into(handle, place.file, bytes_of(tensor), place.offset + start * place.dtype.itemsize)
+    return tensor
+
+
 def _new_names(raw: Mapping[str, Any], known: Mapping[str, Any], origin: str) -> list[str]:
     """Return the canonical names of tensors that join those already known."""
     if not MAY_BE_WRAPPED.search("\n".join(raw)) and known.keys().isdisjoint(raw):
