@@ -87,9 +87,10 @@ def test_dora_embeddings_and_modules_to_save_have_a_tau_too(tmp_path):
     config = {"use_dora": True, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
     folders = [save_adapter(tmp_path / str(i), i, **config) for i in range(2)]
     delta = fm.ReferenceDelta.from_checkpoints(*folders)
-    assert {"base_model.model.lm_head.weight", "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"} < (
-        set(delta.names)
-    )
+    assert {
+        "base_model.model.lm_head.weight",
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector",
+    } < (set(delta.names))
     after = trained(adapted(1, **config), delta, missing="error")
     assert len(after) == len(delta)
     config = {"target_modules": ["embed_tokens", "q_proj"]}
