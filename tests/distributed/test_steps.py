@@ -1,0 +1,107 @@
+"""Sharded steps have the bits of those of one process, whatever holds the model."""
+
+from __future__ import annotations
+
+import parallel_steps
+import pytest
+import torch
+from parallel import KINDS
+
+KIND_OF_WORLD = [(kind, world) for world, kinds in KINDS.items() for kind in kinds]
+everywhere = pytest.mark.parametrize(("kind", "world"), KIND_OF_WORLD)
+
+FP32, BF16 = torch.float32, torch.bfloat16
+CASES = {
+    "ondare": (FP32, {"method": "ondare"}),
+    "ondare between merges": (FP32, {"method": "ondare", "merge_every": 3}),
+    "ondare, stochastic": (FP32, {"method": "ondare", "rounding": "stochastic"}),
+    "ondare, bf16 states": (FP32, {"method": "ondare", "state_dtype": BF16}),
+    "onties": (FP32, {"method": "onties"}),
+    "onties, paper": (FP32, {"method": "onties", "vote": "paper", "merge_every": 3}),
+    "onties of few": (FP32, {"method": "onties", "reserve_rate": 0.01}),
+    "onsoft": (FP32, {"method": "onsoft"}),
+    "bf16": (BF16, {"method": "ondare", "merge_every": 3}),
+    "bf16, stochastic": (BF16, {"method": "onties", "rounding": "stochastic", "merge_every": 3}),
+    "bf16, fp32 master": (BF16, {"method": "onties", "master": "fp32", "merge_every": 3}),
+    "bf16, split master": (BF16, {"method": "ondare", "master": "split", "merge_every": 3}),
+    "bf16, split master, onties": (BF16, {"method": "onties", "master": "split"}),
+}
+IN_THE_INTERPRETER = ["ondare between merges", "onties", "onsoft", "bf16, stochastic", "bf16, split master"]
+PROJECTIONS = [
+    {"project": "conflict", "project_over": "tensor"},
+    {"project": "conflict", "project_over": "rows"},
+    {"project": "onto", "project_over": "tensor", "project_strength": 0.5},
+    {"project": "onto", "project_over": "rows", "project_on": "update"},
+    {"project": "conflict", "project_over": "tensor", "project_on": "update"},
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+@everywhere
+def test_steps_have_the_bits_of_one_process(case, kind, world, where, ranks_of):
+    dtype, options = CASES[case]
+    numels = ranks_of(world, where).all(parallel_steps.same_bits_as_one_process, kind, 4, dtype, options)
+    shared = [{own[name] for own in numels} for name in numels[0]]
+    # What the kind is about: nothing is sharded, or something is unevenly, or a process holds nothing of something.
+    assert all(len(sizes) == 1 for sizes in shared) is (kind in ("alone", "ddp"))
+    assert any(0 in sizes for sizes in shared) is (kind in ("fsdp", "columns", "hsdp", "tp and fsdp"))
+
+
+@pytest.mark.parametrize("case", IN_THE_INTERPRETER)
+@everywhere
+def test_kernels_have_the_bits_of_one_process(case, kind, world, where, ranks_of):
+    dtype, options = CASES[case]
+    options = options | {"impl": "triton"}
+    ranks_of(world, where).all(parallel_steps.same_bits_as_one_process, kind, 3, dtype, options)
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize("options", PROJECTIONS, ids=lambda options: " ".join(map(str, options.values())))
+@everywhere
+def test_projections_are_those_of_one_process_up_to_rounding(options, kind, world, impl, where, ranks_of):
+    options = options | {"method": "onproj", "impl": impl}
+    for far, _ in ranks_of(world, where).all(parallel_steps.nearly_as_one_process, kind, options):
+        assert far <= 2
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@everywhere
+def test_clipping_sees_the_norm_of_one_process(kind, world, impl, where, ranks_of):
+    options = {"max_grad_norm": 0.5, "impl": impl}
+    answers = ranks_of(world, where).all(parallel_steps.nearly_as_one_process, kind, options)
+    norms = {ours for _, (ours, _) in answers}
+    assert len(norms) == 1
+    assert norms.pop() == pytest.approx(answers[0][1][1], rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"method": "ondare"}, {"method": "onties"}, {"method": "onproj"}], ids=str)
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@everywhere
+def test_statistics_count_what_one_process_counts(options, kind, world, impl, where, ranks_of):
+    for ours, theirs in ranks_of(world, where).all(parallel_steps.statistics, kind, options | {"impl": impl}):
+        assert ours.keys() == theirs.keys()
+        for name, found in ours.items():
+            expected = theirs[name]
+            for field in ("kept_u", "kept_tau", "conflicts", "lost"):
+                assert found[field] == expected[field], (name, field)
+            assert found == pytest.approx(expected, rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "ondare"},
+        {"method": "ondare", "max_grad_norm": 1.0, "stats_every": 1},
+        {"method": "onties"},
+        {"method": "onproj", "project": "conflict"},
+    ],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+@pytest.mark.parametrize(("kind", "world"), [("fsdp", 2), ("tp and fsdp", 4)])
+def test_a_step_takes_as_many_collectives_however_many_tensors_there_are(options, kind, world, impl, where, ranks_of):
+    counts = {
+        blocks: ranks_of(world, where).all(parallel_steps.collectives, kind, blocks, options | {"impl": impl})
+        for blocks in (1, 4)
+    }
+    assert counts[1] == counts[4]
