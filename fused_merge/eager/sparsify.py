@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_merge.eager.philox import DOMAIN_TAU, MaskKey, keep_mask
+from fused_merge.eager.shard import ShardIndex
 from fused_merge.names import tensor_id
 
 _PATTERN = {torch.float64: torch.int64, torch.float32: torch.int32}
@@ -40,7 +41,7 @@ def magnitude(x: Tensor, rate: float, key: MaskKey) -> Tensor:
     """
     if rate == 1.0 or x.numel() == 0:
         return x
-    return torch.where(pattern(x) >= kth_largest(x, rate), x, 0.0)
+    return keep_from(x, kth_largest(x, rate))
 
 
 def soft_threshold(x: Tensor, rate: float, key: MaskKey) -> Tensor:
@@ -51,7 +52,17 @@ def soft_threshold(x: Tensor, rate: float, key: MaskKey) -> Tensor:
     """
     if rate == 1.0 or x.numel() == 0:
         return x
-    threshold = kth_largest(x, rate).view(x.dtype)
+    return shrink_by(x, kth_largest(x, rate))
+
+
+def keep_from(x: Tensor, kth: Tensor) -> Tensor:
+    """Keep what is at least as large as the threshold, a 0-d pattern."""
+    return torch.where(pattern(x) >= kth, x, 0.0)
+
+
+def shrink_by(x: Tensor, kth: Tensor) -> Tensor:
+    """Shrink every magnitude by the threshold, a 0-d pattern."""
+    threshold = kth.view(x.dtype)
     # An infinite or NaN threshold would turn all that is finite into NaN.
     shrunk = torch.where(x.abs() > threshold, x - threshold.copysign(x), 0.0)
     return torch.where(x.isnan(), x, shrunk)
@@ -63,8 +74,8 @@ SPARSIFY: dict[str, Callable[[Tensor, float, MaskKey], Tensor]] = {
     "magnitude": magnitude,
     "soft_threshold": soft_threshold,
 }
-# Those that compare with the k-th largest magnitude of the tensor.
-RANKED = ("magnitude", "soft_threshold")
+# Those that compare with the k-th largest magnitude of the tensor, given it.
+RANKED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"magnitude": keep_from, "soft_threshold": shrink_by}
 
 
 def kept_count(numel: int, rate: float) -> int:
@@ -72,15 +83,26 @@ def kept_count(numel: int, rate: float) -> int:
     return max(1, math.floor(rate * numel))
 
 
-def sparsify_tau(tau: Tensor, *, name: str, method: str, reserve_rate: float, seed: int) -> Tensor:
+def sparsify_tau(
+    tau: Tensor,
+    *,
+    name: str,
+    method: str,
+    reserve_rate: float,
+    seed: int,
+    elements: ShardIndex | None = None,
+    kth: Tensor | None = None,
+) -> Tensor:
     """Return F(tau), once and for the whole run, unscaled and in the dtype of tau.
 
     Args:
-        tau: the whole (unsharded) delta of one tensor, any floating dtype, any shape.
+        tau: the delta of one tensor, any floating dtype, any shape.
         name: the tensor's name; its canonical form keys the random mask.
         method: a key of `SPARSIFY`.
         reserve_rate: share to keep, in (0, 1].
         seed: of the random mask, which is drawn in a domain of its own, at step 0.
+        elements: where the elements of a part of a tensor lie in it; None for a whole one.
+        kth: the threshold of the whole tensor for the methods in `RANKED`, a 0-d pattern; None finds that of `tau`.
 
     Raises:
         ValueError: if there is no such method.
@@ -89,9 +111,16 @@ def sparsify_tau(tau: Tensor, *, name: str, method: str, reserve_rate: float, se
         raise ValueError(
             f"unknown way to sparsify a reference delta: {method!r}; use one of {', '.join(map(repr, SPARSIFY))}"
         )
-    wide = tau if tau.dtype == torch.float64 else tau.float()
-    key = MaskKey(seed=seed, step=0, tensor_id=tensor_id(name), domain=DOMAIN_TAU)
+    wide = widened(tau)
+    if kth is not None:
+        return RANKED[method](wide, kth).to(tau.dtype)
+    key = MaskKey(seed=seed, step=0, tensor_id=tensor_id(name), domain=DOMAIN_TAU, shard=elements)
     return SPARSIFY[method](wide, reserve_rate, key).to(tau.dtype)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return x in the precision in which F compares: fp64 as it is, anything else in fp32."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def pattern(x: Tensor) -> Tensor:
