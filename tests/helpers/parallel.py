@@ -19,7 +19,7 @@ from fused_merge.names import canonical_name
 
 # What every number of processes is tried with; `alone` is a mesh of one process each.
 KINDS = {
-    2: ["alone", "ddp", "fsdp", "columns", "hsdp", "tp"],
+    2: ["alone", "ddp", "fsdp", "columns", "tp"],
     4: ["ddp", "fsdp", "columns", "hsdp", "tp", "tp and fsdp"],
 }
 OPTIONS = {"lr": 1e-2, "alpha": 0.1, "weight_decay": 0.1}
@@ -139,15 +139,17 @@ def optimizer_of(model, reference_delta=None, method="ondare", **options):
     return fm.MergingAdamW(model.named_parameters(), reference_delta=reference_delta, method=method, **options)
 
 
-def pairs(kind, dtype=torch.float32, **options):
+def pairs(kind, dtype=torch.float32, blocks=2, **options):
     """A sharded model and a whole one, and the optimizers of both; the whole one takes the eager steps."""
-    sharded, whole = wrapped(tuned(2, dtype=dtype), kind), tuned(2, dtype=dtype).to(device())
+    models = [tuned(2, dtype=dtype, blocks=blocks) for _ in range(2)]
+    sharded, whole = wrapped(models[0], kind), models[1].to(device())
     for name, parameter in named(whole).items():
         own = named(sharded)[name]
         gathered = own.full_tensor() if is_sharded(own) else own
         assert same_bits(gathered, parameter), name
-    impl = options.pop("impl", "eager")
-    return sharded, optimizer_of(sharded, impl=impl, **options), whole, optimizer_of(whole, impl="eager", **options)
+    of_blocks, impl = delta(blocks=blocks), options.pop("impl", "eager")
+    ours = optimizer_of(sharded, of_blocks, impl=impl, **options)
+    return sharded, ours, whole, optimizer_of(whole, of_blocks, impl="eager", **options)
 
 
 def steps(model, optimizer, count, first=0, skipped=()):

@@ -14,8 +14,13 @@ from fused_merge.distributed import local_part
 from fused_merge.optim.state import state_dtypes
 
 
+def sizes(rank, kind):
+    """Return how many elements of each parameter a process holds."""
+    return {name: local_part(parameter).numel() for name, parameter in named(wrapped(tuned(), kind)).items()}
+
+
 def same_bits_as_one_process(rank, kind, count, dtype, options):
-    """Take steps beside the whole model; return how many elements each parameter has here."""
+    """Take steps beside the whole model, and compare after each of them."""
     sharded, ours, whole, theirs = pairs(kind, dtype, **options)
     for step in range(count):
         steps(sharded, ours, 1, step)
@@ -24,7 +29,6 @@ def same_bits_as_one_process(rank, kind, count, dtype, options):
     for parameter in sharded.parameters():
         dtypes = state_dtypes(parameter, ours.param_groups[0])
         assert all(value.dtype == dtypes[key] for key, value in ours.state[parameter].items())
-    return {name: local_part(parameter).numel() for name, parameter in named(sharded).items()}
 
 
 def ulps(a, b):
@@ -46,8 +50,8 @@ def nearly_as_one_process(rank, kind, options):
 
 def statistics(rank, kind, options):
     sharded, ours, whole, theirs = pairs(kind, stats_every=1, **options)
-    steps(sharded, ours, 2)
-    steps(whole, theirs, 2)
+    steps(sharded, ours, 1)
+    steps(whole, theirs, 1)
     return ours.merge_stats(), theirs.merge_stats()
 
 
