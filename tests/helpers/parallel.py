@@ -1,4 +1,4 @@
-"""A small model as DDP, FSDP2 and tensor parallelism hold it, its gradients, and its steps beside those of one process."""
+"""A small model as DDP, FSDP2 and tensor parallelism hold it, and its steps beside those of one process."""
 
 from __future__ import annotations
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import parallel
 import torch
-from bits import assert_same_bits
-from parallel import assert_held, fill_gradients, held, named, optimizer_of, pairs, part_of, steps, tuned, wrapped
+from bits import bits
+from parallel import assert_held, fill_gradients, like, named, optimizer_of, pairs, part_of, steps, tuned, wrapped
 from torch.distributed.tensor.debug import CommDebugMode
 
 from fused_merge.distributed import local_part
@@ -35,8 +33,9 @@ def ulps(a, b):
     """How many numbers of their format lie between two tensors, at most."""
     if not a.numel():
         return 0
-    signed = [torch.where(x < 0, -(x & 0x7FFFFFFF), x) for x in (t.detach().cpu().view(torch.int32).long() for t in (a, b))]
-    return int((signed[0] - signed[1]).abs().max())
+    patterns = [bits(x.detach()).long() for x in (a, b)]
+    one, other = (torch.where(x < 0, -(x & 0x7FFFFFFF), x) for x in patterns)
+    return int((one - other).abs().max())
 
 
 def nearly_as_one_process(rank, kind, options):
@@ -48,6 +47,22 @@ def nearly_as_one_process(rank, kind, options):
     return far, [optimizer.grad_norm and float(optimizer.grad_norm) for optimizer in (ours, theirs)]
 
 
+def coefficients(rank, kind, options):
+    """Return by how much the gradients c * tau of a step differ from those of one process, relatively."""
+    sharded, ours, whole, theirs = pairs(kind, project="onto", project_on="gradient", **options)
+    for model, optimizer in ((sharded, ours), (whole, theirs)):
+        for name, parameter in named(model).items():
+            # All terms of the sums have one sign, so that what is left of them is not chance.
+            tau = optimizer.reference_delta.tensor(name)
+            parameter.grad = like(parameter, (tau.abs().sqrt() + 1).copysign(tau))
+        optimizer.step()
+    far = [0.0]
+    for name, parameter in named(sharded).items():
+        expected = part_of(parameter, theirs.state[named(whole)[name]]["exp_avg"]).double()
+        far += ((local_part(ours.state[parameter]["exp_avg"]) - expected) / expected).abs().flatten().tolist()
+    return max(far)
+
+
 def statistics(rank, kind, options):
     sharded, ours, whole, theirs = pairs(kind, stats_every=1, **options)
     steps(sharded, ours, 1)
@@ -56,13 +71,11 @@ def statistics(rank, kind, options):
 
 
 def collectives(rank, kind, blocks, options):
-    """Return how many collective operations the first and the second step of a model of some blocks take."""
+    """Return how many collective operations a step of a model of some blocks takes, once its delta is bound."""
     model = wrapped(tuned(2, blocks=blocks), kind)
     optimizer = optimizer_of(model, parallel.delta(blocks=blocks), **options)
-    counts = []
-    for step in range(2):
-        fill_gradients(model, step)
-        with CommDebugMode() as counted:
-            optimizer.step()
-        counts.append(counted.get_total_counts())
-    return counts
+    steps(model, optimizer, 1)
+    fill_gradients(model, 1)
+    with CommDebugMode() as counted:
+        optimizer.step()
+    return counted.get_total_counts()
