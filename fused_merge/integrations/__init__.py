@@ -1,1 +1,1 @@
-"""The training frameworks, one file each; each is imported only by whoever uses the framework."""
+"""Training frameworks: one small file for each, which imports it and is imported only when it is used."""
