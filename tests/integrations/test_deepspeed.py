@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from processes import SECONDS_TO_START, Pair
@@ -105,3 +109,19 @@ def test_what_cannot_be_bound(pair):
     for error in pair(zero.refused, zero.config_of(2, {}), True, {}):
         assert isinstance(error, TypeError)
         assert "steps a AdamW, which does not merge" in str(error)
+
+
+@pytest.mark.parametrize("way", ["optimizer", "configuration"])
+@pytest.mark.parametrize("layout", ["0", "2", "3 in subgroups"])
+def test_an_optimizer_is_injected_where_a_framework_offers_no_choice(pair, layout, way):
+    _, config = ALL[layout]
+    assert pair.both(zero.differing_if_injected, config, way) == [[], []]
+
+
+def test_the_example_trains():
+    script = Path(__file__).parents[2] / "examples/deepspeed_zero.py"
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=280, check=False)
+    assert run.returncode == 0, run.stderr
+    losses = [float(line.split()[-1]) for line in run.stdout.splitlines() if line.startswith("step")]
+    assert len(losses) == 10
+    assert losses[-1] < losses[0]
