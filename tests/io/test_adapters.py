@@ -65,7 +65,7 @@ def test_files_that_do_not_fit(tmp_path):
     whole = load_file(file)
     name = next(name for name in whole if "lora_B" in name)
     save_file({each: x for each, x in whole.items() if each != name}, file)
-    with pytest.raises(ValueError, match="holds only one of two factors, '.*lora_A.weight'; save it again"):
+    with pytest.raises(ValueError, match=r"holds only one of two factors, '.*lora_A.weight'; save it again"):
         read_adapter(open_source(folder))
     save_file({**whole, "more": torch.ones(2)}, file)
     with pytest.raises(ValueError, match="holds 'more', which is no factor of LoRA; merge it into its base first"):
