@@ -133,6 +133,12 @@ def test_a_delta_of_a_model_and_an_adapter_is_refused(folders, tmp_path):
             make(*ends)
 
 
+def test_a_model_with_an_adapter_is_not_moved(folders):
+    models = [load_adapter(folder) for folder in folders]
+    with pytest.raises(ValueError, match=r"holds factors of an adapter, .* of which only the product can be merged"):
+        fm.RatioSweep(load_adapter(folders[0]), *models)
+
+
 # --- TRL
 
 
