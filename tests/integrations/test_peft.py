@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from adapters import adapted, load_adapter, save_adapter
 from bits import assert_same_bits
 from datasets import Dataset
 from folders import load
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from safetensors.torch import save_file
 from tiny import llama, save
 from trl import DPOConfig, DPOTrainer
@@ -116,8 +120,8 @@ def test_a_delta_of_full_weights_is_refused(missing, tmp_path):
     before = {name: x.detach().clone() for name, x in model.named_parameters()}
     with pytest.raises(
         ValueError,
-        match=r"delta is of full weights, such as 'model.layers.0.self_attn.q_proj.weight', and '.*lora_A.weight' is a "
-        r"factor of an adapter, .*; make the delta of two adapters, with ReferenceDelta.from_checkpoints\(first_",
+        match=r"delta is of full weights, such as 'model.layers.0.self_attn.q_proj.weight', and '.*A.weight' is "
+        r"a factor of an adapter, .*; make the delta of two adapters, with ReferenceDelta.from_checkpoints",
     ):
         trained(model, delta, missing=missing)
     assert_same_bits({name: x.detach() for name, x in model.named_parameters()}, before)
@@ -225,3 +229,21 @@ def test_dpo_resumes_bit_for_bit(folders, tmp_path):
         made.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2") if resumed else None)
         ends.append({name: x.detach() for name, x in model.named_parameters() if x.requires_grad})
     assert_same_bits(*ends)
+
+
+def test_attach_makes_the_delta_of_the_adapter_in_training(folders, tmp_path):
+    ends = []
+    for given in ({"reference_delta": fm.ReferenceDelta.from_checkpoints(*folders)}, {"base": folders[0]}):
+        model = PeftModel.from_pretrained(llama(0, tied=False), str(folders[1]), is_trainable=True)
+        made = trainer(model, tmp_path / "run")
+        fm.attach(made, **given, alpha=0.2, reserve_rate=0.5)
+        made.train()
+        ends.append({name: x.detach() for name, x in model.named_parameters() if x.requires_grad})
+    assert_same_bits(*ends)
+
+
+def test_the_example():
+    script = Path(__file__).parents[2] / "examples" / "peft_dpo.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "an adapter of rank 8" in done.stdout
