@@ -164,8 +164,9 @@ def _merging_optimizer(optimizer: Any) -> MergingAdamW:
         innermost = innermost.optimizer
     if not isinstance(innermost, MergingAdamW):
         raise TypeError(
-            f"the engine steps a {type(innermost).__name__}, which does not merge; pass a merging optimizer as "
-            "deepspeed.initialize(..., optimizer=...)"
+            f"the engine steps a {type(innermost).__name__}, which does not merge; pass a merging optimizer to "
+            "deepspeed.initialize, or to a trainer as optimizer_cls_and_kwargs, since with deepspeed it drops "
+            "optimizers=, and with offload_optimizer set zero_force_ds_cpu_optimizer to false"
         )
     return innermost
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from fused_merge.delta.reference_delta import ReferenceDelta
+from fused_merge.integrations.trainer_callbacks import DeepSpeedCallback
 from fused_merge.io.sources import SourceLike
 from fused_merge.optim.merging_adamw import DeltaLike, MergingAdamW
 from fused_merge.optim.options import GROUP_OPTIONS, RUN_OPTIONS, MergingOptions
@@ -110,7 +111,8 @@ def attach(
     trainer.train()
     ```
 
-    It sets `trainer.optimizer_cls_and_kwargs` as `optimizer_factory` describes, with the arguments of the trainer.
+    It sets `trainer.optimizer_cls_and_kwargs` as `optimizer_factory` describes, with the arguments of the trainer, and
+    adds `DeepSpeedCallback`.
 
     Args:
         trainer: of Transformers, TRL, LLaMA-Factory or axolotl; without an optimizer. Or a class of trainers, for
@@ -153,6 +155,7 @@ def attach(
     assert reference_delta is not None
     factory: Any = _factory(trainer.args, trainer.get_decay_parameter_names, reference_delta, method, options)
     trainer.optimizer_cls_and_kwargs = factory
+    trainer.add_callback(DeepSpeedCallback(trainer))
     return None
 
 
