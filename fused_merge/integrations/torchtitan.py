@@ -9,7 +9,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 
-from fused_merge.optim.merging_adamw import DeltaLike, MergingAdamW, OnDAREAdamW, OnProjAdamW, OnTIESAdamW
+from fused_merge.optim.merging_adamw import DeltaLike, MergingAdamW
+from fused_merge.optim.variants import OnDAREAdamW, OnProjAdamW, OnTIESAdamW
 
 _CLASSES = {cls.__name__: cls for cls in (MergingAdamW, OnDAREAdamW, OnProjAdamW, OnTIESAdamW)}
 
