@@ -20,8 +20,14 @@ def update(b, m, v):
 
 @triton.jit
 def advance(b, g, SPEC: tl.constexpr):
-    """`eager.adamw.moments`: m = b1*m + (1 - b1)*g and v = b2*v + (1 - b2)*g^2, and their u."""
-    m, v = operands.load_moments(b, SPEC)
-    m = tl.load(b.scalars_ptr + SCALAR.beta1) * m + tl.load(b.scalars_ptr + SCALAR.one_minus_beta1) * g
-    v = tl.load(b.scalars_ptr + SCALAR.beta2) * v + tl.load(b.scalars_ptr + SCALAR.one_minus_beta2) * (g * g)
-    return m, v, update(b, m, v)
+    """`eager.adamw.moments`: m = b1*m + (1 - b1)*g and v = b2*v + (1 - b2)*g^2, and their u.
+
+    Of another optimizer's steps u is what they have added to the anchor.
+    """
+    if SPEC.GRAD is None:
+        return 0.0, 0.0, operands.load_weight(b, SPEC) - operands.load_anchor(b, SPEC)
+    else:
+        m, v = operands.load_moments(b, SPEC)
+        m = tl.load(b.scalars_ptr + SCALAR.beta1) * m + tl.load(b.scalars_ptr + SCALAR.one_minus_beta1) * g
+        v = tl.load(b.scalars_ptr + SCALAR.beta2) * v + tl.load(b.scalars_ptr + SCALAR.one_minus_beta2) * (g * g)
+        return m, v, update(b, m, v)

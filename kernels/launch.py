@@ -66,7 +66,7 @@ def _projects_rows(o: Operands, rule: MergeRule) -> bool:
 def _specialization(o: Operands, rule: MergeRule, stats: bool, block: int) -> Specialization:
     """Return which compiled form steps a tensor."""
     numel, row_length, index = o.param.numel(), o.param.shape[1:].numel(), o.shard.elements
-    dtypes = (layout.TL_DTYPE[x.dtype] for x in (o.param, o.grad, o.exp_avg, o.exp_avg_sq))
+    dtypes = (x if x is None else layout.TL_DTYPE[x.dtype] for x in (o.param, o.grad, o.exp_avg, o.exp_avg_sq))
     common = {
         "MASTER": "none" if o.master is None else MASTER[o.master.dtype],
         "STOCHASTIC": rule.rounding == "stochastic",
@@ -85,7 +85,7 @@ def _specialization(o: Operands, rule: MergeRule, stats: bool, block: int) -> Sp
     rows = _projects_rows(o, rule)
     row_programs = rows and not ranked and not stats
     plain = o.anchor is None and not stats
-    wide = o.exp_avg.dtype == o.exp_avg_sq.dtype == torch.float32
+    wide = all(x is not None and x.dtype == torch.float32 for x in (o.exp_avg, o.exp_avg_sq))
     dense += [None if sparse else o.tau, o.tau_dense if rule.project else None, o.anchor and o.anchor.weights]
     return Specialization(
         *dtypes,
@@ -99,6 +99,7 @@ def _specialization(o: Operands, rule: MergeRule, stats: bool, block: int) -> Sp
         PROJECT_ROWS=rows,
         TAU_DENSE=layout.TL_DTYPE[o.tau_dense.dtype] if rule.project and o.tau_dense is not None else None,
         ANCHOR=o.anchor and layout.TL_DTYPE[o.anchor.weights.dtype],
+        KEEPS_ANCHOR=o.anchor is None or o.anchor.kept,
         STATS=stats,
         RANKED=ranked,
         RESUMES=ranked and wide and plain,
@@ -294,7 +295,7 @@ def _identity(o: Operands) -> tuple[Any, ...]:
     """Return all that the tables of a tensor depend on."""
     sparse = (o.tau.mask, o.tau.values) if isinstance(o.tau, SparseTensor) else (o.tau,)
     every = (o.param, o.grad, o.exp_avg, o.exp_avg_sq, o.step, *sparse, o.tau_dense, *(o.anchor or ()), o.master)
-    tensors = [None if tensor is None else (tensor.data_ptr(), tensor.dtype) for tensor in every]
+    tensors = [(x.data_ptr(), x.dtype) if isinstance(x, Tensor) else x for x in every]
     return o.param.shape, o.tensor_id, o.shard, tensors
 
 

@@ -15,8 +15,11 @@ ROUNDING_DOMAIN = tl.constexpr(DOMAIN_ROUNDING)
 
 @triton.jit
 def gradient(b, SPEC: tl.constexpr):
-    """g, unscaled, clipped and turned as the scalars say."""
-    return tl.load(b.scalars_ptr + SCALAR.grad_factor) * memory.load(b, ENTRY.grad, SPEC.GRAD, SPEC).to(tl.float32)
+    """g, unscaled, clipped and turned as the scalars say; 0 where another optimizer has used it up."""
+    if SPEC.GRAD is None:
+        return 0.0
+    else:
+        return tl.load(b.scalars_ptr + SCALAR.grad_factor) * memory.load(b, ENTRY.grad, SPEC.GRAD, SPEC).to(tl.float32)
 
 
 @triton.jit
@@ -29,9 +32,16 @@ def load_moments(b, SPEC: tl.constexpr, OTHER: tl.constexpr = 0):
 
 @triton.jit
 def store_moments(b, m, v, SPEC: tl.constexpr):
-    """Write m and v, each rounded once."""
-    memory.store(b, ENTRY.exp_avg, m, SPEC.EXP_AVG, SPEC)
-    memory.store(b, ENTRY.exp_avg_sq, v, SPEC.EXP_AVG_SQ, SPEC)
+    """Write m and v, each rounded once, where there are any."""
+    if SPEC.EXP_AVG is not None:
+        memory.store(b, ENTRY.exp_avg, m, SPEC.EXP_AVG, SPEC)
+        memory.store(b, ENTRY.exp_avg_sq, v, SPEC.EXP_AVG_SQ, SPEC)
+
+
+@triton.jit
+def load_anchor(b, SPEC: tl.constexpr):
+    """The weights after the last merge."""
+    return memory.load(b, ENTRY.anchor, SPEC.ANCHOR, SPEC).to(tl.float32)
 
 
 @triton.jit

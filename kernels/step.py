@@ -20,8 +20,7 @@ def fresh_update(b, tau_dense, along, SPEC: tl.constexpr):
 @triton.jit
 def since_anchor(b, decayed, u, SPEC: tl.constexpr):
     """Where a merge of step-K starts, c*anchor, and the update since the last one, theta_decayed + u - c*anchor."""
-    anchor = memory.load(b, ENTRY.anchor, SPEC.ANCHOR, SPEC)
-    origin = tl.load(b.scalars_ptr + SCALAR.origin_decay) * anchor.to(tl.float32)
+    origin = tl.load(b.scalars_ptr + SCALAR.origin_decay) * operands.load_anchor(b, SPEC)
     return origin, decayed + u - origin
 
 
@@ -68,6 +67,25 @@ def add_merged(b, u, u_kept, tau_dense, sums_ptr, SPEC: tl.constexpr):
 
 
 @triton.jit
+def merge_at(b, start, u, tau_dense, kth, sums_ptr, SPEC: tl.constexpr):
+    """F(u) ⊕ F(tau), to be added to `start`; statistics count it."""
+    u_kept = sparsified(b, u, kth, SPEC)
+    tau = operands.load_tau(b, tau_dense, SPEC)
+    merged = merge(b, u_kept, tau, SPEC)
+    merge_stats.add_up(b, u, u_kept, tau, merged, start, sums_ptr, SPEC)
+    return merged
+
+
+@triton.jit
+def add_to_anchor(b, u, tau_dense, kth, sums_ptr, SPEC: tl.constexpr):
+    """anchor + (F(u) ⊕ F(tau)) for the u that another optimizer has added to the anchor."""
+    start = operands.load_anchor(b, SPEC)
+    stored = operands.store_weight(b, start, merge_at(b, start, u, tau_dense, kth, sums_ptr, SPEC), SPEC)
+    if SPEC.KEEPS_ANCHOR:
+        memory.store(b, ENTRY.anchor, stored, SPEC.ANCHOR, SPEC)
+
+
+@triton.jit
 def add_since_anchor(b, u, tau_dense, kth, sums_ptr, SPEC: tl.constexpr):
     """A step of step-K: AdamW's between merges; at a merge c*anchor + (F(u since then) ⊕ F(tau))."""
     merges = tl.load(b.scalars_ptr + SCALAR.merges) != 0.0
@@ -75,10 +93,7 @@ def add_since_anchor(b, u, tau_dense, kth, sums_ptr, SPEC: tl.constexpr):
     merged = u
     if merges:
         start, u = since_anchor(b, start, u, SPEC)
-        u_kept = sparsified(b, u, kth, SPEC)
-        tau = operands.load_tau(b, tau_dense, SPEC)
-        merged = merge(b, u_kept, tau, SPEC)
-        merge_stats.add_up(b, u, u_kept, tau, merged, start, sums_ptr, SPEC)
+        merged = merge_at(b, start, u, tau_dense, kth, sums_ptr, SPEC)
     stored = operands.store_weight(b, start, merged, SPEC)
     if merges:
         memory.store(b, ENTRY.anchor, stored, SPEC.ANCHOR, SPEC)
@@ -92,7 +107,9 @@ def step_block(b, along, kth, sums_ptr, SPEC: tl.constexpr):
     operands.store_moments(b, m, v, SPEC)
     # lr = 0 moves the moments and leaves the weights, bit for bit.
     if tl.load(b.scalars_ptr + SCALAR.moves) != 0.0:
-        if SPEC.ANCHOR is not None:
+        if SPEC.GRAD is None:
+            add_to_anchor(b, u, tau_dense, kth, sums_ptr, SPEC)
+        elif SPEC.ANCHOR is not None:
             add_since_anchor(b, u, tau_dense, kth, sums_ptr, SPEC)
         else:
             add_merged(b, u, sparsified(b, u, kth, SPEC), tau_dense, sums_ptr, SPEC)
@@ -101,7 +118,7 @@ def step_block(b, along, kth, sums_ptr, SPEC: tl.constexpr):
 @triton.jit
 def update_since_merge(b, u, SPEC: tl.constexpr):
     """The u that F sees: that of this step, or of all steps since the last merge of step-K."""
-    if SPEC.ANCHOR is not None:
+    if SPEC.ANCHOR is not None and SPEC.GRAD is not None:
         decayed = operands.load_weight(b, SPEC) * tl.load(b.scalars_ptr + SCALAR.decay)
         _, u = since_anchor(b, decayed, u, SPEC)
     return u

@@ -18,13 +18,13 @@ class Operands(NamedTuple):
 
     name: str  # used in error messages
     param: Tensor  # mutated
-    grad: Tensor
-    exp_avg: Tensor  # mutated
-    exp_avg_sq: Tensor  # mutated
+    grad: Tensor | None  # None where another optimizer has taken the step: u is then what came since the anchor
+    exp_avg: Tensor | None  # mutated; None without a gradient
+    exp_avg_sq: Tensor | None  # mutated; None without a gradient
     step: Tensor  # 0-d fp32, the step count; incremented
     tau: Tau  # F(tau); None for a plain AdamW step
     tau_dense: Tensor | None  # tau before F, where something is projected onto it and F(tau) is another
-    anchor: Anchor | None  # of step-K; mutated
+    anchor: Anchor | None  # of step-K, and of another optimizer's steps; mutated
     master: Tensor | None  # fp32, or the int16 low halves of a bf16 parameter; mutated
     tensor_id: int
     shard: Shard
@@ -33,8 +33,8 @@ class Operands(NamedTuple):
         """Return the first rows, which tau has, and the others, which step as plain AdamW: views."""
         parts = []
         for side in (slice(None, rows), slice(rows, None)):
-            tensors = {name: getattr(self, name)[side] for name in ("param", "grad", "exp_avg", "exp_avg_sq")}
-            parts.append(self._replace(**tensors, master=None if self.master is None else self.master[side]))
+            tensors = {name: getattr(self, name) for name in ("param", "grad", "exp_avg", "exp_avg_sq", "master")}
+            parts.append(self._replace(**{name: x if x is None else x[side] for name, x in tensors.items()}))
         first, rest = parts
         anchor = self.anchor and self.anchor._replace(weights=self.anchor.weights[:rows])
         numel = rest.param.numel()

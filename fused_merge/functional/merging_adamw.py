@@ -214,6 +214,11 @@ def _check(o: Operands, rule: MergeRule) -> None:
             f"{o.name}: gradient, states and reference delta must have the parameter's shape "
             f"{tuple(shape)}, got {sorted(shapes)}"
         )
+    if o.grad is None and (o.tau is None or o.anchor is None or rule.project_on == "gradient" and rule.project):
+        raise ValueError(
+            f"{o.name}: without a gradient u is what another optimizer has added to the anchor; pass an anchor and a "
+            "reference delta, and project the update if anything"
+        )
     if rule.project and o.tau_dense is None and isinstance(o.tau, SparseTensor):
         raise ValueError(f"{o.name}: project={rule.project!r} needs the whole reference delta; pass it as dense_taus")
     if o.master is not None:
@@ -235,6 +240,10 @@ def _step_each(share: backend.Share, prepared: PreparedStep) -> list[MergeSums |
     sums: list[MergeSums | None] = []
     for o, scalars in zip(operands, table.unbind(), strict=True):
         s = Scalars(*scalars.to(compute_dtype(o.param.dtype)).unbind())
+        if o.grad is None and share.device.type == "cpu" and not s.advances * s.merges:
+            # Another optimizer has taken the step, and there is nothing to merge.
+            sums.append(None)
+            continue
         terms = merging_adamw(
             o.param,
             o.grad,
