@@ -54,8 +54,11 @@ def bin_shift(span):
 
 
 @triton.jit
-def begin_search(search_ptr, counts_ptr, kth, k, capacity):
-    """Choose the first interval from how many elements lie above the window and in it, and fit in the list."""
+def begin_search(search_ptr, counts_ptr, inside_here, kth, k, capacity):
+    """Choose the first interval from how many elements lie above the window and in it, and fit in the list.
+
+    The counts are of the logical tensor; the list holds what lies in the window of the elements that are here.
+    """
     above, inside = tl.load(counts_ptr), tl.load(counts_ptr + 1)
     tl.store(counts_ptr, above * 0)
     tl.store(counts_ptr + 1, above * 0)
@@ -63,11 +66,11 @@ def begin_search(search_ptr, counts_ptr, kth, k, capacity):
     low, last = low.to(tl.int64), last.to(tl.int64)
     over = above >= k
     hit = (above < k) & (above + inside >= k)
-    listed = hit & (inside <= capacity)
+    listed = hit & (inside_here <= capacity)
     tl.store(search_ptr + SEARCH.low, tl.where(hit, low, tl.where(over, last + 1, 0)))
     tl.store(search_ptr + SEARCH.last, tl.where(hit, last, tl.where(over, LARGEST, low - 1)))
     tl.store(search_ptr + SEARCH.rank, tl.where(hit, k - above, tl.where(over, k, k - above - inside)))
-    tl.store(search_ptr + SEARCH.listed, tl.where(listed, inside, -1))
+    tl.store(search_ptr + SEARCH.listed, tl.where(listed, inside_here, -1))
 
 
 @triton.jit
@@ -150,7 +153,8 @@ def search_kernel(
     tensors_ptr,  # int64 [T, ...]: `TensorEntry`
     scalars_ptr,  # fp32 [T, ...]: `ScalarEntry`
     thresholds_ptr,  # int32 [T], written when the search ends
-    counts_ptr,  # int64 [T, 256], set back to zero
+    counts_ptr,  # int64 [T, 256], of logical tensors; set back to zero
+    counts_here_ptr,  # int64 [T, 256], of the elements that are here
     search_ptr,  # int64 [T, 4]: `SearchEntry`, written
     SPEC: tl.constexpr,
     FIRST: tl.constexpr,
@@ -164,7 +168,9 @@ def search_kernel(
     if scalars.merges(scalars_ptr + index * SCALAR_COLUMNS, SPEC):
         if FIRST:
             kth, k = tl.load(thresholds_ptr + index), tl.load(tensor_ptr + ENTRY.rank)
-            begin_search(own_search_ptr, own_counts_ptr, kth, k, list_capacity(tensor_ptr, SPEC.BLOCK))
+            inside_here = tl.load(counts_here_ptr + index * BINS + 1)
+            capacity = list_capacity(tensor_ptr, SPEC.BLOCK)
+            begin_search(own_search_ptr, own_counts_ptr, inside_here, kth, k, capacity)
         else:
             low = narrow_search(own_search_ptr, own_counts_ptr)
             if LAST:

@@ -2,15 +2,17 @@
 
 A step is a sequence of passes over the tensors of one `Specialization`: the scalars; what the projection needs; for a
 ranked F the marks and the rounds of the search; the step itself. Everything is decided on the device, so that the host
-never waits and a step can be captured in a CUDA graph. The tables are kept, with the last thresholds, in a `Plan`, and
-made again when an address or an option changes.
+never waits and a step can be captured in a CUDA graph. What a pass adds up over sharded tensors is yielded before the
+next one begins, to be added up over the processes. The tables are kept, with the last thresholds, in a `Plan`, and made
+again when an address or an option changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,94 +23,18 @@ from fused_merge.eager.operands import Operands
 from fused_merge.eager.philox import keep_threshold
 from fused_merge.eager.scalars import Hyper
 from fused_merge.eager.sparse import SparseTensor
-from fused_merge.eager.sparsify import RANKED, kept_count
+from fused_merge.eager.sparsify import kept_count
 from fused_merge.kernels import kth_largest, layout, merge_stats, scalars
 from fused_merge.kernels.layout import Programs, Specialization, TensorEntry
 from fused_merge.kernels.merging_adamw import merging_adamw_kernel
-from fused_merge.kernels.projection import ROW_BLOCKS, project_kernel
+from fused_merge.kernels.projection import project_kernel
+from fused_merge.kernels.specialization import specialization
 from fused_merge.kernels.sums import Reduction
+from fused_merge.lockstep import LocalSum, Steps, side_by_side
 from fused_merge.methods import MergeRule
 
-# From this share of kept elements on, groups of neighbors that hold none are too rare to skip.
-SKIPS_UP_TO = 0.1
-MASTER = {torch.float32: "fp32", torch.int16: "split"}
-
-
-def why_unsupported(o: Operands, rule: MergeRule) -> str | None:
-    """Return in a few words why the kernels cannot step this tensor, or None."""
-    floats = {
-        "weights": o.param,
-        "gradients": o.grad,
-        "first moments": o.exp_avg,
-        "second moments": o.exp_avg_sq,
-        "reference deltas": o.tau,
-        "dense reference deltas": o.tau_dense,
-        "anchors": o.anchor and o.anchor.weights,
-    }
-    for what, tensor in floats.items():
-        if tensor is not None and tensor.dtype not in layout.TL_DTYPE:
-            return f"{tensor.dtype} {what} have no kernel"
-    if o.tau is not None and rule.update not in ("none", "random", *RANKED):
-        return f"F {rule.update!r} of the update has no kernel"
-    if isinstance(o.tau, SparseTensor) and o.tau.offsets.dtype != torch.int32:
-        return "a sparse delta with 2^31 kept values has no kernel"
-    if _projects_rows(o, rule) and o.param.shape[1:].numel() > layout.DEFAULT_BLOCK * ROW_BLOCKS.value:
-        return f"rows of {o.param.shape[1:].numel()} elements are too long to project; use project_over='tensor'"
-    return None
-
-
-def _projects_rows(o: Operands, rule: MergeRule) -> bool:
-    """Return whether a tensor is projected over rows and has more than one."""
-    projects = rule.project is not None and rule.project_over == "rows" and o.tau is not None
-    return projects and o.param.ndim > 1 and o.param.shape[0] > 1 and o.param.numel() > 0
-
-
-def _specialization(o: Operands, rule: MergeRule, stats: bool, block: int) -> Specialization:
-    """Return which compiled form steps a tensor."""
-    numel, row_length, index = o.param.numel(), o.param.shape[1:].numel(), o.shard.elements
-    dtypes = (x if x is None else layout.TL_DTYPE[x.dtype] for x in (o.param, o.grad, o.exp_avg, o.exp_avg_sq))
-    common = {
-        "MASTER": "none" if o.master is None else MASTER[o.master.dtype],
-        "STOCHASTIC": rule.rounding == "stochastic",
-        "STRIDED": index.local_inner < numel,
-        "BLOCK": block,
-    }
-    dense = [o.param, o.grad, o.exp_avg, o.exp_avg_sq, o.master]
-    runs = index.offset % 4 == 0 and (
-        index.local_inner >= numel or index.local_inner % 4 == index.global_inner % 4 == 0
-    )
-    if o.tau is None:
-        return Specialization(*dtypes, **common, ALIGNED=layout.is_aligned(dense), QUADS=runs)
-    sparse = isinstance(o.tau, SparseTensor)
-    f_of_u = "none" if rule.reserve_rate == 1.0 else rule.update
-    ranked = f_of_u in RANKED
-    rows = _projects_rows(o, rule)
-    row_programs = rows and not ranked and not stats
-    plain = o.anchor is None and not stats
-    wide = all(x is not None and x.dtype == torch.float32 for x in (o.exp_avg, o.exp_avg_sq))
-    dense += [None if sparse else o.tau, o.tau_dense if rule.project else None, o.anchor and o.anchor.weights]
-    return Specialization(
-        *dtypes,
-        **common,
-        TAU=layout.TL_DTYPE[o.tau.dtype],
-        SPARSE=sparse,
-        SPARSIFY=f_of_u,
-        CONSENSUS=rule.consensus,
-        PROJECT=rule.project,
-        PROJECT_ON=rule.project_on,
-        PROJECT_ROWS=rows,
-        TAU_DENSE=layout.TL_DTYPE[o.tau_dense.dtype] if rule.project and o.tau_dense is not None else None,
-        ANCHOR=o.anchor and layout.TL_DTYPE[o.anchor.weights.dtype],
-        KEEPS_ANCHOR=o.anchor is None or o.anchor.kept,
-        STATS=stats,
-        RANKED=ranked,
-        RESUMES=ranked and wide and plain,
-        ROW_PROGRAMS=row_programs,
-        SKIPS=sparse and plain and f_of_u != "none" and rule.reserve_rate <= SKIPS_UP_TO and o.master is None,
-        # Rows must begin as aligned as the tensor does.
-        ALIGNED=layout.is_aligned(dense) and (not rows or row_length % 8 == 0),
-        QUADS=runs and (not row_programs or row_length % 4 == 0),
-    )
+# A sum for a tensor, by its number in the step.
+Asked: TypeAlias = "tuple[int, LocalSum]"
 
 
 def _entry(
@@ -135,7 +61,8 @@ def _entry(
         anchor_decay=address(o.anchor.decay) if spec.ANCHOR and o.anchor else 0,
         master=address(o.master),
         numel=numel,
-        row_length=o.param.shape[1:].numel() if spec.PROJECT_ROWS else numel,
+        # A tensor without elements has a program, which must find nothing.
+        row_length=o.param.shape[1:].numel() if spec.PROJECT_ROWS and numel else numel,
         first_coefficient=first_coefficient,
         first_block=first_block,
         **o.shard.elements._asdict(),
@@ -143,7 +70,7 @@ def _entry(
         # The table is signed; the kernel reads the 64 bits as they are.
         seed=(seed + 2**63) % 2**64 - 2**63,
         keep_threshold=keep_threshold(rule.reserve_rate),
-        rank=kept_count(numel, rule.reserve_rate),
+        rank=kept_count(o.shard.numel, rule.reserve_rate),
     )
 
 
@@ -159,14 +86,15 @@ class Launch:
         seed: int,
         thresholds: dict[int, Tensor],
     ) -> None:
-        self.members = members
+        self.members = members  # the numbers of its tensors in the step
         self.addresses = [o.param.data_ptr() for o in operands]
         self._spec = spec
         device = operands[0].param.device
         numels = tuple(o.param.numel() for o in operands)
-        heights = [o.param.shape[0] if spec.PROJECT_ROWS else 1 for o in operands]
+        heights = [max(1, o.param.shape[0]) if spec.PROJECT_ROWS else 1 for o in operands]
         blocks = [layout.block_count(numel, spec.BLOCK) for numel in numels]
-        self._coefficients, self._blocks = sum(heights), sum(blocks)
+        self._heights, self._blocks = heights, sum(blocks)
+        self._shards = [o.shard for o in operands]
         firsts = zip(accumulate(heights, initial=0), accumulate(blocks, initial=0), strict=True)
         entries = [_entry(o, spec, rule, seed, *first) for o, first in zip(operands, firsts, strict=False)]
         self._tensors = torch.tensor(entries, dtype=torch.int64).to(device, non_blocking=True)
@@ -181,13 +109,30 @@ class Launch:
             self._counts = torch.zeros(len(operands), kth_largest.BINS.value, dtype=torch.int64, device=device)
             self._groups = layout.split_programs(numels, spec.BLOCK * kth_largest.SEARCH_BLOCKS.value, device)
 
-    def run(self, hyper_entry: Tensor, hyper: Hyper) -> tuple[Tensor, Tensor] | None:
-        """Take the step; return the sums of what merged, fp32 `[T, 4]` and int64 `[T, 5]`, where they are collected."""
-        with torch.cuda.device_of(self._tensors):
-            table = self._scalars(hyper_entry, hyper)
-            coefficients = self._project(table)
-            search, mark_bits = self._search(table, coefficients)
-            return self._step(table, coefficients, search, mark_bits)
+    def run(self, hyper_entry: Tensor, hyper: Hyper) -> Generator[list[Asked], None, tuple[Tensor, Tensor] | None]:
+        """Take the step; return the sums of what merged, fp32 `[T, 4]` and int64 `[T, 5]`, where they are collected.
+
+        All launches of one rule yield equally often, if only nothing, but for those without a delta, which never do.
+        """
+        spec = self._spec
+        table = self._scalars(hyper_entry, hyper)
+        coefficients = self._project(table)
+        if spec.PROJECT is not None:
+            own = coefficients.split(self._heights) if len(coefficients) == sum(self._heights) else ()
+            yield self._ask("rows" if spec.PROJECT_ROWS else "tensor", own)
+        search, mark_bits = yield from self._search(table, coefficients)
+        sums = self._step(table, coefficients, search, mark_bits)
+        if sums is not None:
+            yield [asked for own in sums for asked in self._ask("tensor", own.unbind())]
+        return sums
+
+    def _ask(self, extent: str, local: Sequence[Tensor]) -> list[Asked]:
+        """Return what is to be added up of one local sum for each tensor, with the tensor's number in the step."""
+        return [
+            (member, LocalSum(own, groups))
+            for member, shard, own in zip(self.members, self._shards, local, strict=False)
+            if (groups := shard.summed_over(extent))
+        ]
 
     def _scalars(self, hyper_entry: Tensor, hyper: Hyper) -> Tensor:
         device = self._tensors.device
@@ -196,9 +141,10 @@ class Launch:
         for name in scalars.OWN:
             x, column = getattr(hyper, name), getattr(scalars.HYPER, name)
             own.append(x.to(device, torch.float64) if isinstance(x, Tensor) else hyper_entry[column:])
-        scalars.scalars_kernel[(len(table),)](
-            self._tensors, hyper_entry, *own, table, num_warps=1, enable_fp_fusion=False
-        )
+        with torch.cuda.device_of(table):
+            scalars.scalars_kernel[(len(table),)](
+                self._tensors, hyper_entry, *own, table, num_warps=1, enable_fp_fusion=False
+            )
         return table
 
     def _project(self, table: Tensor) -> Tensor:
@@ -206,11 +152,11 @@ class Launch:
         spec = self._spec
         if spec.PROJECT is None or spec.ROW_PROGRAMS:
             return table
-        out = table.new_empty(self._coefficients if spec.PROJECT_ROWS else self._blocks, 2)
+        out = table.new_empty(sum(self._heights) if spec.PROJECT_ROWS else self._blocks, 2)
         layout.launch(project_kernel, self._row_programs, self._tensors, table, out, spec=spec)
         return out if spec.PROJECT_ROWS else self._add_up(out)
 
-    def _search(self, table: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    def _search(self, table: Tensor, coefficients: Tensor) -> Generator[list[Asked], None, tuple[Tensor, Tensor]]:
         """Find the thresholds of a ranked F; return the state of the search and the marks."""
         if self.thresholds is None:
             return self._tensors, self._programs.ends
@@ -221,17 +167,20 @@ class Launch:
             kth_largest.mark_kernel, self._programs, tensors, table, coefficients, self.thresholds, counts, mark_bits,
             patterns, spec=spec,
         )  # fmt: skip
+        counts_here = counts.clone() if any(shard.groups for shard in self._shards) else counts
         for finished in range(kth_largest.ROUNDS + 1):
             if finished:
                 layout.launch(
                     kth_largest.count_kernel, self._groups, tensors, table, coefficients, counts, search, patterns,
                     spec=spec,
                 )  # fmt: skip
-            kth_largest.search_kernel[(len(tensors),)](
-                tensors, table, self.thresholds, counts, search, SPEC=spec,
-                FIRST=finished == 0, LAST=finished == kth_largest.ROUNDS,
-                num_warps=layout.NUM_WARPS, enable_fp_fusion=False,
-            )  # fmt: skip
+            yield self._ask("tensor", counts.unbind())
+            with torch.cuda.device_of(tensors):
+                kth_largest.search_kernel[(len(tensors),)](
+                    tensors, table, self.thresholds, counts, counts_here, search, SPEC=spec,
+                    FIRST=finished == 0, LAST=finished == kth_largest.ROUNDS,
+                    num_warps=layout.NUM_WARPS, enable_fp_fusion=False,
+                )  # fmt: skip
         return search, mark_bits
 
     def _step(
@@ -265,12 +214,19 @@ class Plan:
         self._hyper: layout.Remembered[Tensor] = layout.Remembered()
 
     def launches(
-        self, operands: Sequence[Operands], rule: MergeRule, seed: int, stats: bool, block: int
+        self,
+        operands: Sequence[Operands],
+        numbers: Sequence[int],
+        rule: MergeRule,
+        seed: int,
+        stats: bool,
+        block: int,
     ) -> list[Launch]:
-        """Return the launches of these tensors, made again if anything about them has changed."""
+        """Return the launches of the tensors of these numbers, made again if anything about them has changed."""
+        own = [operands[number] for number in numbers]
 
         def make() -> list[Launch]:
-            groups = layout.group(_specialization(o, rule, stats, block) for o in operands)
+            groups = layout.group(specialization(o, rule, stats, block) for o in own)
             thresholds = {
                 address: threshold
                 for launch in self._launches
@@ -278,11 +234,11 @@ class Plan:
                 for address, threshold in zip(launch.addresses, launch.thresholds, strict=True)
             }
             return [
-                Launch(spec, members, [operands[i] for i in members], rule, seed, thresholds)
+                Launch(spec, [numbers[i] for i in members], [own[i] for i in members], rule, seed, thresholds)
                 for spec, members in groups.items()
             ]
 
-        self._launches = self._tables.get((rule, seed, stats, block, [_identity(o) for o in operands]), make)
+        self._launches = self._tables.get((rule, seed, stats, block, [_identity(o) for o in own], numbers), make)
         return self._launches
 
     def hyper_entry(self, hyper: Hyper, rule: MergeRule, device: torch.device) -> Tensor:
@@ -325,7 +281,7 @@ def prepare(
 ) -> PreparedLaunches:
     """Make ready to step tensors on one device, in one sequence of launches for all that share a `Specialization`.
 
-    Tensors that are not contiguous are stepped as contiguous copies, one at a time.
+    Tensors that are not contiguous are stepped as contiguous copies, whole ones one at a time.
 
     Args:
         operands: of T tensors.
@@ -349,26 +305,53 @@ def prepare(
         hyper = hyper._replace(**{field: float(x) for field, x in tensors.items() if x.device.type == "cpu"})
     plan = plan or Plan()
     hyper_entry = plan.hyper_entry(hyper, rule, device)
-    launches = plan.launches([operands[i] for i in contiguous], rule, seed, stats, block)
+    launches = plan.launches(operands, contiguous, rule, seed, stats, block)
     return PreparedLaunches(operands, rule, hyper, seed, stats, block, contiguous, hyper_entry, launches)
 
 
-def run(prepared: PreparedLaunches) -> list[MergeSums | None]:
+def run(prepared: PreparedLaunches) -> Steps[list[MergeSums | None]]:
     """Take a prepared step; mutates the operands as `Operands` says.
 
     Returns:
         T sums if asked for, else T times None; None for tensors without a delta. They mean something only where a
         step has merged.
     """
-    operands, contiguous = prepared.operands, prepared.contiguous
-    gathered: list[MergeSums | None] = [None] * len(operands)
-    for launch in prepared.launches:
-        sums = launch.run(prepared.hyper_entry, prepared.hyper)
-        for position, member in enumerate(launch.members):
-            own = sums and MergeSums(*sums[0][position].unbind(), *sums[1][position].unbind())
-            gathered[contiguous[member]] = own
-    for i in set(range(len(operands))) - set(contiguous):
-        gathered[i] = _step_copy(operands[i], prepared)
+    operands = prepared.operands
+    copied = [i for i in range(len(operands)) if i not in set(prepared.contiguous)]
+    # Copies of sharded tensors take part in the sums of all others, other copies need not live at the same time.
+    together = [i for i in copied if operands[i].shard.groups]
+    sums = yield from _run_launches(prepared, prepared.launches, together)
+    for i in copied:
+        if i not in together:
+            sums |= yield from _run_launches(prepared, [], [i])
+    return [sums.get(i) for i in range(len(operands))]
+
+
+def _run_launches(
+    step: PreparedLaunches, launches: Sequence[Launch], copied: Sequence[int]
+) -> Steps[dict[int, MergeSums | None]]:
+    """Run launches, and those for contiguous copies of some tensors, and copy back what these have mutated."""
+    operands = [_contiguous(o) if i in copied else o for i, o in enumerate(step.operands)]
+    if copied:
+        launches = [*launches, *Plan().launches(operands, copied, step.rule, step.seed, step.stats, step.block)]
+    running = side_by_side([launch.run(step.hyper_entry, step.hyper) for launch in launches])
+    while True:
+        try:
+            asked = next(running)
+        except StopIteration as end:
+            sums = end.value
+            break
+        # How tensors share launches depends on addresses; processes must ask in the same order.
+        yield [local_sum for _, local_sum in sorted(asked, key=itemgetter(0))]
+    gathered: dict[int, MergeSums | None] = {}
+    for launch, own in zip(launches, sums, strict=True):
+        for position, number in enumerate(launch.members):
+            gathered[number] = own and MergeSums(*own[0][position].unbind(), *own[1][position].unbind())
+    for i in copied:
+        written = zip(_dense(step.operands[i], written_only=True), _dense(operands[i], written_only=True), strict=True)
+        for original, stepped in written:
+            if original is not stepped:
+                original.copy_(stepped)
     return gathered
 
 
@@ -379,17 +362,12 @@ def _dense(o: Operands, *, written_only: bool = False) -> list[Tensor]:
     return [x for x in (*written, *read) if isinstance(x, Tensor)]
 
 
-def _step_copy(o: Operands, step: PreparedLaunches) -> MergeSums | None:
-    """Step a contiguous copy of a tensor and copy back what is mutated."""
+def _contiguous(o: Operands) -> Operands:
+    """Return operands whose tensors are contiguous, copied where they are not."""
 
     def contiguous(x: Any) -> Any:
         if isinstance(x, Anchor):
             return Anchor(*map(contiguous, x))
         return x.contiguous() if isinstance(x, Tensor) else x
 
-    copy = Operands(*map(contiguous, o))
-    (sums,) = run(prepare([copy], step.rule, step.hyper, seed=step.seed, stats=step.stats, block=step.block))
-    for original, stepped in zip(_dense(o, written_only=True), _dense(copy, written_only=True), strict=True):
-        if original is not stepped:
-            original.copy_(stepped)
-    return sums
+    return Operands(*map(contiguous, o))

@@ -10,7 +10,7 @@ from fused_merge.kernels.layout import SCALAR
 
 # Inner products are block sums for `sums.Reduction`; counts are added up where they are.
 PRODUCTS = tl.constexpr(4)
-COUNTS = tl.constexpr(5)
+COUNTS = tl.constexpr(6)
 
 
 @triton.jit
@@ -31,14 +31,19 @@ def add_up(b, u, u_kept, tau, merged, start, sums_ptr, SPEC: tl.constexpr):
         merged = memory.or_zero(b, merged)
         update_weight = tl.load(b.scalars_ptr + SCALAR.update_weight)
         CONSENSUS: tl.constexpr = SPEC.CONSENSUS
-        without = consensus.merge(u_kept, tau, update_weight, 0.0, CONSENSUS)
-        changed = rounding.nearest(start + merged, STORED) != rounding.nearest(start + without, STORED)
+        tau_weight = tl.load(b.scalars_ptr + SCALAR.tau_weight)
+        weight = rounding.nearest(start + merged, STORED)
+        only_u = consensus.merge(u_kept, tau, update_weight, 0.0, CONSENSUS)
+        only_tau = consensus.merge(u_kept, tau, 0.0, tau_weight, CONSENSUS)
+        tau_changed = weight != rounding.nearest(start + only_u, STORED)
+        u_changed = weight != rounding.nearest(start + only_tau, STORED)
         both = (u != 0) & (tau != 0)
         count(u_kept != 0, counts_ptr + 0)
         count(tau != 0, counts_ptr + 1)
         count(both, counts_ptr + 2)
         count(both & ((u > 0) != (tau > 0)), counts_ptr + 3)
-        count((tau != 0) & (changed == 0), counts_ptr + 4)
+        count((tau != 0) & (tau_changed == 0), counts_ptr + 4)
+        count((u_kept != 0) & (u_changed == 0), counts_ptr + 5)
         tl.store(products_ptr + 0, sums.tree(u * u, SPEC.BLOCK))
         tl.store(products_ptr + 1, sums.tree(tau * tau, SPEC.BLOCK))
         tl.store(products_ptr + 2, sums.tree(merged * merged, SPEC.BLOCK))

@@ -25,6 +25,7 @@ class MergeStats(NamedTuple):
     norm_tau: Tensor  # of F(tau), unscaled
     norm_merged: Tensor
     lost: Tensor  # share of the kept entries of tau whose addition changed no bit of the weight
+    lost_u: Tensor  # the same of u
 
 
 class MergeSums(NamedTuple):
@@ -39,24 +40,28 @@ class MergeSums(NamedTuple):
     both: Tensor  # u and F(tau) are not zero
     opposed: Tensor  # of these, those of opposite signs
     unchanged: Tensor  # of the kept entries of tau, those whose addition changed no bit
+    unchanged_u: Tensor  # of the kept entries of u, the same
 
 
 def merge_sums(terms: Terms, s: Scalars, rule: MergeRule, stored: torch.dtype) -> MergeSums:
     """Add up one merge; `stored` is the dtype of the weight, or of its master where it has one."""
     u, tau = terms.u, terms.tau
-    both, kept_tau = (u != 0) & (tau != 0), tau != 0
-    without = CONSENSUS[rule.consensus](terms.u_kept, tau, s.update_weight, 0.0)
-    unchanged = (terms.start + terms.merged).to(stored) == (terms.start + without).to(stored)
+    both, kept_u, kept_tau = (u != 0) & (tau != 0), terms.u_kept != 0, tau != 0
+    consensus = CONSENSUS[rule.consensus]
+    only_u = consensus(terms.u_kept, tau, s.update_weight, 0.0)
+    only_tau = consensus(terms.u_kept, tau, 0.0, s.tau_weight)
+    weight, with_u, with_tau = ((terms.start + step).to(stored) for step in (terms.merged, only_u, only_tau))
     return MergeSums(
         u_u=inner_product(u, u),
         tau_tau=inner_product(tau, tau),
         merged_merged=inner_product(terms.merged, terms.merged),
         u_tau=inner_product(u, tau),
-        kept_u=(terms.u_kept != 0).sum(),
+        kept_u=kept_u.sum(),
         kept_tau=kept_tau.sum(),
         both=both.sum(),
         opposed=(both & ((u > 0) != (tau > 0))).sum(),
-        unchanged=(kept_tau & unchanged).sum(),
+        unchanged=(kept_tau & (weight == with_u)).sum(),
+        unchanged_u=(kept_u & (weight == with_tau)).sum(),
     )
 
 
@@ -73,6 +78,7 @@ def merge_stats(sums: MergeSums, numel: int) -> MergeStats:
         norm_tau=norm_tau,
         norm_merged=norm_merged,
         lost=sums.unchanged / sums.kept_tau.clamp(min=1),
+        lost_u=sums.unchanged_u / sums.kept_u.clamp(min=1),
     )
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from fused_merge.eager import adamw, consensus, rounding
 from fused_merge.eager.philox import MaskKey
 from fused_merge.eager.precision import compute_dtype
-from fused_merge.eager.projection import project
+from fused_merge.eager.projection import products, project
 from fused_merge.eager.scalars import Scalars
-from fused_merge.eager.sparsify import SPARSIFY
+from fused_merge.eager.sparsify import RANKED, SPARSIFY
 from fused_merge.methods import MergeRule
 
 CONSENSUS: dict[str, Callable[[Tensor, Tensor, consensus.Weight, consensus.Weight], Tensor]] = {
@@ -39,7 +39,7 @@ class Anchor(NamedTuple):
     """What a merge starts from: the weights after the last one."""
 
     weights: Tensor  # in the precision of the master
-    decay: Tensor | None = None  # 0-d: the product of (1 - lr*wd) since then; None is 1
+    decay: Tensor | None = None  # 0-d: the product of (1 - lr*wd) since then; None where another optimizer steps
     kept: bool = True  # the weights after this merge become the next anchor
 
 
@@ -65,6 +65,8 @@ def merging_adamw_(
     *,
     anchor: Anchor | None = None,
     master: Tensor | None = None,
+    along: Tensor | None = None,
+    kth: Tensor | None = None,
     keep_terms: bool = False,
 ) -> Terms | None:
     """Advance `param` and its state by one merged AdamW step, in place.
@@ -82,34 +84,31 @@ def merging_adamw_(
         anchor: for merges at every K-th step and those of another optimizer's update; mutated. None merges at every
             step. Unused without a delta.
         master: fp32 copy of a 16-bit `param`, or int16 low halves of a bf16 one; mutated.
+        along: `projected_products` of the logical tensor, where these are shards of it.
+        kth: the pattern of the k-th largest magnitude of its u, the same.
         keep_terms: return what was merged, if there is a delta.
     """
     compute = compute_dtype(param.dtype)
     anchor = anchor if delta is not None else None
     flags = (s.advances, s.advances * s.moves, s.merges)
     advances, moves, merges = (torch.as_tensor(flag, device=param.device) != 0 for flag in flags)
-    start, terms = _load(param, master, compute), None
     if grad is None or exp_avg is None or exp_avg_sq is None:
-        # What this step adds is there already.
-        u = torch.zeros_like(start)
+        assert anchor is not None
+        start, moves = anchor.weights.to(compute), moves & merges
+        u = projected(added_elsewhere(param, anchor, master, compute), delta, rule, "update", along)
     else:
-        g = _projected(s.grad_factor * grad.to(compute), delta, rule, "gradient")
-        m, v = adamw.moments(g, exp_avg.to(compute), exp_avg_sq.to(compute), s)
-        u, start = _projected(adamw.update(m, v, s), delta, rule, "update"), start * s.decay
+        m, v, u = fresh_update(grad, exp_avg, exp_avg_sq, delta, s, rule, compute, along)
+        start = _load(param, master, compute) * s.decay
         _write(exp_avg, m, advances)
         _write(exp_avg_sq, v, advances)
-    merged = u
+    merged, terms = u, None
     if delta is not None:
-        if anchor is not None:
+        if anchor is not None and anchor.decay is not None:
             # A merge starts from c*anchor and takes what came since; between merges this is plain AdamW.
-            origin = anchor.weights.to(compute)
-            if anchor.decay is not None:
-                origin = (anchor.decay * s.decay) * origin
-            start, u = torch.where(merges, origin, start), torch.where(merges, start + u - origin, u)
-            if grad is None:
-                u = _projected(u, delta, rule, "update")
+            origin, since = _since_anchor(start, u, anchor, s)
+            start, u = torch.where(merges, origin, start), torch.where(merges, since, u)
         tau = delta.tau.to(compute)
-        u_kept = SPARSIFY[rule.update](u, rule.reserve_rate, key)
+        u_kept = SPARSIFY[rule.update](u, rule.reserve_rate, key) if kth is None else RANKED[rule.update](u, kth)
         merged = CONSENSUS[rule.consensus](u_kept, tau, s.update_weight, s.tau_weight)
         if anchor is not None:
             merged = torch.where(merges, merged, u)
@@ -134,12 +133,61 @@ def merging_adamw_(
     return terms
 
 
-def _projected(x: Tensor, delta: Delta | None, rule: MergeRule, on: str) -> Tensor:
+def added_elsewhere(param: Tensor, anchor: Anchor, master: Tensor | None, compute: torch.dtype) -> Tensor:
+    """Return what another optimizer has added to the anchor: its u."""
+    return _load(param, master, compute) - anchor.weights.to(compute)
+
+
+def fresh_update(
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    delta: Delta | None,
+    s: Scalars,
+    rule: MergeRule,
+    compute: torch.dtype,
+    along: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the moments after this step and u, with what is projected projected; nothing is changed."""
+    g = projected(s.grad_factor * grad.to(compute), delta, rule, "gradient", along)
+    m, v = adamw.moments(g, exp_avg.to(compute), exp_avg_sq.to(compute), s)
+    return m, v, projected(adamw.update(m, v, s), delta, rule, "update", along)
+
+
+def projected(x: Tensor, delta: Delta | None, rule: MergeRule, on: str, along: Tensor | None) -> Tensor:
     """Return a gradient or an update, projected if the rule projects it."""
     if delta is None or delta.tau_dense is None or rule.project is None or rule.project_on != on:
         return x
-    tau, rows = delta.tau_dense.to(x.dtype), rule.project_over == "rows"
-    return project(x, tau, rule.project, strength=rule.project_strength, rows=rows, ascent=on == "gradient")
+    tau, rows, how, ascent = delta.tau_dense.to(x.dtype), rule.project_over == "rows", rule.project, on == "gradient"
+    return project(x, tau, how, strength=rule.project_strength, rows=rows, ascent=ascent, along=along)
+
+
+def projected_products(
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    tau: Tensor,
+    s: Scalars,
+    rule: MergeRule,
+    compute: torch.dtype,
+) -> Tensor:
+    """Return <x, tau> and <tau, tau> of what a step projects, as `projection.products`; nothing is changed."""
+    x = s.grad_factor * grad.to(compute)
+    if rule.project_on == "update":
+        x = adamw.update(*adamw.moments(x, exp_avg.to(compute), exp_avg_sq.to(compute), s), s)
+    return products(x, tau.to(compute), rows=rule.project_over == "rows")
+
+
+def update_since_merge(u: Tensor, param: Tensor, anchor: Anchor | None, master: Tensor | None, s: Scalars) -> Tensor:
+    """Return the u that F sees at a merge: that of this step, or of all steps since the last merge of step-K."""
+    return u if anchor is None else _since_anchor(_load(param, master, u.dtype) * s.decay, u, anchor, s)[1]
+
+
+def _since_anchor(decayed: Tensor, u: Tensor, anchor: Anchor, s: Scalars) -> tuple[Tensor, Tensor]:
+    """Return where a merge of step-K starts, c*anchor, and the update since the last one."""
+    assert anchor.decay is not None
+    origin = (anchor.decay * s.decay) * anchor.weights.to(u.dtype)
+    return origin, decayed + u - origin
 
 
 def _load(param: Tensor, master: Tensor | None, compute: torch.dtype) -> Tensor:

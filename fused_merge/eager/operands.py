@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -34,7 +34,8 @@ class Operands(NamedTuple):
         parts = []
         for side in (slice(None, rows), slice(rows, None)):
             tensors = {name: getattr(self, name) for name in ("param", "grad", "exp_avg", "exp_avg_sq", "master")}
-            parts.append(self._replace(**{name: x if x is None else x[side] for name, x in tensors.items()}))
+            cut: dict[str, Any] = {name: x if x is None else x[side] for name, x in tensors.items()}
+            parts.append(self._replace(**cut))
         first, rest = parts
         anchor = self.anchor and self.anchor._replace(weights=self.anchor.weights[:rows])
         numel = rest.param.numel()

@@ -15,7 +15,21 @@ from fused_merge.eager.sums import inner_product
 RESIDUE = 2.0**-20
 
 
-def project(x: Tensor, tau: Tensor, how: str, *, strength: float, rows: bool, ascent: bool) -> Tensor:
+def products(x: Tensor, tau: Tensor, *, rows: bool) -> Tensor:
+    """Return <x, tau> and <tau, tau>, `[2]`; with `rows` one for each index along dim 0, `[2, rows, 1, ...]`."""
+    return torch.stack((inner_product(x, tau, rows=rows), inner_product(tau, tau, rows=rows)))
+
+
+def project(
+    x: Tensor,
+    tau: Tensor,
+    how: str,
+    *,
+    strength: float,
+    rows: bool,
+    ascent: bool,
+    along: Tensor | None = None,
+) -> Tensor:
     """Project x with c = <x, tau> / <tau, tau>, over the whole tensor or over each row; no change where tau is 0.
 
     Args:
@@ -26,8 +40,9 @@ def project(x: Tensor, tau: Tensor, how: str, *, strength: float, rows: bool, as
         strength: s of `"onto"`.
         rows: one coefficient for each index along dim 0; tensors of fewer than two dimensions are one row.
         ascent: x points uphill, as a gradient does: the step goes along -x.
+        along: `products` of the logical tensor, where x and tau are a shard of it.
     """
-    dot, norm = inner_product(x, tau, rows=rows), inner_product(tau, tau, rows=rows)
+    dot, norm = products(x, tau, rows=rows) if along is None else along
     direction = norm > 0
     component = torch.where(direction, dot / torch.where(direction, norm, 1.0), 0.0) * tau
     if how == "onto":

@@ -45,6 +45,10 @@ class Shard(NamedTuple):
         """Return the shard that is all of a tensor."""
         return cls(ShardIndex.whole(prod(shape)), shape)
 
+    def summed_over(self, extent: str) -> tuple[ProcessGroup, ...]:
+        """Return the groups over which sums over the `"tensor"`, or its `"rows"`, are added up."""
+        return self.row_groups if extent == "rows" and self.has_rows else self.groups
+
     @property
     def numel(self) -> int:
         """Elements of the logical tensor."""

@@ -40,7 +40,7 @@ def magnitude(x: Tensor, rate: float, key: MaskKey) -> Tensor:
     """
     if rate == 1.0 or x.numel() == 0:
         return x
-    return torch.where(pattern(x) >= kth_largest(x, rate), x, 0.0)
+    return keep_from(x, kth_largest(x, rate))
 
 
 def soft_threshold(x: Tensor, rate: float, key: MaskKey) -> Tensor:
@@ -51,7 +51,17 @@ def soft_threshold(x: Tensor, rate: float, key: MaskKey) -> Tensor:
     """
     if rate == 1.0 or x.numel() == 0:
         return x
-    threshold = kth_largest(x, rate).view(x.dtype)
+    return shrink_by(x, kth_largest(x, rate))
+
+
+def keep_from(x: Tensor, kth: Tensor) -> Tensor:
+    """Keep what is at least as large as the threshold, a 0-d pattern."""
+    return torch.where(pattern(x) >= kth, x, 0.0)
+
+
+def shrink_by(x: Tensor, kth: Tensor) -> Tensor:
+    """Shrink every magnitude by the threshold, a 0-d pattern."""
+    threshold = kth.view(x.dtype)
     # An infinite or NaN threshold would turn all that is finite into NaN.
     shrunk = torch.where(x.abs() > threshold, x - threshold.copysign(x), 0.0)
     return torch.where(x.isnan(), x, shrunk)
@@ -63,8 +73,8 @@ SPARSIFY: dict[str, Callable[[Tensor, float, MaskKey], Tensor]] = {
     "magnitude": magnitude,
     "soft_threshold": soft_threshold,
 }
-# Those that compare with the k-th largest magnitude of the tensor.
-RANKED = ("magnitude", "soft_threshold")
+# Those that compare with the k-th largest magnitude of the tensor, given it.
+RANKED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"magnitude": keep_from, "soft_threshold": shrink_by}
 
 
 def kept_count(numel: int, rate: float) -> int:

@@ -24,14 +24,14 @@ from fused_merge.eager.shard import ShardIndex
 logger = logging.getLogger("fused_merge")
 
 
-def merging_adamw_(*arguments: Any, anchor: Anchor | None, master: Tensor | None, keep_terms: bool) -> Terms | None:
+def merging_adamw_(*arguments: Any, anchor: Anchor | None, master: Tensor | None, **options: Any) -> Terms | None:
     """Do what `fused_merge.eager.merging_adamw.merging_adamw_` does, compiled when it is first needed."""
     *tensors, delta, s, rule, key = arguments
     numel = tensors[0].numel()
     if numel < 2 or tensors[0].dtype == torch.float64:
         # Sizes 0 and 1 would be compiled for themselves. And torch's own fp64 square root may be a unit in the last
         # place off where Inductor's is not: fp64 is defined by the eager code.
-        return eager_merging_adamw_(*arguments, anchor=anchor, master=master, keep_terms=keep_terms)
+        return eager_merging_adamw_(*arguments, anchor=anchor, master=master, **options)
     key = key._replace(shard=key.shard or ShardIndex.whole(numel))
     every = [t for t in (*tensors, *(delta or ()), anchor and anchor.weights, master) if t is not None]
     if not (rule.project and rule.project_over == "rows") and all(t.is_contiguous() for t in every):
@@ -41,7 +41,7 @@ def merging_adamw_(*arguments: Any, anchor: Anchor | None, master: Tensor | None
         anchor = anchor and anchor._replace(weights=anchor.weights.view(-1))
         master = None if master is None else master.view(-1)
     step: Callable[..., Terms | None] = _compiled_step()
-    return step(*tensors, delta, s, rule, key, anchor=anchor, master=master, keep_terms=keep_terms)
+    return step(*tensors, delta, s, rule, key, anchor=anchor, master=master, **options)
 
 
 def interpolate_(base: Tensor, tuned: Tensor, ratios: Sequence[float], outs: Sequence[Tensor]) -> None:

@@ -7,23 +7,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fused_merge.eager.merge_stats import MergeStats, MergeSums, merge_stats, merge_sums
-from fused_merge.eager.merging_adamw import Anchor, Delta
+from fused_merge.eager.merging_adamw import (
+    Anchor,
+    Delta,
+    added_elsewhere,
+    fresh_update,
+    projected,
+    projected_products,
+    update_since_merge,
+)
 from fused_merge.eager.merging_adamw import merging_adamw_ as eager_merging_adamw_
 from fused_merge.eager.operands import Operands, Tau
 from fused_merge.eager.philox import DOMAIN_UPDATE, MaskKey
 from fused_merge.eager.precision import compute_dtype
+from fused_merge.eager.projection import products
 from fused_merge.eager.scalars import Hyper, Scalars, derive_scalars, scalar_table
 from fused_merge.eager.shard import Shard, ShardIndex
 from fused_merge.eager.sparse import SparseTensor
 from fused_merge.eager.sparsify import RANKED
 from fused_merge.functional import backend, compiled
+from fused_merge.functional.kth_largest import kth_largest
 from fused_merge.functional.workspace import Workspace
+from fused_merge.lockstep import LocalSum, Steps, finish, side_by_side
 from fused_merge.methods import MergeRule
 
 
@@ -50,7 +62,8 @@ def step_(
 ) -> list[MergeStats | None]:
     """Do what `merging_adamw_` does, for what that takes as lists in one list of operands."""
     workspace = workspace or Workspace()
-    return take(prepare(operands, rule=rule, hyper=hyper, seed=seed, stats=stats, workspace=workspace, impl=impl))
+    prepared = prepare(operands, rule=rule, hyper=hyper, seed=seed, stats=stats, workspace=workspace, impl=impl)
+    return take(prepared)[0]
 
 
 @torch.no_grad()
@@ -72,9 +85,9 @@ def prepare(
     chosen = backend.choose(impl, params, worth_compiling=True)
     reasons: Sequence[str | None] = [None] * len(operands)
     if "triton" in chosen.values():
-        from fused_merge.kernels import launch
+        from fused_merge.kernels import launch, specialization
 
-        reasons = [launch.why_unsupported(o, rule) for o in operands]
+        reasons = [specialization.why_unsupported(o, rule) for o in operands]
     shares: list[tuple[backend.Share, Any]] = []
     for share in backend.group(impl, chosen, params, [o.name for o in operands], reasons):
         launches = None
@@ -87,22 +100,28 @@ def prepare(
 
 
 @torch.no_grad()
-def take(prepared: PreparedStep) -> list[MergeStats | None]:
-    """Take a prepared step; returns what `merging_adamw_` does."""
+def take(*prepared: PreparedStep) -> list[list[MergeStats | None]]:
+    """Take prepared steps side by side; returns for each what `merging_adamw_` does."""
+    return finish(side_by_side([_taking(step) for step in prepared]))
+
+
+def _taking(prepared: PreparedStep) -> Steps[list[MergeStats | None]]:
     operands, hyper = prepared.operands, prepared.hyper
     steps = [o.step for o in operands]
     torch._foreach_add_(steps, 1.0)
-    sums: dict[int, MergeSums | None] = {}
+    serving = []
     for share, launches in prepared.shares:
         if share.backend == "triton":
             from fused_merge.kernels import launch
 
-            own = launch.run(launches)
+            serving.append(launch.run(launches))
         else:
-            own = _step_each(share, prepared)
+            serving.append(_step_each(share, prepared))
+    sums: dict[int, MergeSums | None] = {}
+    for (share, _), own in zip(prepared.shares, (yield from side_by_side(serving)), strict=True):
         sums.update(zip(share.members, own, strict=True))
     gathered = [
-        merge_stats(entry, o.param.numel()) if (entry := sums[i]) is not None and _merges(o, hyper) else None
+        merge_stats(entry, o.shard.numel) if (entry := sums[i]) is not None and _merges(o, hyper) else None
         for i, o in enumerate(operands)
     ]
     _take_back(steps, hyper.found_inf)
@@ -219,6 +238,8 @@ def _check(o: Operands, rule: MergeRule) -> None:
             f"{o.name}: without a gradient u is what another optimizer has added to the anchor; pass an anchor and a "
             "reference delta, and project the update if anything"
         )
+    if rule.project and rule.project_over == "rows" and o.shard.cuts_rows and o.tau is not None and o.shard.has_rows:
+        raise ValueError(f"{o.name}: the shards cut through rows, which cannot be projected; use project_over='tensor'")
     if rule.project and o.tau_dense is None and isinstance(o.tau, SparseTensor):
         raise ValueError(f"{o.name}: project={rule.project!r} needs the whole reference delta; pass it as dense_taus")
     if o.master is not None:
@@ -232,16 +253,32 @@ def _check(o: Operands, rule: MergeRule) -> None:
             raise ValueError(f"{o.name}: a weight with a master is rounded to nearest; use rounding='nearest'")
 
 
-def _step_each(share: backend.Share, prepared: PreparedStep) -> list[MergeSums | None]:
-    """Step tensors of one device one after the other; return what they merged, where it is asked for."""
+def _step_each(share: backend.Share, prepared: PreparedStep) -> Steps[list[MergeSums | None]]:
+    """Step tensors of one device one after the other; return what they merged, where it is asked for.
+
+    What a step needs to know of the whole of a sharded tensor is found first, of all such tensors together.
+    """
     merging_adamw = compiled.merging_adamw_ if share.backend == "compiled" else eager_merging_adamw_
     operands, rule = [prepared.operands[i] for i in share.members], prepared.rule
     table = scalar_table([o.step for o in operands], prepared.hyper, share.device)
+    scalars = [
+        Scalars(*entry.to(compute_dtype(o.param.dtype)).unbind())
+        for o, entry in zip(operands, table.unbind(), strict=True)
+    ]
+    sharded = [i for i, o in enumerate(operands) if o.shard.groups and o.tau is not None]
+    along: dict[int, Tensor] = {}
+    if rule.project is not None:
+        along = {i: _products(operands[i], scalars[i], rule) for i in sharded}
+        yield [LocalSum(along[i], operands[i].shard.summed_over(rule.project_over)) for i in sharded]
+    kths: dict[int, Tensor] = {}
+    if rule.update in RANKED and rule.reserve_rate < 1.0:
+        updates = {i: partial(_update, operands[i], scalars[i], rule, along.get(i)) for i in sharded}
+        found = yield from kth_largest(updates.values(), [operands[i].shard for i in sharded], rule.reserve_rate)
+        kths = dict(zip(sharded, found, strict=True))
     sums: list[MergeSums | None] = []
-    for o, scalars in zip(operands, table.unbind(), strict=True):
-        s = Scalars(*scalars.to(compute_dtype(o.param.dtype)).unbind())
-        if o.grad is None and share.device.type == "cpu" and not s.advances * s.merges:
-            # Another optimizer has taken the step, and there is nothing to merge.
+    for i, (o, s) in enumerate(zip(operands, scalars, strict=True)):
+        if o.grad is None and i not in sharded and share.device.type == "cpu" and not s.advances * s.merges:
+            # Another optimizer has taken the step, and there is nothing to merge. The host can tell on a CPU.
             sums.append(None)
             continue
         terms = merging_adamw(
@@ -255,11 +292,39 @@ def _step_each(share: backend.Share, prepared: PreparedStep) -> list[MergeSums |
             MaskKey(prepared.seed, s.step, o.tensor_id, DOMAIN_UPDATE, o.shard.elements),
             anchor=o.anchor,
             master=o.master,
+            along=along.get(i),
+            kth=kths.get(i),
             keep_terms=prepared.stats,
         )
         stored = o.param.dtype if o.master is None else torch.float32
         sums.append(terms and merge_sums(terms, s, rule, stored))
+    if prepared.stats:
+        # Some are integers: counts.
+        yield [LocalSum(x, operands[i].shard.groups) for i in sharded for x in sums[i] or ()]
     return sums
+
+
+def _products(o: Operands, s: Scalars, rule: MergeRule) -> Tensor:
+    """Return the local sums that the projection of a tensor needs."""
+    tau = o.tau_dense if o.tau_dense is not None else o.tau
+    assert isinstance(tau, Tensor)
+    compute = compute_dtype(o.param.dtype)
+    if o.grad is None or o.exp_avg is None or o.exp_avg_sq is None:
+        assert o.anchor is not None
+        u = added_elsewhere(o.param, o.anchor, o.master, compute)
+        return products(u, tau.to(compute), rows=rule.project_over == "rows")
+    return projected_products(o.grad, o.exp_avg, o.exp_avg_sq, tau, s, rule, compute)
+
+
+def _update(o: Operands, s: Scalars, rule: MergeRule, along: Tensor | None) -> Tensor:
+    """Return the local u that F sees at a merge."""
+    compute, delta = compute_dtype(o.param.dtype), _delta(o, rule) if rule.project else None
+    if o.grad is None or o.exp_avg is None or o.exp_avg_sq is None:
+        assert o.anchor is not None
+        u = added_elsewhere(o.param, o.anchor, o.master, compute)
+        return projected(u, delta, rule, "update", along)
+    _, _, u = fresh_update(o.grad, o.exp_avg, o.exp_avg_sq, delta, s, rule, compute, along)
+    return update_since_merge(u, o.param, o.anchor, o.master, s)
 
 
 def _delta(o: Operands, rule: MergeRule) -> Delta | None:

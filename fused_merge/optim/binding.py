@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,17 +10,11 @@ from torch import Tensor
 
 from fused_merge.delta.reference_delta import ReferenceDelta
 from fused_merge.delta.tensors import Sparsity
-from fused_merge.eager.merge_stats import lost_share
 from fused_merge.eager.operands import Tau
-from fused_merge.eager.sparse import SparseTensor
 from fused_merge.io.match import common_prefixes, has_first_rows
 from fused_merge.methods import MergeRule
 from fused_merge.names import canonical_name, some
-
-logger = logging.getLogger("fused_merge")
-
-# A merge that loses more of tau than this to rounding is not the merge that was asked for.
-_LOST = 0.2
+from fused_merge.optim.binding_report import Found, report
 
 
 class Bound(NamedTuple):
@@ -96,7 +89,7 @@ class Binding:
             for name, param, group in wanted
         }
         self._bound.update(bound)
-        _log(bound, wanted)
+        report([Found(name, param, group.options, group.rule, *bound[name]) for name, param, group in wanted])
 
     def of(self, name: str, device: torch.device) -> Bound:
         """Return the delta of a bound parameter, moved along if the parameter went to another device."""
@@ -150,37 +143,3 @@ class Wanted(NamedTuple):
     name: str
     param: Tensor
     group: NamedGroup
-
-
-def _log(bound: Mapping[str, Bound], wanted: Iterable[Wanted]) -> None:
-    """Say what steps plainly, what dense deltas cost, and what rounding will lose."""
-    plain = [name for name, delta in bound.items() if delta.tau is None]
-    plain += [
-        f"rows {delta.tau.shape[0]} to {len(param) - 1} of {name}"
-        for name, param, _ in wanted
-        if (delta := bound[name]).tau is not None and delta.tau.shape != param.shape
-    ]
-    if plain:
-        logger.warning("stepping as plain AdamW, without a reference delta: %s", some(map(repr, plain), shown=20))
-    dense = sum(delta.tau_dense.nbytes for delta in bound.values() if delta.tau_dense is not None)
-    if dense:
-        logger.info("projection keeps the dense reference delta in memory: %.3g MB", dense / 1e6)
-    lost: dict[str, float] = {}
-    for name, param, (_, options, rule, *_) in wanted:
-        tau = bound[name].tau
-        if tau is None or options["rounding"] == "stochastic" or options["alpha"] == 0.0:
-            continue
-        tau = tau.unpack() if isinstance(tau, SparseTensor) else tau
-        stored = param.dtype if options["master"] == "none" else torch.float32
-        weights = param.detach() if tau.shape == param.shape else param.detach()[: tau.shape[0]]
-        share = lost_share(weights, tau, options["alpha"] * rule.scale(rule.tau_reserve_rate), stored)
-        if share > _LOST:
-            lost[name] = float(share)
-    if lost:
-        worst = max(lost, key=lambda name: lost[name])
-        logger.warning(
-            "adding alpha * tau will change no bit for more than %.0f %% of the kept entries of %d tensors (%.0f %% of "
-            "%r): the weights are too coarse for it; use rounding='stochastic', a larger alpha or, for 16-bit weights, "
-            "a master",
-            *(100 * _LOST, len(lost), 100 * lost[worst], worst),
-        )

@@ -179,7 +179,7 @@ class MergingAdamW(Optimizer):
             for param, state in states:
                 self.state[param] |= state
             workspace = self._workspace.part(f"group {batch.number}")
-            gathered = take_verified(step, workspace, self.impl) if self.verify_steps else take(step)
+            gathered = take_verified(step, workspace, self.impl) if self.verify_steps else take(step)[0]
             for o, entry in zip(step.operands, gathered, strict=True):
                 if entry is not None:
                     self._stats[o.name] = {field: float(value) for field, value in entry._asdict().items()}
@@ -257,8 +257,8 @@ class MergingAdamW(Optimizer):
 
         Returns:
             Canonical name -> `cosine` of u and tau, `kept_u` and `kept_tau` (shares of elements), `conflicts` (share of
-            opposite signs), `norm_u`, `norm_tau`, `norm_merged`, and `lost` (share of the kept entries of tau whose
-            addition changed no bit of the weight). Tensors without a delta are absent.
+            opposite signs), `norm_u`, `norm_tau`, `norm_merged`, and `lost` and `lost_u` (shares of the kept entries of
+            tau and of u whose addition changed no bit of the weight). Tensors without a delta are absent.
         """
         if not self.stats_every:
             raise ValueError("no statistics are collected; pass stats_every=n to look at every n-th step")

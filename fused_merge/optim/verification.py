@@ -79,10 +79,14 @@ def take_verified(prepared: PreparedStep, workspace: Workspace, impl: str) -> li
 
 def _copy(o: Operands) -> Operands:
     """Return operands whose tensors a step may mutate without touching those of `o`."""
+
+    def copy(x: Tensor | None) -> Any:
+        return None if x is None else x.clone()
+
     return o._replace(
-        **{field: getattr(o, field).clone() for field in _STATES},
-        anchor=o.anchor and Anchor(*(tensor.clone() for tensor in o.anchor)),
-        master=None if o.master is None else o.master.clone(),
+        **{field: copy(getattr(o, field)) for field in _STATES},
+        anchor=o.anchor and Anchor(o.anchor.weights.clone(), copy(o.anchor.decay), o.anchor.kept),
+        master=copy(o.master),
     )
 
 
@@ -93,7 +97,7 @@ def _states(o: Operands) -> dict[str, Tensor]:
         states |= {"anchor": o.anchor.weights, "anchor_decay": o.anchor.decay}
     if o.master is not None:
         states["master_low" if o.master.dtype == torch.int16 else "master"] = o.master
-    return states
+    return {field: x for field, x in states.items() if x is not None}
 
 
 def _compare(kernel: Operands, eager: Operands) -> None:

@@ -45,6 +45,7 @@ def test_each_number_by_hand():
         "norm_tau": 5.0,
         "norm_merged": pytest.approx(4.25**0.5, rel=1e-6),
         "lost": 0.0,
+        "lost_u": 0.0,
     }
 
 
@@ -73,17 +74,41 @@ def test_what_is_lost_depends_on_what_is_stored(stored, start, lost):
     assert stats_of(**FOUR | {"start": start}, stored=stored)["lost"] == lost
 
 
+@pytest.mark.parametrize(
+    ("stored", "start", "lost"),
+    [
+        # 0.5 * u adds 1 to the first element and 2 to the third; to the second tau alone adds anything. Numbers at
+        # 2^24 are 2 apart, at 2^25 4, and a half goes to the even neighbor.
+        (torch.float32, [1.0, 1.0, 1.0, 1.0], 0.0),
+        (torch.float32, [2.0**24, 1.0, 2.0**24, 1.0], 0.5),
+        (torch.float32, [2.0**25, 1.0, 2.0**25, 1.0], 1.0),
+        (torch.float32, [1.0, 2.0**30, 1.0, 2.0**30], 0.0),
+        (torch.bfloat16, [256.0, 1.0, 256.0, 1.0], 0.5),
+        (torch.bfloat16, [512.0, 1.0, 512.0, 1.0], 1.0),
+        (torch.float16, [2048.0, 1.0, 2048.0, 1.0], 0.5),
+    ],
+    ids=str,
+)
+def test_what_is_lost_of_u_depends_on_what_is_stored(stored, start, lost):
+    terms = {"u": [2.0, 8.0, 4.0, 8.0], "u_kept": [2.0, 0.0, 4.0, 0.0], "tau": [0.0, 2.0, 0.0, 0.0]}
+    assert stats_of(**terms, merged=[1.0, 1.0, 2.0, 0.0], start=start, stored=stored)["lost_u"] == lost
+
+
 def test_what_a_vote_drops_changes_nothing_either():
     # u + tau < 0 in the second element: tau is dropped there, u alone stays.
     merged = [0.0, -2.0, 0.0, 2.0]
-    assert stats_of(**FOUR | {"merged": merged}, method="onties")["lost"] == 0.5
+    stats = stats_of(**FOUR | {"merged": merged}, method="onties")
+    assert (stats["lost"], stats["lost_u"]) == (0.5, 0.0)
+    # u + tau > 0: u is dropped.
+    stats = stats_of(**FOUR | {"tau": [0.0, 5.0, 0.0, 4.0], "merged": [0.0, 2.5, 0.0, 2.0]}, method="onties")
+    assert (stats["lost"], stats["lost_u"]) == (0.0, 1.0)
 
 
 @pytest.mark.parametrize("zero", ["u", "tau"])
 def test_nothing_has_no_direction(zero):
     stats = stats_of(**FOUR | {zero: [0.0] * 4})
     assert (stats["cosine"], stats["conflicts"], stats[f"norm_{zero}"]) == (0.0, 0.0, 0.0)
-    assert stats["lost"] == 0.0
+    assert (stats["lost"], stats["lost_u"]) == (0.0, 0.0)
 
 
 def test_an_empty_tensor_has_stats_too():
@@ -126,6 +151,8 @@ def test_the_optimizer_reports_its_step():
         # (-0.25, 0.75, 1.25, 0.75)
         "norm_merged": pytest.approx(2.75**0.5),
         "lost": pytest.approx(1 / 3),
+        # Of the four, 0.25 into 2^25.
+        "lost_u": 0.25,
     }
     assert all(isinstance(value, float) for value in stats.values())
 
@@ -135,7 +162,10 @@ def test_a_master_loses_less(master, lost):
     # alpha * tau = 2^-10, where the neighbors of 1 in bf16 are at least 2^-8 away.
     options = {"alpha": 2.0**-6, "lr": 2.0**-12, "stats_every": 1}
     optimizer = of([1.0] * 4, [2.0**-4] * 4, torch.bfloat16, master=master, **options)
-    assert step(optimizer)["lost"] == lost
+    stats = step(optimizer)
+    assert stats["lost"] == lost
+    # u = 2^-12 goes the way of 2^-10; where both are exact, none is lost.
+    assert stats["lost_u"] == lost
 
 
 def test_the_density_that_ties_leave_is_reported():

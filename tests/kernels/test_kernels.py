@@ -336,10 +336,10 @@ def test_the_cases_show_every_legal_pair_of_options():
 
 
 def test_the_cases_show_every_compiled_form():
-    from fused_merge.kernels import launch
+    from fused_merge.kernels.specialization import specialization
 
     specs = {
-        launch._specialization(o, rule_of(case), case.statistics, BLOCK)
+        specialization(o, rule_of(case), case.statistics, BLOCK)
         for case in CASES.values()
         for o in Tensors(case).operands
     }

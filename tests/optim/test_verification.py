@@ -32,7 +32,7 @@ def corrupt(monkeypatch):
 
     def corrupt(state, change):
         def corrupted(prepared):
-            sums = run(prepared)
+            sums = yield from run(prepared)
             for own in prepared.operands:
                 if own.param.shape == (16, 8):
                     last = part(own, state).view(-1)[-1:]

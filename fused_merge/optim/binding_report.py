@@ -1,0 +1,70 @@
+"""What is logged when deltas are bound: what steps plainly, what dense deltas cost, what rounding will lose."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_merge.eager.merge_stats import lost_share
+from fused_merge.eager.operands import Tau
+from fused_merge.eager.sparse import SparseTensor
+from fused_merge.methods import MergeRule
+from fused_merge.names import some
+
+logger = logging.getLogger("fused_merge")
+
+# A merge that loses more than this of what it adds to rounding is not the merge that was asked for.
+_LOST = 0.2
+
+
+class Found(NamedTuple):
+    """A parameter, what its group says, and the delta that was found for it."""
+
+    name: str
+    param: Tensor
+    options: Mapping[str, Any]
+    rule: MergeRule
+    tau: Tau
+    tau_dense: Tensor | None
+
+
+def report(found: Sequence[Found]) -> None:
+    """Log all that a user should know of deltas that were just bound."""
+    plain = [each.name for each in found if each.tau is None]
+    plain += [
+        f"rows {each.tau.shape[0]} to {len(each.param) - 1} of {each.name}"
+        for each in found
+        if each.tau is not None and each.tau.shape != each.param.shape
+    ]
+    if plain:
+        logger.warning("stepping as plain AdamW, without a reference delta: %s", some(map(repr, plain), shown=20))
+    dense = sum(each.tau_dense.nbytes for each in found if each.tau_dense is not None)
+    if dense:
+        logger.info("projection keeps the dense reference delta in memory: %.3g MB", dense / 1e6)
+    _warn_of_lost_tau(found)
+
+
+def _warn_of_lost_tau(found: Sequence[Found]) -> None:
+    """Warn where the weights are too coarse for alpha * tau."""
+    lost: dict[str, float] = {}
+    for name, param, options, rule, tau, _ in found:
+        if tau is None or options["rounding"] == "stochastic" or options["alpha"] == 0.0:
+            continue
+        tau = tau.unpack() if isinstance(tau, SparseTensor) else tau
+        stored = param.dtype if options["master"] == "none" else torch.float32
+        weights = param.detach() if tau.shape == param.shape else param.detach()[: tau.shape[0]]
+        share = lost_share(weights, tau, options["alpha"] * rule.scale(rule.tau_reserve_rate), stored)
+        if share > _LOST:
+            lost[name] = float(share)
+    if lost:
+        worst = max(lost, key=lambda name: lost[name])
+        logger.warning(
+            "adding alpha * tau will change no bit for more than %.0f %% of the kept entries of %d tensors (%.0f %% of "
+            "%r): the weights are too coarse for it; use rounding='stochastic', a larger alpha or, for 16-bit weights, "
+            "a master",
+            *(100 * _LOST, len(lost), 100 * lost[worst], worst),
+        )
