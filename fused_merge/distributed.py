@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,7 +25,12 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local_part(tensor: Tensor) -> Tensor:
     """Return the elements that this process holds: a view of a DTensor, any other tensor itself."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    if not is_sharded(tensor):
+        return tensor
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
 
 
 def local_box(tensor: Tensor) -> tuple[slice, ...] | None:
@@ -119,7 +124,14 @@ def reshard(model: nn.Module) -> None:
 def sum_over(values: Tensor, groups: tuple[Any, ...]) -> Tensor:
     """Return values added up over process groups, the same on every process; mutates `values`."""
     for group in groups:
-        torch.distributed.all_reduce(values, group=group)
+        types = [device.type for device in group._device_types]
+        if values.device.type in types:
+            torch.distributed.all_reduce(values, group=group)
+        else:
+            # NCCL adds up on GPUs alone, and offloaded weights lie on the CPU.
+            total = values.to(types[0])
+            torch.distributed.all_reduce(total, group=group)
+            values.copy_(total)
     return values
 
 
@@ -135,10 +147,15 @@ class Processes(NamedTuple):
         reshard(model)
         ddp = nn.parallel.DistributedDataParallel
         groups = [part.process_group for part in model.modules() if isinstance(part, ddp)]
-        meshes = (p.device_mesh for p in model.parameters() if is_sharded(p))  # type: ignore[attr-defined]
-        groups += [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        return cls(tuple(dict.fromkeys(groups)), device)
+        return cls.that_share(list(model.parameters()), groups)
+
+    @classmethod
+    def that_share(cls, tensors: Sequence[Tensor], groups: Iterable[Any] = ()) -> Processes:
+        """Return the processes of these groups and of the meshes that tensors are placed on."""
+        meshes = dict.fromkeys(t.device_mesh for t in tensors if is_sharded(t))  # type: ignore[attr-defined]
+        found = [*groups, *(mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim))]
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        return cls(tuple(dict.fromkeys(found)), device)
 
     @property
     def size(self) -> int:
@@ -161,16 +178,38 @@ class Processes(NamedTuple):
         """Return the mean of what every process passed, the same on all; mutates `values`."""
         return sum_over(values, self.groups) / self.size
 
+    def gathered(self, value: T) -> list[T]:
+        """Return what all processes passed, plain data, in the same order on all of them."""
+        values = [value]
+        for group in self.groups:
+            parts: list[Any] = [None] * torch.distributed.get_world_size(group)
+            torch.distributed.all_gather_object(parts, values, group=group)
+            values = [each for part in parts for each in part]
+        return values
+
     @contextmanager
     def raising_together(self) -> Iterator[None]:
-        """Raise on every process if the block raises on one: RuntimeError where the block itself ended well.
+        """Raise on every process if the block raises on one: the same sentence, as ValueError or RuntimeError.
 
         So none waits for one that has failed. All must come here, and the block must contain no collective operation.
         """
+        if not self.groups:
+            yield
+            return
+        failure: Exception | None = None
         try:
             yield
-        except Exception:
-            sum_over(torch.ones((), device=self.device), self.groups)
-            raise
-        if sum_over(torch.zeros((), device=self.device), self.groups) > 0:
-            raise RuntimeError("stopped because another process failed; see its error")
+        except Exception as error:
+            failure = error
+        if sum_over(torch.full((), float(failure is not None), device=self.device), self.groups) == 0:
+            return
+        told = None if failure is None else (isinstance(failure, ValueError), str(failure))
+        sentences = self.gathered(told)
+        if failure is not None:
+            raise failure
+        is_value_error, sentence = next(each for each in sentences if each is not None)
+        raise (ValueError if is_value_error else RuntimeError)(sentence)
+
+
+# A process that shares nothing with others.
+ALONE = Processes((), torch.device("cpu"))

@@ -7,13 +7,15 @@ group must yield the same sums in the same order; values may differ, sizes may n
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from fused_merge.distributed import sum_over
+from fused_merge.eager.kth_largest import bin_counts, narrow, shifts
+from fused_merge.eager.sparsify import pattern
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -67,3 +69,25 @@ def add_up(sums: Sequence[LocalSum]) -> None:
             total = sum_over(torch.cat([tensor.reshape(-1) for tensor in own]), (group,))
             parts = torch.split(total, [tensor.numel() for tensor in own])
             torch._foreach_copy_(own, [part.view(tensor.shape) for part, tensor in zip(parts, own, strict=True)])
+
+
+def kth_largest(local: Callable[[], Tensor], k: int, groups: tuple[ProcessGroup, ...]) -> Steps[Tensor]:
+    """Find the pattern of the k-th largest magnitude of a tensor whose elements several processes hold; 0-d.
+
+    Args:
+        local: returns the elements that this process holds, fp32 or fp64. It is called once a round, so that what it
+            computes need not be kept.
+        k: the rank, from 1.
+        groups: of the processes.
+    """
+    patterns = pattern(local())
+    dtype, device = patterns.dtype, patterns.device
+    low, rank = (torch.tensor(x, device=device) for x in (0, k))
+    for number, shift in enumerate(shifts(dtype)):
+        if number:
+            patterns = pattern(local())
+        counts = bin_counts(patterns, low, shift)
+        del patterns
+        yield [LocalSum(counts, groups)]
+        low, rank = narrow(counts, low, rank, shift)
+    return low.to(dtype)

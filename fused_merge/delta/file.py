@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_merge.delta.tensors import Sparsity, TauSource, TensorSpec
+from fused_merge.delta.tensors import Part, Sparsity, TauSource, TensorSpec
 from fused_merge.eager.sparse import WORDS, SparseTensor, block_count, packed_nbytes
 from fused_merge.io.files import expanded
 from fused_merge.io.headers import CODES, DTYPES
@@ -68,15 +68,16 @@ class SavedDelta(TauSource):
                 for name, (dtype, shape) in self.specs.items()
             )
 
-    def read(self, name: str, dtype: torch.dtype, first: int | None = None) -> Tensor | SparseTensor:
-        """Return a dense tensor in a dtype or a vector of its first elements, or a sparse tensor as it is."""
+    def read(self, name: str, dtype: torch.dtype, part: Part | None = None) -> Tensor | SparseTensor:
+        """Return a dense tensor in a dtype, or a sparse one as it is; of a part, nothing else is kept."""
         if self.sparsity is None:
-            return (self._source[name] if first is None else self._source.head(name, first)).to(dtype)
+            return (self._source[name] if part is None else self._source.part(name, *part)).to(dtype).contiguous()
         try:
             mask, values = self._source[name + _MASK], self._source[name + _VALUES]
-            return SparseTensor.from_parts(mask, values, self.specs[name].shape)
+            whole = SparseTensor.from_parts(mask, values, self.specs[name].shape)
         except ValueError as error:
             raise ValueError(f"{name!r} in {self.path} is broken: {error}; save the delta again") from error
+        return whole if part is None else whole.part(*part)
 
     def __reduce__(self) -> tuple[Callable[..., SavedDelta], tuple[Any, ...]]:
         return SavedDelta, (self.origin,)

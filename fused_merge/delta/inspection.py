@@ -16,8 +16,7 @@ from torch import Tensor
 from fused_merge.delta.reference_delta import ReferenceDelta
 from fused_merge.eager.sparsify import sparsify_tau
 from fused_merge.io.match import has_first_rows, named_as
-from fused_merge.io.sources import SourceLike, open_source
-from fused_merge.io.views import whole_box
+from fused_merge.io.sources import SourceLike, open_source, whole_box
 from fused_merge.names import layer_of, some
 from fused_merge.progress import progress_bar
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -13,13 +14,23 @@ import torch
 from torch import Tensor
 
 from fused_merge.delta.file import SavedDelta, describe_files, write_delta
-from fused_merge.delta.tensors import Sparsity, TauInMemory, TauOfCheckpoints, TauSource, TensorSpec, check_finite
+from fused_merge.delta.sparsified import sparsified
+from fused_merge.delta.tensors import (
+    Part,
+    Sparsity,
+    TauInMemory,
+    TauOfCheckpoints,
+    TauSource,
+    TensorSpec,
+    check_finite,
+)
+from fused_merge.distributed import Fragment
 from fused_merge.eager.sparse import SparseTensor
-from fused_merge.eager.sparsify import sparsify_tau
 from fused_merge.io.files import expanded
 from fused_merge.io.headers import CODES
+from fused_merge.io.match import has_first_rows
 from fused_merge.io.options import DeltaOptions
-from fused_merge.io.sources import PathLike, SourceLike, bits
+from fused_merge.io.sources import PathLike, SourceLike, bits, whole_box
 from fused_merge.options import documented, resolve
 from fused_merge.per_tensor import parse_dtype
 from fused_merge.progress import progress_bar
@@ -171,7 +182,7 @@ class ReferenceDelta:
         digest = hashlib.sha256()
         # Sorted: the same delta read from modules and from files has its names in different orders.
         for name, (dtype, shape) in sorted(self._specs.items()):
-            head = self._source.read(name, dtype, first=_HEAD_BYTES // dtype.itemsize)
+            head = self._source.read(name, dtype, Part.first(shape, _HEAD_BYTES // dtype.itemsize))
             assert isinstance(head, Tensor)
             digest.update(json.dumps([name, CODES[dtype], list(shape)]).encode())
             digest.update(bits(head).numpy().tobytes())
@@ -203,37 +214,63 @@ class ReferenceDelta:
         """Return the dtype of a tensor, or raise KeyError if there is none of that name; reads no data."""
         return self._spec(name).dtype
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, fragment: Fragment | None = None) -> Tensor:
         """Return one tensor, dense and unscaled; for a sparse delta with zeros where nothing was kept.
 
-        Raises KeyError if there is none of that name, ValueError if an element is NaN or infinite.
+        Args:
+            name: one of `names`.
+            fragment: what this process holds of the parameter; None for all of it. Little else is read and nothing
+                else is kept. Of a parameter with more rows than tau it is what tau has of them.
+
+        Returns:
+            The tensor in the shape of the fragment's box, or `[n]` where the fragment holds some elements of it.
+
+        Raises:
+            KeyError: if there is none of that name.
+            ValueError: if an element is NaN or infinite, or the fragment is one of a tensor of another shape.
         """
-        stored = self._read(name)
+        stored = self.read(name, fragment)
         return stored.unpack() if isinstance(stored, SparseTensor) else stored
 
-    def sparse(self, name: str, sparsity: Sparsity) -> SparseTensor:
-        """Return F(tau) of one tensor, as stored or sparsified now.
+    def sparse(self, name: str, sparsity: Sparsity, fragment: Fragment | None = None) -> SparseTensor:
+        """Return F(tau) of one tensor, as stored or sparsified now: `read` and then `sparsified`.
 
-        Raises as `tensor`; ValueError also if `sparsity` is out of range, or the delta was stored with another.
+        Raises as these.
         """
         self._check_sparsity(Sparsity.checked(*sparsity))
-        stored = self._read(name)
-        if isinstance(stored, SparseTensor):
-            return stored
-        kept = sparsify_tau(stored, name=name, **sparsity._asdict())
-        return SparseTensor.pack(kept, kept != 0)
+        return self.sparsified(name, self.read(name, fragment), sparsity, fragment)
+
+    def read(self, name: str, fragment: Fragment | None = None) -> Tensor | SparseTensor:
+        """Return one tensor as it is stored, dense or sparse; no collective operation. Arguments are those of `tensor`.
+
+        Raises as `tensor`.
+        """
+        spec, stored_as = self._spec(name), self._source.specs[name]
+        stored = self._source.read(name, spec.dtype, None if fragment is None else _part(name, spec.shape, fragment))
+        values = stored.values if isinstance(stored, SparseTensor) else stored
+        check_finite(name, values, rounded=spec.dtype != stored_as.dtype)
+        return stored
+
+    def sparsified(
+        self, name: str, tau: Tensor | SparseTensor, sparsity: Sparsity, fragment: Fragment | None = None
+    ) -> SparseTensor:
+        """Return F(tau) of what `read` returned, on the device of `tau`.
+
+        Where F compares with the k-th largest magnitude of the whole tensor, the processes of the fragment's groups
+        find it together, in four rounds (fp64: eight) of 2 KiB, on that device: all of them must come here.
+
+        Raises:
+            ValueError: if `sparsity` is out of range, or the delta was stored with another.
+        """
+        self._check_sparsity(Sparsity.checked(*sparsity))
+        if isinstance(tau, SparseTensor):
+            return tau
+        return sparsified(name, tau, self.shape(name).numel(), sparsity, None if fragment is None else fragment.shard)
 
     def _spec(self, name: str) -> TensorSpec:
         if name not in self._specs:
             raise KeyError(f"the reference delta has no tensor {name!r}; see its `names`")
         return self._specs[name]
-
-    def _read(self, name: str) -> Tensor | SparseTensor:
-        dtype = self.dtype(name)
-        stored = self._source.read(name, dtype)
-        values = stored.values if isinstance(stored, SparseTensor) else stored
-        check_finite(name, values, rounded=dtype != self._source.specs[name].dtype)
-        return stored
 
     def _check_sparsity(self, asked: Sparsity) -> None:
         stored = self.sparsity
@@ -244,6 +281,24 @@ class ReferenceDelta:
                 f"{self.path} was saved with {stored} and {asked} is asked for; "
                 "ask for the same or save the dense delta anew"
             )
+
+
+def _part(name: str, shape: torch.Size, fragment: Fragment) -> Part | None:
+    """Return what a fragment of a parameter is of its delta, of perhaps fewer rows; None for all of it."""
+    whole = torch.Size(fragment.shard.shape)
+    if whole != shape and not has_first_rows(shape, whole):
+        raise ValueError(
+            f"{name!r} has a reference delta of {list(shape)} and a part of {list(whole)} is asked for; "
+            "train the model that the delta was made of"
+        )
+    box, elements = fragment.box, fragment.elements
+    if whole != shape:
+        start, stop = (min(end, shape[0]) for end in (box[0].start, box[0].stop))
+        box = (slice(start, stop), *box[1:])
+    if elements is not None:
+        numel = math.prod(side.stop - side.start for side in box)
+        elements = slice(min(elements.start, numel), min(elements.stop, numel))
+    return None if elements is None and box == whole_box(shape) else Part(box, elements)
 
 
 def _unpickled(source: TauSource, identity: str) -> ReferenceDelta:

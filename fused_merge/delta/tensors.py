@@ -15,8 +15,7 @@ from fused_merge.eager.precision import compute_dtype
 from fused_merge.eager.sparse import SparseTensor
 from fused_merge.eager.sparsify import SPARSIFY
 from fused_merge.io.match import match
-from fused_merge.io.sources import PathLike, SourceLike, TensorSource, open_files, open_source
-from fused_merge.io.views import whole_box
+from fused_merge.io.sources import PathLike, SourceLike, TensorSource, open_files, open_source, whole_box
 
 
 class TensorSpec(NamedTuple):
@@ -53,6 +52,18 @@ class Sparsity(NamedTuple):
         return f"method={self.method!r}, reserve_rate={self.reserve_rate}{seed}"
 
 
+class Part(NamedTuple):
+    """A box of a tensor or, as a vector, some of the row-major elements of the box."""
+
+    box: tuple[slice, ...]
+    elements: slice | None = None
+
+    @classmethod
+    def first(cls, shape: torch.Size, n: int) -> Part:
+        """Return the first `n` row-major elements of a tensor, or all."""
+        return cls(whole_box(shape), slice(0, min(n, shape.numel())))
+
+
 class TauSource(ABC):
     """The tensors of tau by canonical name. It is pickled as its tensors if they are in memory, else as its paths."""
 
@@ -71,8 +82,8 @@ class TauSource(ABC):
     packed_nbytes: int | None = None
 
     @abstractmethod
-    def read(self, name: str, dtype: torch.dtype, first: int | None = None) -> Tensor | SparseTensor:
-        """Return a tensor in a dtype, or a vector of its first row-major elements; one stored sparse comes as it is."""
+    def read(self, name: str, dtype: torch.dtype, part: Part | None = None) -> Tensor | SparseTensor:
+        """Return a tensor in a dtype, or a part of it, for which little else is read; one stored sparse comes so."""
 
 
 class TauInMemory(TauSource):
@@ -86,10 +97,13 @@ class TauInMemory(TauSource):
             self._tensors[name] = pairs.subtract(name, dtype)
             check_finite(name, self._tensors[name])
 
-    def read(self, name: str, dtype: torch.dtype, first: int | None = None) -> Tensor:
-        """Return a tensor in a dtype, or a vector of its first elements."""
+    def read(self, name: str, dtype: torch.dtype, part: Part | None = None) -> Tensor:
+        """Return a tensor in a dtype, or a copy of a part of it, which does not keep the rest in memory."""
         tau = self._tensors[name]
-        return (tau if first is None else tau.view(-1)[:first]).to(dtype)
+        if part is None:
+            return tau.to(dtype)
+        box = tau[part.box]
+        return (box if part.elements is None else box.reshape(-1)[part.elements]).to(dtype, copy=True).contiguous()
 
 
 class TauOfCheckpoints(TauSource):
@@ -103,9 +117,9 @@ class TauOfCheckpoints(TauSource):
         self._arguments = os.path.abspath(ends[0].path), os.path.abspath(ends[1].path), options
         self.origin = " and ".join(self._arguments[:2])
 
-    def read(self, name: str, dtype: torch.dtype, first: int | None = None) -> Tensor:
-        """Return a tensor in a dtype, or a vector of its first elements, for which little else is read."""
-        return self._pairs.subtract(name, dtype, first)
+    def read(self, name: str, dtype: torch.dtype, part: Part | None = None) -> Tensor:
+        """Return a tensor in a dtype, or a part of it, for which little else is read."""
+        return self._pairs.subtract(name, dtype, part)
 
     def __reduce__(self) -> tuple[Callable[..., TauOfCheckpoints], tuple[Any, ...]]:
         return TauOfCheckpoints, self._arguments
@@ -124,13 +138,10 @@ class _Pairs:
             # Of two vocabularies the rows of the smaller.
             self.specs[name] = TensorSpec(dtype, min(found.first.shape(a), found.second.shape(b), key=torch.Size.numel))
 
-    def subtract(self, name: str, dtype: torch.dtype, first: int | None = None) -> Tensor:
-        """Return tuned - base of one tensor, or of its first row-major elements."""
-        shape, ends = self.specs[name].shape, zip(self._ends, self._names[name], strict=True)
-        if first is not None:
-            base, tuned = (end.head(own, min(first, shape.numel())) for end, own in ends)
-        else:
-            base, tuned = (end[own] if end.shape(own) == shape else end.box(own, whole_box(shape)) for end, own in ends)
+    def subtract(self, name: str, dtype: torch.dtype, part: Part | None = None) -> Tensor:
+        """Return tuned - base of one tensor, or of a part of it."""
+        part = part or Part(whole_box(self.specs[name].shape))
+        base, tuned = (end.part(own, *part) for end, own in zip(self._ends, self._names[name], strict=True))
         wide = compute_dtype(base.dtype, tuned.dtype)
         return tuned.to("cpu", wide, copy=True).sub_(base.cpu()).to(dtype).contiguous()
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
 from fused_merge.eager.merging_adamw import Anchor
-from fused_merge.eager.shard import Shard, ShardIndex
+from fused_merge.eager.shard import Shard
 from fused_merge.eager.sparse import SparseTensor
 
 Tau: TypeAlias = "Tensor | SparseTensor | None"
@@ -29,8 +30,10 @@ class Operands(NamedTuple):
     tensor_id: int
     shard: Shard
 
-    def split(self, rows: int) -> tuple[Operands, Operands]:
-        """Return the first rows, which tau has, and the others, which step as plain AdamW: views."""
+    def split(self, shape: Sequence[int]) -> tuple[Operands, Operands]:
+        """Return the first rows, which a tau of this shape in whole has, and the rest, a plain AdamW step: views."""
+        assert self.tau is not None
+        rows = self.tau.shape[0]
         parts = []
         for side in (slice(None, rows), slice(rows, None)):
             tensors = {name: getattr(self, name) for name in ("param", "grad", "exp_avg", "exp_avg_sq", "master")}
@@ -38,9 +41,7 @@ class Operands(NamedTuple):
             parts.append(self._replace(**cut))
         first, rest = parts
         anchor = self.anchor and self.anchor._replace(weights=self.anchor.weights[:rows])
-        numel = rest.param.numel()
+        first = first._replace(anchor=anchor, shard=self.shard._replace(shape=shape))
         # Both count the same step.
         rest = rest._replace(tau=None, tau_dense=None, anchor=None, step=self.step.clone())
-        first = first._replace(anchor=anchor, shard=Shard.whole(first.param.shape))
-        rows_after = Shard(ShardIndex(first.param.numel(), max(numel, 1), max(numel, 1)), self.shard.shape)
-        return first, rest._replace(shard=rows_after)
+        return first, rest._replace(shard=self.shard._replace(elements=self.shard.elements.after(first.param.numel())))

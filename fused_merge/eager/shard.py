@@ -26,6 +26,11 @@ class ShardIndex(NamedTuple):
         """Return the index of a tensor of `numel` elements that is not sharded."""
         return cls(0, max(numel, 1), max(numel, 1))
 
+    def after(self, count: int) -> ShardIndex:
+        """Return the map of what follows the first `count` local elements, which are all of a run or end one."""
+        runs, rest = divmod(count, self.local_inner)
+        return self._replace(offset=self.offset + runs * self.global_inner + rest)
+
 
 class Shard(NamedTuple):
     """What a process holds of a logical tensor, and the processes that hold the rest of it.

@@ -13,7 +13,7 @@ A kept element e is value number `offsets[e >> 10] + popcount(bits of its block 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -103,6 +103,73 @@ class SparseTensor:
                 marks = _unpack_bits(self.mask[i * step * WORDS : (i + 1) * step * WORDS])
                 part.masked_scatter_(marks[: part.numel()], self.values[start:end])
         return dense
+
+    def part(self, box: Sequence[slice], elements: slice | None = None) -> SparseTensor:
+        """Return a box of this tensor, in its shape, or some of the row-major elements of the box, as a vector.
+
+        Args:
+            box: a slice with start and stop, and without a step, for each dimension.
+            elements: which of the box; None for all of them.
+        """
+        sizes = [side.stop - side.start for side in box]
+        start, stop = (0, prod(sizes)) if elements is None else (elements.start, elements.stop)
+        # Elements from the last cut dimension on are neighbors: they make one run for each index before it.
+        cut = next((d for d in reversed(range(len(sizes))) if sizes[d] != self.shape[d]), 0)
+        length = max(1, prod(sizes[cut:]))
+        starts = torch.zeros((), dtype=torch.int64, device=self.device)
+        for dim, side in enumerate(box):
+            indices = torch.arange(side.start, side.stop if dim < cut else side.start + 1, device=self.device)
+            starts = starts.unsqueeze(-1) + indices * prod(self.shape[dim + 1 :])
+        starts = starts.flatten()
+        if start == stop:
+            mask, values = self.mask.new_zeros(WORDS), self.values[:0]
+        elif start // length == (stop - 1) // length:
+            first = int(starts[start // length]) + start % length
+            mask, values = self._range(first, first + stop - start)
+        else:
+            mask, values = self._gathered(starts, length, range(start, stop))
+        return self.from_parts(mask, values, sizes if elements is None else [stop - start])
+
+    def _range(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Return mask and values of elements that follow one another: words are shifted, nothing is unpacked."""
+        words, shift = self.mask[start // 32 : -(-stop // 32)], start % 32
+        if shift:
+            # The lowest bits of the next word become the highest ones; shifts of signed words fill up with their sign.
+            later = torch.cat([words[1:], words.new_zeros(1)])
+            words = (words >> shift & (1 << (32 - shift)) - 1) | later << (32 - shift)
+        mask = words.new_zeros(block_count(stop - start) * WORDS)
+        count = -(-(stop - start) // 32)
+        mask[:count] = words[:count]
+        if spare := count * 32 - (stop - start):
+            mask[count - 1] &= (1 << (32 - spare)) - 1
+        before = self._kept_before(start)
+        return mask, self.values[before : before + int(_popcount(mask).sum())].clone()
+
+    def _gathered(self, starts: Tensor, length: int, local: range) -> tuple[Tensor, Tensor]:
+        """Return mask and values of a range of the elements of runs of `length` elements, some of them at a time."""
+        counts = _popcount(self.mask)
+        # Of each word, how many values stand before it.
+        before = counts.cumsum(0) - counts
+        words, values = [], []
+        for first in range(local.start, local.stop, _CHUNK):
+            own = torch.arange(first, min(first + _CHUNK, local.stop), device=self.device)
+            element = starts[own // length] + own % length
+            word, bit = element >> 5, element & 31
+            bits = self.mask[word].long()
+            marks = bits >> bit & 1 != 0
+            word, lower = word[marks], (bits & (1 << bit) - 1)[marks]
+            values.append(self.values[before[word] + _popcount(lower.int())])
+            words.append(_pack_bits(marks))
+        return torch.cat(words), torch.cat(values)
+
+    def _kept_before(self, element: int) -> int:
+        """Return how many values stand before an element."""
+        block, word, bit = element // BLOCK, element // 32, element % 32
+        if block == len(self.offsets):
+            return self.values.numel()
+        within = int(_popcount(self.mask[block * WORDS : word]).sum())
+        rest = self.mask[word] & (1 << bit) - 1 if bit else self.mask.new_zeros(())
+        return int(self.offsets[block]) + within + int(_popcount(rest))
 
     def to(self, device: torch.device | str) -> SparseTensor:
         """Return this tensor on `device`; itself if it is there."""

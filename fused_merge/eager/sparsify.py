@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fused_merge.eager.philox import DOMAIN_TAU, MaskKey, keep_mask
+from fused_merge.eager.shard import ShardIndex
 from fused_merge.names import tensor_id
 
 _PATTERN = {torch.float64: torch.int64, torch.float32: torch.int32}
@@ -82,15 +83,26 @@ def kept_count(numel: int, rate: float) -> int:
     return max(1, math.floor(rate * numel))
 
 
-def sparsify_tau(tau: Tensor, *, name: str, method: str, reserve_rate: float, seed: int) -> Tensor:
+def sparsify_tau(
+    tau: Tensor,
+    *,
+    name: str,
+    method: str,
+    reserve_rate: float,
+    seed: int,
+    elements: ShardIndex | None = None,
+    kth: Tensor | None = None,
+) -> Tensor:
     """Return F(tau), once and for the whole run, unscaled and in the dtype of tau.
 
     Args:
-        tau: the whole (unsharded) delta of one tensor, any floating dtype, any shape.
+        tau: the delta of one tensor, any floating dtype, any shape.
         name: the tensor's name; its canonical form keys the random mask.
         method: a key of `SPARSIFY`.
         reserve_rate: share to keep, in (0, 1].
         seed: of the random mask, which is drawn in a domain of its own, at step 0.
+        elements: where the elements of a part of a tensor lie in it; None for a whole one.
+        kth: the threshold of the whole tensor for the methods in `RANKED`, a 0-d pattern; None finds that of `tau`.
 
     Raises:
         ValueError: if there is no such method.
@@ -99,9 +111,16 @@ def sparsify_tau(tau: Tensor, *, name: str, method: str, reserve_rate: float, se
         raise ValueError(
             f"unknown way to sparsify a reference delta: {method!r}; use one of {', '.join(map(repr, SPARSIFY))}"
         )
-    wide = tau if tau.dtype == torch.float64 else tau.float()
-    key = MaskKey(seed=seed, step=0, tensor_id=tensor_id(name), domain=DOMAIN_TAU)
+    wide = widened(tau)
+    if kth is not None:
+        return RANKED[method](wide, kth).to(tau.dtype)
+    key = MaskKey(seed=seed, step=0, tensor_id=tensor_id(name), domain=DOMAIN_TAU, shard=elements)
     return SPARSIFY[method](wide, reserve_rate, key).to(tau.dtype)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return x in the precision in which F compares: fp64 as it is, anything else in fp32."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def pattern(x: Tensor) -> Tensor:

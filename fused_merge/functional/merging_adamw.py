@@ -31,11 +31,10 @@ from fused_merge.eager.projection import products
 from fused_merge.eager.scalars import Hyper, Scalars, derive_scalars, scalar_table
 from fused_merge.eager.shard import Shard, ShardIndex
 from fused_merge.eager.sparse import SparseTensor
-from fused_merge.eager.sparsify import RANKED
+from fused_merge.eager.sparsify import RANKED, kept_count
 from fused_merge.functional import backend, compiled
-from fused_merge.functional.kth_largest import kth_largest
 from fused_merge.functional.workspace import Workspace
-from fused_merge.lockstep import LocalSum, Steps, finish, side_by_side
+from fused_merge.lockstep import LocalSum, Steps, finish, kth_largest, side_by_side
 from fused_merge.methods import MergeRule
 
 
@@ -272,9 +271,12 @@ def _step_each(share: backend.Share, prepared: PreparedStep) -> Steps[list[Merge
         yield [LocalSum(along[i], operands[i].shard.summed_over(rule.project_over)) for i in sharded]
     kths: dict[int, Tensor] = {}
     if rule.update in RANKED and rule.reserve_rate < 1.0:
-        updates = {i: partial(_update, operands[i], scalars[i], rule, along.get(i)) for i in sharded}
-        found = yield from kth_largest(updates.values(), [operands[i].shard for i in sharded], rule.reserve_rate)
-        kths = dict(zip(sharded, found, strict=True))
+        searches = []
+        for i in sharded:
+            update = partial(_update, operands[i], scalars[i], rule, along.get(i))
+            shard = operands[i].shard
+            searches.append(kth_largest(update, kept_count(shard.numel, rule.reserve_rate), shard.groups))
+        kths = dict(zip(sharded, (yield from side_by_side(searches)), strict=True))
     sums: list[MergeSums | None] = []
     for i, (o, s) in enumerate(zip(operands, scalars, strict=True)):
         if o.grad is None and i not in sharded and share.device.type == "cpu" and not s.advances * s.merges:

@@ -19,9 +19,9 @@ class Workspace:
     def __init__(self) -> None:
         self._kept: dict[Hashable, Any] = {}
 
-    def part(self, name: str) -> Workspace:
+    def part(self, key: Hashable) -> Workspace:
         """Return what calls with this one of the tensors share."""
-        return self.keep(name, Workspace)
+        return self.keep(("part", key), Workspace)
 
     def keep(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
         """Return what was made for `key`, or make it now."""

@@ -14,8 +14,7 @@ from fused_merge.distributed import local_box, local_part, reshard
 from fused_merge.functional.backend import check_impl
 from fused_merge.io.match import match, own_names
 from fused_merge.io.options import PathOptions
-from fused_merge.io.sources import SourceLike, TensorSource, open_source, same_bits
-from fused_merge.io.views import whole_box
+from fused_merge.io.sources import SourceLike, TensorSource, open_source, same_bits, whole_box
 from fused_merge.options import documented, resolve
 from fused_merge.per_tensor import PerTensor, is_tuned, per_tensor
 

@@ -84,11 +84,18 @@ class TensorSource(Mapping[str, Tensor]):
 
     def head(self, name: str, n: int) -> Tensor:
         """Return the first `n` row-major elements, or all, as a vector; of a sharded tensor those of this process."""
-        shape, box = self.shape(name), None
-        if prod(shape) > n:
-            inner = (prod(shape[dim + 1 :]) for dim in range(len(shape)))
-            box = tuple(slice(0, min(size, -(-n // each))) for size, each in zip(shape, inner, strict=True))
-        return self.box(name, box).reshape(-1)[:n]
+        return self.part(name, whole_box(self.shape(name)), slice(0, min(n, self.shape(name).numel())))
+
+    def part(self, name: str, box: tuple[slice, ...], elements: slice | None) -> Tensor:
+        """Return a box of a tensor or, as a vector, some of its row-major elements, for which little else is read."""
+        shape, wanted = self.shape(name), box
+        if elements is not None:
+            wanted, elements = _rows_of(box, elements)
+        if any(side.start >= side.stop for side in wanted) or elements == slice(0, 0):
+            sizes = [side.stop - side.start for side in box] if elements is None else [0]
+            return torch.empty(sizes, dtype=self.dtype(name))
+        found = self.box(name, None if wanted == whole_box(shape) else wanted)
+        return found if elements is None else found.reshape(-1)[elements]
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -328,6 +335,26 @@ def _read_box(place: FileRange, shape: Sequence[int], box: Sequence[slice]) -> T
     with reading(place.file) as handle:
         read_into(handle, place.file, bytes_of(rows), place.offset + first * prod(row) * place.dtype.itemsize)
     return rows.view(last - first, *row)[(slice(None), *box[1:])].contiguous() if box else rows.view(shape)
+
+
+def whole_box(shape: Sequence[int]) -> tuple[slice, ...]:
+    """Return the box that is all of a tensor."""
+    return tuple(slice(0, size) for size in shape)
+
+
+def _rows_of(box: tuple[slice, ...], elements: slice) -> tuple[tuple[slice, ...], slice]:
+    """Return the smallest box of neighboring rows that holds some elements of a box, and which of its own they are."""
+    narrowed, start, stop = list(box), elements.start, max(elements.start, elements.stop)
+    for dim, side in enumerate(box):
+        inner = prod(each.stop - each.start for each in box[dim + 1 :])
+        if start == stop or inner == 0:
+            return tuple(narrowed), slice(0, 0)
+        first, last = start // inner, -(-stop // inner)
+        narrowed[dim] = slice(side.start + first, side.start + last)
+        start, stop = start - first * inner, stop - first * inner
+        if last - first > 1:
+            break
+    return tuple(narrowed), slice(start, stop)
 
 
 def _location(tensor: Tensor) -> tuple[object, ...]:

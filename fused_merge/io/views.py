@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from fused_merge.io.sources import FileRange, TensorSource
+from fused_merge.io.sources import FileRange, TensorSource, whole_box
 
 # One slice for each dimension; None for a dimension of size 1 that a tensor lacks and its counterpart has.
 Box: TypeAlias = "tuple[slice | None, ...]"
@@ -224,11 +224,6 @@ class ViewSource(TensorSource):
             place = lies[0][0]
             found[here.start] = place._replace(offset=place.offset + there.start * place.dtype.itemsize), len(there)
         return [found[start] for start in sorted(found)] or None
-
-
-def whole_box(shape: Sequence[int]) -> tuple[slice, ...]:
-    """Return the box that is all of a tensor."""
-    return tuple(slice(0, size) for size in shape)
 
 
 def _flat(box: Box, shape: Sequence[int]) -> range | None:

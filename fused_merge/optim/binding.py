@@ -10,34 +10,47 @@ from torch import Tensor
 
 from fused_merge.delta.reference_delta import ReferenceDelta
 from fused_merge.delta.tensors import Sparsity
-from fused_merge.eager.operands import Tau
+from fused_merge.distributed import Processes
+from fused_merge.eager.sparse import SparseTensor
 from fused_merge.io.match import common_prefixes, has_first_rows
 from fused_merge.methods import MergeRule
 from fused_merge.names import canonical_name, some
 from fused_merge.optim.binding_report import Found, report
+from fused_merge.optim.pieces import Bound, Piece
 
 
-class Bound(NamedTuple):
-    """The delta of one parameter."""
+class Member(NamedTuple):
+    """A parameter of a group."""
 
-    tau: Tau  # F(tau), sparse where F drops anything; None for a parameter that steps as plain AdamW
-    tau_dense: Tensor | None = None  # tau itself, where something is projected onto it and F drops anything
-
-    def to(self, device: torch.device) -> Bound:
-        """Return this on `device`; itself if it is there."""
-        if self.tau is None or self.tau.device == device:
-            return self
-        return Bound(self.tau.to(device), None if self.tau_dense is None else self.tau_dense.to(device))
+    name: str  # canonical; used in error messages
+    param: Tensor
+    pieces: Sequence[Piece]
 
 
 class NamedGroup(NamedTuple):
     """Parameters of one group, by canonical name."""
 
-    number: int  # of the group
     options: dict[str, Any]
     rule: MergeRule
-    names: list[str]
-    params: list[Tensor]
+    members: Sequence[Member]
+
+
+class Wanted(NamedTuple):
+    """A piece of a parameter whose delta is to be found."""
+
+    piece: Piece
+    param: Tensor
+    group: NamedGroup
+
+    @property
+    def name(self) -> str:
+        """Of the tensor."""
+        return self.piece.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor, in whole."""
+        return tuple(self.piece.shard(self.param).shape)
 
 
 class Binding:
@@ -53,21 +66,61 @@ class Binding:
             return [[canonical_name(name) for name in group["param_names"]] for group in groups]
         return _names_in_order([group["params"] for group in groups], self.delta)
 
-    def bind(self, groups: Iterable[NamedGroup]) -> None:
-        """Find the delta of every parameter that has none yet, or raise ValueError and bind none."""
+    def lacking(self, groups: Iterable[NamedGroup]) -> list[Wanted]:
+        """Return the pieces whose delta was not looked for yet; ValueError if two tensors have one name."""
         owners: dict[str, Tensor] = {}
         wanted: list[Wanted] = []
         for group in groups:
-            for name, param in zip(group.names, group.params, strict=True):
-                if owners.setdefault(name, param) is not param:
-                    raise ValueError(
-                        f"two parameters are called {name!r}; deltas are matched by name: give the parameters distinct "
-                        "names, for example a prefix, or give each model an optimizer of its own"
-                    )
-                if name not in self._bound:
-                    wanted.append(Wanted(name, param, group))
-        if not wanted:
-            return
+            for _, param, pieces in group.members:
+                for piece in pieces:
+                    if owners.setdefault(piece.name, param) is not param:
+                        raise ValueError(
+                            f"two parameters are called {piece.name!r}; deltas are matched by name: give parameters "
+                            "distinct names, for example a prefix, or give each model an optimizer of its own"
+                        )
+                    if piece.name not in self._bound:
+                        wanted.append(Wanted(piece, param, group))
+        return wanted
+
+    def bind(self, wanted: Sequence[Wanted], processes: Processes) -> None:
+        """Find the delta of each of these, or raise ValueError, on all processes, and bind none.
+
+        Each process reads and keeps what it holds of each tensor.
+        """
+        with processes.raising_together():
+            self._check(wanted)
+        identities = processes.gathered(self.delta.identity)
+        if len(set(identities)) > 1:
+            raise ValueError(
+                f"the processes have different reference deltas, {some(identities)}; make them all of the same models"
+            )
+        bound, held = dict[str, Bound](), set(self.delta.names)
+        for each in wanted:
+            if each.name not in held:
+                bound[each.name] = Bound(None)
+                continue
+            with processes.raising_together():
+                tau = self._read(each)
+            bound[each.name] = self._sparsified(each, tau).to(each.param.device)
+        self._bound.update(bound)
+        report(
+            [
+                Found(each.name, each.shape, each.piece.of(each.param.detach()), *each.group[:2], bound[each.name])
+                for each in wanted
+            ]
+        )
+
+    def of(self, name: str, device: torch.device) -> Bound:
+        """Return the delta of a bound piece, moved along if the parameter went to another device."""
+        self._bound[name] = self._bound[name].to(device)
+        return self._bound[name]
+
+    def clear(self) -> None:
+        """Forget everything, to find it again when it is needed."""
+        self._bound.clear()
+
+    def _check(self, wanted: Sequence[Wanted]) -> None:
+        """Raise ValueError if the delta lacks a tensor, holds it in another shape or in a form that does not serve."""
         held = set(self.delta.names)
         absent = [each.name for each in wanted if each.name not in held and each.group.options["missing"] == "error"]
         if absent:
@@ -76,42 +129,39 @@ class Binding:
                 "checkpoints that hold them, or by ReferenceDelta.from_models(base_model, sft_model) if their files "
                 "name them otherwise, or step them as plain AdamW with missing='plain'"
             )
-        for name, param, group in wanted:
-            if name not in held or self.delta.shape(name) == param.shape:
+        for each in wanted:
+            if each.name not in held:
                 continue
-            shapes = f"{name!r} has shape {tuple(param.shape)} and its reference delta {tuple(self.delta.shape(name))}"
-            if not has_first_rows(self.delta.shape(name), param.shape):
+            self._check_form(each)
+            tau = tuple(self.delta.shape(each.name))
+            if tau == each.shape:
+                continue
+            shapes = f"{each.name!r} has shape {each.shape} and its reference delta {tau}"
+            if not has_first_rows(torch.Size(tau), torch.Size(each.shape)):
                 raise ValueError(f"parameter {shapes}; train the model that the delta was made of")
-            if group.options["missing"] == "error":
+            if each.group.options["missing"] == "error":
                 raise ValueError(f"parameter {shapes}; step the rows that it lacks as plain AdamW with missing='plain'")
-        bound = {
-            name: self._sparsified(name, group).to(param.device) if name in held else Bound(None)
-            for name, param, group in wanted
-        }
-        self._bound.update(bound)
-        report([Found(name, param, group.options, group.rule, *bound[name]) for name, param, group in wanted])
 
-    def of(self, name: str, device: torch.device) -> Bound:
-        """Return the delta of a bound parameter, moved along if the parameter went to another device."""
-        self._bound[name] = self._bound[name].to(device)
-        return self._bound[name]
-
-    def clear(self) -> None:
-        """Forget everything, to find it again when it is needed."""
-        self._bound.clear()
-
-    def _sparsified(self, name: str, group: NamedGroup) -> Bound:
-        """Return the delta of one tensor as its group asks for it."""
-        rule, stored = group.rule, self.delta.sparsity
-        if stored is None and (rule.tau_reserve_rate == 1.0 or rule.tau == "none"):
-            return Bound(self.delta.tensor(name))
+    def _check_form(self, wanted: Wanted) -> None:
+        rule, stored = wanted.group.rule, self.delta.sparsity
         if stored is not None and (rule.project or rule.tau == "none"):
-            what = f"project={rule.project!r}" if rule.project else f"method {group.options['method']!r}"
+            what = f"project={rule.project!r}" if rule.project else f"method {wanted.group.options['method']!r}"
             raise ValueError(
                 f"{what} needs the whole reference delta and {self.delta.path} holds a sparse one; use the dense delta"
             )
-        tau = self.delta.sparse(name, Sparsity(rule.tau, rule.tau_reserve_rate, group.options["seed"]))
-        return Bound(tau, self.delta.tensor(name) if rule.project else None)
+
+    def _read(self, wanted: Wanted) -> Tensor | SparseTensor:
+        """Return what a process holds of a tensor of the delta, as it is stored; no collective operation."""
+        return self.delta.read(wanted.name, wanted.piece.fragment)
+
+    def _sparsified(self, wanted: Wanted, tau: Tensor | SparseTensor) -> Bound:
+        """Return the delta of one tensor as its group asks for it."""
+        rule, shape = wanted.group.rule, tuple(self.delta.shape(wanted.name))
+        if isinstance(tau, Tensor) and (rule.tau_reserve_rate == 1.0 or rule.tau == "none"):
+            return Bound(tau, None, shape)
+        sparsity = Sparsity(rule.tau, rule.tau_reserve_rate, wanted.group.options["seed"])
+        kept = self.delta.sparsified(wanted.name, tau, sparsity, wanted.piece.fragment)
+        return Bound(kept, tau if rule.project and isinstance(tau, Tensor) else None, shape)
 
 
 def _naming(absent: Collection[str], delta: ReferenceDelta) -> str:
@@ -135,11 +185,3 @@ def _names_in_order(groups: list[list[Tensor]], delta: ReferenceDelta) -> list[l
         )
     names = iter(delta.names)
     return [[next(names) for _ in group] for group in groups]
-
-
-class Wanted(NamedTuple):
-    """A parameter whose delta is to be found."""
-
-    name: str
-    param: Tensor
-    group: NamedGroup

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fused_merge.eager.merge_stats import lost_share
-from fused_merge.eager.operands import Tau
 from fused_merge.eager.sparse import SparseTensor
 from fused_merge.methods import MergeRule
 from fused_merge.names import some
+from fused_merge.optim.pieces import Bound
 
 logger = logging.getLogger("fused_merge")
 
@@ -25,24 +25,24 @@ class Found(NamedTuple):
     """A parameter, what its group says, and the delta that was found for it."""
 
     name: str
-    param: Tensor
+    shape: Sequence[int]  # of the tensor, in whole
+    weights: Tensor  # what this process holds of it
     options: Mapping[str, Any]
     rule: MergeRule
-    tau: Tau
-    tau_dense: Tensor | None
+    delta: Bound
 
 
 def report(found: Sequence[Found]) -> None:
     """Log all that a user should know of deltas that were just bound."""
-    plain = [each.name for each in found if each.tau is None]
+    plain = [each.name for each in found if each.delta.tau is None]
     plain += [
-        f"rows {each.tau.shape[0]} to {len(each.param) - 1} of {each.name}"
+        f"rows {each.delta.shape[0]} to {each.shape[0] - 1} of {each.name}"
         for each in found
-        if each.tau is not None and each.tau.shape != each.param.shape
+        if each.delta.tau is not None and each.delta.shape != each.shape
     ]
     if plain:
         logger.warning("stepping as plain AdamW, without a reference delta: %s", some(map(repr, plain), shown=20))
-    dense = sum(each.tau_dense.nbytes for each in found if each.tau_dense is not None)
+    dense = sum(each.delta.tau_dense.nbytes for each in found if each.delta.tau_dense is not None)
     if dense:
         logger.info("projection keeps the dense reference delta in memory: %.3g MB", dense / 1e6)
     _warn_of_lost_tau(found)
@@ -51,13 +51,17 @@ def report(found: Sequence[Found]) -> None:
 def _warn_of_lost_tau(found: Sequence[Found]) -> None:
     """Warn where the weights are too coarse for alpha * tau."""
     lost: dict[str, float] = {}
-    for name, param, options, rule, tau, _ in found:
+    for name, _, weights, options, rule, (tau, *_) in found:
         if tau is None or options["rounding"] == "stochastic" or options["alpha"] == 0.0:
             continue
         tau = tau.unpack() if isinstance(tau, SparseTensor) else tau
-        stored = param.dtype if options["master"] == "none" else torch.float32
-        weights = param.detach() if tau.shape == param.shape else param.detach()[: tau.shape[0]]
-        share = lost_share(weights, tau, options["alpha"] * rule.scale(rule.tau_reserve_rate), stored)
+        stored = weights.dtype if options["master"] == "none" else torch.float32
+        share = lost_share(
+            weights[: tau.shape[0]] if tau.ndim else weights,
+            tau,
+            options["alpha"] * rule.scale(rule.tau_reserve_rate),
+            stored,
+        )
         if share > _LOST:
             lost[name] = float(share)
     if lost:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -16,15 +16,14 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, StateDict
 
 from fused_merge.delta.reference_delta import ReferenceDelta
-from fused_merge.eager.merging_adamw import Anchor
+from fused_merge.distributed import ALONE, Processes
 from fused_merge.eager.operands import Operands
 from fused_merge.eager.scalars import Hyper
-from fused_merge.eager.shard import Shard
 from fused_merge.functional.merging_adamw import PreparedStep, prepare, take
 from fused_merge.functional.workspace import Workspace
-from fused_merge.names import canonical_name, tensor_id
-from fused_merge.optim.binding import Binding, Bound, NamedGroup
-from fused_merge.optim.gradients import grad_factor, grad_norm, inverse_of
+from fused_merge.names import canonical_name
+from fused_merge.optim.binding import Binding, Member, NamedGroup
+from fused_merge.optim.gradients import grad_factor, grad_norm, inverse_of, local_gradient
 from fused_merge.optim.options import (
     FIXED,
     GROUP_OPTIONS,
@@ -36,6 +35,7 @@ from fused_merge.optim.options import (
     check_options,
     dtype_of,
 )
+from fused_merge.optim.pieces import Piece, Pieces, operands_of
 from fused_merge.optim.state import check_loadable, complete_state, restore_states
 from fused_merge.optim.verification import take_verified, verify_as_the_environment_says
 from fused_merge.options import check_known, documented, resolve
@@ -94,19 +94,23 @@ class MergingAdamW(Optimizer):
     ) -> None:
         check_known(options, GROUP_OPTIONS | RUN_OPTIONS)
         own = resolve({name: value for name, value in options.items() if name in RUN_OPTIONS}, RunOptions)
+        given: list[Any] = list(params)
         if not isinstance(reference_delta, ReferenceDelta):
-            reference_delta = ReferenceDelta.load(reference_delta)
+            with Processes.that_share(_tensors_of(given)).raising_together():
+                reference_delta = ReferenceDelta.load(reference_delta)
         self.impl: str = own["impl"]
         self.stats_every: int = own["stats_every"]
         self.verify_steps = 0
         self.grad_norm: Tensor | None = None
         self._binding = Binding(reference_delta)
+        self._pieces = Pieces()
         self._calls = 0
         self._workspace = Workspace()
         self._stats: dict[str, dict[str, float]] = {}
-        self._fixed: dict[int, dict[str, Any]] = {}
+        # By the first parameter of a group, since a framework may step groups one by one.
+        self._fixed: dict[Tensor, dict[str, Any]] = {}
         defaults = {name: options.get(name, option.default) for name, option in GROUP_OPTIONS.items()}
-        super().__init__(params, {**defaults, "method": method})
+        super().__init__(given, {**defaults, "method": method})
 
     @property
     def reference_delta(self) -> ReferenceDelta:
@@ -139,7 +143,24 @@ class MergingAdamW(Optimizer):
         ValueError names the parameters that the delta lacks or holds in another shape, or says how a sparse delta was
         made if that is not what the group asks for. Nothing is bound then.
         """
-        self._binding.bind(self._named_groups())
+        groups = self._named_groups()
+        self._binding.bind(self._binding.lacking(groups), self._processes(groups))
+
+    def set_pieces(self, pieces: Mapping[Tensor, Sequence[Piece]]) -> None:
+        """Say what flat parameters are made of, for frameworks that put several tensors into one vector.
+
+        Args:
+            pieces: parameter -> the named tensors that its elements belong to; elements of none are left alone. The
+                processes of a group must list the same tensors in the same order, if only without elements.
+        """
+        self._pieces.tell(pieces)
+        self._binding.clear()
+
+    def _processes(self, groups: Sequence[NamedGroup]) -> Processes:
+        """Return all processes that share the parameters."""
+        members = [member for group in groups for member in group.members]
+        shards = (piece.shard(member.param) for member in members for piece in member.pieces)
+        return Processes.that_share([m.param for m in members], [group for shard in shards for group in shard.groups])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -164,23 +185,31 @@ class MergingAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         groups = self._named_groups()
-        batches = [batch for group in groups if (batch := self._with_gradients(group)).params]
-        self._binding.bind(groups)
+        wanted = self._binding.lacking(groups)
+        # What may fail on one process only is found at the first step, which waits for the host anyway.
+        processes = self._processes(groups) if wanted else ALONE
+        with processes.raising_together():
+            batches = [batch for group in groups if (batch := _with_gradients(group)).grads]
+        self._binding.bind(wanted, processes)
         inverse_scale = inverse_of(getattr(self, "grad_scale", None))
         norm = self._norm(batches, inverse_scale)
-        # All groups or none: what a later one cannot do is raised before the first one has stepped.
-        prepared = [self._prepare(batch, grad_factor(batch.options, norm, inverse_scale)) for batch in batches]
+        with processes.raising_together():
+            # All groups or none: what a later one cannot do is raised before the first one has stepped.
+            prepared = [
+                self._prepare(batch, grad_factor(batch.group.options, norm, inverse_scale)) for batch in batches
+            ]
         if self._calls == 0 and not self.verify_steps:
             # Not before: the parameters may have moved to another device since the optimizer was made.
             verify_as_the_environment_says(self)
         self.grad_norm = norm
         self._calls += 1
-        for batch, (states, step) in zip(batches, prepared, strict=True):
+        for states, _ in prepared:
             for param, state in states:
                 self.state[param] |= state
-            workspace = self._workspace.part(f"group {batch.number}")
-            gathered = take_verified(step, workspace, self.impl) if self.verify_steps else take(step)[0]
-            for o, entry in zip(step.operands, gathered, strict=True):
+        steps = [step for _, step in prepared]
+        gathered = take_verified(steps, self._workspace, self.impl) if self.verify_steps else take(*steps)
+        for step, entries in zip(steps, gathered, strict=True):
+            for o, entry in zip(step.operands, entries, strict=True):
                 if entry is not None:
                     self._stats[o.name] = {field: float(value) for field, value in entry._asdict().items()}
         self._fix_options()
@@ -190,44 +219,37 @@ class MergingAdamW(Optimizer):
     def _named_groups(self) -> list[NamedGroup]:
         """Return the parameters of every group by name, with options that are checked."""
         named = []
-        for index, (group, names) in enumerate(
-            zip(self.param_groups, self._binding.names(self.param_groups), strict=True)
-        ):
+        flat = self._pieces.tell_all_of([param for group in self.param_groups for param in group["params"]])
+        names = (
+            self._binding.names(self.param_groups) if not flat else [[""] * len(g["params"]) for g in self.param_groups]
+        )
+        for group, own in zip(self.param_groups, names, strict=True):
             rule = check_options(group)
-            for option, value in self._fixed.get(index, {}).items():
+            fixed = next((self._fixed[param] for param in group["params"][:1] if param in self._fixed), {})
+            for option, value in fixed.items():
                 if group[option] != value:
                     raise ValueError(
                         f"{option} of a group is fixed once it has taken a step: it was {value} and is "
                         f"{group[option]}; set it back, or make a new optimizer"
                     )
-            named.append(NamedGroup(index, group, rule, names, group["params"]))
+            members = [Member(name, p, self._pieces.of(name, p)) for name, p in zip(own, group["params"], strict=True)]
+            named.append(NamedGroup(group, rule, members))
         return named
 
-    def _with_gradients(self, group: NamedGroup) -> NamedGroup:
-        """Return the parameters of a group that have a gradient, all of them checked."""
-        with_gradient = [(n, p) for n, p in zip(group.names, group.params, strict=True) if p.grad is not None]
-        for name, param in with_gradient:
-            check_dtype(name, param, group.options)
-            if param.grad is not None and param.grad.layout != torch.strided:
-                raise ValueError(
-                    f"the gradient of {name!r} is sparse ({param.grad.layout}); use a dense one, as from "
-                    "nn.Embedding(sparse=False)"
-                )
-        return group._replace(names=[n for n, _ in with_gradient], params=[p for _, p in with_gradient])
-
-    def _norm(self, batches: Sequence[NamedGroup], inverse_scale: float | Tensor) -> Tensor | None:
+    def _norm(self, batches: Sequence[Batch], inverse_scale: float | Tensor) -> Tensor | None:
         """Return the norm of all gradients where any group clips them."""
-        grads = [param.grad for batch in batches for param in batch.params if param.grad is not None]
-        if not grads or all(batch.options["max_grad_norm"] is None for batch in batches):
+        if all(batch.group.options["max_grad_norm"] is None for batch in batches):
             return None
-        return grad_norm(grads, inverse_scale, workspace=self._workspace.part("norm"), impl=self.impl)
+        grads = [grad for batch in batches for grad in batch.grads]
+        groups = [member.pieces[0].shard(member.param).groups for batch in batches for member in batch.group.members]
+        return grad_norm(grads, groups, inverse_scale, workspace=self._workspace.part("norm"), impl=self.impl)
 
-    def _prepare(self, batch: NamedGroup, factor: float | Tensor) -> tuple[list[tuple[Tensor, State]], PreparedStep]:
+    def _prepare(self, batch: Batch, factor: float | Tensor) -> tuple[list[tuple[Tensor, State]], PreparedStep]:
         """Check a step of one group and give it to a backend; nothing is changed.
 
         With the step come the states of its parameters, which are to be kept when it is taken.
         """
-        options = batch.options
+        options, rule, members = batch.group
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         hyper = Hyper(
             **{name: options[name] for name in ("lr", "betas", "eps", "weight_decay", "alpha", "merge_every")},
@@ -236,18 +258,19 @@ class MergingAdamW(Optimizer):
         )
         states: list[tuple[Tensor, State]] = []
         operands: list[Operands] = []
-        for name, param in zip(batch.names, batch.params, strict=True):
-            bound = self._binding.of(name, param.device)
-            state = complete_state(self.state.get(param, {}), param, options, merged=bound.tau is not None)
+        for (_, param, pieces), grad in zip(members, batch.grads, strict=True):
+            bounds = [self._binding.of(piece.name, param.device) for piece in pieces]
+            merged = any(bound.tau is not None for bound in bounds)
+            state = complete_state(self.state.get(param, {}), param, options, merged=merged)
             states.append((param, state))
-            operands += _operands(name, param, state, bound)
+            operands += operands_of(param, grad, pieces, state, bounds)
         step = prepare(
             operands,
-            rule=batch.rule,
+            rule=rule,
             hyper=hyper,
             seed=options["seed"],
             stats=self.stats_every > 0 and (self._calls + 1) % self.stats_every == 0,
-            workspace=self._workspace.part(f"group {batch.number}"),
+            workspace=self._workspace.part(id(members[0].param)),
             impl=self.impl,
         )
         return states, step
@@ -312,34 +335,36 @@ class MergingAdamW(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep; the delta is found again by the copy's first step."""
         kept = ("impl", "stats_every", "verify_steps", "grad_norm", "_calls", "_stats", "_fixed")
-        fresh = {"_binding": Binding(self.reference_delta), "_workspace": Workspace()}
+        fresh = {"_binding": Binding(self.reference_delta), "_pieces": Pieces(), "_workspace": Workspace()}
         return super().__getstate__() | {key: self.__dict__[key] for key in kept} | fresh
 
     def _fix_options(self) -> None:
         """Remember what the states of each group that has any were made with."""
-        for index, group in enumerate(self.param_groups):
-            if index not in self._fixed and any(param in self.state for param in group["params"]):
-                self._fixed[index] = {option: group[option] for option in FIXED}
+        for group in self.param_groups:
+            if any(param in self.state for param in group["params"]):
+                self._fixed.setdefault(group["params"][0], {option: group[option] for option in FIXED})
 
 
-def _operands(name: str, param: Tensor, state: State, bound: Bound) -> Sequence[Operands]:
-    """Return what a step of one parameter reads and writes; in two parts where tau lacks its last rows."""
-    assert param.grad is not None
-    whole = Operands(
-        name,
-        param,
-        param.grad,
-        state["exp_avg"],
-        state["exp_avg_sq"],
-        state["step"],
-        bound.tau,
-        bound.tau_dense,
-        Anchor(state["anchor"], state["anchor_decay"]) if "anchor" in state else None,
-        state.get("master", state.get("master_low")),
-        tensor_id(name),
-        Shard.whole(param.shape),
-    )
-    return [whole] if bound.tau is None or bound.tau.shape == param.shape else whole.split(bound.tau.shape[0])
+class Batch(NamedTuple):
+    """The parameters of a group that have a gradient."""
+
+    group: NamedGroup
+    grads: Sequence[Tensor]  # what this process holds of each
+
+
+def _with_gradients(group: NamedGroup) -> Batch:
+    """Return the parameters of a group that have a gradient, all of them checked."""
+    members = [member for member in group.members if member.param.grad is not None]
+    for member in members:
+        check_dtype(member.name, member.param, group.options)
+    return Batch(group._replace(members=members), [local_gradient(member.name, member.param) for member in members])
+
+
+def _tensors_of(params: Sequence[Any]) -> list[Tensor]:
+    """Return the tensors of what `torch.optim.Optimizer` takes as parameters."""
+    groups = [each["params"] if isinstance(each, dict) else [each] for each in params]
+    flat = [each for group in groups for each in ([group] if isinstance(group, Tensor) else group)]
+    return [tensor for each in flat for tensor in (each[1:] if isinstance(each, tuple) else [each])]
 
 
 @documented(CommonOptions)

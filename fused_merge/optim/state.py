@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import StateDict
 
 from fused_merge.delta.reference_delta import ReferenceDelta
+from fused_merge.distributed import local_part
 from fused_merge.eager.precision import compute_dtype
 from fused_merge.eager.rounding import join
 from fused_merge.optim.options import FOREIGN
@@ -55,12 +56,13 @@ def complete_state(
             complete[key] = torch.zeros((), dtype=dtypes[key], device=device)
         elif key not in complete and key != "anchor":
             # Moments start at 0, and what bf16 weights lack of fp32 is nothing yet.
-            complete[key] = like_param(key).copy_(param) if key == "master" else like_param(key)
+            complete[key] = like_param(key)
+            if key == "master":
+                local_part(complete[key]).copy_(local_part(param))
     if anchored and "anchor" not in complete:
-        low = complete.get("master_low")
-        complete["anchor"] = like_param("anchor").copy_(
-            complete.get("master", param) if low is None else join(param, low)
-        )
+        low, start = complete.get("master_low"), local_part(complete.get("master", param))
+        complete["anchor"] = like_param("anchor")
+        local_part(complete["anchor"]).copy_(start if low is None else join(start, local_part(low)))
         complete["anchor_decay"] = torch.ones((), dtype=dtypes["anchor_decay"], device=device)
     return complete
 

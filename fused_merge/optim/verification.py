@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -63,17 +64,18 @@ def verify_as_the_environment_says(optimizer: Verifiable) -> None:
         logger.warning("FUSED_MERGE_VERIFY=%s: %s", steps, reason)
 
 
-def take_verified(prepared: PreparedStep, workspace: Workspace, impl: str) -> list[MergeStats | None]:
-    """Take a step tensor by tensor; RuntimeError names the first tensor and state that eager code has otherwise."""
-    _, rule, hyper, seed, stats, _ = prepared
-    gathered = []
-    for o in prepared.operands:
-        # In a call of its own: the copies of one tensor are gone before the next one is copied.
-        copy = _copy(o)
-        own = workspace.part(o.name)
-        gathered += step_([o], rule=rule, hyper=hyper, seed=seed, stats=stats, workspace=own, impl=impl)
-        step_([copy], rule=rule, hyper=hyper, seed=seed, impl="eager")
-        _compare(o, copy)
+def take_verified(steps: Sequence[PreparedStep], workspace: Workspace, impl: str) -> list[list[MergeStats | None]]:
+    """Take steps tensor by tensor; RuntimeError names the first tensor and state that eager code has otherwise."""
+    gathered: list[list[MergeStats | None]] = []
+    for operands, rule, hyper, seed, stats, _ in steps:
+        gathered.append([])
+        for o in operands:
+            # In a call of its own: the copies of one tensor are gone before the next one is copied.
+            copy = _copy(o)
+            own = workspace.part(o.name)
+            gathered[-1] += step_([o], rule=rule, hyper=hyper, seed=seed, stats=stats, workspace=own, impl=impl)
+            step_([copy], rule=rule, hyper=hyper, seed=seed, impl="eager")
+            _compare(o, copy)
     return gathered
 
 

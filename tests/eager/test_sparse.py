@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from bits import same_bits
+from fragments import grids, ranges
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -107,3 +109,48 @@ def test_a_mask_that_does_not_fit():
         SparseTensor.pack(torch.ones(3), torch.ones(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"got torch.bool of \[2\]"):
         SparseTensor.pack(torch.ones(3), torch.ones(2, dtype=torch.bool))
+
+
+SHAPES = [(7,), (0,), (), (40, 60), (5, 33, 64), (3, 5, 7, 11), (3000,), (2, 70_000), (600, 1001)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_a_part_is_what_packing_the_part_makes(shape, share):
+    dense, keep = masked(shape, share)
+    packed = SparseTensor.pack(dense, keep)
+    for boxes in grids(shape):
+        for box in boxes:
+            own = SparseTensor.pack(dense[box], keep[box])
+            assert_parts_equal(packed.part(box), own)
+            for elements in ranges(own.shape.numel()):
+                expected = SparseTensor.pack(dense[box].flatten()[elements], keep[box].flatten()[elements])
+                assert_parts_equal(packed.part(box, elements), expected)
+
+
+def assert_parts_equal(one, other):
+    assert one.shape == other.shape
+    for part in ("mask", "values", "offsets"):
+        assert same_bits(getattr(one, part), getattr(other, part))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    n=st.integers(0, 5000),
+    ends=st.tuples(st.integers(0, 5000), st.integers(0, 5000)),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 2**31),
+)
+def test_a_range_that_begins_and_ends_anywhere(n, ends, share, seed):
+    dense, keep = masked(n, share, seed=seed)
+    start, stop = sorted(min(end, n) for end in ends)
+    part = SparseTensor.pack(dense, keep).part((slice(start, stop),))
+    assert_parts_equal(part, SparseTensor.pack(dense[start:stop], keep[start:stop]))
+
+
+def test_a_part_does_not_keep_the_whole():
+    packed = SparseTensor.pack(*masked((64, 4096), 0.5))
+    for box in [(slice(0, 4), slice(0, 4096)), (slice(0, 64), slice(0, 256))]:
+        part = packed.part(box)
+        kept = sum(x.untyped_storage().nbytes() for x in (part.mask, part.values, part.offsets))
+        assert kept <= packed_nbytes(2**14, part.values.numel(), 4)

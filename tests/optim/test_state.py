@@ -189,7 +189,7 @@ def test_delta_and_states_follow_a_moved_parameter(options, delta, monkeypatch):
     def take(prepared):
         for o in prepared.operands:
             seen.extend(value for value in (*o, *(o.anchor or ())) if isinstance(value, (torch.Tensor, SparseTensor)))
-        return [None]
+        return [[None]]
 
     monkeypatch.setattr(merging_adamw, "take", take)
     optimizer.step()
