@@ -232,7 +232,7 @@ def _check(o: Operands, rule: MergeRule) -> None:
             f"{o.name}: gradient, states and reference delta must have the parameter's shape "
             f"{tuple(shape)}, got {sorted(shapes)}"
         )
-    if o.grad is None and (o.tau is None or o.anchor is None or rule.project_on == "gradient" and rule.project):
+    if o.grad is None and (o.tau is None or o.anchor is None or (rule.project_on == "gradient" and rule.project)):
         raise ValueError(
             f"{o.name}: without a gradient u is what another optimizer has added to the anchor; pass an anchor and a "
             "reference delta, and project the update if anything"
