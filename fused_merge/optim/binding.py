@@ -16,7 +16,7 @@ from fused_merge.io.match import common_prefixes, has_first_rows
 from fused_merge.methods import MergeRule
 from fused_merge.names import canonical_name, some
 from fused_merge.optim.binding_report import Found, report
-from fused_merge.optim.pieces import Bound, Piece
+from fused_merge.optim.pieces import Bound, Piece, Pieces
 
 
 class Member(NamedTuple):
@@ -65,6 +65,15 @@ class Binding:
         if any("param_names" in group for group in groups):
             return [[canonical_name(name) for name in group["param_names"]] for group in groups]
         return _names_in_order([group["params"] for group in groups], self.delta)
+
+    def members(self, groups: Sequence[Mapping[str, Any]], pieces: Pieces) -> list[list[Member]]:
+        """Return the parameters of each group with their names and pieces."""
+        flat = pieces.tell_all_of([param for group in groups for param in group["params"]])
+        names = [[""] * len(group["params"]) for group in groups] if flat else self.names(groups)
+        return [
+            [Member(name, param, pieces.of(name, param)) for name, param in zip(own, group["params"], strict=True)]
+            for own, group in zip(names, groups, strict=True)
+        ]
 
     def lacking(self, groups: Iterable[NamedGroup]) -> list[Wanted]:
         """Return the pieces whose delta was not looked for yet; ValueError if two tensors have one name."""
@@ -162,6 +171,13 @@ class Binding:
         sparsity = Sparsity(rule.tau, rule.tau_reserve_rate, wanted.group.options["seed"])
         kept = self.delta.sparsified(wanted.name, tau, sparsity, wanted.piece.fragment)
         return Bound(kept, tau if rule.project and isinstance(tau, Tensor) else None, shape)
+
+
+def processes_of(groups: Sequence[NamedGroup]) -> Processes:
+    """Return all processes that share the parameters."""
+    members = [member for group in groups for member in group.members]
+    shards = (piece.shard(member.param) for member in members for piece in member.pieces)
+    return Processes.that_share([m.param for m in members], [group for shard in shards for group in shard.groups])
 
 
 def _naming(absent: Collection[str], delta: ReferenceDelta) -> str:

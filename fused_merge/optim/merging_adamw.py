@@ -22,7 +22,7 @@ from fused_merge.eager.scalars import Hyper
 from fused_merge.functional.merging_adamw import PreparedStep, prepare, take
 from fused_merge.functional.workspace import Workspace
 from fused_merge.names import canonical_name
-from fused_merge.optim.binding import Binding, Member, NamedGroup
+from fused_merge.optim.binding import Binding, NamedGroup, processes_of
 from fused_merge.optim.gradients import grad_factor, grad_norm, inverse_of, local_gradient
 from fused_merge.optim.options import (
     FIXED,
@@ -144,7 +144,7 @@ class MergingAdamW(Optimizer):
         made if that is not what the group asks for. Nothing is bound then.
         """
         groups = self._named_groups()
-        self._binding.bind(self._binding.lacking(groups), self._processes(groups))
+        self._binding.bind(self._binding.lacking(groups), processes_of(groups))
 
     def set_pieces(self, pieces: Mapping[Tensor, Sequence[Piece]]) -> None:
         """Say what flat parameters are made of, for frameworks that put several tensors into one vector.
@@ -155,12 +155,6 @@ class MergingAdamW(Optimizer):
         """
         self._pieces.tell(pieces)
         self._binding.clear()
-
-    def _processes(self, groups: Sequence[NamedGroup]) -> Processes:
-        """Return all processes that share the parameters."""
-        members = [member for group in groups for member in group.members]
-        shards = (piece.shard(member.param) for member in members for piece in member.pieces)
-        return Processes.that_share([m.param for m in members], [group for shard in shards for group in shard.groups])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -187,7 +181,7 @@ class MergingAdamW(Optimizer):
         groups = self._named_groups()
         wanted = self._binding.lacking(groups)
         # What may fail on one process only is found at the first step, which waits for the host anyway.
-        processes = self._processes(groups) if wanted else ALONE
+        processes = processes_of(groups) if wanted else ALONE
         with processes.raising_together():
             batches = [batch for group in groups if (batch := _with_gradients(group)).grads]
         self._binding.bind(wanted, processes)
@@ -219,11 +213,9 @@ class MergingAdamW(Optimizer):
     def _named_groups(self) -> list[NamedGroup]:
         """Return the parameters of every group by name, with options that are checked."""
         named = []
-        flat = self._pieces.tell_all_of([param for group in self.param_groups for param in group["params"]])
-        names = (
-            self._binding.names(self.param_groups) if not flat else [[""] * len(g["params"]) for g in self.param_groups]
-        )
-        for group, own in zip(self.param_groups, names, strict=True):
+        for group, members in zip(
+            self.param_groups, self._binding.members(self.param_groups, self._pieces), strict=True
+        ):
             rule = check_options(group)
             fixed = next((self._fixed[param] for param in group["params"][:1] if param in self._fixed), {})
             for option, value in fixed.items():
@@ -232,7 +224,6 @@ class MergingAdamW(Optimizer):
                         f"{option} of a group is fixed once it has taken a step: it was {value} and is "
                         f"{group[option]}; set it back, or make a new optimizer"
                     )
-            members = [Member(name, p, self._pieces.of(name, p)) for name, p in zip(own, group["params"], strict=True)]
             named.append(NamedGroup(group, rule, members))
         return named
 
