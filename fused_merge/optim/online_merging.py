@@ -32,7 +32,7 @@ from fused_merge.optim.options import (
 )
 from fused_merge.optim.pieces import Piece, Pieces, operands_of
 from fused_merge.optim.state import check_loadable
-from fused_merge.optim.verification import take_verified
+from fused_merge.optim.verification import take_verified, verify_as_the_environment_says
 from fused_merge.options import check_known, documented, resolve
 
 if TYPE_CHECKING:
@@ -40,8 +40,10 @@ if TYPE_CHECKING:
 
 # What states were made with cannot be changed under them.
 _FIXED = ("method", "merge_every", "seed")
+# What a merge alone does not look at.
+_UNUSED = Hyper(lr=1.0, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0, alpha=0.0)
 # Every optimizer's `step` is wrapped in this code of torch, which calls the hooks.
-_HOOKED = Optimizer.profile_hook_step(lambda: None).__code__  # type: ignore[attr-defined]
+_HOOKED = Optimizer.profile_hook_step(lambda: None).__code__
 
 
 class _Pending(NamedTuple):
@@ -84,7 +86,6 @@ class OnlineMerging:
         reference_delta: a `ReferenceDelta`, or the path of a saved one.
         method: a key of `fused_merge.methods.METHODS`.
         {options}
-        project_on: `"update"`; the gradients are the optimizer's own.
 
     Raises:
         TypeError: for what is no optimizer or merges itself, and for an option that there is not.
@@ -98,12 +99,9 @@ class OnlineMerging:
         *,
         reference_delta: DeltaLike,
         method: str = "ondare",
-        project_on: str = "update",
         **options: Unpack[OnlineMergingOptions],
     ) -> None:
         check_known(options, MERGE_OPTIONS | RUN_OPTIONS)
-        if project_on != "update":
-            raise ValueError(f"project_on must be 'update' around another optimizer, got {project_on!r}")
         own = resolve({name: value for name, value in options.items() if name in RUN_OPTIONS}, RunOptions)
         self.optimizer = _innermost(optimizer)
         if not isinstance(reference_delta, ReferenceDelta):
@@ -112,7 +110,7 @@ class OnlineMerging:
         self.stats_every: int = own["stats_every"]
         self.verify_steps = 0
         self.options: dict[str, Any] = {name: options.get(name, o.default) for name, o in MERGE_OPTIONS.items()}
-        self.options |= {"method": method, "project_on": project_on, "master": "none"}
+        self.options |= {"method": method, "master": "none"}
         self.options["reference"] = {
             "identity": reference_delta.identity,
             "path": reference_delta.path,
@@ -251,6 +249,8 @@ class OnlineMerging:
         self._pending = None
         if pending.asks_again:
             pending = self._prepare_all(pending.anchors, asks_again=False)
+        if self._calls == 0 and not self.verify_steps:
+            verify_as_the_environment_says(self)
         self._calls += 1
         steps, verified = pending.steps, self.verify_steps > 0
         gathered = take_verified(steps, self._workspace, self.impl) if verified else take(*steps)
@@ -333,9 +333,7 @@ class OnlineMerging:
         return prepare(
             operands,
             rule=rule,
-            hyper=Hyper(
-                1.0, (0.0, 0.0), 0.0, 0.0, options["alpha"], found_inf=stopped, merge_every=options["merge_every"]
-            ),
+            hyper=_UNUSED._replace(alpha=options["alpha"], found_inf=stopped, merge_every=options["merge_every"]),
             seed=options["seed"],
             stats=self.stats_every > 0 and (self._calls + 1) % self.stats_every == 0,
             workspace=self._workspace.part(_key(members[0])),
@@ -368,7 +366,7 @@ def _innermost(optimizer: Any) -> Optimizer:
         innermost = innermost.optimizer
     if isinstance(innermost, MergingAdamW):
         raise TypeError(
-            f"{type(innermost).__name__} merges its own updates; use it alone, or OnlineMerging around another optimizer"
+            f"{type(innermost).__name__} merges its own updates; use it alone, or OnlineMerging around another one"
         )
     if not isinstance(innermost, Optimizer):
         raise TypeError(f"OnlineMerging goes around a torch.optim.Optimizer, got a {type(optimizer).__name__}")

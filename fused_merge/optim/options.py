@@ -119,7 +119,7 @@ class AnyMergeOptions(MergeOptions, RuleOptions, total=False):
         project_on: `"update"`; the gradients are the optimizer's own.
     """
 
-    project_on: Annotated[str, Option("update", one_of("update"))]  # type: ignore[misc]
+    project_on: Annotated[str, Option("update", one_of("update"))]
 
 
 class OnlineMergingOptions(AnyMergeOptions, RunOptions, total=False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,11 +24,14 @@ _STATES = ("param", "grad", "exp_avg", "exp_avg_sq", "step")
 
 
 class Verifiable(Protocol):
-    """What `verify` needs of an optimizer; `MergingAdamW` has it."""
+    """What `verify` needs of an optimizer; `MergingAdamW` and `OnlineMerging` have it."""
 
-    param_groups: list[dict[str, Any]]
     impl: str
     verify_steps: int
+
+    @property
+    def param_groups(self) -> Sequence[Mapping[str, Any]]:
+        """Of the optimizer."""
 
 
 def verify(optimizer: Verifiable, steps: int = 10) -> None:
@@ -38,7 +41,7 @@ def verify(optimizer: Verifiable, steps: int = 10) -> None:
     every state. Extra memory is that of the largest tensor and its state. The run itself is unchanged.
 
     Args:
-        optimizer: a `MergingAdamW`, whose steps are compared.
+        optimizer: a `MergingAdamW`, whose steps are compared, or an `OnlineMerging`, whose merges are.
         steps: for how many calls of `step`; 0 stops.
 
     Raises:
