@@ -20,12 +20,10 @@ def update(b, m, v):
 
 @triton.jit
 def advance(b, g, SPEC: tl.constexpr):
-    """`eager.adamw.moments`: m = b1*m + (1 - b1)*g and v = b2*v + (1 - b2)*g^2, and their u.
-
-    Of another optimizer's steps u is what they have added to the anchor.
-    """
+    """`eager.adamw.moments`: m = b1*m + (1 - b1)*g and v = b2*v + (1 - b2)*g^2, and their u, or another optimizer's."""
     if SPEC.GRAD is None:
-        return 0.0, 0.0, operands.load_weight(b, SPEC) - operands.load_anchor(b, SPEC)
+        _, u = operands.added_elsewhere(b, SPEC)
+        return 0.0, 0.0, u
     else:
         m, v = operands.load_moments(b, SPEC)
         m = tl.load(b.scalars_ptr + SCALAR.beta1) * m + tl.load(b.scalars_ptr + SCALAR.one_minus_beta1) * g

@@ -32,10 +32,9 @@ def load_moments(b, SPEC: tl.constexpr, OTHER: tl.constexpr = 0):
 
 @triton.jit
 def store_moments(b, m, v, SPEC: tl.constexpr):
-    """Write m and v, each rounded once, where there are any."""
-    if SPEC.EXP_AVG is not None:
-        memory.store(b, ENTRY.exp_avg, m, SPEC.EXP_AVG, SPEC)
-        memory.store(b, ENTRY.exp_avg_sq, v, SPEC.EXP_AVG_SQ, SPEC)
+    """Write m and v, each rounded once."""
+    memory.store(b, ENTRY.exp_avg, m, SPEC.EXP_AVG, SPEC)
+    memory.store(b, ENTRY.exp_avg_sq, v, SPEC.EXP_AVG_SQ, SPEC)
 
 
 @triton.jit
@@ -79,6 +78,13 @@ def load_weight(b, SPEC: tl.constexpr):
         master = memory.load(b, ENTRY.master, tl.float32, SPEC)
         belongs = rounding.nearest(master, SPEC.PARAM).to(tl.float32) == param.to(tl.float32)
         return tl.where(belongs, master, param.to(tl.float32))
+
+
+@triton.jit
+def added_elsewhere(b, SPEC: tl.constexpr):
+    """The anchor, and the u that another optimizer has added to it."""
+    anchor = load_anchor(b, SPEC)
+    return anchor, load_weight(b, SPEC) - anchor
 
 
 @triton.jit

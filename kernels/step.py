@@ -11,7 +11,10 @@ from fused_merge.kernels.layout import ENTRY, SCALAR
 
 @triton.jit
 def fresh_update(b, tau_dense, along, SPEC: tl.constexpr):
-    """The moments after this step and u, with what is projected projected; `along` is <x, tau> and <tau, tau>."""
+    """The moments after this step, where it has any, and u, with what is projected projected.
+
+    `along` is <x, tau> and <tau, tau>.
+    """
     g = projection.project(b, operands.gradient(b, SPEC), tau_dense, along, SPEC, "gradient")
     m, v, u = adamw.advance(b, g, SPEC)
     return m, v, projection.project(b, u, tau_dense, along, SPEC, "update")
@@ -77,9 +80,11 @@ def merge_at(b, start, u, tau_dense, kth, sums_ptr, SPEC: tl.constexpr):
 
 
 @triton.jit
-def add_to_anchor(b, u, tau_dense, kth, sums_ptr, SPEC: tl.constexpr):
+def merge_added_elsewhere(b, along, kth, sums_ptr, SPEC: tl.constexpr):
     """anchor + (F(u) ⊕ F(tau)) for the u that another optimizer has added to the anchor."""
-    start = operands.load_anchor(b, SPEC)
+    tau_dense = operands.load_tau_dense(b, SPEC)
+    start, u = operands.added_elsewhere(b, SPEC)
+    u = projection.project(b, u, tau_dense, along, SPEC, "update")
     stored = operands.store_weight(b, start, merge_at(b, start, u, tau_dense, kth, sums_ptr, SPEC), SPEC)
     if SPEC.KEEPS_ANCHOR:
         memory.store(b, ENTRY.anchor, stored, SPEC.ANCHOR, SPEC)
@@ -102,17 +107,18 @@ def add_since_anchor(b, u, tau_dense, kth, sums_ptr, SPEC: tl.constexpr):
 @triton.jit
 def step_block(b, along, kth, sums_ptr, SPEC: tl.constexpr):
     """The whole step of a block."""
-    tau_dense = operands.load_tau_dense(b, SPEC)
-    m, v, u = fresh_update(b, tau_dense, along, SPEC)
-    operands.store_moments(b, m, v, SPEC)
-    # lr = 0 moves the moments and leaves the weights, bit for bit.
-    if tl.load(b.scalars_ptr + SCALAR.moves) != 0.0:
-        if SPEC.GRAD is None:
-            add_to_anchor(b, u, tau_dense, kth, sums_ptr, SPEC)
-        elif SPEC.ANCHOR is not None:
-            add_since_anchor(b, u, tau_dense, kth, sums_ptr, SPEC)
-        else:
-            add_merged(b, u, sparsified(b, u, kth, SPEC), tau_dense, sums_ptr, SPEC)
+    if SPEC.GRAD is None:
+        merge_added_elsewhere(b, along, kth, sums_ptr, SPEC)
+    else:
+        tau_dense = operands.load_tau_dense(b, SPEC)
+        m, v, u = fresh_update(b, tau_dense, along, SPEC)
+        operands.store_moments(b, m, v, SPEC)
+        # lr = 0 moves the moments and leaves the weights, bit for bit.
+        if tl.load(b.scalars_ptr + SCALAR.moves) != 0.0:
+            if SPEC.ANCHOR is not None:
+                add_since_anchor(b, u, tau_dense, kth, sums_ptr, SPEC)
+            else:
+                add_merged(b, u, sparsified(b, u, kth, SPEC), tau_dense, sums_ptr, SPEC)
 
 
 @triton.jit
