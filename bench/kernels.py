@@ -86,9 +86,7 @@ STEPS = {
     "onproj, rows": FP32._replace(**CONFLICT, PROJECT_ROWS=True, ROW_PROGRAMS=True),
     "onproj, rows of u": FP32._replace(**CONFLICT, PROJECT_ROWS=True, ROW_PROGRAMS=True, PROJECT_ON="update"),
     "ondare, K": FP32._replace(**RARE | {"SKIPS": False}, ANCHOR=tl.float32),
-    "ondare, elsewhere": FP32._replace(
-        **RARE | ELSEWHERE | {"SKIPS": False}, ANCHOR=tl.float32, KEEPS_ANCHOR=False
-    ),
+    "ondare, elsewhere": FP32._replace(**RARE | ELSEWHERE | {"SKIPS": False}, ANCHOR=tl.float32, KEEPS_ANCHOR=False),
     "ondare, statistics": FP32._replace(**RARE | {"SKIPS": False}, STATS=True),
     "bf16 adamw": BF16,
     "bf16 ondare": BF16._replace(**RARE),

@@ -8,6 +8,8 @@
 - `merge_checkpoints`: finished models merged offline: model soups, task arithmetic, TIES, DARE, slerp.
 - `LayerRatios`, `adapt_ratios`: a ratio for each part of the network, given or found by optimization (same paper).
 - `evaluate_ratios`, `pareto_front`, `hypervolume`, `knee`: what the points of a path are worth.
+- `attach`, `optimizer_factory`, `MergeStatsCallback`, `SweepCallback`: all this inside the trainers of Transformers and
+  TRL; docs/frameworks.md has the others.
 - `functional`: the same without classes.
 
 A name is imported when it is first used, so that the command line shows its help without waiting for
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from fused_merge.adapt.adapt import adapt_ratios, answer_loss, reward_weighted_loss
     from fused_merge.checkpoints.interpolate import interpolate_checkpoints
     from fused_merge.delta.reference_delta import ReferenceDelta
+    from fused_merge.integrations.trainer_callbacks import MergeStatsCallback, SweepCallback
+    from fused_merge.integrations.transformers import attach, optimizer_factory
     from fused_merge.interpolation.interpolate import interpolate
     from fused_merge.interpolation.layer_ratios import LayerRatios
     from fused_merge.interpolation.ratio_sweep import RatioSweep
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LayerRatios",
+    "MergeStatsCallback",
     "MergingAdamW",
     "OnDAREAdamW",
     "OnProjAdamW",
@@ -45,9 +50,11 @@ __all__ = [
     "OnlineMerging",
     "RatioSweep",
     "ReferenceDelta",
+    "SweepCallback",
     "__version__",
     "adapt_ratios",
     "answer_loss",
+    "attach",
     "evaluate_ratios",
     "functional",
     "hypervolume",
@@ -55,6 +62,7 @@ __all__ = [
     "interpolate_checkpoints",
     "knee",
     "merge_checkpoints",
+    "optimizer_factory",
     "pareto_front",
     "reward_weighted_loss",
     "sweep_checkpoints",
@@ -68,6 +76,8 @@ _HOMES = {
         "adapt.adapt": "adapt_ratios answer_loss reward_weighted_loss",
         "checkpoints.interpolate": "interpolate_checkpoints",
         "delta.reference_delta": "ReferenceDelta",
+        "integrations.trainer_callbacks": "MergeStatsCallback SweepCallback",
+        "integrations.transformers": "attach optimizer_factory",
         "interpolation.interpolate": "interpolate",
         "interpolation.layer_ratios": "LayerRatios",
         "interpolation.ratio_sweep": "RatioSweep",

@@ -23,6 +23,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def is_flattened(tensor: Tensor) -> bool:
+    """Return whether FSDP1 has made a tensor part of a `FlatParameter`, or is one; also with `use_orig_params`."""
+    return getattr(tensor, "_fsdp_flattened", False)
+
+
 def local_part(tensor: Tensor) -> Tensor:
     """Return the elements that this process holds: a view of a DTensor, any other tensor itself."""
     if not is_sharded(tensor):

@@ -132,7 +132,12 @@ def need(holds: Callable[[Any], bool], what: str) -> Callable[[str, Any], Any]:
     """Return a check that raises "NAME must WHAT, got VALUE" unless `holds(value)`."""
 
     def check(name: str, value: Any) -> Any:
-        if not holds(value):
+        try:
+            fulfilled = holds(value)
+        except TypeError:
+            # A text where a number belongs, for example, which cannot be compared.
+            fulfilled = False
+        if not fulfilled:
             raise ValueError(f"{name} must {what}, got {repr(value) if isinstance(value, str) else value}")
         return value
 

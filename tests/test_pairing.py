@@ -315,11 +315,11 @@ def test_an_optimizer_says_which_prefix_is_in_the_way(models):
     delta = fm.ReferenceDelta.from_checkpoints(*made.folders)
     wrapped = {f"net.{name}": parameter for name, parameter in made.tuned.named_parameters()}
     with pytest.raises(
-        ValueError, match=r"lacks 'net.model.embed_tokens.weight', .*; pass \(name.removeprefix\('net.'\), par"
+        ValueError, match=r"they are 'net.model.embed_tokens.weight' and .*; pass \(name.removeprefix\('net.'\), par"
     ):
         fm.OnDAREAdamW(wrapped.items(), reference_delta=delta).bind()
     short = {name.removeprefix("model."): parameter for name, parameter in made.tuned.named_parameters()}
-    with pytest.raises(ValueError, match=r"; make it with strip_prefix='model\.', or build it from checkpoints"):
+    with pytest.raises(ValueError, match=r"; make it with strip_prefix='model\.', or make the delta of the model"):
         fm.OnDAREAdamW(short.items(), reference_delta=delta).bind()
     stripped = fm.ReferenceDelta.from_checkpoints(*made.folders, strip_prefix="model.")
     fm.OnDAREAdamW(short.items(), reference_delta=stripped).bind()

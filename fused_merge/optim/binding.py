@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +14,9 @@ from fused_merge.distributed import Processes
 from fused_merge.eager.sparse import SparseTensor
 from fused_merge.io.match import common_prefixes, has_first_rows
 from fused_merge.methods import MergeRule
-from fused_merge.names import canonical_name, some
+from fused_merge.names import some
 from fused_merge.optim.binding_report import Found, report
+from fused_merge.optim.naming import Naming
 from fused_merge.optim.pieces import Bound, Piece, Pieces
 
 
@@ -60,27 +61,17 @@ class Binding:
         self.delta = delta
         self._bound: dict[str, Bound] = {}
 
-    def names(self, groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-        """Return the canonical names of the parameters of each group; unnamed ones are matched with the delta."""
-        if any("param_names" in group for group in groups):
-            return [[canonical_name(name) for name in group["param_names"]] for group in groups]
-        return _names_in_order([group["params"] for group in groups], self.delta)
-
-    def members(self, groups: Sequence[Mapping[str, Any]], pieces: Pieces) -> list[list[Member]]:
-        """Return the parameters of each group with their names and pieces."""
-        flat = pieces.tell_all_of([param for group in groups for param in group["params"]])
-        names = [[""] * len(group["params"]) for group in groups] if flat else self.names(groups)
-        return [
-            [Member(name, param, pieces.of(name, param)) for name, param in zip(own, group["params"], strict=True)]
-            for own, group in zip(names, groups, strict=True)
-        ]
-
     def lacking(self, groups: Iterable[NamedGroup]) -> list[Wanted]:
-        """Return the pieces whose delta was not looked for yet; ValueError if two tensors have one name."""
+        """Return the pieces whose delta was not looked for yet; ValueError if two tensors have one name.
+
+        A frozen parameter needs no delta until it is unfrozen.
+        """
         owners: dict[str, Tensor] = {}
         wanted: list[Wanted] = []
         for group in groups:
             for _, param, pieces in group.members:
+                if not param.requires_grad and param.grad is None:
+                    continue
                 for piece in pieces:
                     if owners.setdefault(piece.name, param) is not param:
                         raise ValueError(
@@ -131,6 +122,15 @@ class Binding:
     def _check(self, wanted: Sequence[Wanted]) -> None:
         """Raise ValueError if the delta lacks a tensor, holds it in another shape or in a form that does not serve."""
         held = set(self.delta.names)
+        names = [each.name for each in wanted]
+        if not self._bound and names and held.isdisjoint(names):
+            # Some may lack a delta, and not all of them: nothing would ever be merged.
+            raise ValueError(
+                f"the reference delta holds none of the parameters of this optimizer: they are "
+                f"{some(map(repr, names), shown=1)}, and it has {some(map(repr, self.delta.names), shown=1)}; "
+                f"{_naming(names, self.delta)}make the delta of the model that is trained, or use torch.optim.AdamW "
+                "where nothing is to be merged"
+            )
         absent = [each.name for each in wanted if each.name not in held and each.group.options["missing"] == "error"]
         if absent:
             raise ValueError(
@@ -173,6 +173,18 @@ class Binding:
         return Bound(kept, tau if rule.project and isinstance(tau, Tensor) else None, shape)
 
 
+def members_of(
+    groups: Sequence[dict[str, Any]], naming: Naming, pieces: Pieces, delta: ReferenceDelta
+) -> list[list[Member]]:
+    """Return the parameters of each group with their names and pieces."""
+    flat = pieces.tell_all_of([param for group in groups for param in group["params"]])
+    names = [[""] * len(group["params"]) for group in groups] if flat else naming.of(groups, delta)
+    return [
+        [Member(name, param, pieces.of(name, param)) for name, param in zip(own, group["params"], strict=True)]
+        for own, group in zip(names, groups, strict=True)
+    ]
+
+
 def processes_of(groups: Sequence[NamedGroup]) -> Processes:
     """Return all processes that share the parameters."""
     members = [member for group in groups for member in group.members]
@@ -186,18 +198,3 @@ def _naming(absent: Collection[str], delta: ReferenceDelta) -> str:
     if ours:
         return f"pass (name.removeprefix({ours!r}), parameter) for all of model.named_parameters(), or "
     return f"make it with strip_prefix={theirs!r}, or " if theirs else ""
-
-
-def _names_in_order(groups: list[list[Tensor]], delta: ReferenceDelta) -> list[list[str]]:
-    """Return the delta's names for unnamed parameters, matched one by one in the order of both."""
-    advice = "pass model.named_parameters()"
-    if not delta.ordered:
-        raise ValueError(f"a delta made of files does not know its model's order of parameters; {advice}")
-    shapes = [tuple(param.shape) for group in groups for param in group]
-    if shapes != [tuple(delta.shape(name)) for name in delta.names]:
-        raise ValueError(
-            f"{len(shapes)} unnamed parameters do not match the {len(delta)} tensors of the reference delta one "
-            f"by one in number and shape; {advice}"
-        )
-    names = iter(delta.names)
-    return [[next(names) for _ in group] for group in groups]

@@ -45,30 +45,42 @@ def report(found: Sequence[Found]) -> None:
     dense = sum(each.delta.tau_dense.nbytes for each in found if each.delta.tau_dense is not None)
     if dense:
         logger.info("projection keeps the dense reference delta in memory: %.3g MB", dense / 1e6)
-    _warn_of_lost_tau(found)
+    _warn_of_lost_additions(found)
 
 
-def _warn_of_lost_tau(found: Sequence[Found]) -> None:
-    """Warn where the weights are too coarse for alpha * tau."""
-    lost: dict[str, float] = {}
+def _warn_of_lost_additions(found: Sequence[Found]) -> None:
+    """Warn where the weights are too coarse for alpha * tau, or for u, which is about as large as the learning rate."""
+    lost_tau: dict[str, Tensor] = {}
+    lost_u: dict[str, Tensor] = {}
     for name, _, weights, options, rule, (tau, *_) in found:
-        if tau is None or options["rounding"] == "stochastic" or options["alpha"] == 0.0:
+        if options["rounding"] == "stochastic":
             continue
-        tau = tau.unpack() if isinstance(tau, SparseTensor) else tau
         stored = weights.dtype if options["master"] == "none" else torch.float32
-        share = lost_share(
-            weights[: tau.shape[0]] if tau.ndim else weights,
-            tau,
-            options["alpha"] * rule.scale(rule.tau_reserve_rate),
-            stored,
-        )
-        if share > _LOST:
-            lost[name] = float(share)
+        if tau is not None and options["alpha"] != 0.0:
+            tau = tau.unpack() if isinstance(tau, SparseTensor) else tau
+            merged = weights[: tau.shape[0]] if tau.ndim else weights
+            lost_tau[name] = lost_share(merged, tau, options["alpha"] * rule.scale(rule.tau_reserve_rate), stored)
+        if size := _size_of_update(options, rule, merged=tau is not None):
+            lost_u[name] = lost_share(weights, weights.new_ones(()).expand_as(weights), size, stored)
+    _warn_of(lost_tau, "alpha * tau", "kept entries", "alpha")
+    _warn_of(lost_u, "an update as large as lr", "elements", "lr")
+
+
+def _size_of_update(options: Mapping[str, Any], rule: MergeRule, *, merged: bool) -> float:
+    """Return how large an element of AdamW's updates is at most, or nearly so, when it is added; 0 if unknown."""
+    # A warm-up begins at 0; where it leads, schedulers keep in the group.
+    lr = max(float(options["lr"]), float(options.get("initial_lr", 0.0)))
+    if merged and options["merge_every"] == 1:
+        lr *= (1.0 - float(options["alpha"])) * rule.scale(rule.reserve_rate)
+    return lr
+
+
+def _warn_of(shares: Mapping[str, Tensor], what: str, elements: str, option: str) -> None:
+    lost = {name: float(share) for name, share in shares.items() if share > _LOST}
     if lost:
         worst = max(lost, key=lambda name: lost[name])
         logger.warning(
-            "adding alpha * tau will change no bit for more than %.0f %% of the kept entries of %d tensors (%.0f %% of "
-            "%r): the weights are too coarse for it; use rounding='stochastic', a larger alpha or, for 16-bit weights, "
-            "a master",
-            *(100 * _LOST, len(lost), 100 * lost[worst], worst),
+            "adding %s will change no bit for more than %.0f %% of the %s of %d tensors (%.0f %% of %r): the weights "
+            "are too coarse for it; use rounding='stochastic', a larger %s or, for 16-bit weights, a master",
+            *(what, 100 * _LOST, elements, len(lost), 100 * lost[worst], worst, option),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,17 @@ from fused_merge.distributed import is_sharded, local_part
 from fused_merge.functional.inner_products import inner_products
 from fused_merge.functional.workspace import Workspace
 from fused_merge.lockstep import LocalSum, add_up
+
+logger = logging.getLogger("fused_merge")
+
+
+def warn_of_no_gradient() -> None:
+    """Warn that a step found nothing to do, as none does that comes after."""
+    logger.warning(
+        "no parameter of this optimizer has a gradient, and the step changed nothing; if another model is trained than "
+        "the one that the optimizer was made of, as when TRL wraps it for its peft_config, make the optimizer of the "
+        "model that is trained, for example through fm.optimizer_factory"
+    )
 
 
 def inverse_of(grad_scale: Tensor | None) -> float | Tensor:

@@ -6,7 +6,6 @@ The classes keep names, states and options; the arithmetic is `fused_merge.funct
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, overload
 
@@ -21,9 +20,9 @@ from fused_merge.eager.operands import Operands
 from fused_merge.eager.scalars import Hyper
 from fused_merge.functional.merging_adamw import PreparedStep, prepare, take
 from fused_merge.functional.workspace import Workspace
-from fused_merge.names import canonical_name
-from fused_merge.optim.binding import Binding, NamedGroup, processes_of
-from fused_merge.optim.gradients import grad_factor, grad_norm, inverse_of, local_gradient
+from fused_merge.optim.binding import Binding, NamedGroup, members_of, processes_of
+from fused_merge.optim.gradients import grad_factor, grad_norm, inverse_of, local_gradient, warn_of_no_gradient
+from fused_merge.optim.naming import Naming
 from fused_merge.optim.options import (
     FIXED,
     GROUP_OPTIONS,
@@ -31,14 +30,18 @@ from fused_merge.optim.options import (
     CommonOptions,
     MergingOptions,
     RunOptions,
+    check_arguments,
     check_dtype,
+    check_new_group,
     check_options,
-    dtype_of,
+    check_run_options,
+    check_sharding,
+    opened_delta,
 )
 from fused_merge.optim.pieces import Piece, Pieces, operands_of
-from fused_merge.optim.state import check_loadable, complete_state, restore_states
+from fused_merge.optim.state import check_delta, check_loadable, complete_groups, complete_state, restore_states
 from fused_merge.optim.verification import take_verified, verify_as_the_environment_says
-from fused_merge.options import check_known, documented, resolve
+from fused_merge.options import documented, resolve
 from fused_merge.per_tensor import dtype_name
 
 if TYPE_CHECKING:
@@ -75,15 +78,16 @@ class MergingAdamW(Optimizer):
     After a step with a `max_grad_norm`, `grad_norm` holds the norm of all gradients before clipping, 0-d fp64.
 
     Args:
-        params: `model.named_parameters()`, or parameter groups of such pairs. Unnamed parameters are matched in
-            order with a delta that knows its model's order (`ReferenceDelta.from_models` of two modules).
+        params: `model.named_parameters()`, or parameter groups of such pairs. Unnamed parameters get their names from
+            `names_of`, or are matched in order with a delta that knows its model's order
+            (`ReferenceDelta.from_models` of two modules) where that leaves no choice.
         reference_delta: a `ReferenceDelta`, or the path of a saved one.
         method: a key of the table.
         {options}
 
     Raises:
         ValueError: for an option out of range or that the method lacks.
-        TypeError: for an option that there is not.
+        TypeError: for an option that there is not, or a `reference_delta` that is none.
     """
 
     # What torch.amp.GradScaler asks for: it then hands over `grad_scale` and `found_inf` instead of unscaling.
@@ -92,19 +96,21 @@ class MergingAdamW(Optimizer):
     def __init__(
         self, params: ParamsT, *, reference_delta: DeltaLike, method: str = "ondare", **options: Unpack[MergingOptions]
     ) -> None:
-        check_known(options, GROUP_OPTIONS | RUN_OPTIONS)
+        check_arguments(options)
         own = resolve({name: value for name, value in options.items() if name in RUN_OPTIONS}, RunOptions)
         given: list[Any] = list(params)
         if not isinstance(reference_delta, ReferenceDelta):
             with Processes.that_share(_tensors_of(given)).raising_together():
-                reference_delta = ReferenceDelta.load(reference_delta)
+                reference_delta = opened_delta(reference_delta)
         self.impl: str = own["impl"]
         self.stats_every: int = own["stats_every"]
         self.verify_steps = 0
         self.grad_norm: Tensor | None = None
         self._binding = Binding(reference_delta)
+        self._naming = Naming(own["names_of"])
         self._pieces = Pieces()
         self._calls = 0
+        self._warned = False  # of a step without any gradient
         self._workspace = Workspace()
         self._stats: dict[str, dict[str, float]] = {}
         # By the first parameter of a group, since a framework may step groups one by one.
@@ -119,14 +125,13 @@ class MergingAdamW(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its options default to the optimizer's and are checked as the constructor's are."""
+        self._naming.name(param_group, self.param_groups)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            for option in RUN_OPTIONS:
-                if option in group:
-                    raise ValueError(f"{option} is an option of the optimizer, not of a parameter group")
-            rule = check_options(group)
-        except ValueError:
+            check_run_options(group, self.impl, self.stats_every, self.reference_delta)
+            rule = check_new_group(group)
+        except (TypeError, ValueError):
             self.param_groups.pop()
             raise
         group["reference"] = {
@@ -184,6 +189,9 @@ class MergingAdamW(Optimizer):
         processes = processes_of(groups) if wanted else ALONE
         with processes.raising_together():
             batches = [batch for group in groups if (batch := _with_gradients(group)).grads]
+        if not batches and not self._warned and any(group.members for group in groups):
+            warn_of_no_gradient()
+            self._warned = True
         self._binding.bind(wanted, processes)
         inverse_scale = inverse_of(getattr(self, "grad_scale", None))
         norm = self._norm(batches, inverse_scale)
@@ -212,9 +220,15 @@ class MergingAdamW(Optimizer):
 
     def _named_groups(self) -> list[NamedGroup]:
         """Return the parameters of every group by name, with options that are checked."""
+        for group in self.param_groups:
+            check_sharding(group)
+        # ZeroRedundancyOptimizer loads into the groups, past `load_state_dict`.
+        check_delta(self.param_groups, self.reference_delta)
         named = []
         for group, members in zip(
-            self.param_groups, self._binding.members(self.param_groups, self._pieces), strict=True
+            self.param_groups,
+            members_of(self.param_groups, self._naming, self._pieces, self.reference_delta),
+            strict=True,
         ):
             rule = check_options(group)
             fixed = next((self._fixed[param] for param in group["params"][:1] if param in self._fixed), {})
@@ -292,32 +306,24 @@ class MergingAdamW(Optimizer):
         Moments and masters keep the dtype of the options, whatever the parameters' is, and are copied.
 
         Raises:
-            ValueError: if the state dict was saved with another reference delta, by an AdamW with amsgrad, or by an
-                Adam whose weight decay is part of the gradient. Nothing has changed then.
+            ValueError: if the state dict was saved with another reference delta or method, by an AdamW with amsgrad, by
+                an Adam whose weight decay is part of the gradient, or by another kind of optimizer. Nothing has
+                changed then.
         """
-        check_loadable(state_dict, self.reference_delta)
         before = [dict(group) for group in self.param_groups]
         # Whoever registered hooks may have replaced the state dict: what the last of them left is what is loaded.
-        loaded_dicts = [state_dict]
-        last = self.register_load_state_dict_pre_hook(lambda _, loaded: loaded_dicts.append(loaded))
+        loaded_dicts: list[StateDict] = []
+
+        def check(_: Optimizer, loaded: StateDict) -> None:
+            check_loadable(loaded, self.param_groups, self.reference_delta)
+            loaded_dicts.append(loaded)
+
+        last = self.register_load_state_dict_pre_hook(check)
         try:
             super().load_state_dict(state_dict)
         finally:
             last.remove()
-        for group, old in zip(self.param_groups, before, strict=True):
-            names, loaded = old.get("param_names"), group.get("param_names")
-            if names and loaded and list(map(canonical_name, names)) != list(map(canonical_name, loaded)):
-                warnings.warn(
-                    f"states are loaded by position: {loaded[0]!r}... of the state dict become {names[0]!r}...",
-                    stacklevel=2,
-                )
-            # Names say which delta and which mask belong to a parameter: this run's are the right ones.
-            group.update({"param_names": names} if names else {})
-            for key, value in old.items():
-                group.setdefault(key, value)
-            group["state_dtype"] = dtype_of(group["state_dtype"])
-            # A full state dict of torch.distributed.checkpoint has it as a list.
-            group["betas"] = tuple(group["betas"])
+        complete_groups(self.param_groups, before)
         restore_states(self.state, self.param_groups, loaded_dicts[-1])
         self._binding.clear()
         self._fixed.clear()
@@ -325,7 +331,7 @@ class MergingAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep; the delta is found again by the copy's first step."""
-        kept = ("impl", "stats_every", "verify_steps", "grad_norm", "_calls", "_stats", "_fixed")
+        kept = ("impl", "stats_every", "verify_steps", "grad_norm", "_naming", "_calls", "_warned", "_stats", "_fixed")
         fresh = {"_binding": Binding(self.reference_delta), "_pieces": Pieces(), "_workspace": Workspace()}
         return super().__getstate__() | {key: self.__dict__[key] for key in kept} | fresh
 

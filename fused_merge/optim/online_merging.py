@@ -15,13 +15,15 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from fused_merge.delta.reference_delta import ReferenceDelta
-from fused_merge.distributed import ALONE, is_sharded
+from fused_merge.distributed import ALONE, Processes, is_sharded
 from fused_merge.eager.scalars import Hyper
 from fused_merge.functional.merging_adamw import PreparedStep, prepare, take
 from fused_merge.functional.workspace import Workspace
 from fused_merge.names import some
-from fused_merge.optim.binding import Binding, Member, NamedGroup, processes_of
+from fused_merge.optim.binding import Binding, Member, NamedGroup, members_of, processes_of
+from fused_merge.optim.gradients import warn_of_no_gradient
 from fused_merge.optim.merging_adamw import DeltaLike, MergingAdamW
+from fused_merge.optim.naming import Naming
 from fused_merge.optim.options import (
     MERGE_OPTIONS,
     RUN_OPTIONS,
@@ -29,9 +31,11 @@ from fused_merge.optim.options import (
     RunOptions,
     check_dtype,
     check_options,
+    check_sharding,
+    opened_delta,
 )
 from fused_merge.optim.pieces import Piece, Pieces, operands_of
-from fused_merge.optim.state import check_loadable
+from fused_merge.optim.state import check_delta
 from fused_merge.optim.verification import take_verified, verify_as_the_environment_says
 from fused_merge.options import check_known, documented, resolve
 
@@ -105,7 +109,8 @@ class OnlineMerging:
         own = resolve({name: value for name, value in options.items() if name in RUN_OPTIONS}, RunOptions)
         self.optimizer = _innermost(optimizer)
         if not isinstance(reference_delta, ReferenceDelta):
-            reference_delta = ReferenceDelta.load(reference_delta)
+            with Processes.that_share([p for g in self.param_groups for p in g["params"]]).raising_together():
+                reference_delta = opened_delta(reference_delta)
         self.impl: str = own["impl"]
         self.stats_every: int = own["stats_every"]
         self.verify_steps = 0
@@ -118,12 +123,14 @@ class OnlineMerging:
             "reserve_rate": check_options(self.options, MERGE_OPTIONS).reserve_rate,
         }
         self._binding = Binding(reference_delta)
+        self._naming = Naming(own["names_of"])
         self._pieces = Pieces()
         self._workspace = Workspace()
         self._state: dict[str, dict[str, Tensor]] = {}
         self._fixed: dict[str, Any] = {}
         self._stats: dict[str, dict[str, float]] = {}
         self._calls = 0
+        self._warned = False  # of a step without any gradient
         self._pending: _Pending | None = None
         self._hooks: list[RemovableHandle] = []
         self._hook()
@@ -187,7 +194,7 @@ class OnlineMerging:
                 changed then.
         """
         loaded: dict[str, Any] = {**self.options, **state_dict["options"]}
-        check_loadable({"param_groups": [loaded]}, self.reference_delta)
+        check_delta([loaded], self.reference_delta)
         if loaded["method"] != self.options["method"]:
             raise ValueError(
                 f"the state dict was saved with method {loaded['method']!r} and this is {self.options['method']!r}; "
@@ -215,10 +222,11 @@ class OnlineMerging:
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep; the delta is found again by the copy's first step."""
         fresh = {"_binding": Binding(self.reference_delta), "_workspace": Workspace(), "_pending": None}
-        return self.__dict__ | fresh | {"_hooks": bool(self._hooks)}
+        names = self._naming.pairs([param for group in self.param_groups for param in group["params"]])
+        return self.__dict__ | fresh | {"_hooks": bool(self._hooks), "_naming": names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state | {"_hooks": []}
+        self.__dict__ |= state | {"_hooks": [], "_naming": Naming(state["_naming"] or None)}
         if state["_hooks"]:
             self._hook()
 
@@ -249,6 +257,9 @@ class OnlineMerging:
         self._pending = None
         if pending.asks_again:
             pending = self._prepare_all(pending.anchors, asks_again=False)
+        if not self._warned and all(p.grad is None for group in self.param_groups for p in group["params"]):
+            warn_of_no_gradient()
+            self._warned = True
         if self._calls == 0 and not self.verify_steps:
             verify_as_the_environment_says(self)
         self._calls += 1
@@ -269,10 +280,20 @@ class OnlineMerging:
                     f"{option} is fixed once a step was merged: it was {value!r} and is {self.options[option]!r}; set "
                     "it back, or remove() this and begin anew"
                 )
-        named = self._binding.members(self.param_groups, self._pieces)
+        # Copies: names are written into groups, and these are the optimizer's.
+        groups = [dict(group) for group in self.param_groups]
+        for group in groups:
+            check_sharding(group)
+            names = group.get("param_names", group["params"])
+            if len(names) != len(group["params"]) and not self._pieces.tell_all_of(group["params"]):
+                raise ValueError(
+                    f"the optimizer steps {len(group['params'])} tensors under the names of {len(names)}: a framework "
+                    "has put others in the place of its parameters; say what these are made of with set_pieces()"
+                )
+        named = members_of(groups, self._naming, self._pieces, self.reference_delta)
         return [
             NamedGroup(self.options | {"lr": group.get("lr")}, rule, members)
-            for group, members in zip(self.param_groups, named, strict=True)
+            for group, members in zip(groups, named, strict=True)
         ]
 
     def _prepare_all(self, anchors: dict[str, Tensor] | None, *, asks_again: bool) -> _Pending:

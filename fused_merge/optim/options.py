@@ -1,14 +1,19 @@
 """The options of the optimizers: what they may be, and what they mean to a step."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Annotated, Any, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fused_merge.delta.reference_delta import ReferenceDelta
+from fused_merge.distributed import is_flattened
 from fused_merge.functional.backend import check_impl
 from fused_merge.methods import MergeRule, ProjectionOptions, RuleOptions, merge_rule
-from fused_merge.options import Option, at_least, definition, need, one_of, options_of, within
+from fused_merge.optim.naming import NamesOf
+from fused_merge.options import Option, at_least, check_known, definition, need, one_of, options_of, within
 from fused_merge.per_tensor import dtype_name
 
 STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -16,23 +21,40 @@ STATE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What a state was made with cannot be changed under it.
 FIXED = ("merge_every", "master", "seed", "state_dtype")
 
-# Hyper-parameters of torch.optim.AdamW that change its result and that a loaded group may carry.
-FOREIGN = ("amsgrad",)
+# Options of torch.optim.AdamW that there are not here, and why.
+_OF_ADAMW = {
+    "amsgrad": "this optimizer keeps no largest second moment",
+    "capturable": "every step on a GPU can be captured",
+    "differentiable": "no step of this optimizer is differentiable",
+    "foreach": "impl says what steps all tensors",
+    "fused": "impl says what steps all tensors, fused kernels where they can run",
+}
 
 
 def _check_lr(name: str, lr: float | Tensor) -> float | Tensor:
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"a tensor lr must hold one number, got shape {tuple(lr.shape)}")
+    if not isinstance(lr, Tensor | Real):
+        raise ValueError(f"{name} must be a number or a 0-d tensor, got {lr!r}")
     if not isinstance(lr, Tensor) and not lr >= 0.0:
         raise ValueError(f"{name} must be at least 0, got {lr}")
     return lr
 
 
-def _check_betas(name: str, betas: tuple[float, float]) -> tuple[float, float]:
+def _check_betas(name: str, betas: Sequence[float]) -> tuple[float, float]:
+    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(isinstance(beta, Real) for beta in betas):
+        raise ValueError(f"{name} must be two numbers, got {betas!r}")
     for i, beta in enumerate(betas):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"{name}[{i}] must lie in [0, 1), got {beta}")
-    return betas
+    return betas[0], betas[1]
+
+
+def _check_state_dtype(name: str, dtype: torch.dtype | str) -> torch.dtype:
+    by_name = {dtype_name(each): each for each in STATE_DTYPES}
+    if dtype_name(dtype) not in by_name:
+        raise ValueError(f"{name} must be torch.float32, bfloat16 or float16, or one of these names, got {dtype}")
+    return by_name[dtype_name(dtype)]
 
 
 def _check_impl(name: str, impl: str) -> str:
@@ -57,7 +79,7 @@ class MergeOptions(ProjectionOptions, total=False):
         int, Option(1, need(lambda k: isinstance(k, int) and k >= 1, "be a whole number of steps, at least 1"))
     ]
     missing: Annotated[str, Option("error", one_of("error", "plain"))]
-    seed: Annotated[int, Option(0)]
+    seed: Annotated[int, Option(0, need(lambda seed: isinstance(seed, Integral), "be a whole number"))]
 
 
 @definition
@@ -69,9 +91,10 @@ class AdamWOptions(MergeOptions, total=False):
         betas: decay rates of the two moments.
         eps: added to the square root of the second moment.
         weight_decay: decoupled; theta is multiplied by 1 - lr*weight_decay before the merge.
-        max_grad_norm: scale all gradients down to this norm, as `clip_grad_norm_` does, without writing them.
+        max_grad_norm: scale all gradients down to this norm, as `clip_grad_norm_` does, without writing them. Also for
+            trainers that refuse to clip for optimizers that unscale gradients themselves, as Lightning does.
         maximize: step uphill.
-        state_dtype: of the moments: fp32, bf16 or fp16.
+        state_dtype: of the moments: fp32, bf16 or fp16, as a dtype or by name.
         master: `"fp32"` keeps an fp32 copy of 16-bit weights, `"split"` the 16 bits that bf16 weights lack.
     """
 
@@ -83,9 +106,7 @@ class AdamWOptions(MergeOptions, total=False):
         float | None, Option(None, need(lambda norm: norm is None or norm > 0.0, "be above 0, or None not to clip"))
     ]
     maximize: Annotated[bool, Option(False)]
-    state_dtype: Annotated[
-        torch.dtype, Option(torch.float32, need(STATE_DTYPES.__contains__, "be torch.float32, bfloat16 or float16"))
-    ]
+    state_dtype: Annotated[torch.dtype | str, Option(torch.float32, _check_state_dtype)]
     master: Annotated[str, Option("none", one_of("none", "fp32", "split"))]
 
 
@@ -97,10 +118,13 @@ class RunOptions(TypedDict, total=False):
         stats_every: collect `merge_stats` at every n-th step; 0 never does.
         impl: `"auto"` (Triton on a GPU; on a CPU eager, above 50 M parameters compiled), `"triton"`, `"compiled"` or
             `"eager"`; all give the same bits. `FUSED_MERGE_IMPL` overrides it.
+        names_of: the model, or its `named_parameters()`, for frameworks that pass bare parameters: each one is called
+            as it is there. May also stand in a group that is added later.
     """
 
     stats_every: Annotated[int, Option(0, at_least(0))]
     impl: Annotated[str, Option("auto", _check_impl)]
+    names_of: Annotated[NamesOf | None, Option(None)]
 
 
 class CommonOptions(AdamWOptions, RunOptions, total=False):
@@ -140,17 +164,69 @@ def rule_of(group: Mapping[str, Any]) -> MergeRule:
     )
 
 
-def check_options(group: Mapping[str, Any], options: Mapping[str, Option] = GROUP_OPTIONS) -> MergeRule:
-    """Return the rule of a group; ValueError for the first option that is out of range or that its method lacks."""
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """Raise TypeError for an option that there is not; one of torch's AdamW passes where it asks for nothing."""
+    _check_options_of_adamw(given)
+    check_known((name for name in given if name not in _OF_ADAMW), GROUP_OPTIONS | RUN_OPTIONS)
+
+
+def check_new_group(group: dict[str, Any]) -> MergeRule:
+    """Do what `check_options` does, and raise an error for what a group cannot have at all."""
+    _check_options_of_adamw(group)
+    check_sharding(group)
+    return check_options(group)
+
+
+def _check_options_of_adamw(given: Mapping[str, Any]) -> None:
+    for name, why in _OF_ADAMW.items():
+        if given.get(name):
+            raise TypeError(f"{name}={given[name]!r} is an option of torch.optim.AdamW: {why}; leave it out")
+
+
+def check_options(group: dict[str, Any], options: Mapping[str, Option] = GROUP_OPTIONS) -> MergeRule:
+    """Return the rule of a group and write its options as a step takes them.
+
+    ValueError for the first option that is out of range or that the method lacks.
+    """
     rule = rule_of(group)
     for name, option in options.items():
-        option.check(name, group[name])
+        group[name] = option.check(name, group[name])
     if group["rounding"] == "stochastic" and group["master"] != "none":
         raise ValueError(
             f"rounding='stochastic' and master={group['master']!r} exclude each other: a master loses nothing that "
             "random rounding could save; choose one"
         )
     return rule
+
+
+def check_sharding(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for a parameter that FSDP1 has flattened."""
+    for index, param in enumerate(group["params"]):
+        if is_flattened(param):
+            name = group["param_names"][index] if "param_names" in group else f"number {index}"
+            raise ValueError(
+                f"parameter {name!r} was flattened by FullyShardedDataParallel (FSDP1), which cuts tensors anywhere; "
+                "shard the model with FSDP2, torch.distributed.fsdp.fully_shard (fsdp_version: 2 in Accelerate)"
+            )
+
+
+def check_run_options(group: dict[str, Any], impl: str, stats_every: int, delta: ReferenceDelta) -> None:
+    """Raise ValueError if a group has an option of the optimizer and it is not the optimizer's.
+
+    ZeroRedundancyOptimizer hands all its keyword arguments to every group, copies those back from here and saves them:
+    the large ones stay in the group as None.
+    """
+    own: dict[str, list[Any]] = {
+        "impl": [impl],
+        "stats_every": [stats_every],
+        "reference_delta": [delta, delta.path],
+    }
+    for option, values in own.items():
+        given = group.get(option)
+        given = os.fspath(given) if isinstance(given, os.PathLike) else given
+        if given is not None and given not in values:
+            raise ValueError(f"{option} is an option of the optimizer, not of a parameter group")
+    group.update({option: None for option in ("reference_delta", "names_of") if option in group})
 
 
 def check_dtype(name: str, param: Tensor, group: Mapping[str, Any]) -> None:
@@ -165,6 +241,20 @@ def check_dtype(name: str, param: Tensor, group: Mapping[str, Any]) -> None:
         )
 
 
-def dtype_of(name: str | torch.dtype) -> torch.dtype | str:
-    """Return the state dtype of that name; what is none comes back as it is, for `check_options` to refuse."""
-    return {dtype_name(dtype): dtype for dtype in STATE_DTYPES}.get(str(name), name)
+def opened_delta(given: Any) -> ReferenceDelta:
+    """Return the reference delta that a path leads to; TypeError for what is neither a path nor a delta."""
+    if isinstance(given, ReferenceDelta):
+        return given
+    if isinstance(given, str | os.PathLike):
+        return ReferenceDelta.load(given)
+    if given is None:
+        raise TypeError(
+            "reference_delta is None: pass fm.ReferenceDelta.from_models(base_model, sft_model) or the path of a saved "
+            "delta, or use torch.optim.AdamW where nothing is to be merged"
+        )
+    if isinstance(given, nn.Module | Mapping):
+        raise TypeError(
+            f"reference_delta is of type {type(given).__name__}, the tensors of one model, and a delta is the "
+            "difference of two: pass fm.ReferenceDelta.from_models(base_model, sft_model)"
+        )
+    raise TypeError(f"reference_delta must be a ReferenceDelta or the path of a saved one, got {type(given).__name__}")

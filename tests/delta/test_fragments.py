@@ -14,7 +14,7 @@ from fragments import fragment, grids, ranges, together
 from processes import Pair
 from tiny import count_reads, llama, save
 
-from fused_merge.delta import sparsified
+from fused_merge import lockstep
 from fused_merge.delta.reference_delta import ReferenceDelta
 from fused_merge.delta.tensors import Sparsity
 from fused_merge.distributed import Fragment
@@ -89,14 +89,14 @@ def test_f_of_a_part_is_a_part_of_f(kind, sparsity, tmp_path, monkeypatch):
         for fragments in cuts(whole.shape):
             calls = [partial(delta.sparse, name, sparsity, own) for own in fragments]
             with monkeypatch.context() as patch:
-                parts = together(patch, sparsified, calls)
+                parts = together(patch, lockstep, calls)
             for own, part in zip(fragments, parts, strict=True):
                 assert packed_alike(part, whole.part(own.box, own.elements))
 
 
 def test_all_of_a_tensor_is_the_tensor(tmp_path):
     delta = made("memory", tmp_path)
-    own = fragment((40, 61), (slice(0, 40), slice(0, 61)))
+    own = fragment((40, 61), (slice(0, 40), slice(0, 61)), groups=())
     assert delta.tensor("brain", own) is delta.tensor("brain")
     assert packed_alike(delta.sparse("brain", SOFT, own), delta.sparse("brain", SOFT))
 
@@ -149,7 +149,7 @@ def test_of_more_rows_than_tau_has_those_that_it_has(kind, tmp_path, monkeypatch
     delta, shape = made(kind, tmp_path), (50, 61)
     for fragments in cuts(shape):
         with monkeypatch.context() as patch:
-            parts = together(patch, sparsified, [partial(delta.sparse, "brain", MAGNITUDE, own) for own in fragments])
+            parts = together(patch, lockstep, [partial(delta.sparse, "brain", MAGNITUDE, own) for own in fragments])
         for own, part in zip(fragments, parts, strict=True):
             wide = torch.zeros(shape, dtype=torch.bfloat16)
             wide[:40] = delta.tensor("brain")

@@ -256,6 +256,77 @@ def test_binding_warns_of_what_rounding_will_lose(dtype, options, lost, caplog):
         assert lost in messages[0]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "options", "lost"),
+    [
+        # Adam's updates are about lr = 2^-10; the neighbors of 1 in bf16 are 2^-7 away, in fp16 2^-10.
+        (torch.bfloat16, {}, "100 % of 'w'"),
+        (torch.float16, {}, None),
+        (torch.float32, {}, None),
+        (torch.float32, {"lr": 2.0**-25}, "100 % of 'w'"),
+        (torch.bfloat16, {"master": "fp32"}, None),
+        (torch.bfloat16, {"master": "split"}, None),
+        (torch.bfloat16, {"master": "split", "lr": 2.0**-25}, "100 % of 'w'"),
+        (torch.bfloat16, {"rounding": "stochastic"}, None),
+        (torch.bfloat16, {"lr": 2.0**-7}, None),
+        (torch.bfloat16, {"lr": torch.tensor(2.0**-10)}, "100 % of 'w'"),
+        # (1 - alpha) * u, over p where it is rescaled; between the merges of step-K nothing is multiplied.
+        (torch.bfloat16, {"lr": 2.0**-7, "alpha": 0.5}, "100 % of 'w'"),
+        (torch.bfloat16, {"lr": 2.0**-7, "alpha": 0.5, "merge_every": 2}, None),
+        (torch.bfloat16, {"reserve_rate": 2.0**-4}, None),
+        (torch.bfloat16, {"reserve_rate": 2.0**-4, "rescale": False}, "100 % of 'w'"),
+        (torch.bfloat16, {"reserve_rate": 2.0**-4, "merge_every": 2}, "100 % of 'w'"),
+    ],
+    ids=str,
+)
+def test_binding_warns_of_updates_that_rounding_will_lose(dtype, options, lost, caplog):
+    # alpha * tau is 0 or large.
+    optimizer = of([1.0] * 200, [1.0] * 200, dtype, **{"alpha": 0.0, "lr": 2.0**-10} | options)
+    with caplog.at_level(logging.WARNING, logger="fused_merge"):
+        optimizer.bind()
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == (lost is not None)
+    if lost:
+        assert (
+            "adding an update as large as lr will change no bit for more than 20 % of the elements of 1" in messages[0]
+        )
+        assert f"({lost})" in messages[0]
+        assert "use rounding='stochastic', a larger lr or, for 16-bit weights, a master" in messages[0]
+
+
+def test_a_warm_up_from_zero_hides_no_lost_updates(caplog):
+    optimizer = of([1.0] * 4, [1.0] * 4, torch.bfloat16, lr=2.0**-10)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+    assert optimizer.param_groups[0]["lr"] == 0.0
+    with caplog.at_level(logging.WARNING, logger="fused_merge"):
+        optimizer.bind()
+    assert [record.message[:32] for record in caplog.records] == ["adding an update as large as lr "]
+
+
+def test_updates_of_what_steps_plainly_are_lost_as_well(caplog):
+    optimizer = of([1.0] * 2, [1.0] * 2, lr=2.0**-10)
+    optimizer.add_param_group({"params": [("head", parameter([1.0] * 2, torch.bfloat16))], "missing": "plain"})
+    with caplog.at_level(logging.WARNING, logger="fused_merge"):
+        optimizer.bind()
+    assert "(100 % of 'head')" in caplog.records[-1].message
+
+
+def test_what_is_warned_of_is_what_happens(caplog):
+    """As announced: bf16, a learning rate of 1e-6, no master."""
+    values = torch.linspace(-0.06, 0.06, 999)
+    optimizer = of(values, [0.01] * 999, torch.bfloat16, lr=1e-6, alpha=1e-6, stats_every=1)
+    (param,) = optimizer.param_groups[0]["params"]
+    param.grad = torch.ones_like(param)
+    before = param.detach().clone()
+    with caplog.at_level(logging.WARNING, logger="fused_merge"):
+        optimizer.step()
+    stats = optimizer.merge_stats()["w"]
+    announced = caplog.records[-1].message
+    assert f"({100 * stats['lost_u']:.0f} % of 'w')" in announced
+    assert stats["lost_u"] > 0.98
+    assert (param == before).float().mean() == pytest.approx(stats["lost_u"])
+
+
 @pytest.mark.parametrize(("large", "warned"), [(1, False), (2, True)])
 def test_a_fifth_may_be_lost(large, warned, caplog):
     # 0.5 * tau is lost in a weight of 512 and not in one of 1.

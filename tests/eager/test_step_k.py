@@ -85,6 +85,7 @@ def test_between_merges_it_is_plain_adamw_bit_for_bit(dtype):
     ours = optimizer_of(param, TAU, merge_every=4, reserve_rate=0.5)
     # The same class where it has nothing to merge.
     theirs = optimizer_of(other, {"other": torch.ones(1)}, missing="plain", merge_every=4)
+    theirs.add_param_group({"params": [("other", parameter([1.0]))]})
     for step in range(7):
         run(ours, 1, step)
         run(theirs, 1, step)

@@ -12,7 +12,7 @@ from fused_merge.distributed import Fragment
 from fused_merge.eager.shard import Shard, ShardIndex
 
 
-def fragment(shape, box, elements=None, groups=()):
+def fragment(shape, box, elements=None, groups=("all who hold a part",)):
     """The fragment of a box of a tensor, or of some of its elements, which must be runs at equal distances."""
     box = tuple(box)
     held = torch.arange(torch.Size(shape).numel()).view(shape)[box]

@@ -1,58 +1,19 @@
-"""Which part of the delta belongs to which parameter: names, order, missing and reshaped tensors, stored deltas."""
+"""Which part of the delta belongs to which parameter: missing and reshaped tensors, stored deltas."""
 
 from __future__ import annotations
 
 import copy
 import logging
-import warnings
 
 import pytest
 import torch
+from bits import assert_same_bits
 from device import DEVICE
 from models import Model, assert_same, fill_gradients, optimizer_of, run, trained, training
 from torch import nn
 
 import fused_merge as fm
 from fused_merge.eager.sparse import SparseTensor
-
-
-def test_wrapped_names_are_the_same_names(delta):
-    (plain, one), wrapped = training(delta), nn.ModuleDict({"module": trained()})
-    two = optimizer_of(wrapped, delta)
-    assert two.param_groups[0]["param_names"][0] == "module.embed.weight"
-    run(one, plain, 2)
-    run(two, wrapped, 2)
-    assert_same(one, two)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        two.load_state_dict(one.state_dict())
-
-
-def test_unnamed_parameters_are_bound_in_the_models_order(delta):
-    (named, one), unnamed = training(delta), trained()
-    two = fm.OnDAREAdamW(unnamed.parameters(), reference_delta=delta, lr=1e-2, alpha=0.1, reserve_rate=0.5)
-    run(one, named, 2)
-    run(two, unnamed, 2)
-    assert_same(one, two)
-
-
-def test_unnamed_parameters_that_do_not_fit_are_refused(delta):
-    model = trained()
-    few = fm.OnDAREAdamW(list(model.parameters())[1:], reference_delta=delta)
-    with pytest.raises(ValueError, match=r"5 unnamed parameters do not match the 6 tensors .* model.named_parameters"):
-        few.bind()
-
-
-def test_unnamed_parameters_are_refused_by_a_delta_of_files(tmp_path):
-    from safetensors.torch import save_file
-
-    model = trained().cpu()
-    save_file(Model(0).cpu().state_dict(), tmp_path / "base.safetensors")
-    save_file(model.state_dict(), tmp_path / "sft.safetensors")
-    delta = fm.ReferenceDelta.from_checkpoints(tmp_path / "base.safetensors", tmp_path / "sft.safetensors")
-    optimizer = fm.OnDAREAdamW(model.parameters(), reference_delta=delta)
-    with pytest.raises(ValueError, match=r"does not know its model's order of parameters; pass model.named_parameters"):
-        optimizer.bind()
 
 
 @pytest.mark.parametrize(("method", "stored"), [("ondare", "random"), ("onties", "magnitude")])
@@ -178,3 +139,140 @@ def test_two_parameters_of_one_name_are_refused(delta):
     with pytest.raises(ValueError, match=r"two parameters are called 'embed.weight'; deltas are matched by name"):
         optimizer.step()
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("missing", ["error", "plain"])
+def test_a_delta_of_which_nothing_is_found_is_refused_whatever_may_be_missing(missing, delta):
+    model = trained()
+    optimizer = fm.OnDAREAdamW(
+        ((f"policy.{name}", p) for name, p in model.named_parameters()), reference_delta=delta, missing=missing
+    )
+    fill_gradients(model, 0)
+    before = copy.deepcopy(model.state_dict())
+    sentence = (
+        r"holds none of the parameters of this optimizer: they are 'policy.embed.weight' and 5 more, and it has "
+        r"'embed.weight' and 5 more; pass \(name.removeprefix\('policy.'\), parameter\) for all of "
+        r"model.named_parameters\(\), or make the delta of the model that is trained, or use torch.optim.AdamW where"
+    )
+    for _ in range(2):
+        with pytest.raises(ValueError, match=sentence):
+            optimizer.step()
+    assert_same_bits(before, model.state_dict())
+    assert not optimizer.state
+
+
+def test_a_head_in_an_optimizer_of_its_own_is_sent_to_torch(delta):
+    head = nn.Linear(16, 1)
+    optimizer = fm.OnDAREAdamW(head.named_parameters("value_head"), reference_delta=delta, missing="plain")
+    with pytest.raises(ValueError, match=r"are 'value_head.weight' and 1 more, .* or use torch.optim.AdamW where"):
+        optimizer.bind()
+    # Beside one parameter that is merged it may stand, also where it comes later: when it is unfrozen, for example.
+    model = trained()
+    optimizer = fm.OnDAREAdamW([("hidden.bias", model.hidden.bias)], reference_delta=delta, missing="plain")
+    optimizer.bind()
+    optimizer.add_param_group({"params": list(head.named_parameters("value_head"))})
+    optimizer.bind()
+
+
+def test_an_optimizer_of_a_part_of_the_model_needs_no_more_than_its_part(delta):
+    """As a stage of a pipeline, or a partition of ZeroRedundancyOptimizer."""
+    named = list(trained().named_parameters())
+    for part in (named[:1], named[1:4], named[4:]):
+        fm.OnDAREAdamW(part, reference_delta=delta).bind()
+
+
+@pytest.mark.parametrize("rate", [0.5, 1.0])
+def test_a_frozen_parameter_is_neither_bound_nor_demanded_until_it_is_unfrozen(rate, delta, monkeypatch):
+    read, original = [], fm.ReferenceDelta.read
+    monkeypatch.setattr(fm.ReferenceDelta, "read", lambda self, name, *a: read.append(name) or original(self, name, *a))
+
+    def halves(model):
+        return list(model.parameters())[:3], list(model.parameters())[3:]
+
+    model, peer = trained(), trained()
+    model.value_head = nn.Linear(16, 1).to(DEVICE)
+    model.value_head.requires_grad_(False)
+    optimizer = optimizer_of(model, delta, reserve_rate=rate)
+    frozen = halves(model)[1]
+    for p in frozen:
+        p.requires_grad_(False)
+
+    def fill(model, seed):
+        fill_gradients(model, seed)
+        for p in model.parameters():
+            p.grad = p.grad if p.requires_grad else None
+
+    fill(model, 0)
+    optimizer.step()
+    assert sorted(set(read)) == sorted(name for name, _ in list(model.named_parameters())[:3])
+    assert not any(p in optimizer.state for p in frozen)
+    # Unfrozen, they are merged from then on; what has no delta is demanded then.
+    for p in frozen[:3]:
+        p.requires_grad_(True)
+    fill(model, 1)
+    optimizer.step()
+    assert set(read) == set(delta.names)
+
+    whole = optimizer_of(peer, delta, reserve_rate=rate)
+    fill_gradients(peer, 0)
+    for p in halves(peer)[1]:
+        p.grad = None
+    whole.step()
+    fill_gradients(peer, 1)
+    whole.step()
+    for p, q in zip(list(model.parameters())[:6], peer.parameters(), strict=True):
+        assert_same_bits({"param": p} | optimizer.state[p], {"param": q} | whole.state[q])
+
+    model.value_head.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"lacks 'value_head.weight', 'value_head.bias'"):
+        optimizer.step()
+
+
+def test_a_frozen_parameter_whose_name_is_taken_is_not_in_the_way(delta):
+    """As of the reference model that some trainers keep beside the policy."""
+    model, frozen = trained(), trained().requires_grad_(False)
+    pairs = [*model.named_parameters(), *frozen.named_parameters()]
+    optimizer = fm.OnDAREAdamW(pairs, reference_delta=delta)
+    fill_gradients(model, 0)
+    optimizer.step()
+    assert len(optimizer.state) == 6
+
+
+def test_a_gradient_that_was_left_on_a_frozen_parameter_moves_it_as_in_torch(delta):
+    model, optimizer = training(delta)
+    run(optimizer, model, 1)
+    other, second = training(delta)
+    other.requires_grad_(False)
+    run(second, other, 1)
+    assert_same(optimizer, second)
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("original", [True, False])
+def test_what_fsdp1_has_flattened_is_sent_to_fsdp2(original, delta, one_process):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    sentence = r"was flattened by FullyShardedDataParallel \(FSDP1\), .*; shard the model with FSDP2, .*fully_shard"
+    model = trained().cpu()
+    early = optimizer_of(model, delta)
+    fill_gradients(model, 0)
+    sharded = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
+    named = list(sharded.named_parameters())
+    for params in (named, [p for _, p in named]):
+        with pytest.raises(ValueError, match=f"parameter .* {sentence}"):
+            fm.OnDAREAdamW(params, reference_delta=delta, missing="plain")
+    if original:
+        # The parameters are still those that the optimizer was made of.
+        before = [p.detach().clone() for _, p in named]
+        for _ in range(2):
+            with pytest.raises(ValueError, match=f"parameter 'embed.weight' {sentence}"):
+                early.step()
+        assert not early.state
+        assert all(torch.equal(p, old) for (_, p), old in zip(named, before, strict=True))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import logging
+
 import pytest
 import torch
+from bits import assert_same_bits
 from device import DEVICE
-from models import IMPLS, assert_same, fill_gradients, run, trained, training
+from models import IMPLS, assert_same, fill_gradients, run, snapshot, trained, training
 from torch import nn
 
 import fused_merge as fm
@@ -105,3 +109,32 @@ def test_a_group_that_does_not_clip_is_not_clipped_by_the_others(delta):
     optimizer.param_groups[0]["max_grad_norm"] = None
     optimizer.step()
     assert optimizer.grad_norm is None
+
+
+def test_a_step_in_which_nothing_has_a_gradient_warns_once(delta, caplog):
+    """As where TRL wraps the model for its peft_config: the optimizer holds the frozen base weights."""
+    model, optimizer = training(delta)
+    before = snapshot(optimizer)
+    model.requires_grad_(False)
+    with caplog.at_level(logging.WARNING, "fused_merge"):
+        for _ in range(3):
+            optimizer.step()
+        twin = copy.deepcopy(optimizer)
+        twin.step()
+    (message,) = [record.message for record in caplog.records]
+    assert message.startswith(
+        "no parameter of this optimizer has a gradient, and the step changed nothing; if another "
+    )
+    assert message.endswith("make the optimizer of the model that is trained, for example through fm.optimizer_factory")
+    assert_same_bits(snapshot(optimizer), before)
+
+
+def test_a_step_in_which_anything_has_a_gradient_does_not_warn(delta, caplog):
+    model, optimizer = training(delta)
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    empty = fm.OnDAREAdamW([{"params": [], "param_names": []}], reference_delta=delta)
+    with caplog.at_level(logging.WARNING, "fused_merge"):
+        optimizer.step()
+        # A partition without parameters, as of ZeroRedundancyOptimizer.
+        empty.step()
+    assert not caplog.records

@@ -472,3 +472,37 @@ def test_a_learning_rate_schedule_goes_on(delta):
         run(optimizer, model, 1, number)
         schedule.step()
     assert all(not same_bits(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_names_come_from_the_model_where_the_optimizer_has_none(delta):
+    model, peer = trained(), trained()
+    optimizer = torch.optim.SGD(list(model.parameters())[::-1], lr=1e-2)
+    merging = merging_of(optimizer, delta, names_of=model)
+    run(optimizer, model, 1)
+    # The groups are the optimizer's: they are not written to.
+    assert "param_names" not in optimizer.param_groups[0]
+    model, optimizer, _ = copy.deepcopy((model, optimizer, merging))
+    run(optimizer, model, 2, 1)
+    other = torch.optim.SGD(peer.named_parameters(), lr=1e-2)
+    merging_of(other, delta)
+    run(other, peer, 3)
+    assert_same_bits(weights(model), weights(peer))
+
+
+def test_parameters_that_a_framework_has_replaced_by_flat_ones_are_refused(delta):
+    model, optimizer, _ = sgd_run(delta)
+    flat = torch.nn.Parameter(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    flat.grad = torch.ones_like(flat)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(ValueError, match=r"steps 1 tensors under the names of 6: .* with set_pieces\(\)"):
+        optimizer.step()
+    assert same_bits(flat, torch.cat([p.detach().flatten() for p in model.parameters()]))
+
+
+def test_a_step_without_gradients_warns_once(delta, caplog):
+    _, optimizer, _ = sgd_run(delta)
+    for _ in range(2):
+        optimizer.step()
+    assert [record.message.split(",")[0] for record in caplog.records] == [
+        "no parameter of this optimizer has a gradient"
+    ]

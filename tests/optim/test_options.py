@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from bits import assert_same_bits
@@ -19,6 +20,20 @@ import fused_merge as fm
         ({"lr": torch.ones(2)}, r"a tensor lr must hold one number, got shape \(2,\)"),
         ({"betas": (1.0, 0.9)}, r"betas\[0\] must lie in \[0, 1\), got 1.0"),
         ({"betas": (0.9, -0.1)}, r"betas\[1\] must lie in \[0, 1\), got -0.1"),
+        ({"betas": (0.9, 0.95, 0.99)}, r"betas must be two numbers, got \(0.9, 0.95, 0.99\)"),
+        ({"betas": (torch.tensor(0.5), 0.9)}, r"betas must be two numbers, got \(tensor\(0.5"),
+        ({"betas": 0.9}, "betas must be two numbers, got 0.9"),
+        # As YAML has 1e-5.
+        ({"lr": "1e-5"}, "lr must be a number or a 0-d tensor, got '1e-5'"),
+        ({"lr": None}, "lr must be a number or a 0-d tensor, got None"),
+        ({"eps": "1e-8"}, "eps must be at least 0, got '1e-8'"),
+        ({"reserve_rate": "0.1"}, r"reserve_rate must lie in \(0, 1\], got '0.1'"),
+        ({"seed": "0"}, "seed must be a whole number, got '0'"),
+        (
+            {"state_dtype": "bf16"},
+            "state_dtype must be torch.float32, bfloat16 or float16, or one of these names, got bf1",
+        ),
+        ({"state_dtype": torch.float64}, "state_dtype must be torch.float32, .* got torch.float64"),
         ({"eps": -1e-8}, "eps must be at least 0"),
         ({"weight_decay": float("nan")}, "weight_decay must be at least 0, got nan"),
         ({"alpha": 1.5}, r"alpha must lie in \[0, 1\], got 1.5"),
@@ -50,6 +65,68 @@ def test_options_out_of_range_are_refused(options, sentence, delta):
 def test_an_option_that_a_class_lacks_is_refused(delta):
     with pytest.raises(TypeError, match="gamma"):
         fm.OnDAREAdamW(trained().named_parameters(), reference_delta=delta, gamma=1)
+
+
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        ("fused", "impl says what steps all tensors, fused kernels where they can run"),
+        ("foreach", "impl says what steps all tensors"),
+        ("capturable", "every step on a GPU can be captured"),
+        ("amsgrad", "this optimizer keeps no largest second moment"),
+        ("differentiable", "no step of this optimizer is differentiable"),
+    ],
+)
+def test_a_leftover_of_torch_adamw_is_refused_where_it_asks_for_anything(option, why, delta):
+    named = list(trained().named_parameters())
+    sentence = f"^{option}=True is an option of torch.optim.AdamW: {why}; leave it out$"
+    with pytest.raises(TypeError, match=sentence):
+        fm.OnDAREAdamW(named, reference_delta=delta, **{option: True})
+    with pytest.raises(TypeError, match=sentence):
+        fm.OnDAREAdamW([{"params": named, option: True}], reference_delta=delta)
+    optimizer = fm.OnDAREAdamW(named[:1], reference_delta=delta, **{option: False})
+    with pytest.raises(TypeError, match=sentence):
+        optimizer.add_param_group({"params": named[1:], option: True})
+    assert len(optimizer.param_groups) == 1
+    # The groups of a torch optimizer, as they are.
+    groups = torch.optim.AdamW([{"params": [param for _, param in named]}]).param_groups
+    assert fm.OnDAREAdamW(groups, reference_delta=delta).param_groups[0][option] in (False, None)
+
+
+def test_numbers_and_dtypes_may_be_written_in_several_ways(delta):
+    one_model, one = training(delta, lr=1, betas=[0.5, 0.75], state_dtype="bfloat16", alpha=0, weight_decay=0)
+    two_model, two = training(
+        delta, lr=np.float64(1.0), betas=(0.5, 0.75), state_dtype=torch.bfloat16, alpha=0.0, weight_decay=0.0
+    )
+    run(one, one_model, 2)
+    run(two, two_model, 2)
+    assert_same(one, two)
+    group = one.param_groups[0]
+    assert (group["betas"], group["state_dtype"]) == ((0.5, 0.75), torch.bfloat16)
+    assert one.state[one_model.head.weight]["exp_avg"].dtype == torch.bfloat16
+    # Said in another way later, it is no change of what is fixed.
+    group["state_dtype"] = "bfloat16"
+    run(one, one_model, 1, first=2)
+    # In a group, too.
+    optimizer = fm.OnDAREAdamW(
+        [{"params": list(trained().named_parameters()), "state_dtype": "float16"}], reference_delta=delta
+    )
+    assert optimizer.param_groups[0]["state_dtype"] == torch.float16
+
+
+def test_what_is_no_reference_delta_is_refused_in_one_sentence(delta):
+    model = trained()
+
+    def refused(given, sentence):
+        with pytest.raises(TypeError, match=sentence):
+            fm.OnDAREAdamW(model.named_parameters(), reference_delta=given)
+
+    refused(None, r"^reference_delta is None: pass fm.ReferenceDelta.from_models\(.*, or use torch.optim.AdamW where")
+    one = "the tensors of one model, and a delta is the difference of two: pass fm.ReferenceDelta.from_models"
+    refused(model, f"^reference_delta is of type Model, {one}")
+    refused(model.state_dict(), f"^reference_delta is of type OrderedDict, {one}")
+    refused(dict(model.named_parameters()), f"^reference_delta is of type dict, {one}")
+    refused((model, model), "^reference_delta must be a ReferenceDelta or the path of a saved one, got tuple")
 
 
 def test_the_general_form_is_its_subclasses(delta):

@@ -54,6 +54,86 @@ def test_an_adamw_that_computes_something_else_is_refused(delta):
         ours.load_state_dict(theirs.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda p: torch.optim.SGD(p, lr=1e-2), "have a learning rate and no betas"),
+        (
+            lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+            "it holds 'momentum_buffer' of parameter 0, and not 'step'",
+        ),
+        (lambda p: torch.optim.Adamax(p), "it holds 'step', 'exp_avg', 'exp_inf' of parameter 0, and not"),
+        (
+            lambda p: torch.optim.NAdam(p),
+            "it holds 'step', 'mu_product', 'exp_avg', 'exp_avg_sq' of parameter 0, and not",
+        ),
+        (lambda p: torch.optim.Adafactor(p), "it holds 'step', .* of parameter 0, and not"),
+        (lambda p: torch.optim.Rprop(p), "it holds .*'prev'"),
+    ],
+)
+def test_a_state_dict_of_another_kind_is_refused_and_changes_nothing(make, sentence, delta):
+    (model, ours), peer = training(delta), trained()
+    theirs = make(peer.parameters())
+    run(theirs, peer, 1)
+    run(ours, model, 1)
+    before, group = snapshot(ours), dict(ours.param_groups[0])
+    with pytest.raises(ValueError, match=sentence) as refused:
+        ours.load_state_dict(theirs.state_dict())
+    assert "saved by another kind of optimizer" in str(refused.value)
+    assert "; load one of this optimizer or of torch.optim.AdamW" in str(refused.value)
+    assert_same_bits(snapshot(ours), before)
+    assert ours.param_groups[0] == group
+
+
+def test_a_state_dict_of_another_method_is_refused_and_changes_nothing(delta):
+    (model, ours), (other, theirs) = training(delta, "onties"), training(delta, "ondare")
+    run(theirs, other, 1)
+    run(ours, model, 1)
+    before, group = snapshot(ours), dict(ours.param_groups[0])
+    with pytest.raises(ValueError, match="saved with method 'ondare' and this optimizer has 'onties'; resume with the"):
+        ours.load_state_dict(theirs.state_dict())
+    assert_same_bits(snapshot(ours), before)
+    assert ours.param_groups[0] == group
+    # Each group has a method of its own.
+    named = list(trained().named_parameters())
+    groups = [{"params": named[:3]}, {"params": named[3:], "method": "onties"}]
+    mixed = fm.MergingAdamW(groups, reference_delta=delta)
+    mixed.load_state_dict(mixed.state_dict())
+    saved = mixed.state_dict()
+    saved["param_groups"][1]["method"] = "ondare"
+    with pytest.raises(ValueError, match="saved with method 'ondare' and this optimizer has 'onties'"):
+        mixed.load_state_dict(saved)
+
+
+def test_a_state_dtype_that_there_is_not_is_refused_and_changes_nothing(delta):
+    model, optimizer = training(delta)
+    run(optimizer, model, 1)
+    before, saved = snapshot(optimizer), optimizer.state_dict()
+    saved["param_groups"][0] |= {"state_dtype": "int8", "lr": 1.0}
+    with pytest.raises(ValueError, match=r"state_dtype must be torch.float32, .* got int8"):
+        optimizer.load_state_dict(saved)
+    assert_same_bits(snapshot(optimizer), before)
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+
+
+def test_a_hook_may_make_a_state_dict_of_another_kind_one_of_adamw(delta):
+    (model, ours), peer = training(delta), trained()
+    theirs = torch.optim.SGD(peer.parameters(), lr=1e-2, momentum=0.9)
+    run(theirs, peer, 1)
+
+    def converted(_, state_dict):
+        group = {"params": state_dict["param_groups"][0]["params"]}
+        state = {
+            index: {"step": torch.tensor(1.0), "exp_avg": buffer, "exp_avg_sq": buffer**2}
+            for index, buffer in ((index, entry["momentum_buffer"]) for index, entry in state_dict["state"].items())
+        }
+        return {"state": state, "param_groups": [group]}
+
+    ours.register_load_state_dict_pre_hook(converted)
+    ours.load_state_dict(theirs.state_dict())
+    assert torch.equal(ours.state[model.head.weight]["exp_avg"], theirs.state[peer.head.weight]["momentum_buffer"])
+
+
 def test_other_names_are_loaded_by_position_with_a_warning(delta):
     model, optimizer = training(delta)
     saved = optimizer.state_dict()
