@@ -56,7 +56,7 @@ def layout_of(source: TensorSource) -> Layout | None:
     """
     if isinstance(source, MemorySource):
         return None if source.module is None else _of_module(source.module)
-    config = source.path / "config.json" if isinstance(source, FileSource) else None
+    config = source.path / "config.json" if isinstance(source, FileSource) and source.adapter is None else None
     return _of_folder(config.parent, stamp_of(config)) if config is not None and config.is_file() else None
 
 

@@ -6,6 +6,7 @@ The paper's step-K around somebody else's update; the arithmetic is `fused_merge
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,6 +36,7 @@ from fused_merge.optim.options import (
     opened_delta,
 )
 from fused_merge.optim.pieces import Piece, Pieces, operands_of
+from fused_merge.optim.stand_ins import StandIns
 from fused_merge.optim.state import check_delta
 from fused_merge.optim.verification import take_verified, verify_as_the_environment_says
 from fused_merge.options import check_known, documented, resolve
@@ -55,6 +57,7 @@ class _Pending(NamedTuple):
 
     anchors: dict[str, Tensor]  # the weights before this step, where every step is merged
     steps: list[PreparedStep]
+    groups: list[str]  # those whose parameters it merges, by their first
     asks_again: bool  # a closure decides in the step which parameters have gradients
 
 
@@ -107,7 +110,7 @@ class OnlineMerging:
     ) -> None:
         check_known(options, MERGE_OPTIONS | RUN_OPTIONS)
         own = resolve({name: value for name, value in options.items() if name in RUN_OPTIONS}, RunOptions)
-        self.optimizer = _innermost(optimizer)
+        self.optimizer = _hookable(optimizer)
         if not isinstance(reference_delta, ReferenceDelta):
             with Processes.that_share([p for g in self.param_groups for p in g["params"]]).raising_together():
                 reference_delta = opened_delta(reference_delta)
@@ -129,7 +132,10 @@ class OnlineMerging:
         self._state: dict[str, dict[str, Tensor]] = {}
         self._fixed: dict[str, Any] = {}
         self._stats: dict[str, dict[str, float]] = {}
-        self._calls = 0
+        self._stand_ins = StandIns()
+        self._stand_ins.expect([param for group in self.param_groups for param in group["params"]])
+        # Steps of each group, by its first parameter, since a framework may step groups one by one.
+        self._calls = Counter[str]()
         self._warned = False  # of a step without any gradient
         self._pending: _Pending | None = None
         self._hooks: list[RemovableHandle] = []
@@ -245,6 +251,10 @@ class OnlineMerging:
             return
         # One may be left of a step that has failed.
         self._pending = None
+        params = [param for group in self.param_groups for param in group["params"]]
+        if not self._pieces.tell_all_of(params) and self._stand_ins.are_idle(params):
+            # DeepSpeed takes this step only to have states made.
+            return
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         self._pending = self._prepare_all(None, asks_again=closure is not None)
 
@@ -260,9 +270,9 @@ class OnlineMerging:
         if not self._warned and all(p.grad is None for group in self.param_groups for p in group["params"]):
             warn_of_no_gradient()
             self._warned = True
-        if self._calls == 0 and not self.verify_steps:
+        if not self._calls and not self.verify_steps:
             verify_as_the_environment_says(self)
-        self._calls += 1
+        self._calls.update(pending.groups)
         steps, verified = pending.steps, self.verify_steps > 0
         gathered = take_verified(steps, self._workspace, self.impl) if verified else take(*steps)
         for step, entries in zip(steps, gathered, strict=True):
@@ -288,7 +298,8 @@ class OnlineMerging:
             if len(names) != len(group["params"]) and not self._pieces.tell_all_of(group["params"]):
                 raise ValueError(
                     f"the optimizer steps {len(group['params'])} tensors under the names of {len(names)}: a framework "
-                    "has put others in the place of its parameters; say what these are made of with set_pieces()"
+                    "has put others in the place of its parameters; say what these are made of with set_pieces(), as "
+                    "fused_merge.bind_deepspeed(engine) does"
                 )
         named = members_of(groups, self._naming, self._pieces, self.reference_delta)
         return [
@@ -318,7 +329,8 @@ class OnlineMerging:
             steps = [self._prepare(group, kept, state, asks_again) for group in groups]
         self._state |= state
         self._fixed = {option: self.options[option] for option in _FIXED}
-        return _Pending(kept, [step for step in steps if step is not None], asks_again)
+        found = {_key(group.members[0]): step for group, step in zip(groups, steps, strict=True) if step is not None}
+        return _Pending(kept, list(found.values()), list(found), asks_again)
 
     def _prepare(
         self, group: NamedGroup, anchors: dict[str, Tensor], states: dict[str, dict[str, Tensor]], every: bool
@@ -356,7 +368,7 @@ class OnlineMerging:
             rule=rule,
             hyper=_UNUSED._replace(alpha=options["alpha"], found_inf=stopped, merge_every=options["merge_every"]),
             seed=options["seed"],
-            stats=self.stats_every > 0 and (self._calls + 1) % self.stats_every == 0,
+            stats=self.stats_every > 0 and (self._calls[_key(members[0])] + 1) % self.stats_every == 0,
             workspace=self._workspace.part(_key(members[0])),
             impl=self.impl,
         )
@@ -375,23 +387,28 @@ class OnlineMerging:
 
 def merging_around(optimizer: Any) -> OnlineMerging | None:
     """Return what merges the updates of an optimizer, or of the one that it wraps, if anything."""
-    hooks = getattr(_innermost(optimizer), "_optimizer_step_post_hooks", {}).values()
+    hooks = getattr(innermost(optimizer), "_optimizer_step_post_hooks", {}).values()
     owners = (getattr(hook, "__self__", None) for hook in hooks)
     return next((owner for owner in owners if isinstance(owner, OnlineMerging)), None)
 
 
-def _innermost(optimizer: Any) -> Optimizer:
+def innermost(optimizer: Any) -> Any:
     """Return the optimizer that has hooks, within wrappers such as those of Accelerate and DeepSpeed."""
-    innermost = optimizer
-    while not hasattr(innermost, "_optimizer_step_pre_hooks") and hasattr(innermost, "optimizer"):
-        innermost = innermost.optimizer
-    if isinstance(innermost, MergingAdamW):
+    while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _hookable(optimizer: Any) -> Optimizer:
+    """Return the optimizer to go around; TypeError if there is none."""
+    found = innermost(optimizer)
+    if isinstance(found, MergingAdamW):
         raise TypeError(
-            f"{type(innermost).__name__} merges its own updates; use it alone, or OnlineMerging around another one"
+            f"{type(found).__name__} merges its own updates; use it alone, or OnlineMerging around another one"
         )
-    if not isinstance(innermost, Optimizer):
+    if not isinstance(found, Optimizer):
         raise TypeError(f"OnlineMerging goes around a torch.optim.Optimizer, got a {type(optimizer).__name__}")
-    return innermost
+    return found
 
 
 def _key(member: Member) -> str:
