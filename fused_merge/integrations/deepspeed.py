@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from fused_merge.distributed import Fragment
 from fused_merge.eager.shard import Shard, ShardIndex
 from fused_merge.optim.merging_adamw import MergingAdamW
+from fused_merge.optim.online_merging import OnlineMerging, innermost, merging_around
 from fused_merge.optim.pieces import Piece
 
 ProcessGroup: TypeAlias = Any
@@ -57,8 +58,8 @@ def bind_deepspeed(engine: Any) -> None:
     the CPU. Padding belongs to no parameter and stays as it is.
 
     Args:
-        engine: what `deepspeed.initialize` returned first, over a `MergingAdamW` or one of its subclasses. Names are
-            those that the optimizer was given.
+        engine: what `deepspeed.initialize` returned first, over a `MergingAdamW` or one of its subclasses, or over any
+            optimizer with an `OnlineMerging` around it. Names are those that the optimizer was given.
 
     Raises:
         TypeError: if the engine's optimizer is no merging one.
@@ -67,7 +68,7 @@ def bind_deepspeed(engine: Any) -> None:
     """
     optimizer = _merging_optimizer(engine.optimizer)
     pieces = pieces_of(engine, optimizer.param_groups)
-    if pieces and any(group["max_grad_norm"] is not None for group in optimizer.param_groups):
+    if pieces and any(group.get("max_grad_norm") is not None for group in optimizer.param_groups):
         raise ValueError(
             "max_grad_norm would clip each flat tensor of DeepSpeed by a norm of its own; set gradient_clipping in the "
             "configuration of DeepSpeed instead"
@@ -157,18 +158,17 @@ def _groups(given: dict[str, Any], config: Mapping[str, Any], leave_out: Mapping
     ]
 
 
-def _merging_optimizer(optimizer: Any) -> MergingAdamW:
-    """Return the merging optimizer within the wrappers of DeepSpeed."""
-    innermost = optimizer
-    while not isinstance(innermost, MergingAdamW) and hasattr(innermost, "optimizer"):
-        innermost = innermost.optimizer
-    if not isinstance(innermost, MergingAdamW):
+def _merging_optimizer(optimizer: Any) -> MergingAdamW | OnlineMerging:
+    """Return the merging optimizer within the wrappers of DeepSpeed, or what merges around it."""
+    found = merging_around(optimizer) or innermost(optimizer)
+    if not isinstance(found, MergingAdamW | OnlineMerging):
         raise TypeError(
-            f"the engine steps a {type(innermost).__name__}, which does not merge; pass a merging optimizer to "
+            f"the engine steps a {type(found).__name__}, which does not merge; pass a merging optimizer to "
             "deepspeed.initialize, or to a trainer as optimizer_cls_and_kwargs, since with deepspeed it drops "
-            "optimizers=, and with offload_optimizer set zero_force_ds_cpu_optimizer to false"
+            "optimizers=, and with offload_optimizer set zero_force_ds_cpu_optimizer to false; or make an "
+            "OnlineMerging around engine.optimizer"
         )
-    return innermost
+    return found
 
 
 def flat_tensors(engine: Any) -> Iterator[FlatTensor]:

@@ -49,6 +49,10 @@ class Naming:
                 self._names[pair[1]] = str(pair[0])
         self._given = True
 
+    def pairs(self, params: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
+        """Return what `names_of` says of these parameters."""
+        return [(self._names[param], param) for param in params if param in self._names]
+
     def name(self, group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
         """Give a group, which is about to join others, the names of its parameters where `names_of` is given.
 

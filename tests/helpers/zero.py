@@ -252,3 +252,60 @@ def stretches(rank, config, dtype):
             found.append((number, flat.group, name, first, first + held))
         padding += (~owned).sum().item()
     return found, padding
+
+
+def sgd_of(named, decay=0.1):
+    groups = [[(n, p) for n, p in named if p.requires_grad and (p.ndim > 1) == matrices] for matrices in (True, False)]
+    return torch.optim.SGD([{"params": groups[0], "weight_decay": decay}, {"params": groups[1]}], lr=1e-2, momentum=0.9)
+
+
+def around(optimizer, options):
+    return fm.OnlineMerging(optimizer, reference_delta=delta(), **{"alpha": 1e-2, "reserve_rate": 0.1} | options)
+
+
+def differing_around(rank, config, dtype, options, wrap_first):
+    """The tensors that merging around SGD under DeepSpeed makes other than without, on fp32 masters as it has them."""
+    model = Network(dtype)
+    # In the step with which it makes states for 16-bit weights, DeepSpeed has SGD decay the weights.
+    decay = 0.0 if (config["zero_optimization"]["stage"], dtype) == (0, torch.bfloat16) else 0.1
+    optimizer = sgd_of(list(model.named_parameters()), decay)
+    merging = around(optimizer, options) if wrap_first else None
+    engine = engine_of(model, optimizer, config)
+    merging = merging or around(engine.optimizer, options)
+    fm.bind_deepspeed(engine)
+    train(engine, range(4))
+    if config["zero_optimization"]["stage"] < 3:
+        assert {own["step"] for own in merging.state_dict()["state"].values()} == {4}
+
+    model = Network(dtype)
+    masters = {name: nn.Parameter(p.detach().float(), p.requires_grad) for name, p in model.named_parameters()}
+    optimizer = sgd_of(list(masters.items()), decay)
+    around(optimizer, options)
+    for step in range(4):
+        model.zero_grad()
+        loss_of(model, step).backward()
+        for name, p in model.named_parameters():
+            masters[name].grad = None if p.grad is None else p.grad.float()
+        optimizer.step()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(masters[name])
+    alone, found = dict(model.named_parameters()), weights_of(engine)
+    assert not same_bits(
+        alone["linear.weight"].detach(), dict(Network(dtype).named_parameters())["linear.weight"].detach()
+    )
+    return [name for name in alone if not same_bits(found[name], alone[name].detach())]
+
+
+def unbound_around(rank, config, wrap_first):
+    """The error of a step of an optimizer that is merged around and was not bound."""
+    model = Network()
+    optimizer = sgd_of(list(model.named_parameters()))
+    if wrap_first:
+        around(optimizer, {})
+    engine = engine_of(model, optimizer, config)
+    if not wrap_first:
+        around(engine.optimizer, {})
+    with pytest.raises(ValueError, match="bind_deepspeed") as caught:
+        train(engine, range(1))
+    return str(caught.value)

@@ -134,3 +134,20 @@ def test_the_example_trains():
     losses = [float(line.split()[-1]) for line in run.stdout.splitlines() if line.startswith("step")]
     assert len(losses) == 10
     assert losses[-1] < losses[0]
+
+
+AROUND = {"ondare": {}, "onties, K = 2": {"method": "onties", "merge_every": 2}}
+
+
+@pytest.mark.parametrize("wrap_first", [True, False], ids=["wrapped before", "wrapped after"])
+@pytest.mark.parametrize("options", AROUND.values(), ids=AROUND)
+@pytest.mark.parametrize("layout", ["0", "0 bf16", "1 bf16", "2", "2 round robin", "3 in subgroups", "3 offloaded"])
+def test_merging_around_sgd_gives_the_bits_of_one_process(pair, layout, options, wrap_first):
+    dtype, config = ALL[layout]
+    assert pair.both(zero.differing_around, config, dtype, options, wrap_first) == [[], []]
+
+
+@pytest.mark.parametrize("wrap_first", [True, False], ids=["wrapped before", "wrapped after"])
+def test_merging_around_waits_until_it_is_bound(pair, wrap_first):
+    for sentence in pair.both(zero.unbound_around, zero.config_of(2, {}), wrap_first):
+        assert "fused_merge.bind_deepspeed(engine)" in sentence
