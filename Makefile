@@ -2,16 +2,22 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick kernels lint types check clean
+# Tests of what only `make frameworks` installs, and the slow ones of several processes.
+FRAMEWORKS := tests/distributed tests/integrations
+
+.PHONY: demo test quick frameworks kernels lint types check clean
 
 demo: .venv/installed-demo  ## base, SFT, preference training with online merging, ratio sweep, Pareto plot
 	$(BIN)/python bench/alignment_tax/run.py --quick
 
 test: .venv/installed-test  ## every test; on a CPU the kernels run in Triton's interpreter, on a GPU on the GPU
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto $(FRAMEWORKS:%=--ignore=%)
 
 quick: .venv/installed-test  ## the tests that need neither the interpreter nor a compiler nor other processes
-	$(BIN)/pytest -n auto -q -m "not slow"
+	$(BIN)/pytest -n auto -q -m "not slow" $(FRAMEWORKS:%=--ignore=%)
+
+frameworks: .venv/installed-frameworks  ## inside training frameworks, and sharded over several processes; examples/
+	$(BIN)/pytest -n 2 --dist loadgroup --durations 10 $(FRAMEWORKS)
 
 kernels: .venv/installed-test  ## every build of the kernels, compiled for GPUs that need not be here
 	$(BIN)/python bench/kernels.py
@@ -23,10 +29,19 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	$(BIN)/mypy
 
-check: lint types test  ## what CI runs
+check: lint types test frameworks  ## what CI runs
 
 clean:
 	rm -rf .venv build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# DeepSpeed's setup asks the installed torch, and on a CPU there is nothing to build. torchtitan asks for older datasets
+# than TRL; its optimizers import none.
+.venv/installed-frameworks: .venv/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--no-build-isolation -e '.[frameworks]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps torchtitan
+	touch $@
 
 .venv/installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -10,6 +10,7 @@
 - `evaluate_ratios`, `pareto_front`, `hypervolume`, `knee`: what the points of a path are worth.
 - `attach`, `optimizer_factory`, `MergeStatsCallback`, `SweepCallback`: all this inside the trainers of Transformers and
   TRL; docs/frameworks.md has the others.
+- `bind_deepspeed`, `DeepSpeedCallback`: a merging optimizer under ZeRO.
 - `functional`: the same without classes.
 
 A name is imported when it is first used, so that the command line shows its help without waiting for
@@ -28,18 +29,21 @@ if TYPE_CHECKING:
     from fused_merge.adapt.adapt import adapt_ratios, answer_loss, reward_weighted_loss
     from fused_merge.checkpoints.interpolate import interpolate_checkpoints
     from fused_merge.delta.reference_delta import ReferenceDelta
-    from fused_merge.integrations.trainer_callbacks import MergeStatsCallback, SweepCallback
+    from fused_merge.integrations.deepspeed import bind_deepspeed
+    from fused_merge.integrations.trainer_callbacks import DeepSpeedCallback, MergeStatsCallback, SweepCallback
     from fused_merge.integrations.transformers import attach, optimizer_factory
     from fused_merge.interpolation.interpolate import interpolate
     from fused_merge.interpolation.layer_ratios import LayerRatios
     from fused_merge.interpolation.ratio_sweep import RatioSweep
     from fused_merge.merge.merge import merge_checkpoints
-    from fused_merge.optim.merging_adamw import MergingAdamW, OnDAREAdamW, OnProjAdamW, OnTIESAdamW
+    from fused_merge.optim.merging_adamw import MergingAdamW
+    from fused_merge.optim.variants import OnDAREAdamW, OnProjAdamW, OnTIESAdamW
     from fused_merge.optim.verification import verify
     from fused_merge.sweep.evaluate import evaluate_ratios, sweep_checkpoints
     from fused_merge.sweep.pareto import hypervolume, knee, pareto_front
 
 __all__ = [
+    "DeepSpeedCallback",
     "LayerRatios",
     "MergeStatsCallback",
     "MergingAdamW",
@@ -53,6 +57,7 @@ __all__ = [
     "adapt_ratios",
     "answer_loss",
     "attach",
+    "bind_deepspeed",
     "evaluate_ratios",
     "functional",
     "hypervolume",
@@ -74,13 +79,15 @@ _HOMES = {
         "adapt.adapt": "adapt_ratios answer_loss reward_weighted_loss",
         "checkpoints.interpolate": "interpolate_checkpoints",
         "delta.reference_delta": "ReferenceDelta",
-        "integrations.trainer_callbacks": "MergeStatsCallback SweepCallback",
+        "integrations.trainer_callbacks": "DeepSpeedCallback MergeStatsCallback SweepCallback",
         "integrations.transformers": "attach optimizer_factory",
+        "integrations.deepspeed": "bind_deepspeed",
         "interpolation.interpolate": "interpolate",
         "interpolation.layer_ratios": "LayerRatios",
         "interpolation.ratio_sweep": "RatioSweep",
         "merge.merge": "merge_checkpoints",
-        "optim.merging_adamw": "MergingAdamW OnDAREAdamW OnProjAdamW OnTIESAdamW",
+        "optim.merging_adamw": "MergingAdamW",
+        "optim.variants": "OnDAREAdamW OnProjAdamW OnTIESAdamW",
         "optim.verification": "verify",
         "sweep.evaluate": "evaluate_ratios sweep_checkpoints",
         "sweep.pareto": "hypervolume knee pareto_front",

@@ -12,7 +12,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-MAY_BE_WRAPPED = re.compile("|".join(_WRAPPERS))
+MAY_BE_WRAPPED = re.compile("|".join((*_WRAPPERS, "lora_", "modules_to_save")))
+
+# What PEFT calls the tensors of an adapter in memory, where it inserts the adapter's name, and what in its files.
+_IN_ADAPTERS = (
+    (re.compile(r"(\.lora_[AB])\.(?P<adapter>[^.]+)(\.(?:weight|bias))$"), r"\1\3"),
+    (re.compile(r"(\.lora_embedding_[AB])\.(?P<adapter>[^.]+)$"), r"\1"),
+    (re.compile(r"(\.lora_magnitude_vector)\.(?P<adapter>[^.]+)\.weight$"), r"\1"),
+    (re.compile(r"\.modules_to_save\.(?P<adapter>[^.]+)(\..+)$"), r"\2"),
+)
+# A factor of an adapter as its file names it, behind the module that it adapts.
+_FACTOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:[AB]\.weight|embedding_[AB])")
 
 
 def _compiled(**patterns: str) -> dict[str, re.Pattern[str]]:
@@ -45,10 +55,33 @@ _INSIDE = _compiled(
 def canonical_name(name: str) -> str:
     """Return `name` without what DDP, torch.compile, FSDP and checkpointing insert: `module._orig_mod.w` becomes `w`.
 
-    The last component is the tensor's own name and always stays.
+    The last component is the tensor's own name and always stays. A tensor of an adapter is called what PEFT calls it in
+    files, without the adapter's name: `q_proj.lora_A.default.weight` becomes `q_proj.lora_A.weight`.
     """
     if not MAY_BE_WRAPPED.search(name):
         return name
+    name = _unwrapped(name)
+    for pattern, in_file in _IN_ADAPTERS:
+        name = pattern.sub(in_file, name)
+    return name
+
+
+def adapter_of(name: str) -> str | None:
+    """Return which adapter of a model of PEFT in memory a tensor belongs to, None if its name does not say so."""
+    found = (pattern.search(_unwrapped(name)) for pattern, _ in _IN_ADAPTERS)
+    return next((each["adapter"] for each in found if each), None)
+
+
+def adapted_weight(name: str) -> str | None:
+    """Return the weight that a factor of an adapter is for, as the model without it calls that; None for no factor.
+
+    `name` is canonical: `"base_model.model.h.0.attn.lora_A.weight"` is for `"h.0.attn.weight"`.
+    """
+    found = _FACTOR.fullmatch(name)
+    return found and f"{found[1]}.weight"
+
+
+def _unwrapped(name: str) -> str:
     *path, last = name.split(".")
     return ".".join([part for part in path if part not in _WRAPPERS] + [last])
 

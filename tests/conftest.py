@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from device import DEVICE
+from processes import Ranks
 
 # What is started in the background of a shell ignores Ctrl-C, and so would the tests of it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -30,10 +31,12 @@ SLOW = (
     "checkpoints/test_disk",
     "checkpoints/test_interrupted",
     "cli/test_program",
+    "distributed/",
     "eager/test_properties",
     "eager/test_sparsify",
     "eager/test_step_k",
     "functional/",
+    "integrations/",
     "interpolation/test_layer_ratios",
     "interpolation/test_sharded",
     "io/test_hostile_files",
@@ -54,6 +57,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def device() -> torch.device:
     return DEVICE
+
+
+@pytest.fixture(scope="session")
+def ranks_of(tmp_path_factory):
+    """Groups of processes by number and device, which all tests share."""
+    groups: dict[tuple[int, str], Ranks] = {}
+
+    def ranks_of(world: int, device: str = "cpu") -> Ranks:
+        if device == "cuda" and torch.cuda.device_count() < world:
+            pytest.skip(f"needs {world} GPUs, found {torch.cuda.device_count()}")
+        if (world, device) not in groups:
+            groups[world, device] = Ranks(tmp_path_factory.mktemp(f"ranks-{world}-{device}"), world, device)
+        return groups[world, device]
+
+    yield ranks_of
+    for group in groups.values():
+        group.stop()
 
 
 @pytest.fixture(autouse=True)

@@ -222,7 +222,9 @@ class _Stream:
 
     def _count(self, name: str, inputs: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
         """Count the elements that are not finite, in each output, by whether the inputs are; copies keep what was."""
-        finite = torch.stack([tensor.isfinite() for tensor in inputs]).all(dim=0)
+        finite = torch.ones_like(outs[0], dtype=torch.bool)
+        for tensor in inputs:
+            finite &= tensor.isfinite()
         for i, out in enumerate(outs):
             odd = ~out.isfinite()
             copied = any(same_bits(out, tensor.to(out.dtype)) for tensor in inputs)

@@ -19,6 +19,7 @@ import torch
 from fused_merge._version import __version__
 from fused_merge.checkpoints.checksum import HASH, PIECE, verify_file
 from fused_merge.io.files import expanded
+from fused_merge.io.formats import ADAPTER_CONFIG
 from fused_merge.io.headers import load_json, read_json
 from fused_merge.io.sources import INDEX_FILE, FileSource, PathLike
 from fused_merge.names import some
@@ -63,6 +64,7 @@ def beside(
     tokenizer_source: FileSource,
     dtype: torch.dtype | None = None,
     config_values: Mapping[str, Any] | None = None,
+    adapter: Mapping[str, Any] | None = None,
 ) -> Beside:
     """Return what stands beside the weights: everything small that is neither weights nor training state.
 
@@ -71,6 +73,7 @@ def beside(
         tokenizer_source: whose tokenizer, processor and chat template go along, none of the other's.
         dtype: what every dtype in `config.json` is replaced by, also in nested configurations; None leaves them.
         config_values: keys that `config.json` gets, and their values; they replace those of nested configurations, too.
+        adapter: the `adapter_config.json` of an output that is an adapter.
     """
     found, left = _small_files(config_source)
     theirs, theirs_left = _small_files(tokenizer_source)
@@ -81,6 +84,8 @@ def beside(
         content = _read_object(theirs.get("tokenizer_config.json"))
         if content.pop("chat_template", None) is not None:
             files["tokenizer_config.json"] = _json(content)
+    if adapter is not None:
+        files[ADAPTER_CONFIG] = _json(adapter)
     if "config.json" not in files:
         return Beside(files, left | theirs_left, {})
     config = dict(config_source.config)
@@ -117,6 +122,8 @@ def _small_files(source: FileSource) -> tuple[dict[str, Path], dict[str, str]]:
     files: dict[str, Path] = {}
     left: dict[str, str] = {}
     known = {*source.files(), *(source.path / name for name in (INDEX_FILE, MANIFEST))}
+    if source.adapter is not None:
+        known.add(source.path / ADAPTER_CONFIG)
 
     def walk(folder: Path, above: Sequence[Path]) -> None:
         for path in sorted(folder.iterdir()):
@@ -216,11 +223,11 @@ def verify_checkpoint(folder: PathLike) -> int:
     return sum(verify_file(folder / file, digests) for file, digests in files.items())
 
 
-def card(title: str, about: str, recipe: Mapping[str, Any]) -> bytes:
-    """Return a model card: what the folder is, and the recipe to the last digit."""
+def card(title: str, about: str, recipe: Mapping[str, Any], library: str) -> bytes:
+    """Return a model card: what the folder is, the library that loads it, and the recipe to the last digit."""
     return (
         "---\n"
-        "library_name: transformers\n"
+        f"library_name: {library}\n"
         "tags:\n- merge\n- fused_merge\n"
         "---\n"
         f"# {title}\n\n{about}\n\n"

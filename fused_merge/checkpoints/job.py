@@ -27,6 +27,7 @@ from fused_merge.checkpoints.plan import OutputFile
 from fused_merge.checkpoints.work_folder import WorkFolder
 from fused_merge.io.configs import declared_but_missing
 from fused_merge.io.files import check_unchanged, stamp_of
+from fused_merge.io.formats import ADAPTER_FILE
 from fused_merge.io.sources import INDEX_FILE, SINGLE_FILE, FileSource
 from fused_merge.io.writer import sync_folder, write_whole, writing
 from fused_merge.names import some
@@ -62,6 +63,7 @@ class Output(NamedTuple):
     title: str
     text: str  # of the card
     beside: folders.Beside  # all else that goes along
+    library: str = "transformers"  # that loads it, as the card says
 
 
 class Job:
@@ -84,7 +86,7 @@ class Job:
         # Other files of each output by path in it: where they are, or what they hold.
         self._beside = [dict(output.beside.files) for output in targets]
         self.left_behind = {path: why for output in targets for path, why in output.beside.left.items()}
-        if len(files) > 1 or files[0].name != SINGLE_FILE:
+        if len({file.name for file in files} | {SINGLE_FILE, ADAPTER_FILE}) > 2:
             index = next((source.index for source in sources if source.index is not None), None) or {}
             metadata = {**index.get("metadata", {}), "total_size": sum(file.nbytes for file in files)}
             weight_map = {name: file.name for file in files for name in file.entries}
@@ -94,7 +96,7 @@ class Job:
         # Of every file that is read: of weights as they were when their headers were.
         self._stamps = {path: stamp for source in sources for path, stamp in source.stamps.items()}
         self._stamps |= {path: stamp_of(path) for path in self._copied()}
-        sizes = {file.name: file.size for file in files}
+        sizes = {file.key: file.size for file in files}
         self._work_folder = WorkFolder(work, json.dumps(self.identity).encode(), self.outputs, sizes)
         for folder in self.outputs:
             self._check_name(folder)
@@ -115,7 +117,7 @@ class Job:
             __version__,
             [HASH, PIECE],
             [[output.folder.name, output.recipe] for output in self._targets],
-            [[file.name, _sha256(file.header)] for file in self.files],
+            [[file.key, _sha256(file.header)] for file in self.files],
             [[str(path.absolute()), *stamp] for path, stamp in self._stamps.items()],
             beside,
         ]
@@ -124,15 +126,14 @@ class Job:
     @property
     def bytes_read(self) -> int:
         """Bytes of the inputs, each counted once."""
-        segments = [segment for file in self.files for segment in file.segments]
-        return sum(segment.numel * place.dtype.itemsize for segment in segments for place in segment.inputs)
+        return sum(segment.bytes_read for file in self.files for segment in file.segments)
 
     @property
     def bytes_written(self) -> int:
         """Bytes of all outputs together."""
         contents = (each for own in self._beside for each in own.values())
         sizes = (each.stat().st_size if isinstance(each, Path) else len(each) for each in contents)
-        return len(self._targets) * sum(file.size for file in self.files) + sum(sizes)
+        return sum(len(self._holders(file)) * file.size for file in self.files) + sum(sizes)
 
     def describe(self) -> dict[str, Any]:
         """Return the plan in plain numbers and strings."""
@@ -140,9 +141,12 @@ class Job:
             "operation": self.operation,
             "outputs": [str(folder) for folder in self.outputs],
             "files": [
-                {"path": str(folder / file.name), "bytes": file.size} for folder in self.outputs for file in self.files
+                {"path": str(folder / file.name), "bytes": file.size}
+                for folder in self.outputs
+                for file in self.files
+                if file.only in (None, folder.name)
             ],
-            "tensors": sum(len(file.entries) for file in self.files),
+            "tensors": len({name for file in self.files for name in file.entries}),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
             "left_behind": self.left_behind,
@@ -188,8 +192,8 @@ class Job:
     def _write_files(self, resources: Resources, *, progress: bool) -> None:
         """Write all files that the journal does not have."""
         whole = self._work_folder.journal()
-        missing = [file for file in self.files if file.name not in whole]
-        total = len(self._targets) * sum(file.size for file in missing)
+        missing = [file for file in self.files if file.key not in whole]
+        total = sum(len(self._holders(file)) * file.size for file in missing)
         if self.whole_tensor_pass is not None:
             total += self.whole_tensor_pass.bytes_read(self.files, missing)
         with progress_bar(self.operation, total, enabled=progress) as advance:
@@ -197,11 +201,11 @@ class Job:
                 check_unchanged(self._stamps)
                 if self.whole_tensor_pass is not None:
                     file = self.whole_tensor_pass.complete(self.files, file, resources, advance)
-                paths = [self._work_folder.staging(folder) / file.name for folder in self.outputs]
+                paths = [self._work_folder.staging(folder) / file.name for folder in self._holders(file)]
                 written = write_file(file, paths, resources, advance)
                 # Nothing that was read while it changed goes into the journal.
                 check_unchanged(self._stamps)
-                write_whole(self._work_folder.entry(file.name), json.dumps(written).encode())
+                write_whole(self._work_folder.entry(file.key), json.dumps(written).encode())
 
     def _finish(self, *, verify: bool) -> None:
         """Complete every output that has not got its name yet, and rename it."""
@@ -209,7 +213,7 @@ class Job:
         journal, unnamed = self._work_folder.journal(), self._work_folder.unnamed
         for i, output in enumerate(self._targets):
             if output.folder in unnamed:
-                self._complete(i, journal, verify=verify)
+                self._complete(i, self._written_to(i, journal), verify=verify)
             elif verify:
                 folders.verify_checkpoint(output.folder)
         try:
@@ -235,24 +239,40 @@ class Job:
             said.append(f"{listed}, which the result is too large for (write dtype='float32')")
         return f"elements that are not finite: {'; '.join(said)}"
 
-    def _complete(self, i: int, journal: Mapping[str, Written], *, verify: bool) -> None:
-        """Give an output all that belongs beside its weights."""
+    def _holders(self, file: OutputFile) -> list[Path]:
+        """Return the outputs that have a file."""
+        return [folder for folder in self.outputs if file.only in (None, folder.name)]
+
+    def _written_to(self, i: int, journal: Mapping[str, Written]) -> dict[str, Written]:
+        """Return what is known of the files of one output, and of no other."""
+        own = {}
+        for file in self.files:
+            if self.outputs[i] in (holders := self._holders(file)):
+                k, (digests, not_finite) = holders.index(self.outputs[i]), journal[file.key]
+                own[file.key] = Written([digests[k]], {name: [counts[k]] for name, counts in not_finite.items()})
+        return own
+
+    def _complete(self, i: int, whole: Mapping[str, Written], *, verify: bool) -> None:
+        """Give an output all that belongs beside its weights; `whole` is what is known of its files."""
         output = self._targets[i]
         folder = self._work_folder.staging(output.folder)
-        digests, odd = {file: written.digests[i] for file, written in journal.items()}, _not_finite(journal, i)
-        for file, expected in digests.items() if verify else ():
+        digests, odd = {key.rpartition("/")[2]: own.digests[0] for key, own in whole.items()}, _not_finite(whole)
+        for key, (file, expected) in zip(whole, digests.items(), strict=True) if verify else ():
             try:
                 verify_file(folder / file, expected)
             except ValueError:
                 # The next run writes it anew.
-                self._work_folder.entry(file).unlink(missing_ok=True)
+                self._work_folder.entry(key).unlink(missing_ok=True)
                 raise
         # What is written into a folder synchronizes that one alone.
         inner = {place for name in self._beside[i] for place in (folder / name).parents if folder in place.parents}
         beside = {
             **self._beside[i],
             folders.CARD: folders.card(
-                output.title, output.text + (f" It holds {self._told(odd)}." if odd else ""), output.recipe
+                output.title,
+                output.text + (f" It holds {self._told(odd)}." if odd else ""),
+                output.recipe,
+                output.library,
             ),
             folders.MANIFEST: folders.manifest(output.recipe, self.identity, digests, odd),
         }
@@ -313,13 +333,13 @@ class Job:
             raise OSError(f"{out} needs {room}; make room or write less at once")
 
 
-def _not_finite(journal: Mapping[str, Written], output: int | None = None) -> dict[str, list[int]]:
-    """Return the counts of `Written` of the tensors of one output, or of all the largest, where there are any."""
-    tensors = {name: own for written in journal.values() for name, own in written.not_finite.items()}
-    found = {
-        name: [max(counts) for counts in zip(*own, strict=True)] if output is None else own[output]
-        for name, own in tensors.items()
-    }
+def _not_finite(journal: Mapping[str, Written]) -> dict[str, list[int]]:
+    """Return the counts of `Written` of the tensors, the largest of all outputs, where there are any."""
+    tensors: dict[str, list[list[int]]] = {}
+    for written in journal.values():
+        for name, own in written.not_finite.items():
+            tensors.setdefault(name, []).extend(own)
+    found = {name: [max(counts) for counts in zip(*own, strict=True)] for name, own in tensors.items()}
     return {name: counts for name, counts in found.items() if any(counts)}
 
 

@@ -73,7 +73,8 @@ class Rule(Protocol):
     """Makes n elements of R outputs of the same elements of the inputs: vectors, of which `outs` are written.
 
     `first` is the row-major index of the first element in its tensor, `impl` is "eager" or what is to compute as for
-    `fused_merge.interpolate`, and `scratch` bytes that may be overwritten.
+    `fused_merge.interpolate`, and `scratch` bytes that may be overwritten. A rule may read more by itself; then its
+    `bytes_read` says how much.
     """
 
     @property
@@ -119,15 +120,26 @@ class Segment(NamedTuple):
     first: int  # the index of the first of them in the tensor
     start: int  # the byte of the file's data at which they begin
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of what they are made of."""
+        return self.numel * sum(place.dtype.itemsize for place in self.inputs) + getattr(self.rule, "bytes_read", 0)
+
 
 class OutputFile(NamedTuple):
-    """One safetensors file, the same in every output but for the values."""
+    """One safetensors file, the same in every output but for the values, or one of a single output."""
 
     name: str
     header: bytes  # a multiple of `ALIGNMENT`
     entries: Mapping[str, Entry]  # what the header says
     segments: tuple[Segment, ...]  # in the order of the data, without gaps
     nbytes: int  # of the data
+    only: str | None = None  # the name of the output that it is in; None for every output
+
+    @property
+    def key(self) -> str:
+        """What tells it from all other files of a job."""
+        return self.name if self.only is None else f"{self.only}/{self.name}"
 
     @property
     def size(self) -> int:
@@ -152,20 +164,22 @@ def lay_out_files(
     metadata = {"format": "pt"}
     if max_shard_size is not None:
         shards = _shard_by_size(tensors, max_shard_size)
-        return [_lay_out(name, shard, rule_of, metadata) for name, shard in shards.items()]
+        return [lay_out_file(name, shard, rule_of, metadata) for name, shard in shards.items()]
     file_of = {name: file for file, names in base.shards.items() for name in names}
     last = list(base.shards)[-1]
     of_base: dict[str, list[AlignedTensor]] = {file: [] for file in base.shards}
     for tensor in tensors:
         of_base[file_of.get(tensor.name, last)].append(tensor)
     return [
-        _lay_out(SINGLE_FILE if base.index is None else file, shard, rule_of, metadata | base.metadata(file))
+        lay_out_file(SINGLE_FILE if base.index is None else file, shard, rule_of, metadata | base.metadata(file))
         for file, shard in of_base.items()
         if shard
     ]
 
 
-def _lay_out(name: str, tensors: Iterable[AlignedTensor], rule_of: RuleOf, metadata: Mapping[str, str]) -> OutputFile:
+def lay_out_file(
+    name: str, tensors: Iterable[AlignedTensor], rule_of: RuleOf, metadata: Mapping[str, str]
+) -> OutputFile:
     """Give every tensor its place in one file: the widest dtype first, so that each is aligned."""
     entries: dict[str, Entry] = {}
     segments: list[Segment] = []

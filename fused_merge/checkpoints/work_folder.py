@@ -4,7 +4,8 @@
 * `plan.json`: the identity of the job, so that no other goes on with it. Made last and removed first: without it,
   whatever else is there is rubbish;
 * `outputs/NAME/`: each output, with the files that are whole; gone when the output has its name;
-* `journal/FILE.json`: what is known of each whole file, as `Written`; made when the file is on the disk;
+* `journal/FILE.json`: what is known of each whole file, as `Written`; made when the file is on the disk. Of a file of
+  one output it is `OUTPUT@FILE.json`;
 * `replaced/NAME/`: what had the name of an output before.
 
 A job that was killed finds the files of the journal again and writes the others anew.
@@ -44,7 +45,7 @@ class WorkFolder:
     path: Path
     identity: bytes  # jobs of one identity write the same bytes
     outputs: Sequence[Path]  # final names of R folders, in the order of digests
-    sizes: Mapping[str, int]  # name of each file that every output has -> its bytes
+    sizes: Mapping[str, int]  # `OutputFile.key` of each file -> its bytes
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -137,21 +138,29 @@ class WorkFolder:
         """Return what is known of the files that are whole; a torn or odd entry does not count, nor a lost file."""
         found = {}
         for file, size in self.sizes.items():
+            holders, name = self._holders(file), file.rpartition("/")[2]
             try:
                 digests, not_finite = load_json(self.entry(file).read_bytes())
                 lengths = [len(own) if all(isinstance(each, str) for each in own) else 0 for own in digests]
                 counts = {name: [[int(a), int(b)] for a, b in own] for name, own in not_finite.items()}
-                whole = all((self.staging(output) / file).stat().st_size == size for output in self.unnamed)
+                whole = all(
+                    (self.staging(output) / name).stat().st_size == size for output in self.unnamed if output in holders
+                )
             except (OSError, ValueError, RecursionError, TypeError, AttributeError):
                 continue
-            whole &= {len(own) for own in counts.values()} <= {len(self.outputs)}
-            if whole and lengths == [-(-size // PIECE)] * len(self.outputs):
+            whole &= {len(own) for own in counts.values()} <= {len(holders)}
+            if whole and lengths == [-(-size // PIECE)] * len(holders):
                 found[file] = Written(digests, counts)
         return found
 
     def entry(self, file: str) -> Path:
         """Return where the journal has what is known of a file."""
-        return self.path / "journal" / f"{file}.json"
+        return self.path / "journal" / f"{file.replace('/', '@')}.json"
+
+    def _holders(self, file: str) -> list[Path]:
+        """Return the outputs that have a file."""
+        only = file.rpartition("/")[0]
+        return [output for output in self.outputs if only in ("", output.name)]
 
     def rename(self, output: Path) -> None:
         """Give an output its name, and move what has that name until then out of the way."""

@@ -275,8 +275,23 @@ def merge_block(
     start = base.to(wide)
     if method.weights_from == "distance":
         return nearswap(start, models[0], own.weights[0]).to(dtype)
-    deltas = [_sparsified(i, model - start, method, own, row, key._replace(step=i)) for i, model in enumerate(models)]
-    delta = consensus(deltas, own.weights, elect=method.elect, normalize=method.normalize)
+    deltas = [model - start for model in models]
+    return merge_deltas(start, deltas, method, own, row=row, key=key, dtype=dtype)
+
+
+def merge_deltas(
+    start: Tensor,
+    deltas: Sequence[Tensor],
+    method: MergeMethod,
+    own: Coefficients,
+    *,
+    row: int,
+    key: MaskKey,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the merge of a block of one tensor of which the deltas are known: as `merge_block`, in the wide dtype."""
+    kept = [_sparsified(i, delta, method, own, row, key._replace(step=i)) for i, delta in enumerate(deltas)]
+    delta = consensus(kept, own.weights, elect=method.elect, normalize=method.normalize)
     if method.scale != 1.0:
         delta = _scalar(method.scale, delta) * delta
     return (start + delta).to(dtype)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fused_merge.io.adapters import check_adapters
 from fused_merge.io.configs import check_configs
 from fused_merge.io.layouts import Layout, in_memory, layout_of, layout_of_config
 from fused_merge.io.mergeable import check_mergeable
@@ -127,7 +128,9 @@ def explain(
     source holds, of a model that the other ties, belongs to the embedding of the other.
     """
     for source in (first, second):
-        check_mergeable(source)
+        # The steps of an optimizer move each of two factors by itself, and a delta of theirs is what these add.
+        check_mergeable(source, factors=parameters)
+    check_adapters(first, second)
     check_configs([source for source in (first, second) if source.files()], any_architecture=any_architecture)
     apart: dict[str, Any] = {"same_dtype": same_dtype, "any_rows": align_vocabulary, "parameters": parameters}
     sources = first, second
@@ -231,6 +234,20 @@ def names_in_memory(source: TensorSource) -> dict[str, list[str]]:
             for part in own_names(view, name):
                 found[part].append(name)
     return dict(found)
+
+
+def stored_whole(source: TensorSource) -> dict[str, str]:
+    """Return the tensors of a source under their own names and those that they have in the memory of a model.
+
+    What a model packs, or has in another order of elements, is under its own name alone.
+    """
+    layout = layout_of(source)
+    view = layout and in_memory(source, layout)
+    found = {name: name for name in source}
+    for name, tensor in view.tensors.items() if view is not None else ():
+        if isinstance(tensor, Assembly) and (own := tensor.renamed(source)) is not None:
+            found[name] = own
+    return found
 
 
 def named_as(source: TensorSource, names: Collection[str]) -> TensorSource:

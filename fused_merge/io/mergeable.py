@@ -42,11 +42,22 @@ _HOW = {
 _ORIGINAL = "take the checkpoint that it was made of"
 
 
-def check_mergeable(source: TensorSource) -> None:
-    """Raise ValueError if a source holds codes of a quantized model or factors of an adapter; reads no tensor."""
+def factor_in(source: TensorSource) -> str | None:
+    """Return a tensor of a source that is a factor of an adapter, if one is."""
     # All names at once, since there may be hundreds of thousands.
-    if _FACTOR.search("\n".join(source)) and (factor := next(filter(_FACTOR.search, source), None)):
-        raise ValueError(f"{source.origin} holds factors of an adapter, such as {factor!r}; {MERGE_ADAPTER}")
+    return next(filter(_FACTOR.search, source), None) if _FACTOR.search("\n".join(source)) else None
+
+
+def check_mergeable(source: TensorSource, *, factors: bool = False) -> None:
+    """Raise ValueError if a source holds codes of a quantized model or factors of an adapter; reads no tensor.
+
+    With `factors` those are accepted.
+    """
+    if not factors and (factor := factor_in(source)):
+        raise ValueError(
+            f"{source.origin} holds factors of an adapter, such as {factor!r}, of which only the product can be "
+            f"merged; {MERGE_ADAPTER}"
+        )
     found = next(_quantized(source), None)
     said = _method_in(source.config)
     if found is not None:

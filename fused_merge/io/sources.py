@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from abc import abstractmethod
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from fused_merge.distributed import Fragment, fragment_of, is_sharded, local_part
 from fused_merge.io.files import bytes_of, check_unchanged, expanded, read_into, reading, stamp_of
-from fused_merge.io.formats import refuse_other_formats
+from fused_merge.io.formats import ADAPTER_CONFIG, ADAPTER_FILE, adapter_config, refuse_other_formats
 from fused_merge.io.headers import METADATA, Entry, open_safetensors, read_json
-from fused_merge.names import MAY_BE_WRAPPED, canonical_name, some
+from fused_merge.names import MAY_BE_WRAPPED, adapter_of, canonical_name, some
 
 logger = logging.getLogger("fused_merge")
 
@@ -181,7 +181,7 @@ class FileRange(NamedTuple):
 
 
 class FileSource(TensorSource):
-    """The tensors of a safetensors file or of a Hugging Face folder; headers are read now, data on demand.
+    """The tensors of a safetensors file, a Hugging Face folder or an adapter; headers are read now, data on demand.
 
     Reading raises OSError if a file has changed since: a shorter one that is still mapped would end the process.
     """
@@ -191,6 +191,7 @@ class FileSource(TensorSource):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.origin, self.aliases = str(path), {}
+        self.adapter = adapter_config(path)  # of PEFT; None if this is a model
         listed: dict[str, set[str]] = {path.name: set()}
         if path.is_dir():
             self.index, listed = _read_folder(path)
@@ -237,7 +238,8 @@ class FileSource(TensorSource):
     def config_path(self) -> Path | None:
         """The `config.json` beside a whole model."""
         path = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
-        return path if (self.path.is_dir() or self.path.name == SINGLE_FILE) and path.is_file() else None
+        whole = self.adapter is None and (self.path.is_dir() or self.path.name == SINGLE_FILE)
+        return path if whole and path.is_file() else None
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -272,8 +274,9 @@ def open_source(source: SourceLike, *, role: str = "source") -> TensorSource:
     """Open named tensors, wherever they are.
 
     Args:
-        source: a module (its parameters and persistent buffers), a state dict, the path of a `.safetensors`
-            file, or of a Hugging Face folder with `model.safetensors` or `model.safetensors.index.json`.
+        source: a module (its parameters and persistent buffers; of a model of PEFT those of its active adapter), a
+            state dict, the path of a `.safetensors` file, or of a Hugging Face folder with `model.safetensors`,
+            `model.safetensors.index.json`, or `adapter_model.safetensors` and `adapter_config.json`.
         role: what messages call tensors in memory, e.g. `"base"`.
 
     Raises:
@@ -283,12 +286,32 @@ def open_source(source: SourceLike, *, role: str = "source") -> TensorSource:
     """
     if isinstance(source, nn.Module):
         named = [*source.named_parameters(remove_duplicate=False), *persistent_buffers(source).items()]
+        if adapters := {name: adapter for name, _ in named if (adapter := adapter_of(name)) is not None}:
+            chosen = _active_adapter(source, dict.fromkeys(adapters.values()), role)
+            named = [(name, tensor) for name, tensor in named if adapters.get(name) == chosen]
         return MemorySource(named, f"{role} (module)", source)
     if isinstance(source, Mapping):
         return MemorySource(source.items(), f"{role} (state dict)")
     if isinstance(source, (str, os.PathLike)):
         return open_files(source)
     raise TypeError(f"{role} must be a module, a state dict or a path, got a {type(source).__name__}")
+
+
+def _active_adapter(module: nn.Module, adapters: Collection[str], role: str) -> str:
+    """Return the one of several adapters of a model of PEFT that is active."""
+    if len(adapters) == 1:
+        return next(iter(adapters))
+    # Of a layer of PEFT a name or a list of names; models of Transformers have a function of that name.
+    found = (getattr(part, "active_adapter", ()) for part in module.modules())
+    given = (names for names in found if isinstance(names, (str, list, tuple)))
+    listed = (name for names in given for name in ([names] if isinstance(names, str) else names))
+    active = {name for name in listed if name in adapters}
+    if len(active) == 1:
+        return active.pop()
+    raise ValueError(
+        f"{role} (module) has the adapters {some(map(repr, adapters))}, of which {len(active)} are active; choose one "
+        "with model.set_adapter(name), or give its folder"
+    )
 
 
 def open_files(path: PathLike, *, role: str = "source") -> FileSource:
@@ -322,6 +345,13 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
         for leaf, buffer in part._buffers.items()
         if buffer is not None and leaf not in part._non_persistent_buffers_set
     }
+
+
+def read_range(handle: int, place: FileRange, start: int, numel: int) -> Tensor:
+    """Read elements of a place in an open file, from the one at `start` on."""
+    tensor = torch.empty(numel, dtype=place.dtype)
+    read_into(handle, place.file, bytes_of(tensor), place.offset + start * place.dtype.itemsize)
+    return tensor
 
 
 def _new_names(raw: Mapping[str, Any], known: Mapping[str, Any], origin: str) -> list[str]:
@@ -391,6 +421,8 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any] | None, dict[str, set[str
             logger.warning("%s holds both %s and %s; only %s is read, as Transformers does", *both)
         return None, {SINGLE_FILE: set()}
     path = folder / INDEX_FILE
+    if not path.exists() and (folder / ADAPTER_FILE).exists() and (folder / ADAPTER_CONFIG).exists():
+        return None, {ADAPTER_FILE: set()}
     if not path.exists():
         pickled = sorted(file.name for file in folder.iterdir() if file.suffix in _PICKLES)
         way_out = f"it holds {some(pickled)}, and {_NEVER_PICKLE}" if pickled else "give the folder of a whole model"

@@ -35,8 +35,10 @@ from fused_merge.checkpoints.plan import (
 from fused_merge.eager.merge import Coefficients, kept_ranks, mask_key, merge_block, weighted_sum
 from fused_merge.eager.precision import compute_dtype
 from fused_merge.eager.shard import ShardIndex
+from fused_merge.io.adapters import is_adapter
 from fused_merge.io.files import expanded, reading
-from fused_merge.io.sources import FileRange, PathLike, open_files
+from fused_merge.io.sources import FileRange, FileSource, PathLike, open_files, read_range
+from fused_merge.merge.adapters import Merged, merged_adapters
 from fused_merge.merge.options import MergeOptions, MergePlanOptions
 from fused_merge.merge.whole_tensors import (
     Advance,
@@ -45,7 +47,6 @@ from fused_merge.merge.whole_tensors import (
     inner_products,
     kth_magnitudes,
     lowest_bits,
-    read_range,
 )
 from fused_merge.methods import MARGINS, MergeMethod, check_coefficients, merge_method
 from fused_merge.names import some
@@ -144,6 +145,10 @@ def merge_checkpoints(
 
     tau_i = theta_i - theta0; TIES is arXiv 2306.01708. Arithmetic is fp32 (fp64 where a tensor is), rounded once.
     Tensors, files, resuming and errors are as for `interpolate_checkpoints`.
+
+    Of adapters of LoRA the products of the factors are merged: `"linear"`, or `"task_arithmetic"` from a base that is
+    an adapter, writes an adapter of the summed rank; with their model as `base`, `"task_arithmetic"`, `"dare_linear"`
+    and `"dare_ties"` write that model with tau_i = scale_i * B_i A_i. Weights go by the names of the adapted weights.
 
     Args:
         base: theta0: a safetensors file or a Hugging Face folder. None for `"linear"`, which has none, and for
@@ -251,7 +256,56 @@ def merge_job(
     paths = [*models] if base is None else [base, *models]
     sources = [open_files(path, role="a model") for path in paths]
     named = [_named(option, options[option], paths, has_base=base is not None) for option in _FILES_FROM]
-    config_source = named[0] or 0
+    config_source, out = named[0] or 0, expanded(out)
+    folder = out.absolute()
+    if any(map(is_adapter, sources)):
+        made = merged_adapters(sources, method, coefficients, named[0], folder.name, options)
+    else:
+        made = _merged_models(sources, method, coefficients, config_source, options)
+    tokenizer = named[1]
+    if tokenizer is None:
+        tokenizers = [i for i in made.fitting if has_tokenizer(sources[i])]
+        chatting = (i for i in tokenizers if has_chat_template(sources[i]))
+        tokenizer = next(chatting, tokenizers[0] if tokenizers else config_source)
+    around = beside(
+        sources[config_source], sources[tokenizer], options["dtype"], made.config_values, adapter=made.adapter
+    )
+    inputs = [describe_source(source) for source in sources]
+    own = inputs[1:] if method.has_base else inputs
+    whole_recipe = {
+        "operation": "merge",
+        "method": method.name,
+        **{name: options[name] for name in ("normalize", "rescale", "scale", "trim", "seed")},
+        "base": inputs[0] if method.has_base else None,
+        **(recipe or {}),
+        "models": [{**model, **said} for model, said in zip(own, models.values(), strict=True)],
+        **described(options),
+        **{option: sources[i].origin for option, i in zip(_FILES_FROM, (config_source, tokenizer), strict=True)},
+    }
+    about = f"A merge of {len(models)} models by `{method.name}` ({method.paper}), in fp32 and rounded once. "
+    about += f"{made.share:.2%} of its bytes are merged, the others copied."
+    library = "transformers" if made.adapter is None else "peft"
+    return Job(
+        "merging",
+        [Output(out, whole_recipe, folder.name, about, around, library)],
+        sources,
+        made.files,
+        work=folder.with_name(f".{folder.name}.part"),
+        options=options,
+        whole_tensor_pass=WholeTensorPass(over_model=options["trim"] == "model")
+        if method.has_angles or method.has_thresholds
+        else None,
+    )
+
+
+def _merged_models(
+    sources: Sequence[FileSource],
+    method: MergeMethod,
+    coefficients: Callable[[Sequence[str]], Mapping[str, Coefficients]],
+    config_source: int,
+    options: Mapping[str, Any],
+) -> Merged:
+    """Return a merge of whole models."""
     tensors, fitting, config_values = align(sources, config_source, options)
     merged = [tensor for tensor in tensors if tensor.merged]
     decided = coefficients([tensor.name for tensor in merged])
@@ -276,39 +330,8 @@ def merge_job(
             return _over_rows(rule, tensor, segment) if method.sparsify == "ranked" else rule
         return CopyRule((config_source if len(segment.inputs) == len(sources) else 0,))
 
-    tokenizer = named[1]
-    if tokenizer is None:
-        tokenizers = [i for i in fitting if has_tokenizer(sources[i])]
-        chatting = (i for i in tokenizers if has_chat_template(sources[i]))
-        tokenizer = next(chatting, tokenizers[0] if tokenizers else config_source)
-    around = beside(sources[config_source], sources[tokenizer], options["dtype"], config_values)
-    inputs = [describe_source(source) for source in sources]
-    own = inputs[1:] if method.has_base else inputs
-    whole_recipe = {
-        "operation": "merge",
-        "method": method.name,
-        **{name: options[name] for name in ("normalize", "rescale", "scale", "trim", "seed")},
-        "base": inputs[0] if method.has_base else None,
-        **(recipe or {}),
-        "models": [{**model, **said} for model, said in zip(own, models.values(), strict=True)],
-        **described(options),
-        **{option: sources[i].origin for option, i in zip(_FILES_FROM, (config_source, tokenizer), strict=True)},
-    }
-    about = f"A merge of {len(models)} models by `{method.name}` ({method.paper}), in fp32 and rounded once. "
-    about += f"{merged_share(tensors):.2%} of its bytes are merged, the others copied."
-    out = expanded(out)
-    folder = out.absolute()
-    return Job(
-        "merging",
-        [Output(out, whole_recipe, folder.name, about, around)],
-        sources,
-        lay_out_files(tensors, sources[0], rule_of, options["max_shard_size"]),
-        work=folder.with_name(f".{folder.name}.part"),
-        options=options,
-        whole_tensor_pass=WholeTensorPass(over_model=options["trim"] == "model")
-        if method.has_angles or method.has_thresholds
-        else None,
-    )
+    files = lay_out_files(tensors, sources[0], rule_of, options["max_shard_size"])
+    return Merged(files, merged_share(tensors), fitting, config_values)
 
 
 def _over_rows(rule: MergeTensorRule, tensor: AlignedTensor, segment: AlignedSegment) -> MergeTensorRule:

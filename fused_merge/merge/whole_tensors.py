@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fused_merge.eager.sparsify import pattern
 from fused_merge.eager.sums import tree_sum
-from fused_merge.io.files import bytes_of, read_into, reading
-from fused_merge.io.sources import FileRange
+from fused_merge.io.files import reading
+from fused_merge.io.sources import FileRange, read_range
 
 # Elements of a block: a node of every tree, and small enough for its temporaries to stay in a cache.
 _BLOCK = 1 << 18
@@ -53,13 +53,6 @@ class Inputs(NamedTuple):
                     advance(tensor.nbytes)
                     widened.append(tensor.to(self.wide))
                 yield widened
-
-
-def read_range(handle: int, place: FileRange, start: int, numel: int) -> Tensor:
-    """Read elements of a place in an open file, from the one at `start` on."""
-    tensor = torch.empty(numel, dtype=place.dtype)
-    read_into(handle, place.file, bytes_of(tensor), place.offset + start * place.dtype.itemsize)
-    return tensor
 
 
 def lowest_bits(wide: torch.dtype) -> list[int]:

@@ -14,7 +14,7 @@ from fused_merge.distributed import Processes
 from fused_merge.eager.sparse import SparseTensor
 from fused_merge.io.match import common_prefixes, has_first_rows
 from fused_merge.methods import MergeRule
-from fused_merge.names import some
+from fused_merge.names import adapted_weight, some
 from fused_merge.optim.binding_report import Found, report
 from fused_merge.optim.pieces import Bound, Piece
 
@@ -120,6 +120,7 @@ class Binding:
 
     def _check(self, wanted: Sequence[Wanted]) -> None:
         """Raise ValueError if the delta lacks a tensor, holds it in another shape or in a form that does not serve."""
+        _refuse_factors(wanted, self.delta)
         held = set(self.delta.names)
         names = [each.name for each in wanted]
         if not self._bound and names and held.isdisjoint(names):
@@ -170,6 +171,18 @@ class Binding:
         sparsity = Sparsity(rule.tau, rule.tau_reserve_rate, wanted.group.options["seed"])
         kept = self.delta.sparsified(wanted.name, tau, sparsity, wanted.piece.fragment)
         return Bound(kept, tau if rule.project and isinstance(tau, Tensor) else None, shape)
+
+
+def _refuse_factors(wanted: Sequence[Wanted], delta: ReferenceDelta) -> None:
+    """Raise ValueError for a factor of an adapter if the delta is that of the weight that it adapts."""
+    held = set(delta.names)
+    for name in (each.name for each in wanted):
+        if name not in held and (weight := adapted_weight(name)) in held:
+            raise ValueError(
+                f"the reference delta is of full weights, such as {weight!r}, and {name!r} is a factor of an adapter, "
+                "which tau cannot be added to; make the delta of two adapters, with "
+                "ReferenceDelta.from_checkpoints(first_adapter, sft_adapter), or train the weights themselves"
+            )
 
 
 def _naming(absent: Collection[str], delta: ReferenceDelta) -> str:

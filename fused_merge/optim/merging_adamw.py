@@ -6,6 +6,7 @@ The classes keep names, states and options; the arithmetic is `fused_merge.funct
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, overload
 
@@ -27,7 +28,6 @@ from fused_merge.optim.options import (
     FIXED,
     GROUP_OPTIONS,
     RUN_OPTIONS,
-    CommonOptions,
     MergingOptions,
     RunOptions,
     check_arguments,
@@ -39,6 +39,7 @@ from fused_merge.optim.options import (
     opened_delta,
 )
 from fused_merge.optim.pieces import Piece, Pieces, operands_of
+from fused_merge.optim.stand_ins import StandIns
 from fused_merge.optim.state import check_delta, check_loadable, complete_groups, complete_state, restore_states
 from fused_merge.optim.verification import take_verified, verify_as_the_environment_says
 from fused_merge.options import documented, resolve
@@ -109,11 +110,13 @@ class MergingAdamW(Optimizer):
         self._binding = Binding(reference_delta)
         self._naming = Naming(own["names_of"])
         self._pieces = Pieces()
-        self._calls = 0
+        self._stand_ins = StandIns()
+        # Steps of each group, by its first parameter, since a framework may step groups one by one.
+        self._calls = Counter[Tensor]()
         self._warned = False  # of a step without any gradient
         self._workspace = Workspace()
         self._stats: dict[str, dict[str, float]] = {}
-        # By the first parameter of a group, since a framework may step groups one by one.
+        # By the first parameter, too.
         self._fixed: dict[Tensor, dict[str, Any]] = {}
         defaults = {name: options.get(name, option.default) for name, option in GROUP_OPTIONS.items()}
         super().__init__(given, {**defaults, "method": method})
@@ -128,6 +131,7 @@ class MergingAdamW(Optimizer):
         self._naming.name(param_group, self.param_groups)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        self._stand_ins.expect(group["params"])
         try:
             check_run_options(group, self.impl, self.stats_every, self.reference_delta)
             rule = check_new_group(group)
@@ -189,6 +193,8 @@ class MergingAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._is_idle():
+            return loss
         groups = self._named_groups()
         wanted = self._binding.lacking(groups)
         # What may fail on one process only is found at the first step, which waits for the host anyway.
@@ -206,11 +212,11 @@ class MergingAdamW(Optimizer):
             prepared = [
                 self._prepare(batch, grad_factor(batch.group.options, norm, inverse_scale)) for batch in batches
             ]
-        if self._calls == 0 and not self.verify_steps:
+        if not self._calls and not self.verify_steps:
             # Not before: the parameters may have moved to another device since the optimizer was made.
             verify_as_the_environment_says(self)
         self.grad_norm = norm
-        self._calls += 1
+        self._calls.update(group["params"][0] for group in self.param_groups if group["params"])
         for states, _ in prepared:
             for param, state in states:
                 self.state[param] |= state
@@ -223,6 +229,11 @@ class MergingAdamW(Optimizer):
         self._fix_options()
         self.verify_steps = max(0, self.verify_steps - 1)
         return loss
+
+    def _is_idle(self) -> bool:
+        """Return whether a step is to do nothing, since DeepSpeed takes it only to have states made."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        return not self._pieces.tell_all_of(params) and self._stand_ins.are_idle(params)
 
     def _named_groups(self) -> list[NamedGroup]:
         """Return the parameters of every group by name, with options that are checked."""
@@ -280,7 +291,7 @@ class MergingAdamW(Optimizer):
             rule=rule,
             hyper=hyper,
             seed=options["seed"],
-            stats=self.stats_every > 0 and (self._calls + 1) % self.stats_every == 0,
+            stats=self.stats_every > 0 and (self._calls[options["params"][0]] + 1) % self.stats_every == 0,
             workspace=self._workspace.part(id(members[0].param)),
             impl=self.impl,
         )
@@ -337,7 +348,18 @@ class MergingAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep; the delta is found again by the copy's first step."""
-        kept = ("impl", "stats_every", "verify_steps", "grad_norm", "_naming", "_calls", "_warned", "_stats", "_fixed")
+        kept = (
+            "impl",
+            "stats_every",
+            "verify_steps",
+            "grad_norm",
+            "_naming",
+            "_stand_ins",
+            "_calls",
+            "_warned",
+            "_stats",
+            "_fixed",
+        )
         fresh = {"_binding": Binding(self.reference_delta), "_pieces": Pieces(), "_workspace": Workspace()}
         return super().__getstate__() | {key: self.__dict__[key] for key in kept} | fresh
 
@@ -368,77 +390,3 @@ def _tensors_of(params: Sequence[Any]) -> list[Tensor]:
     groups = [each["params"] if isinstance(each, dict) else [each] for each in params]
     flat = [each for group in groups for each in ([group] if isinstance(group, Tensor) else group)]
     return [tensor for each in flat for tensor in (each[1:] if isinstance(each, tuple) else [each])]
-
-
-@documented(CommonOptions)
-class OnDAREAdamW(MergingAdamW):
-    """AdamW with random drop and linear consensus: theta += (1 - alpha)*F(u) + alpha*F(tau).
-
-    F keeps each element with probability p = `reserve_rate`, independently at every step for u and once for tau.
-    Source: Lu et al. 2024 (arXiv 2405.17931), equation 4. Arguments, state and errors: `MergingAdamW`.
-
-    Args:
-        params, reference_delta, options: as in `MergingAdamW`.
-        reserve_rate: p, in (0, 1].
-        rescale: divide (1 - alpha)*F(u) and alpha*F(tau) by p, as in the authors' experiments; False is equation 4
-            as printed.
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        *,
-        reference_delta: DeltaLike,
-        reserve_rate: float = 0.01,
-        rescale: bool = True,
-        **options: Unpack[CommonOptions],
-    ) -> None:
-        own: Any = {"reserve_rate": reserve_rate, "rescale": rescale}
-        super().__init__(params, reference_delta=reference_delta, method="ondare", **own, **options)
-
-
-@documented(CommonOptions)
-class OnTIESAdamW(MergingAdamW):
-    """AdamW with top-p by magnitude and sign consensus.
-
-    F keeps, per tensor, what is at least as large as the k-th largest magnitude, k = max(1, floor(p*n)). The very
-    first updates of Adam all have magnitude lr up to rounding, so what the first step keeps is chosen by rounding
-    and ties. Source: Lu et al. 2024 (arXiv 2405.17931), equations 5-7. Arguments, state, errors: `MergingAdamW`.
-
-    Args:
-        params, reference_delta, options: as in `MergingAdamW`.
-        reserve_rate: p, in (0, 1].
-        vote: `"reference"`, of u and tau keep what has the sign of u + tau, then take the weighted sum, as in the
-            authors' code; `"paper"`, of (1 - alpha)*u and alpha*tau keep the larger where their signs differ, as
-            printed. With a small alpha these are two different optimizers.
-    """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        *,
-        reference_delta: DeltaLike,
-        reserve_rate: float = 0.01,
-        vote: str = "reference",
-        **options: Unpack[CommonOptions],
-    ) -> None:
-        own: Any = {"reserve_rate": reserve_rate, "vote": vote}
-        super().__init__(params, reference_delta=reference_delta, method="onties", **own, **options)
-
-
-@documented(CommonOptions)
-class OnProjAdamW(MergingAdamW):
-    """AdamW whose step is kept out of conflict with the reference delta, or drawn onto it.
-
-    c = <x, tau> / <tau, tau>, over the tensor or over each row, of the gradient or of the update; then
-    theta += (1 - alpha)*u + alpha*tau. The removal of conflicting components is that of PCGrad (Yu et al. 2020, arXiv
-    2001.06782, algorithm 1); on the flat reference delta it is this library's own. Arguments, state, errors:
-    `MergingAdamW`.
-
-    Args:
-        params, reference_delta, options: as in `MergingAdamW`; the delta is dense, and `project` is `"conflict"` unless
-            it is given.
-    """
-
-    def __init__(self, params: ParamsT, *, reference_delta: DeltaLike, **options: Unpack[CommonOptions]) -> None:
-        super().__init__(params, reference_delta=reference_delta, method="onproj", **options)

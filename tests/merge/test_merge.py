@@ -14,7 +14,7 @@ from fused_merge.checkpoints import engine
 from fused_merge.delta.reference_delta import ReferenceDelta
 from fused_merge.eager.merge import Coefficients, mask_key, merge_block, trim_bounds
 from fused_merge.eager.merge import merge as eager_merge
-from fused_merge.merge import whole_tensors
+from fused_merge.io import sources
 from fused_merge.merge.merge import merge_checkpoints, plan_merge
 from fused_merge.methods import MERGE_METHODS
 
@@ -169,7 +169,7 @@ def test_a_merge_made_twice_is_the_same(models, tmp_path):
 
 def test_bytes_are_read_once_and_as_often_as_a_trim_says(models, tmp_path, monkeypatch):
     folders, tensors = models(*[torch.float32] * 3)
-    reads = count_bytes_read(monkeypatch, engine, whole_tensors)
+    reads = count_bytes_read(monkeypatch, engine, sources)
     size = sum(x.nbytes for x in tensors[0].values())
     floats = size - tensors[0]["count"].nbytes
     both = {folders[1]: 1, folders[2]: 1}
