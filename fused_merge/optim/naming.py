@@ -100,7 +100,10 @@ def _by_order(groups: Sequence[Sequence[Tensor]], delta: ReferenceDelta) -> list
     group holds them all and follows the order of the model, or there is only one.
     """
     if not delta.ordered:
-        raise ValueError(f"a delta made of files does not know its model's order of parameters; {_ADVICE}")
+        raise ValueError(
+            f"a delta made of files alone does not know its model's order of parameters; {_ADVICE}, or make the delta "
+            "with config=, the folder of the model's config.json"
+        )
     found = sorted(tuple(param.shape) for group in groups for param in group)
     if found != sorted(tuple(delta.shape(name)) for name in delta.names):
         raise ValueError(
