@@ -127,6 +127,11 @@ def test_a_trainer_takes_the_steps_of_its_gradients(pair, kind, stage, options, 
     assert pair.both(zero_trainers.differing, kind, stage, options, way, str(tmp_path)) == [[], []]
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_trainer_resumes_from_its_checkpoint(pair, stage, tmp_path):
+    assert pair.both(zero_trainers.differing_if_resumed, stage, str(tmp_path)) == [[], []]
+
+
 def test_the_example_trains():
     script = Path(__file__).parents[2] / "examples/deepspeed_zero.py"
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=280, check=False)
