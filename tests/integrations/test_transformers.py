@@ -22,7 +22,7 @@ from trainers import (
     trainer_of,
     weights,
 )
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import fused_merge as fm
 
@@ -163,6 +163,16 @@ def test_frozen_parameters_and_heads_that_tau_lacks(tmp_path):
 def test_attach_says_what_it_needs(arguments, sentence, tmp_path):
     with pytest.raises(ValueError, match=sentence):
         fm.attach(trainer_of("plain", tmp_path), **arguments)
+
+
+def test_a_class_of_trainers_is_attached_to_as_they_are_made(tmp_path):
+    Attached = fm.attach(Trainer, delta(), **MERGING)
+    assert issubclass(Attached, Trainer)
+    assert Attached.__name__ == "Trainer"
+    peer = by_attach("plain", tmp_path)
+    trainer = Attached(policy(), peer.args, train_dataset=peer.train_dataset)
+    assert_same_bits(train(trainer), train(peer))
+    assert isinstance(trainer.optimizer.optimizer, fm.MergingAdamW)
 
 
 def test_attach_does_not_replace_an_optimizer(tmp_path):
