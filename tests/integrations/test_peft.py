@@ -12,7 +12,7 @@ from adapters import adapted, load_adapter, save_adapter
 from bits import assert_same_bits
 from datasets import Dataset
 from folders import load
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from tiny import llama, save
 from trl import DPOConfig, DPOTrainer
