@@ -19,6 +19,8 @@ from fused_merge.io.sources import open_source
         ({"r": 5}, r"is \[4, 24\] and .* which are no factors of the rank 5 that adapter_config.json says"),
         ({"r": None}, "gives 'model.layers.0.mlp.down_proj.weight' the rank None"),
         ({"lora_alpha": math.inf}, "the rank 4 and alpha inf"),
+        ({"rank_pattern": ["q_proj"]}, "must map regular expressions to numbers"),
+        ({"alpha_pattern": {"q_(": 2}}, "must map regular expressions to numbers"),
         ({"something_new": {"on": True}}, "is more than products of factors, as something_new = {'on': True} says"),
         ({"peft_type": "IA3"}, "is an adapter of the type 'IA3', .* and only LoRA is read"),
     ],
