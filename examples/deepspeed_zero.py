@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--stage", type=int, default=2)
     stage = parser.parse_args().stage
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29503")
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     if deepspeed.get_accelerator().device_name() == "cpu":
         # DeepSpeed would compile an all-reduce for CPUs first, which takes a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

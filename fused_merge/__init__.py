@@ -10,7 +10,7 @@
 - `evaluate_ratios`, `pareto_front`, `hypervolume`, `knee`: what the points of a path are worth.
 - `attach`, `optimizer_factory`, `MergeStatsCallback`, `SweepCallback`: all this inside the trainers of Transformers and
   TRL; docs/frameworks.md has the others.
-- `bind_deepspeed`: a merging optimizer under ZeRO.
+- `bind_deepspeed`, `DeepSpeedCallback`: a merging optimizer under ZeRO.
 - `functional`: the same without classes.
 
 A name is imported when it is first used, so that the command line shows its help without waiting for
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from fused_merge.checkpoints.interpolate import interpolate_checkpoints
     from fused_merge.delta.reference_delta import ReferenceDelta
     from fused_merge.integrations.deepspeed import bind_deepspeed
-    from fused_merge.integrations.trainer_callbacks import MergeStatsCallback, SweepCallback
+    from fused_merge.integrations.trainer_callbacks import DeepSpeedCallback, MergeStatsCallback, SweepCallback
     from fused_merge.integrations.transformers import attach, optimizer_factory
     from fused_merge.interpolation.interpolate import interpolate
     from fused_merge.interpolation.layer_ratios import LayerRatios
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from fused_merge.sweep.pareto import hypervolume, knee, pareto_front
 
 __all__ = [
+    "DeepSpeedCallback",
     "LayerRatios",
     "MergeStatsCallback",
     "MergingAdamW",
@@ -80,7 +81,7 @@ _HOMES = {
         "adapt.adapt": "adapt_ratios answer_loss reward_weighted_loss",
         "checkpoints.interpolate": "interpolate_checkpoints",
         "delta.reference_delta": "ReferenceDelta",
-        "integrations.trainer_callbacks": "MergeStatsCallback SweepCallback",
+        "integrations.trainer_callbacks": "DeepSpeedCallback MergeStatsCallback SweepCallback",
         "integrations.transformers": "attach optimizer_factory",
         "integrations.deepspeed": "bind_deepspeed",
         "interpolation.interpolate": "interpolate",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,31 +92,30 @@ class SavedDelta(TauSource):
                 raise ValueError(f"{name!r} is {stored[0]} of {list(stored[1])}")
 
 
-def write_delta(
-    path: PathLike,
-    specs: Mapping[str, TensorSpec],
-    sparsity: Sparsity | None,
-    metadata: Mapping[str, str | None],
-    tensors: Iterable[tuple[str, Tensor | SparseTensor]],
-    advance: Callable[[int], None],
-) -> None:
-    """Write a saved delta; a `sparsity` of None is dense, and None in `metadata` leaves a key out.
+class DeltaWriter(SafetensorsWriter):
+    """Writes a saved delta tensor by tensor; a `sparsity` of None is dense, and None in `metadata` leaves a key out."""
 
-    `advance` is told of the bytes of each tensor, as many as it has when it is dense.
-    """
-    listed = [[name, CODES[dtype], list(shape)] for name, (dtype, shape) in specs.items()]
-    known = {"format": "pt", _VERSION_KEY: _VERSION, "tensors": json.dumps(listed)}
-    if sparsity is not None:
-        known |= {key: str(value) for key, value in sparsity._asdict().items()}
-    known |= {key: value for key, value in metadata.items() if value is not None}
-    with SafetensorsWriter(path, _manifest(specs, sparsity), known) as writer:
-        for name, tau in tensors:
-            if isinstance(tau, SparseTensor):
-                writer.write(name + _MASK, tau.mask)
-                writer.write(name + _VALUES, tau.values)
-            else:
-                writer.write(name, tau)
-            advance(specs[name].nbytes)
+    def __init__(
+        self,
+        path: PathLike,
+        specs: Mapping[str, TensorSpec],
+        sparsity: Sparsity | None,
+        metadata: Mapping[str, str | None],
+    ) -> None:
+        listed = [[name, CODES[dtype], list(shape)] for name, (dtype, shape) in specs.items()]
+        known = {"format": "pt", _VERSION_KEY: _VERSION, "tensors": json.dumps(listed)}
+        if sparsity is not None:
+            known |= {key: str(value) for key, value in sparsity._asdict().items()}
+        known |= {key: value for key, value in metadata.items() if value is not None}
+        super().__init__(path, _manifest(specs, sparsity), known)
+
+    def write_tau(self, name: str, tau: Tensor | SparseTensor) -> None:
+        """Write one tensor, dense or sparse."""
+        if isinstance(tau, SparseTensor):
+            self.write(name + _MASK, tau.mask)
+            self.write(name + _VALUES, tau.values)
+        else:
+            self.write(name, tau)
 
 
 def describe_files(files: Mapping[str, Sequence[Path]], advance: Callable[[int], None]) -> str:

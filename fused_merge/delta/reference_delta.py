@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,24 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fused_merge.delta.file import SavedDelta, describe_files, write_delta
+from fused_merge.delta.file import DeltaWriter, SavedDelta, describe_files
+from fused_merge.delta.in_memory import TauInMemory
 from fused_merge.delta.sparsified import sparsified
-from fused_merge.delta.tensors import (
-    Part,
-    Sparsity,
-    TauInMemory,
-    TauOfCheckpoints,
-    TauSource,
-    TensorSpec,
-    check_finite,
-)
+from fused_merge.delta.tensors import Part, Sparsity, TauOfCheckpoints, TauSource, TensorSpec, check_finite
 from fused_merge.distributed import Fragment
 from fused_merge.eager.sparse import SparseTensor
 from fused_merge.io.files import expanded
 from fused_merge.io.headers import CODES
-from fused_merge.io.match import has_first_rows
 from fused_merge.io.options import DeltaOptions
-from fused_merge.io.sources import PathLike, SourceLike, bits, whole_box
+from fused_merge.io.sources import PathLike, SourceLike, bits
 from fused_merge.options import documented, resolve
 from fused_merge.per_tensor import parse_dtype
 from fused_merge.progress import progress_bar
@@ -71,13 +63,18 @@ class ReferenceDelta:
     def from_models(cls, base: SourceLike, tuned: SourceLike, **options: Unpack[DeltaOptions]) -> ReferenceDelta:
         """Compute tau now, one tensor after the other; nothing of the two models is kept.
 
+        Of models that are sharded as DTensors (FSDP2, tensor parallelism), or one of them and the other whole or a
+        path, each process computes and holds what it holds of the parameters. All processes make such a delta together,
+        save it together, and raise together; its identity is that of the same delta of whole models.
+
         Args:
             base: theta_base: a module (its parameters, in their order), a state dict (its floating tensors), or a path.
             tuned: theta_SFT: the same.
             {options}
 
         Raises:
-            ValueError: if names or shapes differ, or tau is not finite; the sentence names the tensor.
+            ValueError: if names or shapes differ, tau is not finite, or the two are not sharded alike; the sentence
+                names the tensor.
         """
         return cls(TauInMemory(base, tuned, resolve(options, DeltaOptions)))
 
@@ -118,7 +115,8 @@ class ReferenceDelta:
         """Write the delta to one safetensors file, tensor by tensor, and return `path`.
 
         For a delta made by `from_checkpoints` the file names the files it was made of, with their SHA-256 as they are
-        now. That costs one more read of both checkpoints.
+        now. That costs one more read of both checkpoints. A delta of sharded models is saved by all its processes at
+        once: each tensor is put together on all of them in turn, and the first one writes it.
 
         Args:
             path: the file to write; an existing one is replaced when the new one is whole.
@@ -158,16 +156,25 @@ class ReferenceDelta:
         if path.resolve() in [file.resolve() for file in files]:
             raise ValueError(f"{path} is a file that the delta is made of, which it would replace; choose another")
         total = sum(spec.nbytes for spec in self._specs.values()) + sum(file.stat().st_size for file in files)
-        with progress_bar("saving the reference delta", total) as advance:
+        processes = self._source.processes
+        with progress_bar("saving the reference delta", total, enabled=processes.is_first) as advance:
             metadata = {
                 "identity": self.identity,
                 "ordered": json.dumps(self.ordered),
                 "sources": describe_files(self._source.files, advance) if files else self._source.sources,
             }
-            # Packed values follow one another in a file: the widest first keeps all of them aligned.
-            order = sorted(self.names, key=lambda name: -self.dtype(name).itemsize)
-            tensors = ((n, self.tensor(n) if sparsity is None else self.sparse(n, sparsity)) for n in order)
-            write_delta(path, self._specs, sparsity, metadata, tensors, advance)
+            writer = DeltaWriter(path, self._specs, sparsity, metadata) if processes.is_first else None
+            with processes.raising_together(), ExitStack() as opened:
+                with processes.raising_together():
+                    opened.enter_context(writer or nullcontext())
+                # Packed values follow one another in a file: the widest first keeps all of them aligned.
+                for name in sorted(self.names, key=lambda name: -self.dtype(name).itemsize):
+                    tau = self._source.whole(name, self.dtype(name))
+                    with processes.raising_together():
+                        self._checked(name, tau)
+                        if writer is not None:
+                            writer.write_tau(name, tau if sparsity is None else self.sparsified(name, tau, sparsity))
+                    advance(self._specs[name].nbytes)
         return path
 
     @cached_property
@@ -227,7 +234,8 @@ class ReferenceDelta:
 
         Raises:
             KeyError: if there is none of that name.
-            ValueError: if an element is NaN or infinite, or the fragment is one of a tensor of another shape.
+            ValueError: if an element is NaN or infinite, the fragment is one of a tensor of another shape, or the delta
+                was made of sharded models of which this process holds something else.
         """
         stored = self.read(name, fragment)
         return stored.unpack() if isinstance(stored, SparseTensor) else stored
@@ -245,11 +253,9 @@ class ReferenceDelta:
 
         Raises as `tensor`.
         """
-        spec, stored_as = self._spec(name), self._source.specs[name]
-        stored = self._source.read(name, spec.dtype, None if fragment is None else _part(name, spec.shape, fragment))
-        values = stored.values if isinstance(stored, SparseTensor) else stored
-        check_finite(name, values, rounded=spec.dtype != stored_as.dtype)
-        return stored
+        dtype, shape = self._spec(name)
+        part = None if fragment is None else Part.of(name, shape, fragment)
+        return self._checked(name, self._source.read(name, dtype, None if part == Part.all(shape) else part))
 
     def sparsified(
         self, name: str, tau: Tensor | SparseTensor, sparsity: Sparsity, fragment: Fragment | None = None
@@ -272,6 +278,12 @@ class ReferenceDelta:
             raise KeyError(f"the reference delta has no tensor {name!r}; see its `names`")
         return self._specs[name]
 
+    def _checked(self, name: str, stored: Tensor | SparseTensor) -> Tensor | SparseTensor:
+        """Return what the source has, or raise ValueError if an element is NaN or infinite."""
+        values = stored.values if isinstance(stored, SparseTensor) else stored
+        check_finite(name, values, rounded=self.dtype(name) != self._source.specs[name].dtype)
+        return stored
+
     def _check_sparsity(self, asked: Sparsity) -> None:
         stored = self.sparsity
         # A seed matters to random masks only.
@@ -281,24 +293,6 @@ class ReferenceDelta:
                 f"{self.path} was saved with {stored} and {asked} is asked for; "
                 "ask for the same or save the dense delta anew"
             )
-
-
-def _part(name: str, shape: torch.Size, fragment: Fragment) -> Part | None:
-    """Return what a fragment of a parameter is of its delta, of perhaps fewer rows; None for all of it."""
-    whole = torch.Size(fragment.shard.shape)
-    if whole != shape and not has_first_rows(shape, whole):
-        raise ValueError(
-            f"{name!r} has a reference delta of {list(shape)} and a part of {list(whole)} is asked for; "
-            "train the model that the delta was made of"
-        )
-    box, elements = fragment.box, fragment.elements
-    if whole != shape:
-        start, stop = (min(end, shape[0]) for end in (box[0].start, box[0].stop))
-        box = (slice(start, stop), *box[1:])
-    if elements is not None:
-        numel = math.prod(side.stop - side.start for side in box)
-        elements = slice(min(elements.start, numel), min(elements.stop, numel))
-    return None if elements is None and box == whole_box(shape) else Part(box, elements)
 
 
 def _unpickled(source: TauSource, identity: str) -> ReferenceDelta:

@@ -1,21 +1,23 @@
-"""Where the tensors of a reference delta come from: two models in memory, two checkpoints, or a saved file."""
+"""Where the tensors of a reference delta come from: two checkpoints; `in_memory` and `file` have the other sources."""
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fused_merge.distributed import ALONE, Fragment, Processes
 from fused_merge.eager.precision import compute_dtype
 from fused_merge.eager.sparse import SparseTensor
 from fused_merge.eager.sparsify import SPARSIFY
-from fused_merge.io.match import match
-from fused_merge.io.sources import PathLike, SourceLike, TensorSource, open_files, open_source, whole_box
+from fused_merge.io.match import has_first_rows, match
+from fused_merge.io.sources import PathLike, TensorSource, open_files, whole_box
 
 
 class TensorSpec(NamedTuple):
@@ -59,9 +61,39 @@ class Part(NamedTuple):
     elements: slice | None = None
 
     @classmethod
+    def all(cls, shape: torch.Size) -> Part:
+        """Return the part that is all of a tensor."""
+        return cls(whole_box(shape))
+
+    @classmethod
     def first(cls, shape: torch.Size, n: int) -> Part:
         """Return the first `n` row-major elements of a tensor, or all."""
         return cls(whole_box(shape), slice(0, min(n, shape.numel())))
+
+    @classmethod
+    def of(cls, name: str, shape: torch.Size, fragment: Fragment) -> Part:
+        """Return what a fragment of a parameter is of its tau, which perhaps has fewer rows.
+
+        Raises ValueError if the parameter has another shape.
+        """
+        whole = torch.Size(fragment.shard.shape)
+        if whole != shape and not has_first_rows(shape, whole):
+            raise ValueError(
+                f"{name!r} has a reference delta of {list(shape)} and a part of {list(whole)} is asked for; "
+                "train the model that the delta was made of"
+            )
+        box, elements = fragment.box, fragment.elements
+        if whole != shape:
+            start, stop = (min(end, shape[0]) for end in (box[0].start, box[0].stop))
+            box = (slice(start, stop), *box[1:])
+        if elements is not None:
+            numel = prod(side.stop - side.start for side in box)
+            elements = slice(min(elements.start, numel), min(elements.stop, numel))
+        return cls(box, elements)
+
+    def __str__(self) -> str:
+        box = f"[{', '.join(f'{side.start}:{side.stop}' for side in self.box)}]"
+        return box if self.elements is None else f"elements {self.elements.start}:{self.elements.stop} of {box}"
 
 
 class TauSource(ABC):
@@ -80,30 +112,16 @@ class TauSource(ABC):
     sources: str | None = None
     sparsity: Sparsity | None = None
     packed_nbytes: int | None = None
+    # Those that hold it together, each a part.
+    processes: Processes = ALONE
 
     @abstractmethod
     def read(self, name: str, dtype: torch.dtype, part: Part | None = None) -> Tensor | SparseTensor:
         """Return a tensor in a dtype, or a part of it, for which little else is read; one stored sparse comes so."""
 
-
-class TauInMemory(TauSource):
-    """tau of two models, computed now; nothing of them is kept."""
-
-    def __init__(self, base: SourceLike, tuned: SourceLike, options: Mapping[str, Any]) -> None:
-        pairs = _Pairs(open_source(base, role="base"), open_source(tuned, role="tuned"), options)
-        self.ordered, self.specs = pairs.ordered, pairs.specs
-        self._tensors: dict[str, Tensor] = {}
-        for name, (dtype, _) in self.specs.items():
-            self._tensors[name] = pairs.subtract(name, dtype)
-            check_finite(name, self._tensors[name])
-
-    def read(self, name: str, dtype: torch.dtype, part: Part | None = None) -> Tensor:
-        """Return a tensor in a dtype, or a copy of a part of it, which does not keep the rest in memory."""
-        tau = self._tensors[name]
-        if part is None:
-            return tau.to(dtype)
-        box = tau[part.box]
-        return (box if part.elements is None else box.reshape(-1)[part.elements]).to(dtype, copy=True).contiguous()
+    def whole(self, name: str, dtype: torch.dtype) -> Tensor | SparseTensor:
+        """Return a whole tensor in a dtype, to which all `processes` must come."""
+        return self.read(name, dtype)
 
 
 class TauOfCheckpoints(TauSource):
@@ -111,7 +129,7 @@ class TauOfCheckpoints(TauSource):
 
     def __init__(self, base: PathLike, tuned: PathLike, options: Mapping[str, Any]) -> None:
         ends = open_files(base, role="base"), open_files(tuned, role="tuned")
-        self._pairs = _Pairs(*ends, options)
+        self._pairs = Pairs(*ends, options)
         self.ordered, self.specs = self._pairs.ordered, self._pairs.specs
         self.files = {role: end.files() for role, end in zip(("base", "tuned"), ends, strict=True)}
         self._arguments = os.path.abspath(ends[0].path), os.path.abspath(ends[1].path), options
@@ -125,7 +143,7 @@ class TauOfCheckpoints(TauSource):
         return TauOfCheckpoints, self._arguments
 
 
-class _Pairs:
+class Pairs:
     """The tensors that have a tau: parameters that both models hold, under the names that they have in memory."""
 
     def __init__(self, base: TensorSource, tuned: TensorSource, options: Mapping[str, Any]) -> None:
@@ -138,9 +156,24 @@ class _Pairs:
             # Of two vocabularies the rows of the smaller.
             self.specs[name] = TensorSpec(dtype, min(found.first.shape(a), found.second.shape(b), key=torch.Size.numel))
 
+    def fragment(self, name: str) -> Fragment | None:
+        """Return what this process holds of a sharded tensor, None of a whole one.
+
+        Raises ValueError if the two models hold other parts of it.
+        """
+        found = [end.fragment(own) for end, own in zip(self._ends, self._names[name], strict=True)]
+        held = [fragment for fragment in found if fragment is not None]
+        parts = [Part.of(name, self.specs[name].shape, fragment) for fragment in held]
+        if len(held) == 2 and parts[0] != parts[1]:
+            raise ValueError(
+                f"{name!r} is sharded in two ways: this process holds {parts[0]} in base and {parts[1]} in tuned; "
+                "shard both models alike, or pass one of them whole or as a path"
+            )
+        return held[0] if held else None
+
     def subtract(self, name: str, dtype: torch.dtype, part: Part | None = None) -> Tensor:
         """Return tuned - base of one tensor, or of a part of it."""
-        part = part or Part(whole_box(self.specs[name].shape))
+        part = part or Part.all(self.specs[name].shape)
         base, tuned = (end.part(own, *part) for end, own in zip(self._ends, self._names[name], strict=True))
         wide = compute_dtype(base.dtype, tuned.dtype)
         return tuned.to("cpu", wide, copy=True).sub_(base.cpu()).to(dtype).contiguous()

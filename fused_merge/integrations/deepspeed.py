@@ -163,8 +163,10 @@ def _merging_optimizer(optimizer: Any) -> MergingAdamW | OnlineMerging:
     found = merging_around(optimizer) or innermost(optimizer)
     if not isinstance(found, MergingAdamW | OnlineMerging):
         raise TypeError(
-            f"the engine steps a {type(found).__name__}, which does not merge; pass a merging optimizer as "
-            "deepspeed.initialize(..., optimizer=...), or make an OnlineMerging around engine.optimizer"
+            f"the engine steps a {type(found).__name__}, which does not merge; pass a merging optimizer to "
+            "deepspeed.initialize, or to a trainer as optimizer_cls_and_kwargs, since with deepspeed it drops "
+            "optimizers=, and with offload_optimizer set zero_force_ds_cpu_optimizer to false; or make an "
+            "OnlineMerging around engine.optimizer"
         )
     return found
 

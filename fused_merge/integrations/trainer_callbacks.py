@@ -102,6 +102,35 @@ class MergeStatsCallback(_LogCallback):
         state.log_history[-1].update(new)
 
 
+class DeepSpeedCallback(TrainerCallback):
+    """Calls `bind_deepspeed` when training begins, when there is an engine; without DeepSpeed it does nothing.
+
+    `attach` adds it. Elsewhere:
+
+    ```python
+    trainer = Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=factory)
+    trainer.add_callback(fm.DeepSpeedCallback(trainer))
+    ```
+
+    Args:
+        trainer: the trainer that it is added to. Under DeepSpeed it makes its optimizer of `optimizer_cls_and_kwargs`,
+            and drops `optimizers=`.
+
+    Raises:
+        TypeError, ValueError: when training starts, as `bind_deepspeed`.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Bind the optimizer of the engine, into which the trainer has loaded a checkpoint by now."""
+        if self.trainer.is_deepspeed_enabled:
+            from fused_merge.integrations.deepspeed import bind_deepspeed
+
+            bind_deepspeed(self.trainer.model_wrapped)
+
+
 class SweepCallback(_LogCallback):
     """Scores, at every evaluation, the models on the path from `base` to the model as trained so far.
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from fused_merge.delta.reference_delta import ReferenceDelta
+from fused_merge.integrations.trainer_callbacks import DeepSpeedCallback
 from fused_merge.io.sources import SourceLike
 from fused_merge.optim.merging_adamw import DeltaLike, MergingAdamW
 from fused_merge.optim.options import GROUP_OPTIONS, RUN_OPTIONS, MergingOptions
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 # Makes an optimizer of a model; axolotl passes the training arguments as well.
 Build: TypeAlias = Callable[..., MergingAdamW]
+
+TrainerClass = TypeVar("TrainerClass", bound=Trainer)
 
 
 class OptimizerFactory(tuple[Callable[[], Build], dict[str, Any]]):
@@ -69,7 +73,7 @@ def optimizer_factory(
     return _factory(args, _decay_names, reference_delta, method, options)
 
 
-@documented(MergingOptions)
+@overload
 def attach(
     trainer: Trainer,
     reference_delta: DeltaLike | None = None,
@@ -78,7 +82,27 @@ def attach(
     sft: SourceLike | None = None,
     method: str = "ondare",
     **options: Unpack[MergingOptions],
-) -> None:
+) -> None: ...
+@overload
+def attach(
+    trainer: type[TrainerClass],
+    reference_delta: DeltaLike | None = None,
+    *,
+    base: SourceLike | None = None,
+    sft: SourceLike | None = None,
+    method: str = "ondare",
+    **options: Unpack[MergingOptions],
+) -> type[TrainerClass]: ...
+@documented(MergingOptions)
+def attach(
+    trainer: Trainer | type[Trainer],
+    reference_delta: DeltaLike | None = None,
+    *,
+    base: SourceLike | None = None,
+    sft: SourceLike | None = None,
+    method: str = "ondare",
+    **options: Unpack[MergingOptions],
+) -> type[Trainer] | None:
     """Make a trainer train with `MergingAdamW`; to be called before its `train`.
 
     ```python
@@ -87,10 +111,12 @@ def attach(
     trainer.train()
     ```
 
-    It sets `trainer.optimizer_cls_and_kwargs` as `optimizer_factory` describes, with the arguments of the trainer.
+    It sets `trainer.optimizer_cls_and_kwargs` as `optimizer_factory` describes, with the arguments of the trainer, and
+    adds `DeepSpeedCallback`.
 
     Args:
-        trainer: of Transformers, TRL, LLaMA-Factory or axolotl; without an optimizer.
+        trainer: of Transformers, TRL, LLaMA-Factory or axolotl; without an optimizer. Or a class of trainers, for
+            programs that make the trainer themselves.
         reference_delta: a `ReferenceDelta`, or the path of a saved one. Or else:
         base: theta_base, as for `ReferenceDelta.from_models`: a path is read tensor by tensor, once. tau is computed
             now and kept in memory; `fused-merge delta` makes a file of it that is not.
@@ -99,24 +125,38 @@ def attach(
         method: a key of `fused_merge.methods.METHODS`.
         {options}
 
+    Returns:
+        Nothing; for a class, a subclass whose trainers are attached to as soon as they are made.
+
     Raises:
         TypeError: for an option that there is not.
         ValueError: if the trainer has an optimizer, not one of `reference_delta` and `base` is given, or the delta
             cannot be made.
     """
+    check_known(options, GROUP_OPTIONS | RUN_OPTIONS)
+    if (reference_delta is None) == (base is None) or (sft is not None and base is None):
+        raise ValueError("pass either reference_delta, or base and, unless it is the model of the trainer, sft")
+    if isinstance(trainer, type):
+        made = trainer.__init__
+
+        def make(self: Trainer, *args: Any, **kwargs: Any) -> None:
+            made(self, *args, **kwargs)
+            attach(self, reference_delta, base=base, sft=sft, method=method, **options)
+
+        return type(trainer.__name__, (trainer,), {"__init__": functools.wraps(made)(make)})
     if trainer.optimizer is not None:
         raise ValueError(
             "the trainer has an optimizer already, which attach would not replace; call attach before trainer.train() "
             "and pass no optimizers to the trainer"
         )
-    if (reference_delta is None) == (base is None) or (sft is not None and base is None):
-        raise ValueError("pass either reference_delta, or base and, unless it is the model of the trainer, sft")
     if base is not None:
         model: nn.Module = trainer.accelerator.unwrap_model(trainer.model)
         reference_delta = ReferenceDelta.from_models(base, model if sft is None else sft)
     assert reference_delta is not None
     factory: Any = _factory(trainer.args, trainer.get_decay_parameter_names, reference_delta, method, options)
     trainer.optimizer_cls_and_kwargs = factory
+    trainer.add_callback(DeepSpeedCallback(trainer))
+    return None
 
 
 def _factory(

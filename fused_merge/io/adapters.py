@@ -57,8 +57,10 @@ class Adapter(NamedTuple):
 
 
 def is_adapter(source: TensorSource) -> bool:
-    """Return whether a source holds an adapter, or factors of one."""
-    return getattr(source, "adapter", None) is not None or factor_in(source) is not None
+    """Return whether a source is an adapter, with or without its configuration; a model among factors is none."""
+    if isinstance(source, FileSource) and source.adapter is not None:
+        return True
+    return factor_in(source) is not None and None not in map(adapted_weight, source)
 
 
 def read_adapters(sources: Sequence[FileSource]) -> list[Adapter]:

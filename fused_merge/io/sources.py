@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from fused_merge.distributed import is_sharded, local_part
+from fused_merge.distributed import Fragment, fragment_of, is_sharded, local_part
 from fused_merge.io.files import bytes_of, check_unchanged, expanded, read_into, reading, stamp_of
 from fused_merge.io.formats import ADAPTER_CONFIG, ADAPTER_FILE, adapter_config, refuse_other_formats
 from fused_merge.io.headers import METADATA, Entry, open_safetensors, read_json
@@ -82,12 +82,19 @@ class TensorSource(Mapping[str, Tensor]):
     def box(self, name: str, box: tuple[slice, ...] | None) -> Tensor:
         """Return a box of a tensor, None for all of it, reading nothing else; of a sharded one what is held here."""
 
+    def fragment(self, name: str) -> Fragment | None:
+        """Return what this process holds of a sharded tensor, None of a whole one."""
+        return None
+
     def head(self, name: str, n: int) -> Tensor:
         """Return the first `n` row-major elements, or all, as a vector; of a sharded tensor those of this process."""
         return self.part(name, whole_box(self.shape(name)), slice(0, min(n, self.shape(name).numel())))
 
     def part(self, name: str, box: tuple[slice, ...], elements: slice | None) -> Tensor:
-        """Return a box of a tensor or, as a vector, some of its row-major elements, for which little else is read."""
+        """Return a box of a tensor or, as a vector, some of its row-major elements, for which little else is read.
+
+        Of a sharded tensor it is a box of what this process holds, from the first row of that on.
+        """
         shape, wanted = self.shape(name), box
         if elements is not None:
             wanted, elements = _rows_of(box, elements)
@@ -95,7 +102,9 @@ class TensorSource(Mapping[str, Tensor]):
             sizes = [side.stop - side.start for side in box] if elements is None else [0]
             return torch.empty(sizes, dtype=self.dtype(name))
         found = self.box(name, None if wanted == whole_box(shape) else wanted)
-        return found if elements is None else found.reshape(-1)[elements]
+        if elements is not None:
+            return found.reshape(-1)[elements]
+        return found[: box[0].stop - box[0].start] if box else found
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -152,6 +161,10 @@ class MemorySource(TensorSource):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
+
+    def fragment(self, name: str) -> Fragment | None:
+        """Return what this process holds of a sharded tensor, None of a whole one."""
+        return fragment_of(self._tensors[name])
 
     def box(self, name: str, box: tuple[slice, ...] | None) -> Tensor:
         """Return a box of a tensor, None for all of it."""

@@ -50,18 +50,20 @@ def find_tied(
 ) -> dict[str, str]:
     """Return those `extra` tensors of a source that are tied to a `common` one, and to which.
 
-    Those of one storage are; so are, of `may_tie`, those that are bit-equal to one of `owners`, unless the
-    configuration says that they only happen to be.
+    Those of one storage are; so are, of `may_tie`, those that are bit-equal to one of `owners`, unless they are sharded
+    or the configuration says that they only happen to be.
     """
     first = {source.aliases.get(name, name): name for name in common} if source.aliases else {}
     tied = {name: first[owner] for name in extra if (owner := source.aliases.get(name, name)) in first}
+    # Of sharded tensors no process alone has the bits; those of a module say by their storage whether they are tied.
+    may_tie = [name for name in may_tie if name not in tied and source.fragment(name) is None]
     candidates: defaultdict[tuple[object, ...], list[str]] = defaultdict(list)
     for name in owners if may_tie and ties(source) is not False else ():
         candidates[_fingerprint(source, name)].append(name)
     for name in may_tie if candidates else ():
         alike = candidates.get(_fingerprint(source, name), ())
         if found := next((other for other in alike if _same_values(source, name, other)), None):
-            tied.setdefault(name, found)
+            tied[name] = found
     return tied
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from fused_merge.distributed import Fragment
 from fused_merge.io.sources import FileRange, TensorSource, whole_box
 
 # One slice for each dimension; None for a dimension of size 1 that a tensor lacks and its counterpart has.
@@ -189,6 +190,18 @@ class ViewSource(TensorSource):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.box(name, None)
+
+    def fragment(self, name: str) -> Fragment | None:
+        """Return what this process holds of a sharded tensor; ValueError for one that is put together from such."""
+        tensor = self.tensors[name]
+        if isinstance(tensor, Assembly) and (same := tensor.renamed(self.source)) is not None:
+            return self.source.fragment(same)
+        if sharded := [part for part in tensor.names if self.source.fragment(part) is not None]:
+            raise ValueError(
+                f"{name!r} of {self.origin} would be put together from {sharded[0]!r}, which is sharded; "
+                "pass the module itself, or a path"
+            )
+        return None
 
     def box(self, name: str, box: tuple[slice, ...] | None) -> Tensor:
         """Return a box of a tensor, None for all of it, reading nothing else."""

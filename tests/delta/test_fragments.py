@@ -5,14 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-import sharded_delta
 import torch
 from bits import same_bits
 from deltas import MAGNITUDE, RANDOM, checkpoints
 from families import family_model
 from fragments import fragment, grids, ranges, together
-from processes import Pair
-from tiny import count_reads, llama, save
+from tiny import count_reads
 
 from fused_merge import lockstep
 from fused_merge.delta.reference_delta import ReferenceDelta
@@ -180,16 +178,3 @@ def test_a_method_that_needs_the_whole_tensor(tmp_path, monkeypatch):
     own = fragment((40, 61), (slice(0, 3), slice(0, 61)))
     with pytest.raises(ValueError, match="method 'halves' is not known to work on parts of a tensor, and 'brain' is"):
         delta.sparse("brain", halves, own)
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    pair = Pair(tmp_path_factory.mktemp("pair"))
-    yield pair
-    pair.stop()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_two_processes_find_f_of_tau_together(dtype, pair, tmp_path):
-    folders = [save(llama(seed, dtype=dtype), tmp_path / str(seed)) for seed in (0, 1)]
-    pair.both(sharded_delta.sparsify, folders, [RANDOM, MAGNITUDE, SOFT])

@@ -73,7 +73,8 @@ def delta(**options):
 
 def device():
     """The device of this process: its own GPU under NCCL."""
-    return torch.device("cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+    distributed = torch.distributed
+    return torch.device("cuda" if distributed.is_initialized() and distributed.get_backend() == "nccl" else "cpu")
 
 
 @cache
@@ -89,7 +90,10 @@ def _columns(parameter):
 
 def wrapped(model, kind):
     """Return a model as a kind of parallelism holds it."""
-    model, world = model.to(device()), torch.distributed.get_world_size()
+    model = model.to(device())
+    if kind == "whole":
+        return model
+    world = torch.distributed.get_world_size()
     if kind == "ddp":
         return DistributedDataParallel(model)
     if kind in ("tp", "tp and fsdp"):
@@ -133,10 +137,12 @@ def fill_gradients(model, step, skipped=()):
         parameter.grad = None if name in skipped or not parameter.requires_grad else like(parameter, whole)
 
 
-def optimizer_of(model, reference_delta=None, method="ondare", **options):
+def optimizer_of(model, reference_delta=None, method="ondare", params=None, **options):
+    """An optimizer whose merges move every tensor, of these parameter groups or of all parameters."""
+    params = model.named_parameters() if params is None else params
     options = OPTIONS | ({} if method == "onproj" else {"reserve_rate": 0.5}) | options
     reference_delta = delta() if reference_delta is None else reference_delta
-    return fm.MergingAdamW(model.named_parameters(), reference_delta=reference_delta, method=method, **options)
+    return fm.MergingAdamW(params, reference_delta=reference_delta, method=method, **options)
 
 
 def pairs(kind, dtype=torch.float32, blocks=2, **options):

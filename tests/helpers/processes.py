@@ -30,10 +30,14 @@ def join_group(rank, world, store, device):
 
 
 class Ranks:
-    """Processes of one group, started at the first call and again after one that hangs."""
+    """Processes of one group, started at the first call and again after one that hangs.
 
-    def __init__(self, folder, world, device="cpu"):
+    They call `ready` first, whose imports belong to starting, and no other call takes longer than `seconds`.
+    """
+
+    def __init__(self, folder, world, device="cpu", ready=abs, seconds=SECONDS):
         self.world = world
+        self._ready, self._seconds = ready, seconds
         self._folder, self._device = folder, device
         self._started = 0
         self._executors = []
@@ -45,8 +49,8 @@ class Ranks:
             store, spawn = self._folder / f"store{self._started}", multiprocessing.get_context("spawn")
             starting = [(rank, self.world, store, self._device) for rank in range(self.world)]
             self._executors = [futures.ProcessPoolExecutor(1, spawn, join_group, start) for start in starting]
-            self._answers(SECONDS_TO_START, abs)
-        return self._answers(SECONDS, function, *arguments)
+            self._answers(SECONDS_TO_START, self._ready)
+        return self._answers(self._seconds, function, *arguments)
 
     def all(self, function, *arguments):
         """Return the answers of calls that must end well."""
@@ -74,7 +78,7 @@ class Ranks:
 class Pair(Ranks):
     """Two processes."""
 
-    def __init__(self, folder):
-        super().__init__(folder, WORLD)
+    def __init__(self, folder, **options):
+        super().__init__(folder, WORLD, **options)
 
     both = Ranks.all

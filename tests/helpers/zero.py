@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -14,17 +15,13 @@ from deltas import of_tensors
 from torch import nn
 
 import fused_merge as fm
-from fused_merge.integrations.deepspeed import flat_tensors, pieces_of
+from fused_merge.integrations.deepspeed import flat_tensors, injected, pieces_of
 
 # DeepSpeed would compile an all-reduce in shared memory first, for most of a minute.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed.utils.logger.setLevel("ERROR")
 
 STEPS = 4
-
-
-def ready(rank):
-    """Does nothing, once this file is imported."""
 
 
 class Network(nn.Module):
@@ -182,6 +179,49 @@ def unbound(rank, config, dtype):
     with pytest.raises(ValueError, match="bind_deepspeed") as caught:
         train(engine, range(1))
     return str(caught.value), moved
+
+
+def schedule_of(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 / (1 + step))
+
+
+def bare_groups(model):
+    """Groups without names, as frameworks make them."""
+    return [{**group, "params": [param for _, param in group["params"]]} for group in groups_of(model)]
+
+
+def hard_coded(model, config, way):
+    """A framework that offers no choice of an optimizer, and has a reference model."""
+    os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())
+    without = {key: value for key, value in config.items() if key not in ("optimizer", "zero_optimization")}
+    assert deepspeed.initialize(model=Network().eval(), config=without)[1] is None
+    if way == "optimizer":
+        optimizer = torch.optim.AdamW(bare_groups(model), lr=3e-3, betas=(0.8, 0.95), weight_decay=0.0)
+        return deepspeed.initialize(None, model, optimizer, lr_scheduler=schedule_of(optimizer), config=config)[0]
+    config = {**config, "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "betas": [0.8, 0.95]}}}
+    args = argparse.Namespace(deepspeed_config=config)
+    return deepspeed.initialize(args, model, model_parameters=iter(bare_groups(model)), lr_scheduler=schedule_of)[0]
+
+
+def differing_if_injected(rank, config, way):
+    """The tensors that differ from training alone if an optimizer is injected into a framework."""
+    options = {"reference_delta": delta(), "alpha": 1e-2, "reserve_rate": 0.1}
+    initialize = deepspeed.initialize
+    with injected(fm.OnTIESAdamW, **options):
+        engine = hard_coded(Network(), config, way)
+    assert deepspeed.initialize is initialize
+    train(engine, range(4))
+    weights = weights_of(engine)
+
+    model = Network()
+    optimizer = fm.OnTIESAdamW(groups_of(model), lr=3e-3, betas=(0.8, 0.95), **options)
+    schedule = schedule_of(optimizer)
+    for step in range(4):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+        schedule.step()
+    return [name for name, param in model.named_parameters() if not same_bits(weights[name], param.detach())]
 
 
 def refused(rank, config, foreign, options):

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from processes import SECONDS_TO_START, Pair
+from processes import Pair
 
 pytest.importorskip("deepspeed")
+pytest.importorskip("trl")
 
 import zero
+import zero_trainers
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    pair = Pair(tmp_path_factory.mktemp("pair"))
-    pair(abs)
-    # To import DeepSpeed is a matter of the disk, too.
-    pair._answers(SECONDS_TO_START, zero.ready)
+    # Trainers take their time where other tests run.
+    pair = Pair(tmp_path_factory.mktemp("pair"), ready=zero_trainers.ready, seconds=200)
     yield pair
     pair.stop()
 
@@ -105,6 +109,31 @@ def test_what_cannot_be_bound(pair):
     for error in pair(zero.refused, zero.config_of(2, {}), True, {}):
         assert isinstance(error, TypeError)
         assert "steps a AdamW, which does not merge" in str(error)
+
+
+@pytest.mark.parametrize("way", ["optimizer", "configuration"])
+@pytest.mark.parametrize("layout", ["0", "2", "3 in subgroups"])
+def test_an_optimizer_is_injected_where_a_framework_offers_no_choice(pair, layout, way):
+    _, config = ALL[layout]
+    assert pair.both(zero.differing_if_injected, config, way) == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "options", "way"),
+    [("dpo", 2, {}, "attach"), ("plain", 3, {"sub_group_size": 500}, "factory")],
+    ids=["TRL, 2", "Transformers, 3"],
+)
+def test_a_trainer_takes_the_steps_of_its_gradients(pair, kind, stage, options, way, tmp_path):
+    assert pair.both(zero_trainers.differing, kind, stage, options, way, str(tmp_path)) == [[], []]
+
+
+def test_the_example_trains():
+    script = Path(__file__).parents[2] / "examples/deepspeed_zero.py"
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=280, check=False)
+    assert run.returncode == 0, run.stderr
+    losses = [float(line.split()[-1]) for line in run.stdout.splitlines() if line.startswith("step")]
+    assert len(losses) == 10
+    assert losses[-1] < losses[0]
 
 
 AROUND = {"ondare": {}, "onties, K = 2": {"method": "onties", "merge_every": 2}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+import sharded_sweep
 import torch
 from bits import assert_same_bits
 from tiny import save
@@ -22,7 +23,7 @@ from trainers import (
     trainer_of,
     weights,
 )
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import fused_merge as fm
 
@@ -163,6 +164,16 @@ def test_frozen_parameters_and_heads_that_tau_lacks(tmp_path):
 def test_attach_says_what_it_needs(arguments, sentence, tmp_path):
     with pytest.raises(ValueError, match=sentence):
         fm.attach(trainer_of("plain", tmp_path), **arguments)
+
+
+def test_a_class_of_trainers_is_attached_to_as_they_are_made(tmp_path):
+    Attached = fm.attach(Trainer, delta(), **MERGING)
+    assert issubclass(Attached, Trainer)
+    assert Attached.__name__ == "Trainer"
+    peer = by_attach("plain", tmp_path)
+    trainer = Attached(policy(), peer.args, train_dataset=peer.train_dataset)
+    assert_same_bits(train(trainer), train(peer))
+    assert isinstance(trainer.optimizer.optimizer, fm.MergingAdamW)
 
 
 def test_attach_does_not_replace_an_optimizer(tmp_path):
@@ -346,6 +357,13 @@ def test_early_stopping_counts_no_sweeps(tmp_path, caplog):
         train(trainer)
     assert "early stopping" not in caplog.text
     assert len(logged(trainer, "eval_loss")) == len(logged(trainer, "eval_sweep/r0/loss")) == 3
+
+
+def test_a_sweep_of_a_sharded_model(ranks_of):
+    for logs, expected, unchanged in ranks_of(2).all(sharded_sweep.sweep):
+        assert unchanged
+        scores = [entry[f"eval_sweep/r{ratio}/score"] for entry, ratio in zip(logs, ("0", "0.25", "1"), strict=True)]
+        assert scores == pytest.approx(expected)
 
 
 def test_vllm_has_weights_of_its_own(tmp_path):
