@@ -1,9 +1,12 @@
-"""An optimizer with an `OnlineMerging` around it, on two processes that share a model: what they are left with."""
+"""Optimizers with an `OnlineMerging` around them, in one process and on two that share a model."""
 
 from __future__ import annotations
 
+import reference
 import torch
-from models import Model, trained
+from bits import same_bits
+from models import Model, run, trained
+from one_tensor import assert_near
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
@@ -11,6 +14,52 @@ import fused_merge as fm
 from fused_merge.distributed import Fragment
 from fused_merge.eager.shard import Shard, ShardIndex
 from fused_merge.optim.pieces import Piece
+
+ALPHA = 0.1
+METHODS = [{"method": "ondare", "reserve_rate": 0.5}, {"method": "onties", "reserve_rate": 0.5}, {"method": "onproj"}]
+
+
+def merging_of(optimizer, delta, method="ondare", **options):
+    own = {} if method == "onproj" else {"reserve_rate": 0.5}
+    return fm.OnlineMerging(optimizer, reference_delta=delta, method=method, **{"alpha": ALPHA} | own | options)
+
+
+def sgd_run(delta, lr=1e-2, **options):
+    """A model, its optimizer, and what merges around that."""
+    model = trained()
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=lr, momentum=0.9)
+    return model, optimizer, merging_of(optimizer, delta, **options)
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_merged_by_the_equation(make, delta, every, options):
+    """Train with `make(named parameters)`, and see that each merge is that of what the optimizer alone adds."""
+    model, plain = trained(), trained()
+    optimizer, alone = (make(list(each.named_parameters())) for each in (model, plain))
+    merging = merging_of(optimizer, delta, merge_every=every, **options)
+    stepped = {name for name, p in model.named_parameters() if any(p is q for q in optimizer.param_groups[0]["params"])}
+    anchors = weights(model)
+    project = {"project": "conflict" if options["method"] == "onproj" else None, "project_on": "update"}
+    for number in range(1, 4):
+        plain.load_state_dict(model.state_dict())
+        run(alone, plain, 1, number)
+        run(optimizer, model, 1, number)
+        for name in stepped:
+            theta, ours = (weights(each)[name] for each in (plain, model))
+            if number % every:
+                assert same_bits(ours, theta)
+                continue
+            start, tau = anchors[name].cpu().double().numpy(), delta.tensor(name).double().numpy()
+            by_hand = reference.Run(start, start, start, number, tau, name, alpha=ALPHA, **project, **options)
+            u = by_hand.projected(theta.cpu().double().numpy() - start, "update")
+            assert_near(ours, start + by_hand.merged(u), 1e-5)
+            assert not same_bits(ours, theta)
+        if number % every == 0:
+            anchors = weights(model)
+    assert {own["step"] for own in merging.state_dict()["state"].values()} == {3}
 
 
 def gradients(step):
@@ -22,16 +71,11 @@ def delta_of_two():
     return fm.ReferenceDelta.from_models(Model(0), trained())
 
 
-def merge_around(optimizer, options):
-    own = {} if options.get("method") == "onproj" else {"reserve_rate": 0.5}
-    return fm.OnlineMerging(optimizer, reference_delta=delta_of_two(), **{"alpha": 0.1} | own | options)
-
-
 def alone(options, steps):
     """The weights of one process."""
     model = trained()
     optimizer = torch.optim.SGD(model.named_parameters(), lr=1e-2, momentum=0.9)
-    merging = merge_around(optimizer, options)
+    merging = merging_of(optimizer, delta_of_two(), **options)
     for step in range(steps):
         for (_, p), grad in zip(model.named_parameters(), gradients(step).values(), strict=True):
             p.grad = grad
@@ -44,7 +88,7 @@ def under_fsdp(rank, options, steps):
     model = trained()
     fully_shard(model)
     optimizer = torch.optim.SGD(model.named_parameters(), lr=1e-2, momentum=0.9)
-    merging = merge_around(optimizer, options)
+    merging = merging_of(optimizer, delta_of_two(), **options)
     for step in range(steps):
         for (_, p), grad in zip(model.named_parameters(), gradients(step).values(), strict=True):
             p.grad = distribute_tensor(grad, p.device_mesh, p.placements)
@@ -73,7 +117,7 @@ def in_a_flat_tensor(rank, options, steps):
         pieces.append(Piece(name, slice(local, local + stop - start), Fragment(shard, box, slice(start, stop))))
         offset += p.numel()
     optimizer = torch.optim.SGD([flat], lr=1e-2, momentum=0.9)
-    merging = merge_around(optimizer, options)
+    merging = merging_of(optimizer, delta_of_two(), **options)
     merging.set_pieces({flat: pieces})
     for step in range(steps):
         flat.grad = torch.cat([grad.reshape(-1) for grad in gradients(step).values()])[first : first + size]

@@ -11,13 +11,13 @@ import pytest
 import reference
 import torch
 from bits import assert_same_bits, same_bits
-from models import IMPLS, Model, fill_gradients, trained
+from merged_around import ALPHA, METHODS, assert_merged_by_the_equation, merging_of, sgd_run, weights
+from models import IMPLS, Model, fill_gradients, run, trained
 from one_tensor import assert_near, delta_of, draw, joined, parameter
 
 import fused_merge as fm
 
 TAU = draw((6, 50), 1e-2, 1, torch.float64)
-ALPHA = 0.1
 MERGES = [
     {"method": "ondare", "reserve_rate": 0.3},
     {"method": "ondare", "reserve_rate": 0.3, "rescale": False},
@@ -28,56 +28,21 @@ MERGES = [
     {"method": "onproj", "project_over": "rows"},
     {"method": "onsoft", "reserve_rate": 0.3},
 ]
-METHODS = [{"method": "ondare", "reserve_rate": 0.5}, {"method": "onties", "reserve_rate": 0.5}, {"method": "onproj"}]
 
 
 def muon(pairs):
     return torch.optim.Muon([(name, p) for name, p in pairs if p.ndim == 2], lr=1e-2)
 
 
-def adamw_8bit(pairs):
-    return pytest.importorskip("torchao.optim").AdamW8bit(pairs, lr=1e-2)
-
-
 OPTIMIZERS = {
     "Muon": muon,
     "SGD": lambda pairs: torch.optim.SGD(pairs, lr=1e-2, momentum=0.9, weight_decay=0.1),
     "fused AdamW": lambda pairs: torch.optim.AdamW(pairs, lr=1e-2, fused=True),
-    "8-bit AdamW": adamw_8bit,
 }
-
-
-@pytest.fixture(autouse=True)
-def _uncompiled():
-    """torchao compiles its step, for half a minute."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
 
 
 def sgd_of(param, lr=0.5):
     return torch.optim.SGD([("w", param)], lr=lr)
-
-
-def merging_of(optimizer, delta, method="ondare", **options):
-    own = {} if method == "onproj" else {"reserve_rate": 0.5}
-    return fm.OnlineMerging(optimizer, reference_delta=delta, method=method, **{"alpha": ALPHA} | own | options)
-
-
-def sgd_run(delta, lr=1e-2, **options):
-    """A model, its optimizer, and what merges around that."""
-    model = trained()
-    optimizer = torch.optim.SGD(model.named_parameters(), lr=lr, momentum=0.9)
-    return model, optimizer, merging_of(optimizer, delta, **options)
-
-
-def run(optimizer, model, steps, first=0):
-    for number in range(first, first + steps):
-        fill_gradients(model, number)
-        optimizer.step()
-
-
-def weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def test_a_merge_by_hand():
@@ -142,31 +107,7 @@ def ours_of(model, name):
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize(("every", "options"), list(product((1, 3), METHODS)), ids=str)
 def test_any_optimizer_is_merged_around_by_the_equation(make, every, options, delta):
-    model, plain = trained(), trained()
-    optimizer, alone = (make(list(each.named_parameters())) for each in (model, plain))
-    merging = merging_of(optimizer, delta, merge_every=every, **options)
-    stepped = {name for name, p in model.named_parameters() if any(p is q for q in optimizer.param_groups[0]["params"])}
-    anchor = weights(model)
-    for number in range(1, 4):
-        # From the same weights, the optimizer alone says what it adds.
-        plain.load_state_dict(model.state_dict())
-        for each, own in ((alone, plain), (optimizer, model)):
-            fill_gradients(own, number)
-            each.step()
-        for name in stepped:
-            theta, ours = (dict(each.named_parameters())[name].detach() for each in (plain, model))
-            if number % every:
-                assert same_bits(ours, theta)
-                continue
-            o = reference.Run(*[theta.cpu().double().numpy()] * 3, number, delta.tensor(name).double().numpy(), name,
-                **{"reserve_rate": 1.0, "project": "conflict", "project_on": "update", "alpha": ALPHA} | options
-                | ({} if options["method"] == "onproj" else {"project": None}))  # fmt: skip
-            u = o.projected((theta - anchor[name]).cpu().double().numpy(), "update")
-            assert_near(ours, anchor[name].cpu().double().numpy() + o.merged(u), 1e-5)
-            assert not same_bits(ours, theta)
-        if number % every == 0:
-            anchor = weights(model)
-    assert {own["step"] for own in merging.state_dict()["state"].values()} == {3}
+    assert_merged_by_the_equation(make, delta, every, options)
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -450,18 +391,6 @@ def test_what_it_cannot_go_around(delta):
         merging_of(fresh, delta, weight_decay=0.1)
     with pytest.raises(ValueError, match="no option 'vote'"):
         merging_of(fresh, delta, vote="paper")
-
-
-def test_wrappers_are_unwrapped(delta):
-    accelerate = pytest.importorskip("accelerate")
-    model, optimizer, merging = sgd_run(delta)
-    merging.remove()
-    wrapped = accelerate.Accelerator(cpu=True).prepare_optimizer(optimizer)
-    assert merging_of(wrapped, delta).optimizer is optimizer
-    run(wrapped, model, 2)
-    peer, other, _ = sgd_run(delta)
-    run(other, peer, 2)
-    assert_same_bits(weights(model), weights(peer))
 
 
 def test_a_learning_rate_schedule_goes_on(delta):
