@@ -33,6 +33,8 @@ class ForcedAccelerator(Accelerator):
 
     def __init__(self, *args, fsdp_plugin, **kwargs):
         super().__init__(*args, cpu=True, **kwargs)
+        # Every AcceleratorState takes over what PartialState knows.
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": fsdp_plugin}
 
 
@@ -55,7 +57,7 @@ def environment(rank):
 OPTIONS = {"method": "onties", "merge_every": 3, "rounding": "stochastic"}
 
 
-def groups_of(model, world=1):
+def groups_of(model):
     """Matrices decay and vectors do not."""
     pairs = [*model.named_parameters()]
     return [{"params": [p for p in pairs if p[1].ndim == n], "weight_decay": 0.1 * (n - 1)} for n in (1, 2)]
