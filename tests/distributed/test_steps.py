@@ -65,6 +65,12 @@ def test_kernels_have_the_bits_of_one_process(case, kind, world, where, ranks_of
     ranks_of(world, where).all(parallel_steps.same_bits_as_one_process, kind, 2, dtype, options)
 
 
+@pytest.mark.parametrize("method", ["ondare", "onties"])
+@everywhere
+def test_a_delta_of_sharded_models_is_that_of_whole_ones(method, kind, world, where, ranks_of):
+    ranks_of(world, where).all(parallel_steps.steps_of_a_sharded_delta, kind, {"method": method})
+
+
 @pytest.mark.parametrize("options", PROJECTIONS, ids=lambda options: " ".join(map(str, options.values())))
 @in_eager_code_and_kernels
 def test_projections_are_those_of_one_process_up_to_rounding(options, kind, world, impl, where, ranks_of):

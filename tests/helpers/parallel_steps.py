@@ -5,9 +5,22 @@ from __future__ import annotations
 import parallel
 import torch
 from bits import bits
-from parallel import assert_held, fill_gradients, like, named, optimizer_of, pairs, part_of, steps, tuned, wrapped
+from parallel import (
+    Network,
+    assert_held,
+    fill_gradients,
+    like,
+    named,
+    optimizer_of,
+    pairs,
+    part_of,
+    steps,
+    tuned,
+    wrapped,
+)
 from torch.distributed.tensor.debug import CommDebugMode
 
+import fused_merge as fm
 from fused_merge.distributed import local_part
 from fused_merge.optim.state import state_dtypes
 
@@ -27,6 +40,18 @@ def same_bits_as_one_process(rank, kind, count, dtype, options):
     for parameter in sharded.parameters():
         dtypes = state_dtypes(parameter, ours.param_groups[0])
         assert all(value.dtype == dtypes[key] for key, value in ours.state[parameter].items())
+
+
+def steps_of_a_sharded_delta(rank, kind, options):
+    """Make tau of two models that are sharded as the trained one is, of which each process keeps what it holds."""
+    ends = [wrapped(model, kind) for model in (Network(0), tuned())]
+    reference = fm.ReferenceDelta.from_models(*ends)
+    sharded, _, whole, theirs = pairs(kind, **options)
+    ours = optimizer_of(sharded, reference, **options)
+    assert reference.identity == theirs.reference_delta.identity
+    steps(sharded, ours, 3)
+    steps(whole, theirs, 3)
+    assert_held(sharded, ours, whole, theirs)
 
 
 def ulps(a, b):
