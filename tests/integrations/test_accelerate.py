@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("accelerate")
+pytest.importorskip("trl")
 
 import accelerated
 
@@ -33,3 +33,8 @@ def test_a_delta_that_lacks_tensors_is_refused_by_all(ranks_of):
     said = ranks_of(2).all(accelerated.wrong_delta)
     assert len(set(said)) == 1
     assert "the reference delta lacks 'blocks.1.gain', 'blocks.1.up.weight'" in said[0]
+
+
+@pytest.mark.parametrize("kind", ["plain", "dpo"])
+def test_trainers_take_the_steps_of_their_gradients(kind, ranks_of, tmp_path):
+    assert ranks_of(2).all(accelerated.train_with_a_trainer, kind, tmp_path) == [3, 3]
