@@ -72,6 +72,8 @@ BF16 = FP32._replace(PARAM=tl.bfloat16, GRAD=tl.bfloat16)
 DENSE = {"TAU": tl.bfloat16}
 RARE = {"TAU": tl.bfloat16, "SPARSE": True, "SPARSIFY": "random", "SKIPS": True}
 RANKED = {"TAU": tl.bfloat16, "SPARSE": True, "SPARSIFY": "magnitude", "RANKED": True, "CONSENSUS": "sign_reference"}
+# After the step of another optimizer.
+ELSEWHERE = {"GRAD": None, "EXP_AVG": None, "EXP_AVG_SQ": None}
 CONFLICT = DENSE | {"PROJECT": "conflict"}
 
 STEPS = {
@@ -84,6 +86,7 @@ STEPS = {
     "onproj, rows": FP32._replace(**CONFLICT, PROJECT_ROWS=True, ROW_PROGRAMS=True),
     "onproj, rows of u": FP32._replace(**CONFLICT, PROJECT_ROWS=True, ROW_PROGRAMS=True, PROJECT_ON="update"),
     "ondare, K": FP32._replace(**RARE | {"SKIPS": False}, ANCHOR=tl.float32),
+    "ondare, elsewhere": FP32._replace(**RARE | ELSEWHERE | {"SKIPS": False}, ANCHOR=tl.float32, KEEPS_ANCHOR=False),
     "ondare, statistics": FP32._replace(**RARE | {"SKIPS": False}, STATS=True),
     "bf16 adamw": BF16,
     "bf16 ondare": BF16._replace(**RARE),
@@ -111,12 +114,13 @@ def step_bytes(spec: Specialization) -> tuple[int, int]:
 
     moments = size(spec.EXP_AVG, spec.EXP_AVG_SQ)
     weight = size(spec.PARAM, spec.ANCHOR) + {"none": 0, "split": 2, "fp32": 4}[spec.MASTER]
+    left = 0 if spec.KEEPS_ANCHOR else size(spec.ANCHOR)
     if spec.RESUMES:
         return moments + weight, weight
     tau = 0 if spec.SPARSE else size(spec.TAU)
     # A program that owns a row reads it once more to project it.
     again = size(spec.GRAD) + tau + (moments if spec.PROJECT_ON == "update" else 0)
-    return size(spec.GRAD) + moments + weight + tau + again * spec.ROW_PROGRAMS, moments + weight
+    return size(spec.GRAD) + moments + weight + tau + again * spec.ROW_PROGRAMS, moments + weight - left
 
 
 def builds() -> dict[str, Build]:

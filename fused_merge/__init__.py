@@ -1,7 +1,7 @@
 """Merge language models while they train, or along the path between two checkpoints.
 
 - `OnDAREAdamW`, `OnTIESAdamW`, `OnProjAdamW`, `MergingAdamW`: AdamW whose every update is merged with the reference
-  delta of supervised fine-tuning (Lu et al. 2024, arXiv 2405.17931).
+  delta of supervised fine-tuning (Lu et al. 2024, arXiv 2405.17931). `OnlineMerging`: the same around any optimizer.
 - `ReferenceDelta`: that delta, from models or checkpoints, dense or sparse.
 - `interpolate`, `RatioSweep`, `interpolate_checkpoints`: many points of the path between two models in one read
   (Lin et al. 2024, arXiv 2309.06256).
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fused_merge.interpolation.ratio_sweep import RatioSweep
     from fused_merge.merge.merge import merge_checkpoints
     from fused_merge.optim.merging_adamw import MergingAdamW
+    from fused_merge.optim.online_merging import OnlineMerging
     from fused_merge.optim.variants import OnDAREAdamW, OnProjAdamW, OnTIESAdamW
     from fused_merge.optim.verification import verify
     from fused_merge.sweep.evaluate import evaluate_ratios, sweep_checkpoints
@@ -50,6 +51,7 @@ __all__ = [
     "OnDAREAdamW",
     "OnProjAdamW",
     "OnTIESAdamW",
+    "OnlineMerging",
     "RatioSweep",
     "ReferenceDelta",
     "SweepCallback",
@@ -87,6 +89,7 @@ _HOMES = {
         "interpolation.ratio_sweep": "RatioSweep",
         "merge.merge": "merge_checkpoints",
         "optim.merging_adamw": "MergingAdamW",
+        "optim.online_merging": "OnlineMerging",
         "optim.variants": "OnDAREAdamW OnProjAdamW OnTIESAdamW",
         "optim.verification": "verify",
         "sweep.evaluate": "evaluate_ratios sweep_checkpoints",

@@ -20,8 +20,12 @@ def update(b, m, v):
 
 @triton.jit
 def advance(b, g, SPEC: tl.constexpr):
-    """`eager.adamw.moments`: m = b1*m + (1 - b1)*g and v = b2*v + (1 - b2)*g^2, and their u."""
-    m, v = operands.load_moments(b, SPEC)
-    m = tl.load(b.scalars_ptr + SCALAR.beta1) * m + tl.load(b.scalars_ptr + SCALAR.one_minus_beta1) * g
-    v = tl.load(b.scalars_ptr + SCALAR.beta2) * v + tl.load(b.scalars_ptr + SCALAR.one_minus_beta2) * (g * g)
-    return m, v, update(b, m, v)
+    """`eager.adamw.moments`: m = b1*m + (1 - b1)*g and v = b2*v + (1 - b2)*g^2, and their u, or another optimizer's."""
+    if SPEC.GRAD is None:
+        _, u = operands.added_elsewhere(b, SPEC)
+        return 0.0, 0.0, u
+    else:
+        m, v = operands.load_moments(b, SPEC)
+        m = tl.load(b.scalars_ptr + SCALAR.beta1) * m + tl.load(b.scalars_ptr + SCALAR.one_minus_beta1) * g
+        v = tl.load(b.scalars_ptr + SCALAR.beta2) * v + tl.load(b.scalars_ptr + SCALAR.one_minus_beta2) * (g * g)
+        return m, v, update(b, m, v)

@@ -251,7 +251,7 @@ def _identity(o: Operands) -> tuple[Any, ...]:
     """Return all that the tables of a tensor depend on."""
     sparse = (o.tau.mask, o.tau.values) if isinstance(o.tau, SparseTensor) else (o.tau,)
     every = (o.param, o.grad, o.exp_avg, o.exp_avg_sq, o.step, *sparse, o.tau_dense, *(o.anchor or ()), o.master)
-    tensors = [None if tensor is None else (tensor.data_ptr(), tensor.dtype) for tensor in every]
+    tensors = [(x.data_ptr(), x.dtype) if isinstance(x, Tensor) else x for x in every]
     return o.param.shape, o.tensor_id, o.shard, tensors
 
 

@@ -89,9 +89,9 @@ class Specialization(NamedTuple):
     """What one compiled form of the step is special to; tensors that share it go in one launch."""
 
     PARAM: tl.dtype
-    GRAD: tl.dtype
-    EXP_AVG: tl.dtype
-    EXP_AVG_SQ: tl.dtype
+    GRAD: tl.dtype | None  # None where another optimizer has taken the step, and moments are None too
+    EXP_AVG: tl.dtype | None
+    EXP_AVG_SQ: tl.dtype | None
     TAU: tl.dtype | None = None  # of F(tau); None for a plain AdamW step
     SPARSE: bool = False  # F(tau) is a `SparseTensor`
     SPARSIFY: str = "none"  # F of u
@@ -100,7 +100,8 @@ class Specialization(NamedTuple):
     PROJECT_ON: str = "gradient"
     PROJECT_ROWS: bool = False
     TAU_DENSE: tl.dtype | None = None  # of tau before F, where something is projected onto it and F(tau) is another
-    ANCHOR: tl.dtype | None = None  # merges at every K-th step
+    ANCHOR: tl.dtype | None = None  # merges at every K-th step, or after another optimizer's
+    KEEPS_ANCHOR: bool = True  # a merge leaves the next anchor
     MASTER: str = "none"  # "fp32", or "split" for the low halves
     STOCHASTIC: bool = False
     STATS: bool = False

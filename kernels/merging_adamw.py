@@ -20,6 +20,8 @@ Bytes per element, all fp32: reads theta 4, g 4, m 4, v 4; writes theta 4, m 4, 
 - Projection over tensors: one pass more over g and tau (over g, m, v and tau for the update). Over rows: nothing,
   since a program that owns a row finds it in the cache again.
 - Step-K: the anchor is read and written at merges, and only then is tau read.
+- After another optimizer's step: reads theta 4, anchor 4 and tau, writes theta 4 and the next anchor 4; between merges
+  nothing. Where every step is merged no anchor is written, and one was made before the step: reads 4, writes 4.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ def merging_adamw_kernel(
     """The step; one program a block of elements, or a row."""
     index, number, tensor_ptr, own_scalars_ptr = layout.locate(programs_ptr, tensors_ptr, scalars_ptr)
     if SPEC.ROW_PROGRAMS:
-        if scalars.advances(own_scalars_ptr):
+        if scalars.works(own_scalars_ptr, SPEC):
             along = projection.row_products(tensor_ptr, own_scalars_ptr, number, SPEC)
             for block in range(0, tl.cdiv(tl.load(tensor_ptr + ENTRY.row_length), SPEC.BLOCK)):
                 base, inside = projection.block_of_row(tensor_ptr, number, block * SPEC.BLOCK, SPEC)
@@ -68,7 +70,7 @@ def merging_adamw_kernel(
                 listed = tl.load(search_ptr + index * SEARCH_COLUMNS + SEARCH.listed)
                 marks |= (listed < 0).to(tl.int32)
                 step.resume_block(b, projection.coefficients(b, coefficients_ptr, SPEC), kth, marks, SPEC)
-        elif scalars.advances(b.scalars_ptr):
+        elif scalars.works(b.scalars_ptr, SPEC):
             block = tl.load(b.tensor_ptr + ENTRY.first_block) + number
             sums_ptr = products_ptr + block * merge_stats.PRODUCTS, counts_ptr + index * merge_stats.COUNTS
             step.step_block(b, projection.coefficients(b, coefficients_ptr, SPEC), kth, sums_ptr, SPEC)

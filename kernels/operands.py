@@ -15,8 +15,11 @@ ROUNDING_DOMAIN = tl.constexpr(DOMAIN_ROUNDING)
 
 @triton.jit
 def gradient(b, SPEC: tl.constexpr):
-    """g, unscaled, clipped and turned as the scalars say."""
-    return tl.load(b.scalars_ptr + SCALAR.grad_factor) * memory.load(b, ENTRY.grad, SPEC.GRAD, SPEC).to(tl.float32)
+    """g, unscaled, clipped and turned as the scalars say; 0 where another optimizer has used it up."""
+    if SPEC.GRAD is None:
+        return 0.0
+    else:
+        return tl.load(b.scalars_ptr + SCALAR.grad_factor) * memory.load(b, ENTRY.grad, SPEC.GRAD, SPEC).to(tl.float32)
 
 
 @triton.jit
@@ -32,6 +35,12 @@ def store_moments(b, m, v, SPEC: tl.constexpr):
     """Write m and v, each rounded once."""
     memory.store(b, ENTRY.exp_avg, m, SPEC.EXP_AVG, SPEC)
     memory.store(b, ENTRY.exp_avg_sq, v, SPEC.EXP_AVG_SQ, SPEC)
+
+
+@triton.jit
+def load_anchor(b, SPEC: tl.constexpr):
+    """The weights after the last merge."""
+    return memory.load(b, ENTRY.anchor, SPEC.ANCHOR, SPEC).to(tl.float32)
 
 
 @triton.jit
@@ -69,6 +78,13 @@ def load_weight(b, SPEC: tl.constexpr):
         master = memory.load(b, ENTRY.master, tl.float32, SPEC)
         belongs = rounding.nearest(master, SPEC.PARAM).to(tl.float32) == param.to(tl.float32)
         return tl.where(belongs, master, param.to(tl.float32))
+
+
+@triton.jit
+def added_elsewhere(b, SPEC: tl.constexpr):
+    """The anchor, and the u that another optimizer has added to it."""
+    anchor = load_anchor(b, SPEC)
+    return anchor, load_weight(b, SPEC) - anchor
 
 
 @triton.jit

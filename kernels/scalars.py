@@ -45,6 +45,15 @@ def merges(scalars_ptr, SPEC: tl.constexpr):
 
 
 @triton.jit
+def works(scalars_ptr, SPEC: tl.constexpr):
+    """Whether a step has anything to do: after another optimizer's there are only merges."""
+    if SPEC.GRAD is None:
+        return merges(scalars_ptr, SPEC)
+    else:
+        return advances(scalars_ptr)
+
+
+@triton.jit
 def power(base, exponent):
     """`eager.scalars.power`: base^exponent by squaring."""
     result = base * 0.0 + 1.0

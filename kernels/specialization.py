@@ -50,7 +50,7 @@ def projects_rows(o: Operands, rule: MergeRule) -> bool:
 def specialization(o: Operands, rule: MergeRule, stats: bool, block: int) -> Specialization:
     """Return which compiled form steps a tensor."""
     numel, row_length, index = o.param.numel(), o.param.shape[1:].numel(), o.shard.elements
-    dtypes = (layout.TL_DTYPE[x.dtype] for x in (o.param, o.grad, o.exp_avg, o.exp_avg_sq))
+    dtypes = (x if x is None else layout.TL_DTYPE[x.dtype] for x in (o.param, o.grad, o.exp_avg, o.exp_avg_sq))
     common = {
         "MASTER": "none" if o.master is None else MASTER[o.master.dtype],
         "STOCHASTIC": rule.rounding == "stochastic",
@@ -69,7 +69,7 @@ def specialization(o: Operands, rule: MergeRule, stats: bool, block: int) -> Spe
     rows = projects_rows(o, rule)
     row_programs = rows and not ranked and not stats and not o.shard.row_groups
     plain = o.anchor is None and not stats
-    wide = o.exp_avg.dtype == o.exp_avg_sq.dtype == torch.float32
+    wide = all(x is not None and x.dtype == torch.float32 for x in (o.exp_avg, o.exp_avg_sq))
     dense += [None if sparse else o.tau, o.tau_dense if rule.project else None, o.anchor and o.anchor.weights]
     return Specialization(
         *dtypes,
@@ -83,6 +83,7 @@ def specialization(o: Operands, rule: MergeRule, stats: bool, block: int) -> Spe
         PROJECT_ROWS=rows,
         TAU_DENSE=layout.TL_DTYPE[o.tau_dense.dtype] if rule.project and o.tau_dense is not None else None,
         ANCHOR=o.anchor and layout.TL_DTYPE[o.anchor.weights.dtype],
+        KEEPS_ANCHOR=o.anchor is None or o.anchor.kept,
         STATS=stats,
         RANKED=ranked,
         RESUMES=ranked and wide and plain,

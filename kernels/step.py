@@ -11,7 +11,10 @@ from fused_merge.kernels.layout import ENTRY, SCALAR
 
 @triton.jit
 def fresh_update(b, tau_dense, along, SPEC: tl.constexpr):
-    """The moments after this step and u, with what is projected projected; `along` is <x, tau> and <tau, tau>."""
+    """The moments after this step, where it has any, and u, with what is projected projected.
+
+    `along` is <x, tau> and <tau, tau>.
+    """
     g = projection.project(b, operands.gradient(b, SPEC), tau_dense, along, SPEC, "gradient")
     m, v, u = adamw.advance(b, g, SPEC)
     return m, v, projection.project(b, u, tau_dense, along, SPEC, "update")
@@ -20,8 +23,7 @@ def fresh_update(b, tau_dense, along, SPEC: tl.constexpr):
 @triton.jit
 def since_anchor(b, decayed, u, SPEC: tl.constexpr):
     """Where a merge of step-K starts, c*anchor, and the update since the last one, theta_decayed + u - c*anchor."""
-    anchor = memory.load(b, ENTRY.anchor, SPEC.ANCHOR, SPEC)
-    origin = tl.load(b.scalars_ptr + SCALAR.origin_decay) * anchor.to(tl.float32)
+    origin = tl.load(b.scalars_ptr + SCALAR.origin_decay) * operands.load_anchor(b, SPEC)
     return origin, decayed + u - origin
 
 
@@ -68,6 +70,27 @@ def add_merged(b, u, u_kept, tau_dense, sums_ptr, SPEC: tl.constexpr):
 
 
 @triton.jit
+def merge_at(b, start, u, tau_dense, kth, sums_ptr, SPEC: tl.constexpr):
+    """F(u) ⊕ F(tau), to be added to `start`; statistics count it."""
+    u_kept = sparsified(b, u, kth, SPEC)
+    tau = operands.load_tau(b, tau_dense, SPEC)
+    merged = merge(b, u_kept, tau, SPEC)
+    merge_stats.add_up(b, u, u_kept, tau, merged, start, sums_ptr, SPEC)
+    return merged
+
+
+@triton.jit
+def merge_added_elsewhere(b, along, kth, sums_ptr, SPEC: tl.constexpr):
+    """anchor + (F(u) ⊕ F(tau)) for the u that another optimizer has added to the anchor."""
+    tau_dense = operands.load_tau_dense(b, SPEC)
+    start, u = operands.added_elsewhere(b, SPEC)
+    u = projection.project(b, u, tau_dense, along, SPEC, "update")
+    stored = operands.store_weight(b, start, merge_at(b, start, u, tau_dense, kth, sums_ptr, SPEC), SPEC)
+    if SPEC.KEEPS_ANCHOR:
+        memory.store(b, ENTRY.anchor, stored, SPEC.ANCHOR, SPEC)
+
+
+@triton.jit
 def add_since_anchor(b, u, tau_dense, kth, sums_ptr, SPEC: tl.constexpr):
     """A step of step-K: AdamW's between merges; at a merge c*anchor + (F(u since then) ⊕ F(tau))."""
     merges = tl.load(b.scalars_ptr + SCALAR.merges) != 0.0
@@ -75,10 +98,7 @@ def add_since_anchor(b, u, tau_dense, kth, sums_ptr, SPEC: tl.constexpr):
     merged = u
     if merges:
         start, u = since_anchor(b, start, u, SPEC)
-        u_kept = sparsified(b, u, kth, SPEC)
-        tau = operands.load_tau(b, tau_dense, SPEC)
-        merged = merge(b, u_kept, tau, SPEC)
-        merge_stats.add_up(b, u, u_kept, tau, merged, start, sums_ptr, SPEC)
+        merged = merge_at(b, start, u, tau_dense, kth, sums_ptr, SPEC)
     stored = operands.store_weight(b, start, merged, SPEC)
     if merges:
         memory.store(b, ENTRY.anchor, stored, SPEC.ANCHOR, SPEC)
@@ -87,21 +107,24 @@ def add_since_anchor(b, u, tau_dense, kth, sums_ptr, SPEC: tl.constexpr):
 @triton.jit
 def step_block(b, along, kth, sums_ptr, SPEC: tl.constexpr):
     """The whole step of a block."""
-    tau_dense = operands.load_tau_dense(b, SPEC)
-    m, v, u = fresh_update(b, tau_dense, along, SPEC)
-    operands.store_moments(b, m, v, SPEC)
-    # lr = 0 moves the moments and leaves the weights, bit for bit.
-    if tl.load(b.scalars_ptr + SCALAR.moves) != 0.0:
-        if SPEC.ANCHOR is not None:
-            add_since_anchor(b, u, tau_dense, kth, sums_ptr, SPEC)
-        else:
-            add_merged(b, u, sparsified(b, u, kth, SPEC), tau_dense, sums_ptr, SPEC)
+    if SPEC.GRAD is None:
+        merge_added_elsewhere(b, along, kth, sums_ptr, SPEC)
+    else:
+        tau_dense = operands.load_tau_dense(b, SPEC)
+        m, v, u = fresh_update(b, tau_dense, along, SPEC)
+        operands.store_moments(b, m, v, SPEC)
+        # lr = 0 moves the moments and leaves the weights, bit for bit.
+        if tl.load(b.scalars_ptr + SCALAR.moves) != 0.0:
+            if SPEC.ANCHOR is not None:
+                add_since_anchor(b, u, tau_dense, kth, sums_ptr, SPEC)
+            else:
+                add_merged(b, u, sparsified(b, u, kth, SPEC), tau_dense, sums_ptr, SPEC)
 
 
 @triton.jit
 def update_since_merge(b, u, SPEC: tl.constexpr):
     """The u that F sees: that of this step, or of all steps since the last merge of step-K."""
-    if SPEC.ANCHOR is not None:
+    if SPEC.ANCHOR is not None and SPEC.GRAD is not None:
         decayed = operands.load_weight(b, SPEC) * tl.load(b.scalars_ptr + SCALAR.decay)
         _, u = since_anchor(b, decayed, u, SPEC)
     return u

@@ -16,6 +16,10 @@ from processes import Ranks
 # What is started in the background of a shell ignores Ctrl-C, and so would the tests of it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Otherwise DeepSpeed, which Transformers imports where it is installed, prints that it finds no GPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 # Triton reads this once, when it is first imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

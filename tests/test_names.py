@@ -17,6 +17,16 @@ from fused_merge.names import canonical_name, layer_of, tensor_id
         # A tensor of that very name, and a component that only contains a wrapper's name, stay.
         ("module", "module"),
         ("submodule.weight", "submodule.weight"),
+        # What PEFT inserts in memory and not in files.
+        ("base_model.model.q.lora_A.default.weight", "base_model.model.q.lora_A.weight"),
+        ("_orig_mod.base_model.model.q.lora_B.my_adapter.bias", "base_model.model.q.lora_B.bias"),
+        ("embed.lora_embedding_A.ref", "embed.lora_embedding_A"),
+        ("q.lora_magnitude_vector.default.weight", "q.lora_magnitude_vector"),
+        ("lm_head.modules_to_save.default.out.weight", "lm_head.out.weight"),
+        # Names of files, and a layer that is called lora.
+        ("q.lora_A.weight", "q.lora_A.weight"),
+        ("embed.lora_embedding_B", "embed.lora_embedding_B"),
+        ("w_lora.lora.0.weight", "w_lora.lora.0.weight"),
     ],
 )
 def test_canonical_name(name, canonical):

@@ -19,6 +19,7 @@ from fused_merge.adapt.options import AnswerOptions, SamplingOptions, TargetOpti
 from fused_merge.checkpoints.interpolate import plan_interpolation
 from fused_merge.functional.backend import check_device
 from fused_merge.io.files import expanded
+from fused_merge.io.mergeable import check_mergeable
 from fused_merge.io.options import PairingOptions
 from fused_merge.io.sources import PathLike, open_files
 from fused_merge.io.transformers import ModelLoader, import_function, stored_dtype, text_tokenizer
@@ -145,6 +146,9 @@ def adapt_checkpoints(
     o = resolve(options, AnswerOptions)
     out = expanded(out)
     source = open_files(tuned, role="tuned")
+    # Of adapters there are outputs, but no model that moves between them.
+    for end in (open_files(base, role="base"), source):
+        check_mergeable(end)
     if not prompts:
         raise ValueError("there is no prompt; give at least one")
     loader = ModelLoader(source.path, trust_remote_code=o["trust_remote_code"], loader=o["loader"])

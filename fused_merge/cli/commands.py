@@ -184,7 +184,8 @@ def delta(
     tau = ReferenceDelta.from_checkpoints(base, tuned, **select(options, DeltaOptions))
     saved = ReferenceDelta.load(tau.save(out, reserve_rate, method, seed, options["dtype"]))
     size = out.stat().st_size
-    return {"path": str(out), "identity": saved.identity, "tensors": len(saved), "bytes": size}, [str(out)]
+    document = {"path": str(out), "identity": saved.identity, "tensors": len(saved), "ordered": saved.ordered}
+    return document | {"bytes": size}, [str(out)]
 
 
 @command()

@@ -46,7 +46,8 @@ class ReferenceDelta:
         names: canonical names of the tensors.
         path: the file that it was loaded from, or None.
         sparsity: how a stored delta was sparsified; None for a dense one.
-        ordered: whether `names` is known to follow the model's own order of parameters: made of modules.
+        ordered: whether `names` is known to follow the model's own order of parameters: made of modules, of folders of
+            a model that Transformers knows, or with its `config`.
         nbytes: bytes that all of tau takes as stored, or would take if it is read lazily.
     """
 

@@ -150,6 +150,11 @@ class Pairs:
         found = match(base, tuned, memory=True, parameters=True, **options)
         self._ends, self._names = (found.first, found.second), found.pairs
         self.ordered = found.first.ordered and not (found.untied or any(found.only))
+        if options["config"] is not None and not self.ordered:
+            raise ValueError(
+                f"the model of {options['config']} does not have the tensors of {base.origin} and {tuned.origin}; give "
+                "the configuration of their model, or leave config out"
+            )
         self.specs: dict[str, TensorSpec] = {}
         for name, (a, b) in found.pairs.items():
             dtype = torch.promote_types(found.first.dtype(a), found.second.dtype(b))

@@ -1,5 +1,7 @@
 """One step of a merging optimizer for one tensor: theta += F(u) ⊕ F(tau).
 
+The update u is AdamW's, or what another optimizer has added to the weights.
+
 Source: Lu et al. 2024 (arXiv 2405.17931), algorithm 1 and its step-K variant.
 """
 
@@ -34,10 +36,11 @@ class Delta(NamedTuple):
 
 
 class Anchor(NamedTuple):
-    """What step-K keeps between merges."""
+    """What a merge starts from: the weights after the last one."""
 
-    weights: Tensor  # the weights after the last merge, in the precision of the master
-    decay: Tensor  # 0-d: the product of (1 - lr*wd) since then
+    weights: Tensor  # in the precision of the master
+    decay: Tensor | None = None  # 0-d: the product of (1 - lr*wd) since then; None where another optimizer steps
+    kept: bool = True  # the weights after this merge become the next anchor
 
 
 class Terms(NamedTuple):
@@ -52,9 +55,9 @@ class Terms(NamedTuple):
 
 def merging_adamw_(
     param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    grad: Tensor | None,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor | None,
     delta: Delta | None,
     s: Scalars,
     rule: MergeRule,
@@ -70,14 +73,16 @@ def merging_adamw_(
 
     Args:
         param: any floating dtype and strides; rounded once. Mutated, unless `s.moves` or `s.advances` is 0.
-        grad: gradient of the shape of `param`, any floating dtype.
-        exp_avg: first moment, any floating dtype; mutated.
-        exp_avg_sq: second moment; mutated.
+        grad: gradient of the shape of `param`, any floating dtype. None where another optimizer has stepped `param`:
+            u is then all that it holds beyond the anchor.
+        exp_avg: first moment, any floating dtype; mutated. None without a gradient.
+        exp_avg_sq: second moment; mutated. None without a gradient.
         delta: the reference delta, or None: the step is then plain AdamW.
         s: the scalars of this step.
         rule: which elements of u are kept, how the two are merged, what is projected and how results are rounded.
         key: of the tensor's random numbers at this step.
-        anchor: for merges at every K-th step; mutated. None merges at every step. Unused without a delta.
+        anchor: for merges at every K-th step and those of another optimizer's update; mutated. None merges at every
+            step. Unused without a delta.
         master: fp32 copy of a 16-bit `param`, or int16 low halves of a bf16 one; mutated.
         along: `projected_products` of the logical tensor, where these are shards of it.
         kth: the pattern of the k-th largest magnitude of its u, the same.
@@ -87,10 +92,18 @@ def merging_adamw_(
     anchor = anchor if delta is not None else None
     flags = (s.advances, s.advances * s.moves, s.merges)
     advances, moves, merges = (torch.as_tensor(flag, device=param.device) != 0 for flag in flags)
-    m, v, u = fresh_update(grad, exp_avg, exp_avg_sq, delta, s, rule, compute, along)
-    start, merged, terms = _load(param, master, compute) * s.decay, u, None
+    if grad is None or exp_avg is None or exp_avg_sq is None:
+        assert anchor is not None
+        start, moves = anchor.weights.to(compute), moves & merges
+        u = projected(added_elsewhere(param, anchor, master, compute), delta, rule, "update", along)
+    else:
+        m, v, u = fresh_update(grad, exp_avg, exp_avg_sq, delta, s, rule, compute, along)
+        start = _load(param, master, compute) * s.decay
+        _write(exp_avg, m, advances)
+        _write(exp_avg_sq, v, advances)
+    merged, terms = u, None
     if delta is not None:
-        if anchor is not None:
+        if anchor is not None and anchor.decay is not None:
             # A merge starts from c*anchor and takes what came since; between merges this is plain AdamW.
             origin, since = _since_anchor(start, u, anchor, s)
             start, u = torch.where(merges, origin, start), torch.where(merges, since, u)
@@ -102,8 +115,6 @@ def merging_adamw_(
         if keep_terms:
             terms = Terms(u, u_kept, tau, merged, start)
 
-    _write(exp_avg, m, advances)
-    _write(exp_avg_sq, v, advances)
     # Nothing to add changes no bit, not even that of -0: such weights need not be written at all.
     theta = torch.where(merged == 0, start, start + merged)
     stored, stored_master = theta, theta
@@ -115,10 +126,16 @@ def merging_adamw_(
     _write(param, stored, moves)
     if master is not None:
         _write(master, stored_master, moves)
-    if anchor is not None:
+    if anchor is not None and anchor.kept:
         _write(anchor.weights, _load(param, master, compute), moves & merges)
+    if anchor is not None and anchor.decay is not None:
         _write(anchor.decay, torch.where(merges, 1.0, anchor.decay * s.decay), moves)
     return terms
+
+
+def added_elsewhere(param: Tensor, anchor: Anchor, master: Tensor | None, compute: torch.dtype) -> Tensor:
+    """Return what another optimizer has added to the anchor: its u."""
+    return _load(param, master, compute) - anchor.weights.to(compute)
 
 
 def fresh_update(
@@ -132,9 +149,17 @@ def fresh_update(
     along: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the moments after this step and u, with what is projected projected; nothing is changed."""
-    g = _projected(s.grad_factor * grad.to(compute), delta, rule, "gradient", along)
+    g = projected(s.grad_factor * grad.to(compute), delta, rule, "gradient", along)
     m, v = adamw.moments(g, exp_avg.to(compute), exp_avg_sq.to(compute), s)
-    return m, v, _projected(adamw.update(m, v, s), delta, rule, "update", along)
+    return m, v, projected(adamw.update(m, v, s), delta, rule, "update", along)
+
+
+def projected(x: Tensor, delta: Delta | None, rule: MergeRule, on: str, along: Tensor | None) -> Tensor:
+    """Return a gradient or an update, projected if the rule projects it."""
+    if delta is None or delta.tau_dense is None or rule.project is None or rule.project_on != on:
+        return x
+    tau, rows, how, ascent = delta.tau_dense.to(x.dtype), rule.project_over == "rows", rule.project, on == "gradient"
+    return project(x, tau, how, strength=rule.project_strength, rows=rows, ascent=ascent, along=along)
 
 
 def projected_products(
@@ -160,16 +185,9 @@ def update_since_merge(u: Tensor, param: Tensor, anchor: Anchor | None, master: 
 
 def _since_anchor(decayed: Tensor, u: Tensor, anchor: Anchor, s: Scalars) -> tuple[Tensor, Tensor]:
     """Return where a merge of step-K starts, c*anchor, and the update since the last one."""
+    assert anchor.decay is not None
     origin = (anchor.decay * s.decay) * anchor.weights.to(u.dtype)
     return origin, decayed + u - origin
-
-
-def _projected(x: Tensor, delta: Delta | None, rule: MergeRule, on: str, along: Tensor | None) -> Tensor:
-    """Return a gradient or an update, projected if the rule projects it."""
-    if delta is None or delta.tau_dense is None or rule.project is None or rule.project_on != on:
-        return x
-    tau, rows, how, ascent = delta.tau_dense.to(x.dtype), rule.project_over == "rows", rule.project, on == "gradient"
-    return project(x, tau, how, strength=rule.project_strength, rows=rows, ascent=ascent, along=along)
 
 
 def _load(param: Tensor, master: Tensor | None, compute: torch.dtype) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -19,13 +19,13 @@ class Operands(NamedTuple):
 
     name: str  # used in error messages
     param: Tensor  # mutated
-    grad: Tensor
-    exp_avg: Tensor  # mutated
-    exp_avg_sq: Tensor  # mutated
+    grad: Tensor | None  # None where another optimizer has taken the step: u is then what came since the anchor
+    exp_avg: Tensor | None  # mutated; None without a gradient
+    exp_avg_sq: Tensor | None  # mutated; None without a gradient
     step: Tensor  # 0-d fp32, the step count; incremented
     tau: Tau  # F(tau); None for a plain AdamW step
     tau_dense: Tensor | None  # tau before F, where something is projected onto it and F(tau) is another
-    anchor: Anchor | None  # of step-K; mutated
+    anchor: Anchor | None  # of step-K, and of another optimizer's steps; mutated
     master: Tensor | None  # fp32, or the int16 low halves of a bf16 parameter; mutated
     tensor_id: int
     shard: Shard
@@ -36,8 +36,9 @@ class Operands(NamedTuple):
         rows = self.tau.shape[0]
         parts = []
         for side in (slice(None, rows), slice(rows, None)):
-            tensors = {name: getattr(self, name)[side] for name in ("param", "grad", "exp_avg", "exp_avg_sq")}
-            parts.append(self._replace(**tensors, master=None if self.master is None else self.master[side]))
+            tensors = {name: getattr(self, name) for name in ("param", "grad", "exp_avg", "exp_avg_sq", "master")}
+            cut: dict[str, Any] = {name: x if x is None else x[side] for name, x in tensors.items()}
+            parts.append(self._replace(**cut))
         first, rest = parts
         anchor = self.anchor and self.anchor._replace(weights=self.anchor.weights[:rows])
         first = first._replace(anchor=anchor, shard=self.shard._replace(shape=shape))

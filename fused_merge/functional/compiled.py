@@ -33,12 +33,12 @@ def merging_adamw_(*arguments: Any, anchor: Anchor | None, master: Tensor | None
         # place off where Inductor's is not: fp64 is defined by the eager code.
         return eager_merging_adamw_(*arguments, anchor=anchor, master=master, **options)
     key = key._replace(shard=key.shard or ShardIndex.whole(numel))
-    every = [*tensors, *(t for t in (*(delta or ()), anchor and anchor.weights, master) if t is not None)]
+    every = [t for t in (*tensors, *(delta or ()), anchor and anchor.weights, master) if t is not None]
     if not (rule.project and rule.project_over == "rows") and all(t.is_contiguous() for t in every):
         # One compiled form then serves tensors of all shapes.
-        tensors = [t.view(-1) for t in tensors]
+        tensors = [None if t is None else t.view(-1) for t in tensors]
         delta = delta and Delta(delta.tau.view(-1), None if delta.tau_dense is None else delta.tau_dense.view(-1))
-        anchor = anchor and Anchor(anchor.weights.view(-1), anchor.decay)
+        anchor = anchor and anchor._replace(weights=anchor.weights.view(-1))
         master = None if master is None else master.view(-1)
     step: Callable[..., Terms | None] = _compiled_step()
     return step(*tensors, delta, s, rule, key, anchor=anchor, master=master, **options)

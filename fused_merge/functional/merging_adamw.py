@@ -14,11 +14,20 @@ import torch
 from torch import Tensor
 
 from fused_merge.eager.merge_stats import MergeStats, MergeSums, merge_stats, merge_sums
-from fused_merge.eager.merging_adamw import Anchor, Delta, fresh_update, projected_products, update_since_merge
+from fused_merge.eager.merging_adamw import (
+    Anchor,
+    Delta,
+    added_elsewhere,
+    fresh_update,
+    projected,
+    projected_products,
+    update_since_merge,
+)
 from fused_merge.eager.merging_adamw import merging_adamw_ as eager_merging_adamw_
 from fused_merge.eager.operands import Operands, Tau
 from fused_merge.eager.philox import DOMAIN_UPDATE, MaskKey
 from fused_merge.eager.precision import compute_dtype
+from fused_merge.eager.projection import products
 from fused_merge.eager.scalars import Hyper, Scalars, derive_scalars, scalar_table
 from fused_merge.eager.shard import Shard, ShardIndex
 from fused_merge.eager.sparse import SparseTensor
@@ -223,6 +232,11 @@ def _check(o: Operands, rule: MergeRule) -> None:
             f"{o.name}: gradient, states and reference delta must have the parameter's shape "
             f"{tuple(shape)}, got {sorted(shapes)}"
         )
+    if o.grad is None and (o.tau is None or o.anchor is None or (rule.project_on == "gradient" and rule.project)):
+        raise ValueError(
+            f"{o.name}: without a gradient u is what another optimizer has added to the anchor; pass an anchor and a "
+            "reference delta, and project the update if anything"
+        )
     if rule.project and rule.project_over == "rows" and o.shard.cuts_rows and o.tau is not None and o.shard.has_rows:
         raise ValueError(f"{o.name}: the shards cut through rows, which cannot be projected; use project_over='tensor'")
     if rule.project and o.tau_dense is None and isinstance(o.tau, SparseTensor):
@@ -265,6 +279,10 @@ def _step_each(share: backend.Share, prepared: PreparedStep) -> Steps[list[Merge
         kths = dict(zip(sharded, (yield from side_by_side(searches)), strict=True))
     sums: list[MergeSums | None] = []
     for i, (o, s) in enumerate(zip(operands, scalars, strict=True)):
+        if o.grad is None and i not in sharded and share.device.type == "cpu" and not s.advances * s.merges:
+            # Another optimizer has taken the step, and there is nothing to merge. The host can tell on a CPU.
+            sums.append(None)
+            continue
         terms = merging_adamw(
             o.param,
             o.grad,
@@ -292,12 +310,21 @@ def _products(o: Operands, s: Scalars, rule: MergeRule) -> Tensor:
     """Return the local sums that the projection of a tensor needs."""
     tau = o.tau_dense if o.tau_dense is not None else o.tau
     assert isinstance(tau, Tensor)
-    return projected_products(o.grad, o.exp_avg, o.exp_avg_sq, tau, s, rule, compute_dtype(o.param.dtype))
+    compute = compute_dtype(o.param.dtype)
+    if o.grad is None or o.exp_avg is None or o.exp_avg_sq is None:
+        assert o.anchor is not None
+        u = added_elsewhere(o.param, o.anchor, o.master, compute)
+        return products(u, tau.to(compute), rows=rule.project_over == "rows")
+    return projected_products(o.grad, o.exp_avg, o.exp_avg_sq, tau, s, rule, compute)
 
 
 def _update(o: Operands, s: Scalars, rule: MergeRule, along: Tensor | None) -> Tensor:
     """Return the local u that F sees at a merge."""
     compute, delta = compute_dtype(o.param.dtype), _delta(o, rule) if rule.project else None
+    if o.grad is None or o.exp_avg is None or o.exp_avg_sq is None:
+        assert o.anchor is not None
+        u = added_elsewhere(o.param, o.anchor, o.master, compute)
+        return projected(u, delta, rule, "update", along)
     _, _, u = fresh_update(o.grad, o.exp_avg, o.exp_avg_sq, delta, s, rule, compute, along)
     return update_since_merge(u, o.param, o.anchor, o.master, s)
 

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from fused_merge.distributed import Fragment
 from fused_merge.eager.shard import Shard, ShardIndex
+from fused_merge.names import canonical_name
 from fused_merge.optim.merging_adamw import MergingAdamW
+from fused_merge.optim.online_merging import OnlineMerging, innermost, merging_around
 from fused_merge.optim.pieces import Piece
 
 ProcessGroup: TypeAlias = Any
@@ -57,8 +59,8 @@ def bind_deepspeed(engine: Any) -> None:
     the CPU. Padding belongs to no parameter and stays as it is.
 
     Args:
-        engine: what `deepspeed.initialize` returned first, over a `MergingAdamW` or one of its subclasses. Names are
-            those that the optimizer was given.
+        engine: what `deepspeed.initialize` returned first, over a `MergingAdamW` or one of its subclasses, or over any
+            optimizer with an `OnlineMerging` around it. Names are those that the optimizer was given.
 
     Raises:
         TypeError: if the engine's optimizer is no merging one.
@@ -66,13 +68,22 @@ def bind_deepspeed(engine: Any) -> None:
             experts, tensor parallelism and ZenFlow; if the delta lacks a parameter.
     """
     optimizer = _merging_optimizer(engine.optimizer)
-    pieces = pieces_of(engine, optimizer.param_groups)
-    if pieces and any(group["max_grad_norm"] is not None for group in optimizer.param_groups):
+    flat = list(flat_tensors(engine))
+    if flat and any(group.get("max_grad_norm") is not None for group in optimizer.param_groups):
         raise ValueError(
             "max_grad_norm would clip each flat tensor of DeepSpeed by a norm of its own; set gradient_clipping in the "
             "configuration of DeepSpeed instead"
         )
-    optimizer.set_pieces(pieces)
+    optimizer.set_pieces(pieces_of(engine, optimizer.param_groups))
+    # Now, since a step will see one group, or one tensor of it, and find what is missing when others have stepped.
+    held = [group["params"] for group in optimizer.param_groups]
+    try:
+        for number, group in enumerate(optimizer.param_groups):
+            group["params"] = [each.tensor for each in flat if each.group == number] or group["params"]
+        optimizer.bind()
+    finally:
+        for group, params in zip(optimizer.param_groups, held, strict=True):
+            group["params"] = params
 
 
 def pieces_of(engine: Any, param_groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, list[Piece]]:
@@ -157,18 +168,17 @@ def _groups(given: dict[str, Any], config: Mapping[str, Any], leave_out: Mapping
     ]
 
 
-def _merging_optimizer(optimizer: Any) -> MergingAdamW:
-    """Return the merging optimizer within the wrappers of DeepSpeed."""
-    innermost = optimizer
-    while not isinstance(innermost, MergingAdamW) and hasattr(innermost, "optimizer"):
-        innermost = innermost.optimizer
-    if not isinstance(innermost, MergingAdamW):
+def _merging_optimizer(optimizer: Any) -> MergingAdamW | OnlineMerging:
+    """Return the merging optimizer within the wrappers of DeepSpeed, or what merges around it."""
+    found = merging_around(optimizer) or innermost(optimizer)
+    if not isinstance(found, MergingAdamW | OnlineMerging):
         raise TypeError(
-            f"the engine steps a {type(innermost).__name__}, which does not merge; pass a merging optimizer to "
+            f"the engine steps a {type(found).__name__}, which does not merge; pass a merging optimizer to "
             "deepspeed.initialize, or to a trainer as optimizer_cls_and_kwargs, since with deepspeed it drops "
-            "optimizers=, and with offload_optimizer set zero_force_ds_cpu_optimizer to false"
+            "optimizers=, and with offload_optimizer set zero_force_ds_cpu_optimizer to false; or make an "
+            "OnlineMerging around engine.optimizer"
         )
-    return innermost
+    return found
 
 
 def flat_tensors(engine: Any) -> Iterator[FlatTensor]:
@@ -244,8 +254,13 @@ def _names(module: nn.Module, param_groups: Sequence[Mapping[str, Any]], flat: l
         params = [stretch.param for each in flat if each.group == number for stretch in each.stretches]
         given = group.get("param_names", ())
         # Of a group with frozen parameters DeepSpeed keeps only the others, and all the names.
-        names.update(zip(params, given, strict=True) if len(given) == len(params) else ())
-        names.update((param, of_module[param]) for param in params if param not in names)
+        own = given if len(given) == len(params) else [of_module[param] for param in params]
+        if given and not {canonical_name(name) for name in own} <= {canonical_name(name) for name in given}:
+            raise ValueError(
+                f"the optimizer has names of its own, such as {given[0]!r}, and frozen parameters, which DeepSpeed "
+                "leaves out; give it only those that require a gradient"
+            )
+        names.update(zip(params, own, strict=True))
     return names
 
 

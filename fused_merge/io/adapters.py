@@ -57,8 +57,10 @@ class Adapter(NamedTuple):
 
 
 def is_adapter(source: TensorSource) -> bool:
-    """Return whether a source holds an adapter, or factors of one."""
-    return getattr(source, "adapter", None) is not None or factor_in(source) is not None
+    """Return whether a source is an adapter, with or without its configuration; a model among factors is none."""
+    if isinstance(source, FileSource) and source.adapter is not None:
+        return True
+    return factor_in(source) is not None and None not in map(adapted_weight, source)
 
 
 def read_adapters(sources: Sequence[FileSource]) -> list[Adapter]:
@@ -138,8 +140,14 @@ def _factors(weight: str, names: Mapping[str, str], source: FileSource, config: 
         )
     a, b = names["A"], names["B"]
     key = weight.removesuffix(".weight")
-    rank = _by_pattern(config.get("rank_pattern"), key, config.get("r"))
-    alpha = _by_pattern(config.get("alpha_pattern"), key, config.get("lora_alpha"))
+    try:
+        rank = _by_pattern(config.get("rank_pattern"), key, config.get("r"))
+        alpha = _by_pattern(config.get("alpha_pattern"), key, config.get("lora_alpha"))
+    except (re.error, AttributeError) as error:
+        raise ValueError(
+            f"{source.origin}: rank_pattern and alpha_pattern of {ADAPTER_CONFIG} must map regular expressions to "
+            f"numbers ({error}); save the adapter again"
+        ) from error
     shapes = tuple(source.shape(a)), tuple(source.shape(b))
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
         raise ValueError(f"{source.origin}: {ADAPTER_CONFIG} gives {weight!r} the rank {rank!r} and alpha {alpha!r}")

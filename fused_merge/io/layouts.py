@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fused_merge.io.files import stamp_of
-from fused_merge.io.sources import FileSource, MemorySource, TensorSource, persistent_buffers
+from fused_merge.io.files import expanded, stamp_of
+from fused_merge.io.sources import FileSource, MemorySource, PathLike, TensorSource, persistent_buffers
+from fused_merge.io.transformers import check_transformers
 from fused_merge.io.views import Assembly, Conversion, ViewSource
 from fused_merge.names import canonical_name
 
@@ -56,8 +57,35 @@ def layout_of(source: TensorSource) -> Layout | None:
     """
     if isinstance(source, MemorySource):
         return None if source.module is None else _of_module(source.module)
-    config = source.path / "config.json" if isinstance(source, FileSource) and source.adapter is None else None
-    return _of_folder(config.parent, stamp_of(config)) if config is not None and config.is_file() else None
+    config = source.config_path if isinstance(source, FileSource) else None
+    if config is None or find_spec("transformers") is None:
+        return None
+    try:
+        return _of_folder(config.parent, stamp_of(config))
+    except Exception as error:
+        # It fails in many ways on what it does not know; names are then those of the files.
+        logger.debug("Transformers makes no model of %s: %s: %s", config.parent, type(error).__name__, error)
+        return None
+
+
+def layout_of_config(path: PathLike) -> Layout:
+    """Return the layout of the model that the config.json of a folder describes.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ImportError: without Transformers.
+        ValueError: if Transformers does not know the model.
+    """
+    folder = expanded(path)
+    config = folder if folder.name == "config.json" else folder / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"{config} does not exist; give the folder with the configuration of the model")
+    check_transformers()
+    try:
+        return _of_folder(config.parent, stamp_of(config))
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"Transformers makes no model of {config} ({why}); give the configuration of one") from error
 
 
 def _of_module(module: nn.Module) -> Layout | None:
@@ -76,25 +104,20 @@ def _of_module(module: nn.Module) -> Layout | None:
 
 
 @lru_cache(maxsize=8)
-def _of_folder(folder: Path, stamp: tuple[int, int]) -> Layout | None:
-    if find_spec("transformers") is None:
-        return None
-    try:
-        import transformers
+def _of_folder(folder: Path, stamp: tuple[int, int]) -> Layout:
+    import transformers
 
-        # What it would say of a configuration is of no use where no model is loaded.
-        verbosity = transformers.utils.logging.get_verbosity()
-        transformers.utils.logging.set_verbosity(logging.ERROR)
-        try:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            (architecture,) = config.architectures
-            return _without_data(getattr(transformers, architecture), config)
-        finally:
-            transformers.utils.logging.set_verbosity(verbosity)
-    except Exception as error:
-        # It fails in many ways on what it does not know; names are then those of the files.
-        logger.debug("Transformers makes no model of %s: %s: %s", folder, type(error).__name__, error)
-        return None
+    # What it would say of a configuration is of no use where no model is loaded.
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity(logging.ERROR)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        named: Sequence[str] = config.architectures or ()
+        if len(named) != 1:
+            raise ValueError(f"its 'architectures' are {named or 'missing'}, not one class")
+        return _without_data(getattr(transformers, named[0]), config)
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
 
 
 def _without_data(kind: Any, config: Any) -> Layout:

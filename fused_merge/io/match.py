@@ -18,9 +18,9 @@ import torch
 
 from fused_merge.io.adapters import check_adapters
 from fused_merge.io.configs import check_configs
-from fused_merge.io.layouts import in_memory, layout_of
+from fused_merge.io.layouts import Layout, in_memory, layout_of, layout_of_config
 from fused_merge.io.mergeable import check_mergeable
-from fused_merge.io.sources import MemorySource, TensorSource
+from fused_merge.io.sources import MemorySource, PathLike, TensorSource
 from fused_merge.io.ties import TIEABLE, embedding_of, find_tied, rows_apart
 from fused_merge.io.views import Assembly, Box, Conversion, Piece, ViewSource
 from fused_merge.names import kind_of, some
@@ -119,6 +119,7 @@ def explain(
     any_architecture: bool = False,  # accept configurations that name another architecture in each
     memory: bool = False,  # where names differ, pair under those that a model has in memory, if Transformers knows them
     parameters: bool = False,  # only parameters: no buffers and nothing that neither merges; in the order of the model
+    config: PathLike | None = None,  # folder with the configuration of a model, for sources that have none
 ) -> Match:
     """Pair the tensors of two sources and say what is in the way.
 
@@ -139,8 +140,9 @@ def explain(
         sources = (a, b) if memory else (first, _in_names_of(a, b))
     found, hint = _paired(*sources, **apart), ""
     # For the order of the parameters, too, unless the caller has names of his own.
-    asked = any(found.only) or found.faults or (parameters and not (strip_prefix or rename))
-    views = _as_in_memory((first, second), sources) if asked else None
+    asked = config is not None or any(found.only) or found.faults or (parameters and not (strip_prefix or rename))
+    layout = None if config is None else layout_of_config(config)
+    views = _as_in_memory((first, second), sources, layout) if asked else None
     if views is not None:
         loaded = _paired(*views, **apart)
         if memory or not all(isinstance(view, ViewSource) for view in views):
@@ -346,13 +348,16 @@ def _renamed(source: TensorSource, prefixes: Sequence[str], rename: Mapping[str,
 
 
 def _as_in_memory(
-    sources: tuple[TensorSource, TensorSource], renamed: tuple[TensorSource, TensorSource]
+    sources: tuple[TensorSource, TensorSource], renamed: tuple[TensorSource, TensorSource], given: Layout | None
 ) -> tuple[Any, Any] | None:
-    """Return two sources under the names of a model in memory, a module as it is; None if they are not known."""
+    """Return two sources under the names of a model in memory, a module as it is; None if they are not known.
+
+    A `given` layout is that of a source that has none.
+    """
     modules = [isinstance(source, MemorySource) and source.module is not None for source in sources]
     if all(modules):
         return None
-    layouts = [layout_of(source) for source in sources]
+    layouts = [layout_of(source) or given for source in sources]
     views: list[TensorSource | None] = []
     for i, source in enumerate(renamed):
         # What a module of the caller is called counts more than what its files say.

@@ -1,9 +1,11 @@
 """The options of pairing two models and of loading one with Transformers. Nothing here waits for torch."""
 
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
-from fused_merge.options import Option, definition, one_of
+from fused_merge.options import Option, definition, one_of, optional
 from fused_merge.per_tensor import parse_dtype
 from fused_merge.progress import ProgressOption
 
@@ -28,6 +30,10 @@ def _check_renamings(name: str, renamings: Mapping[str, str] | Iterable[str]) ->
     if wrong := [pattern for pattern, equals, _ in split if not (pattern and equals)]:
         raise ValueError(f"{name} must be a regular expression and what replaces it, 'layer=layers', got {wrong[0]!r}")
     return {pattern: replacement for pattern, _, replacement in split}
+
+
+def _absolute(name: str, path: "str | os.PathLike[str]") -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 @definition
@@ -58,9 +64,15 @@ class DeltaOptions(PairingOptions, total=False):
 
     Options:
         unmatched: what happens to tensors that only one model holds: `"error"`, or `"ignore"`: they have no tau.
+        config: folder with the `config.json` of the model, for files that have none beside them; it says, by way of
+            Transformers, how tensors are called, packed and ordered in memory, and an optimizer that is given
+            parameters without names needs that order.
     """
 
     unmatched: Annotated[str, Option("error", one_of("error", "ignore"), cli={})]
+    config: Annotated[
+        "str | os.PathLike[str] | None", Option(None, optional(_absolute), cli={"type": Path, "metavar": "FOLDER"})
+    ]
 
 
 @definition

@@ -234,12 +234,18 @@ class FileSource(TensorSource):
         tensor: Tensor = opened.get_slice(raw)[box] if box else opened.get_tensor(raw)
         return tensor
 
+    @property
+    def config_path(self) -> Path | None:
+        """The `config.json` beside a whole model."""
+        path = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
+        whole = self.adapter is None and (self.path.is_dir() or self.path.name == SINGLE_FILE)
+        return path if whole and path.is_file() else None
+
     @cached_property
     def config(self) -> Mapping[str, Any]:
         """The parsed `config.json` beside a whole model; ValueError if it is no JSON object."""
-        path = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
-        whole = self.path.is_dir() or self.path.name == SINGLE_FILE
-        if not whole or self.adapter is not None or not path.is_file():
+        path = self.config_path
+        if path is None:
             return {}
         # Transformers itself writes infinities there.
         if isinstance(config := read_json(path, finite=False), dict):

@@ -16,7 +16,8 @@ from fused_merge.io.match import common_prefixes, has_first_rows
 from fused_merge.methods import MergeRule
 from fused_merge.names import adapted_weight, some
 from fused_merge.optim.binding_report import Found, report
-from fused_merge.optim.pieces import Bound, Piece
+from fused_merge.optim.naming import Naming
+from fused_merge.optim.pieces import Bound, Piece, Pieces
 
 
 class Member(NamedTuple):
@@ -171,6 +172,25 @@ class Binding:
         sparsity = Sparsity(rule.tau, rule.tau_reserve_rate, wanted.group.options["seed"])
         kept = self.delta.sparsified(wanted.name, tau, sparsity, wanted.piece.fragment)
         return Bound(kept, tau if rule.project and isinstance(tau, Tensor) else None, shape)
+
+
+def members_of(
+    groups: Sequence[dict[str, Any]], naming: Naming, pieces: Pieces, delta: ReferenceDelta
+) -> list[list[Member]]:
+    """Return the parameters of each group with their names and pieces."""
+    flat = pieces.tell_all_of([param for group in groups for param in group["params"]])
+    names = [[""] * len(group["params"]) for group in groups] if flat else naming.of(groups, delta)
+    return [
+        [Member(name, param, pieces.of(name, param)) for name, param in zip(own, group["params"], strict=True)]
+        for own, group in zip(names, groups, strict=True)
+    ]
+
+
+def processes_of(groups: Sequence[NamedGroup]) -> Processes:
+    """Return all processes that share the parameters."""
+    members = [member for group in groups for member in group.members]
+    shards = (piece.shard(member.param) for member in members for piece in member.pieces)
+    return Processes.that_share([m.param for m in members], [group for shard in shards for group in shard.groups])
 
 
 def _refuse_factors(wanted: Sequence[Wanted], delta: ReferenceDelta) -> None:

@@ -21,7 +21,7 @@ from fused_merge.eager.operands import Operands
 from fused_merge.eager.scalars import Hyper
 from fused_merge.functional.merging_adamw import PreparedStep, prepare, take
 from fused_merge.functional.workspace import Workspace
-from fused_merge.optim.binding import Binding, Member, NamedGroup
+from fused_merge.optim.binding import Binding, NamedGroup, members_of, processes_of
 from fused_merge.optim.gradients import grad_factor, grad_norm, inverse_of, local_gradient, warn_of_no_gradient
 from fused_merge.optim.naming import Naming
 from fused_merge.optim.options import (
@@ -153,7 +153,7 @@ class MergingAdamW(Optimizer):
         made if that is not what the group asks for. Nothing is bound then.
         """
         groups = self._named_groups()
-        self._binding.bind(self._binding.lacking(groups), self._processes(groups))
+        self._binding.bind(self._binding.lacking(groups), processes_of(groups))
 
     def set_pieces(self, pieces: Mapping[Tensor, Sequence[Piece]]) -> None:
         """Say what flat parameters are made of, for frameworks that put several tensors into one vector.
@@ -164,12 +164,6 @@ class MergingAdamW(Optimizer):
         """
         self._pieces.tell(pieces)
         self._binding.clear()
-
-    def _processes(self, groups: Sequence[NamedGroup]) -> Processes:
-        """Return all processes that share the parameters."""
-        members = [member for group in groups for member in group.members]
-        shards = (piece.shard(member.param) for member in members for piece in member.pieces)
-        return Processes.that_share([m.param for m in members], [group for shard in shards for group in shard.groups])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -198,7 +192,7 @@ class MergingAdamW(Optimizer):
         groups = self._named_groups()
         wanted = self._binding.lacking(groups)
         # What may fail on one process only is found at the first step, which waits for the host anyway.
-        processes = self._processes(groups) if wanted else ALONE
+        processes = processes_of(groups) if wanted else ALONE
         with processes.raising_together():
             batches = [batch for group in groups if (batch := _with_gradients(group)).grads]
         if not batches and not self._warned and any(group.members for group in groups):
@@ -242,10 +236,11 @@ class MergingAdamW(Optimizer):
         # ZeroRedundancyOptimizer loads into the groups, past `load_state_dict`.
         check_delta(self.param_groups, self.reference_delta)
         named = []
-        flat = self._pieces.tell_all_of([param for group in self.param_groups for param in group["params"]])
-        unnamed = [[""] * len(group["params"]) for group in self.param_groups]
-        names = unnamed if flat else self._naming.of(self.param_groups, self.reference_delta)
-        for group, own in zip(self.param_groups, names, strict=True):
+        for group, members in zip(
+            self.param_groups,
+            members_of(self.param_groups, self._naming, self._pieces, self.reference_delta),
+            strict=True,
+        ):
             rule = check_options(group)
             fixed = next((self._fixed[param] for param in group["params"][:1] if param in self._fixed), {})
             for option, value in fixed.items():
@@ -254,7 +249,6 @@ class MergingAdamW(Optimizer):
                         f"{option} of a group is fixed once it has taken a step: it was {value} and is "
                         f"{group[option]}; set it back, or make a new optimizer"
                     )
-            members = [Member(name, p, self._pieces.of(name, p)) for name, p in zip(own, group["params"], strict=True)]
             named.append(NamedGroup(group, rule, members))
         return named
 

@@ -49,6 +49,10 @@ class Naming:
                 self._names[pair[1]] = str(pair[0])
         self._given = True
 
+    def pairs(self, params: Iterable[Tensor]) -> list[tuple[str, Tensor]]:
+        """Return what `names_of` says of these parameters."""
+        return [(self._names[param], param) for param in params if param in self._names]
+
     def name(self, group: dict[str, Any], groups: Sequence[dict[str, Any]]) -> None:
         """Give a group, which is about to join others, the names of its parameters where `names_of` is given.
 
@@ -96,7 +100,10 @@ def _by_order(groups: Sequence[Sequence[Tensor]], delta: ReferenceDelta) -> list
     group holds them all and follows the order of the model, or there is only one.
     """
     if not delta.ordered:
-        raise ValueError(f"a delta made of files does not know its model's order of parameters; {_ADVICE}")
+        raise ValueError(
+            f"a delta made of files alone does not know its model's order of parameters; {_ADVICE}, or make the delta "
+            "with config=, the folder of the model's config.json"
+        )
     found = sorted(tuple(param.shape) for group in groups for param in group)
     if found != sorted(tuple(delta.shape(name)) for name in delta.names):
         raise ValueError(

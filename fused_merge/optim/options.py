@@ -63,7 +63,27 @@ def _check_impl(name: str, impl: str) -> str:
 
 
 @definition
-class AdamWOptions(ProjectionOptions, total=False):
+class MergeOptions(ProjectionOptions, total=False):
+    """The options of merges that do not depend on who makes the update.
+
+    Options:
+        alpha: weight of the delta, in [0, 1]. Not scaled by `lr`: alpha*tau is added at every merge.
+        merge_every: K; a merge takes all that came since the last one as its u, and between merges nothing is merged
+            (the paper's step-K variant).
+        missing: `"error"`, or `"plain"` to leave parameters unmerged that the delta does not hold.
+        seed: 64-bit key of the random masks and of stochastic rounding.
+    """
+
+    alpha: Annotated[float, Option(1e-6, within(0, 1))]
+    merge_every: Annotated[
+        int, Option(1, need(lambda k: isinstance(k, int) and k >= 1, "be a whole number of steps, at least 1"))
+    ]
+    missing: Annotated[str, Option("error", one_of("error", "plain"))]
+    seed: Annotated[int, Option(0, need(lambda seed: isinstance(seed, Integral), "be a whole number"))]
+
+
+@definition
+class AdamWOptions(MergeOptions, total=False):
     """The options that every method has and that may differ between parameter groups.
 
     Options:
@@ -71,34 +91,23 @@ class AdamWOptions(ProjectionOptions, total=False):
         betas: decay rates of the two moments.
         eps: added to the square root of the second moment.
         weight_decay: decoupled; theta is multiplied by 1 - lr*weight_decay before the merge.
-        alpha: weight of the delta, in [0, 1]. Not scaled by `lr`: alpha*tau is added at every merge.
-        merge_every: K; between merges the steps are plain AdamW, and a merge takes all that came since the last one as
-            its u (the paper's step-K variant).
         max_grad_norm: scale all gradients down to this norm, as `clip_grad_norm_` does, without writing them. Also for
             trainers that refuse to clip for optimizers that unscale gradients themselves, as Lightning does.
         maximize: step uphill.
-        missing: `"error"`, or `"plain"` to step parameters that the delta does not hold as AdamW does.
         state_dtype: of the moments: fp32, bf16 or fp16, as a dtype or by name.
         master: `"fp32"` keeps an fp32 copy of 16-bit weights, `"split"` the 16 bits that bf16 weights lack.
-        seed: 64-bit key of the random masks and of stochastic rounding.
     """
 
     lr: Annotated[float | Tensor, Option(1e-6, _check_lr)]
     betas: Annotated[tuple[float, float], Option((0.9, 0.999), _check_betas)]
     eps: Annotated[float, Option(1e-8, at_least(0))]
     weight_decay: Annotated[float, Option(0.0, at_least(0))]
-    alpha: Annotated[float, Option(1e-6, within(0, 1))]
-    merge_every: Annotated[
-        int, Option(1, need(lambda k: isinstance(k, int) and k >= 1, "be a whole number of steps, at least 1"))
-    ]
     max_grad_norm: Annotated[
         float | None, Option(None, need(lambda norm: norm is None or norm > 0.0, "be above 0, or None not to clip"))
     ]
     maximize: Annotated[bool, Option(False)]
-    missing: Annotated[str, Option("error", one_of("error", "plain"))]
     state_dtype: Annotated[torch.dtype | str, Option(torch.float32, _check_state_dtype)]
     master: Annotated[str, Option("none", one_of("none", "fp32", "split"))]
-    seed: Annotated[int, Option(0, need(lambda seed: isinstance(seed, Integral), "be a whole number"))]
 
 
 @definition
@@ -126,7 +135,23 @@ class MergingOptions(CommonOptions, RuleOptions, total=False):
     """Every option of `MergingAdamW`."""
 
 
+@definition
+class AnyMergeOptions(MergeOptions, RuleOptions, total=False):
+    """The options of merges of another optimizer's updates.
+
+    Options:
+        project_on: `"update"`; the gradients are the optimizer's own.
+    """
+
+    project_on: Annotated[str, Option("update", one_of("update"))]
+
+
+class OnlineMergingOptions(AnyMergeOptions, RunOptions, total=False):
+    """Every option of `OnlineMerging`."""
+
+
 GROUP_OPTIONS = options_of(AdamWOptions, RuleOptions)
+MERGE_OPTIONS = options_of(AnyMergeOptions)
 RUN_OPTIONS = options_of(RunOptions)
 
 
@@ -158,13 +183,13 @@ def _check_options_of_adamw(given: Mapping[str, Any]) -> None:
             raise TypeError(f"{name}={given[name]!r} is an option of torch.optim.AdamW: {why}; leave it out")
 
 
-def check_options(group: dict[str, Any]) -> MergeRule:
+def check_options(group: dict[str, Any], options: Mapping[str, Option] = GROUP_OPTIONS) -> MergeRule:
     """Return the rule of a group and write its options as a step takes them.
 
     ValueError for the first option that is out of range or that the method lacks.
     """
     rule = rule_of(group)
-    for name, option in GROUP_OPTIONS.items():
+    for name, option in options.items():
         group[name] = option.check(name, group[name])
     if group["rounding"] == "stochastic" and group["master"] != "none":
         raise ValueError(

@@ -77,37 +77,36 @@ class Pieces:
 
 
 def operands_of(
-    param: Tensor, grad: Tensor, pieces: Sequence[Piece], state: Mapping[str, Tensor], bounds: Sequence[Bound]
+    param: Tensor, grad: Tensor | None, pieces: Sequence[Piece], state: Mapping[str, Tensor], bounds: Sequence[Bound]
 ) -> list[Operands]:
     """Return what a step of one parameter reads and writes, piece by piece; in two where tau lacks the last rows.
 
     Args:
         param: the parameter, perhaps sharded.
-        grad: its gradient, as this process holds it.
+        grad: its gradient, as this process holds it; None where another optimizer has taken the step.
         pieces: what it is made of.
-        state: its state, complete.
+        state: its state, complete; moments go with the gradient.
         bounds: the delta of each piece.
     """
-    master = state.get("master", state.get("master_low"))
+    tensors = {"grad": grad, "exp_avg": state.get("exp_avg"), "exp_avg_sq": state.get("exp_avg_sq")}
+    tensors["master"] = state.get("master", state.get("master_low"))
     operands: list[Operands] = []
     for piece, bound in zip(pieces, bounds, strict=True):
         # All pieces are in the same step, which each of them counts.
         counts = {key: state[key] for key in ("step", "anchor_decay") if key in state}
         if operands:
             counts = {key: count.clone() for key, count in counts.items()}
+        own: dict[str, Any] = {field: None if x is None else piece.of(x) for field, x in tensors.items()}
         whole = Operands(
-            piece.name,
-            piece.of(param),
-            piece.of(grad),
-            piece.of(state["exp_avg"]),
-            piece.of(state["exp_avg_sq"]),
-            counts["step"],
-            bound.tau,
-            bound.tau_dense,
-            Anchor(piece.of(state["anchor"]), counts["anchor_decay"]) if "anchor" in state else None,
-            None if master is None else piece.of(master),
-            tensor_id(piece.name),
-            piece.shard(param),
+            name=piece.name,
+            param=piece.of(param),
+            **own,
+            step=counts["step"],
+            tau=bound.tau,
+            tau_dense=bound.tau_dense,
+            anchor=Anchor(piece.of(state["anchor"]), counts.get("anchor_decay")) if "anchor" in state else None,
+            tensor_id=tensor_id(piece.name),
+            shard=piece.shard(param),
         )
         operands += [whole] if bound.tau is None or whole.shard.shape == bound.shape else whole.split(bound.shape)
     return operands

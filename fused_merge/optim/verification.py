@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -24,11 +24,14 @@ _STATES = ("param", "grad", "exp_avg", "exp_avg_sq", "step")
 
 
 class Verifiable(Protocol):
-    """What `verify` needs of an optimizer; `MergingAdamW` has it."""
+    """What `verify` needs of an optimizer; `MergingAdamW` and `OnlineMerging` have it."""
 
-    param_groups: list[dict[str, Any]]
     impl: str
     verify_steps: int
+
+    @property
+    def param_groups(self) -> Sequence[Mapping[str, Any]]:
+        """Of the optimizer."""
 
 
 def verify(optimizer: Verifiable, steps: int = 10) -> None:
@@ -38,7 +41,7 @@ def verify(optimizer: Verifiable, steps: int = 10) -> None:
     every state. Extra memory is that of the largest tensor and its state. The run itself is unchanged.
 
     Args:
-        optimizer: a `MergingAdamW`, whose steps are compared.
+        optimizer: a `MergingAdamW`, whose steps are compared, or an `OnlineMerging`, whose merges are.
         steps: for how many calls of `step`; 0 stops.
 
     Raises:
@@ -81,10 +84,14 @@ def take_verified(steps: Sequence[PreparedStep], workspace: Workspace, impl: str
 
 def _copy(o: Operands) -> Operands:
     """Return operands whose tensors a step may mutate without touching those of `o`."""
+
+    def copy(x: Tensor | None) -> Any:
+        return None if x is None else x.clone()
+
     return o._replace(
-        **{field: getattr(o, field).clone() for field in _STATES},
-        anchor=o.anchor and Anchor(*(tensor.clone() for tensor in o.anchor)),
-        master=None if o.master is None else o.master.clone(),
+        **{field: copy(getattr(o, field)) for field in _STATES},
+        anchor=o.anchor and Anchor(o.anchor.weights.clone(), copy(o.anchor.decay), o.anchor.kept),
+        master=copy(o.master),
     )
 
 
@@ -95,7 +102,7 @@ def _states(o: Operands) -> dict[str, Tensor]:
         states |= {"anchor": o.anchor.weights, "anchor_decay": o.anchor.decay}
     if o.master is not None:
         states["master_low" if o.master.dtype == torch.int16 else "master"] = o.master
-    return states
+    return {field: x for field, x in states.items() if x is not None}
 
 
 def _compare(kernel: Operands, eager: Operands) -> None:

@@ -138,7 +138,8 @@ def test_delta_is_written_and_replaces_no_checkpoint(run, files, tmp_path):
     assert (code, errors) == (0, "")
     loaded = ReferenceDelta.load(out)
     assert (loaded.sparsity, loaded.dtype("w")) == (("random", 0.5, 3), torch.bfloat16)
-    document = {"path": str(out), "identity": loaded.identity, "tensors": 1, "bytes": out.stat().st_size}
+    document = {"path": str(out), "identity": loaded.identity, "tensors": 1, "ordered": False}
+    document["bytes"] = out.stat().st_size
     assert json.loads(printed) == document
     code, _, errors = run("delta", *files, "--out", tmp_path / "other", "--reserve-rate", "0.5")
     assert (code, errors.startswith("error: method must be 'random' or 'magnitude'")) == (1, True)
@@ -147,3 +148,19 @@ def test_delta_is_written_and_replaces_no_checkpoint(run, files, tmp_path):
     code, _, errors = run("delta", *files, "--out", files[1], "--overwrite")
     assert (code, errors.startswith(f"error: {files[1]} is a file that the delta is made of")) == (1, True)
     assert files[1].read_bytes() == before
+
+
+def test_delta_is_told_the_order_of_the_model(run, tmp_path):
+    for seed, name in enumerate(("base", "tuned")):
+        save(llama(seed), tmp_path / name)
+        (tmp_path / name / "model.safetensors").rename(tmp_path / f"{name}.safetensors")
+    files = [tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"]
+    out = tmp_path / "tau.safetensors"
+    code, printed, _ = run("delta", *files, "--out", out, "--config", tmp_path / "tuned", "--json")
+    assert (code, json.loads(printed)["ordered"]) == (0, True)
+    assert ReferenceDelta.load(out).names == tuple(name for name, _ in llama(0).named_parameters())
+    gone = run("delta", *files, "--out", out, "--overwrite", "--config", tmp_path / "gone")
+    assert gone[0] == 1
+    assert gone[2].startswith(f"error: {tmp_path / 'gone' / 'config.json'} does not exist; give the folder with the")
+    code, printed, _ = run("inspect", *files, "--config", tmp_path / "tuned", "--json")
+    assert (code, len(json.loads(printed)) > 21) == (0, True)

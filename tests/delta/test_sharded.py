@@ -8,7 +8,8 @@ import pytest
 import sharded_delta
 import torch
 from deltas import MAGNITUDE, RANDOM
-from processes import Pair
+from parallel import KINDS
+from processes import Pair, Ranks
 from tiny import llama, save
 
 from fused_merge.delta.tensors import Sparsity
@@ -87,3 +88,16 @@ def test_a_step_with_a_delta_that_is_held_in_parts(pair, tmp_path):
 def test_collectives_are_few(pair):
     # One that says whether all could read, and one for the heads of all tensors.
     assert pair.both(sharded_delta.collectives) == [2, 2]
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    ranks = Ranks(tmp_path_factory.mktemp("four"), 4)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.mark.parametrize(("world", "kind"), [(world, kind) for world in KINDS for kind in KINDS[world]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_kind_of_parallelism(world, kind, dtype, pair, four, tmp_path):
+    (four if world == 4 else pair).all(sharded_delta.save_a_kind, kind, dtype, tmp_path)

@@ -69,6 +69,32 @@ def test_compiled_equals_eager(case):
     assert statistics[0]["matrix"]["kept_tau"] > 0.29
 
 
+ELSEWHERE = [
+    {"method": "onties", "reserve_rate": 0.3, "project": "conflict", "dtype": torch.bfloat16, "rounding": "stochastic"},
+    {"method": "ondare", "reserve_rate": 0.3, "merge_every": 2, "stats_every": 2},
+]
+
+
+@pytest.mark.parametrize("case", ELSEWHERE, ids=joined)
+def test_what_another_optimizer_has_added(case):
+    options = {"alpha": 0.05, "seed": 3} | case
+    dtype = options.pop("dtype", torch.float32)
+    delta = fm.ReferenceDelta.from_models(dict(parameters(dtype, 0).items()), dict(parameters(dtype, 1).items()))
+    runs = []
+    for impl in ("eager", "compiled"):
+        params = parameters(dtype, 1)
+        optimizer = torch.optim.SGD(params.named_parameters(), lr=1e-2)
+        merging = fm.OnlineMerging(optimizer, reference_delta=delta, impl=impl, **options)
+        for step in range(4):
+            for i, parameter in enumerate(params.values()):
+                parameter.grad = draw(parameter.shape, seed=10 * step + i, dtype=dtype)
+            with torch.compiler.set_stance("fail_on_recompile" if step == 3 else "default"):
+                optimizer.step()
+        runs.append((dict(params.items()), merging.merge_stats() if "stats_every" in case else {}))
+    assert_same_bits(*({name: p.detach() for name, p in found.items()} for found, _ in runs))
+    assert runs[0][1] == runs[1][1]
+
+
 def test_strides_are_kept():
     matrix = draw((20, 30))
     made = []

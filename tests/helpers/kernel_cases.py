@@ -28,6 +28,8 @@ OPTIONS = {
     "exp_avg": DTYPES,
     "exp_avg_sq": DTYPES,
     "merge_every": (None, 1, 3),  # with an anchor, or None without one
+    # By AdamW, or by another optimizer, with an anchor for all steps or for one.
+    "stepped": ("here", "elsewhere", "elsewhere-once"),
     "eps": (1e-8, 0.0),
     "weight_decay": (0.1, 0.0),
     "alpha": (1e-2, 0.5, 0.0, 1.0),
@@ -56,6 +58,17 @@ LAWS = (
     lambda tau, project, tau_dense: project == "none" or tau_dense != "none" or not tau.startswith("sparse"),
     lambda weights, master: weights == "bf16" or master == "none" or (weights, master) == ("fp16", "fp32"),
     lambda master, rounding: master == "none" or rounding == "nearest",
+    lambda stepped, tau: stepped == "here" or tau != "none",
+    lambda stepped, merge_every: stepped == "here" or merge_every in ((1, 3) if stepped == "elsewhere" else (1,)),
+    lambda stepped, project, project_on: stepped == "here" or project == "none" or project_on == "update",
+    # What another optimizer has used up is not seen.
+    lambda stepped, grad: stepped == "here" or grad == "fp32",
+    lambda stepped, exp_avg: stepped == "here" or exp_avg == "fp32",
+    lambda stepped, exp_avg_sq: stepped == "here" or exp_avg_sq == "fp32",
+    lambda stepped, eps: stepped == "here" or eps == 1e-8,
+    lambda stepped, weight_decay: stepped == "here" or weight_decay == 0.1,
+    lambda stepped, lr: stepped == "here" or lr == "float",
+    lambda stepped, grad_factor: stepped == "here" or grad_factor == 1.0,
 )
 NAMED_LAWS = {tuple(signature(law).parameters): law for law in LAWS}
 
@@ -117,7 +130,8 @@ def cover(exact, begun):
 
 def named(case):
     """Return a name of what tells most cases apart."""
-    return "-".join([case["method"], case["tau"], *([case["special"]] if case["special"] != "none" else [])])
+    told = [case[name] for name in ("special", "stepped") if case[name] != OPTIONS[name][0]]
+    return "-".join([case["method"], case["tau"], *told])
 
 
 METHODS = [
@@ -147,6 +161,8 @@ FORMS = [
         for on in OPTIONS["project_on"]
     ),
     RARE | {"method": "ondare", "shard": "columns"},
+    *(BY_ROWS | {"stepped": stepped, "project_on": "update"} for stepped in OPTIONS["stepped"][1:]),
+    RARE | {"method": "onties", "stepped": "elsewhere", "statistics": True, "weight_decay": 0.1},
     RARE | {"method": "onsoft", "project": "onto", "project_over": "rows", "project_on": "update", "tau_dense": "fp32"},
 ]
 CASES = {f"{number}-{named(case)}": Case(**case) for number, case in enumerate(cover(FORMS, METHODS))}

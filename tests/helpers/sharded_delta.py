@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 
+import parallel
 import pytest
 import torch
 from bits import same_bits
@@ -22,6 +23,8 @@ from fused_merge.delta.reference_delta import ReferenceDelta
 from fused_merge.delta.tensors import Sparsity
 from fused_merge.distributed import fragment_of
 from fused_merge.io.writer import SafetensorsWriter
+
+SPARSITY = Sparsity("magnitude", 0.3, 0)
 
 
 def assert_packed_alike(one, other):
@@ -188,3 +191,27 @@ def step(rank, folders):
             optimizer.zero_grad()
         models.append({name: p.to_local().clone() for name, p in model.named_parameters()})
     assert all(same_bits(models[0][name], models[1][name]) for name in models[0])
+
+
+def of_a_kind(rank, kind, dtype):
+    """A delta of models as a kind of parallelism holds them is that of the whole ones."""
+    whole = ReferenceDelta.from_models(parallel.Network(0, dtype=dtype), parallel.tuned(dtype=dtype))
+    models = [parallel.wrapped(m, kind) for m in (parallel.Network(0, dtype=dtype), parallel.tuned(dtype=dtype))]
+    delta = ReferenceDelta.from_models(*models)
+    assert (delta.identity, delta.ordered) == (whole.identity, True)
+    assert delta.names == whole.names == (*parallel.named(models[1]),)
+    for name, parameter in parallel.named(models[1]).items():
+        own, tau = fragment_of(parameter), whole.tensor(name)
+        assert same_bits(delta.tensor(name, own), tau if own is None else tau[own.box].contiguous())
+        kept = whole.sparse(name, SPARSITY)
+        assert_packed_alike(delta.sparse(name, SPARSITY, own), kept if own is None else kept.part(own.box))
+    return delta
+
+
+def save_a_kind(rank, kind, dtype, folder):
+    """All save it, and one writes."""
+    delta = of_a_kind(rank, kind, dtype)
+    # Where every process has the whole delta it knows of no other.
+    path = delta.save(folder / (f"{rank}" if kind in ("ddp", "alone") else "tau"))
+    whole = ReferenceDelta.from_models(parallel.Network(0, dtype=dtype), parallel.tuned(dtype=dtype))
+    assert_same(ReferenceDelta.load(path), whole)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import nullcontext
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -51,9 +52,13 @@ def delta():
 def groups_of(model, of_vectors=()):
     """Two groups, as with decay and without."""
     named = list(model.named_parameters())
+    vectors = [len(getattr(p, "ds_shape", p.shape)) <= 1 for _, p in named]
     return [
-        {"params": [(name, p) for name, p in named if p.ndim > 1], "weight_decay": 0.1},
-        {"params": [(name, p) for name, p in named if p.ndim <= 1], **dict(of_vectors)},
+        {
+            "params": [pair for pair, is_vector in zip(named, vectors, strict=True) if not is_vector],
+            "weight_decay": 0.1,
+        },
+        {"params": [pair for pair, is_vector in zip(named, vectors, strict=True) if is_vector], **dict(of_vectors)},
     ]
 
 
@@ -110,16 +115,18 @@ def weights_of(engine):
         return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
 
 
-def bound_engine(config, dtype, options):
-    model = Network(dtype)
+def bound_engine(config, dtype, options, in_parts=False):
+    os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())
+    with deepspeed.zero.Init(config_dict_or_path=config) if in_parts else nullcontext():
+        model = Network(dtype)
     engine = engine_of(model, optimizer_of(model, **options), config)
     fm.bind_deepspeed(engine)
     return engine
 
 
-def differing(rank, config, dtype, options, steps=range(4)):
+def differing(rank, config, dtype, options, in_parts=False, steps=range(4)):
     """The tensors that training with DeepSpeed makes other than training without."""
-    engine = bound_engine(config, dtype, options)
+    engine = bound_engine(config, dtype, options, in_parts)
     train(engine, steps)
     weights = weights_of(engine)
     alone, _ = trained_alone(dtype, steps, **options)
@@ -230,6 +237,36 @@ def refused(rank, config, foreign, options):
     fm.bind_deepspeed(engine_of(model, optimizer, config))
 
 
+def lacking(rank, config):
+    """Bind a delta that lacks a tensor of the last group."""
+    model, some = Network(), delta()
+    some = of_tensors({name: some.tensor(name) for name in some.names if name != "norm.bias"})
+    optimizer = fm.OnDAREAdamW(groups_of(model), reference_delta=some, lr=1e-2)
+    fm.bind_deepspeed(engine_of(model, optimizer, config))
+
+
+def renamed(rank, config, with_frozen):
+    """The tensors that differ from training alone if the optimizer has names of its own."""
+    model = Network()
+    known, own = (
+        delta(),
+        {f"policy.{name}": p for name, p in model.named_parameters() if p.requires_grad or with_frozen},
+    )
+    tau = of_tensors({name: known.tensor(name.removeprefix("policy.")) for name in own})
+    optimizer = fm.OnDAREAdamW(own.items(), reference_delta=tau, lr=1e-2, alpha=1e-2)
+    engine = engine_of(model, optimizer, config)
+    fm.bind_deepspeed(engine)
+    train(engine, range(2))
+    weights, model = weights_of(engine), Network()
+    own = [(f"policy.{name}", p) for name, p in model.named_parameters()]
+    optimizer = fm.OnDAREAdamW(own, reference_delta=tau, lr=1e-2, alpha=1e-2, missing="plain")
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    return [name for name, p in model.named_parameters() if not same_bits(weights[name], p.detach())]
+
+
 def stretches(rank, config, dtype):
     """Compare what is said to stand in flat tensors with the parameters.
 
@@ -252,3 +289,60 @@ def stretches(rank, config, dtype):
             found.append((number, flat.group, name, first, first + held))
         padding += (~owned).sum().item()
     return found, padding
+
+
+def sgd_of(named, decay=0.1):
+    groups = [[(n, p) for n, p in named if p.requires_grad and (p.ndim > 1) == matrices] for matrices in (True, False)]
+    return torch.optim.SGD([{"params": groups[0], "weight_decay": decay}, {"params": groups[1]}], lr=1e-2, momentum=0.9)
+
+
+def around(optimizer, options):
+    return fm.OnlineMerging(optimizer, reference_delta=delta(), **{"alpha": 1e-2, "reserve_rate": 0.1} | options)
+
+
+def differing_around(rank, config, dtype, options, wrap_first):
+    """The tensors that merging around SGD under DeepSpeed makes other than without, on fp32 masters as it has them."""
+    model = Network(dtype)
+    # In the step with which it makes states for 16-bit weights, DeepSpeed has SGD decay the weights.
+    decay = 0.0 if (config["zero_optimization"]["stage"], dtype) == (0, torch.bfloat16) else 0.1
+    optimizer = sgd_of(list(model.named_parameters()), decay)
+    merging = around(optimizer, options) if wrap_first else None
+    engine = engine_of(model, optimizer, config)
+    merging = merging or around(engine.optimizer, options)
+    fm.bind_deepspeed(engine)
+    train(engine, range(4))
+    if config["zero_optimization"]["stage"] < 3:
+        assert {own["step"] for own in merging.state_dict()["state"].values()} == {4}
+
+    model = Network(dtype)
+    masters = {name: nn.Parameter(p.detach().float(), p.requires_grad) for name, p in model.named_parameters()}
+    optimizer = sgd_of(list(masters.items()), decay)
+    around(optimizer, options)
+    for step in range(4):
+        model.zero_grad()
+        loss_of(model, step).backward()
+        for name, p in model.named_parameters():
+            masters[name].grad = None if p.grad is None else p.grad.float()
+        optimizer.step()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(masters[name])
+    alone, found = dict(model.named_parameters()), weights_of(engine)
+    assert not same_bits(
+        alone["linear.weight"].detach(), dict(Network(dtype).named_parameters())["linear.weight"].detach()
+    )
+    return [name for name in alone if not same_bits(found[name], alone[name].detach())]
+
+
+def unbound_around(rank, config, wrap_first):
+    """The error of a step of an optimizer that is merged around and was not bound."""
+    model = Network()
+    optimizer = sgd_of(list(model.named_parameters()))
+    if wrap_first:
+        around(optimizer, {})
+    engine = engine_of(model, optimizer, config)
+    if not wrap_first:
+        around(engine.optimizer, {})
+    with pytest.raises(ValueError, match="bind_deepspeed") as caught:
+        train(engine, range(1))
+    return str(caught.value)

@@ -110,3 +110,31 @@ def load_into_one_process(rank):
     steps(optimizer, model, 2, 4)
     steps(single, alone, 2, 4)
     return [[p.detach() for p in each.parameters()] for each in (model, alone)]
+
+
+def grown(rank):
+    """Two steps of a part of the model, and two of all of it."""
+    delta, model, whole = delta_of(), trained(), trained()
+    named, plain = list(model.named_parameters()), list(whole.named_parameters())
+    optimizer = ZeroRedundancyOptimizer(
+        [p for _, p in named[:3]], fm.OnDAREAdamW, reference_delta=delta, names_of=model, **OPTIONS
+    )
+    peer = fm.OnDAREAdamW(plain[:3], reference_delta=delta, **OPTIONS)
+    for each, of in ((optimizer, model), (peer, whole)):
+        steps(each, of, 0, 2)
+    optimizer.add_param_group({"params": named[3:], "lr": 2e-2})
+    peer.add_param_group({"params": plain[3:], "lr": 2e-2})
+    for each, of in ((optimizer, model), (peer, whole)):
+        steps(each, of, 2, 4)
+    return [[p.detach() for p in each.parameters()] for each in (model, whole)]
+
+
+def few_parameters(rank):
+    """One parameter for two processes."""
+    delta, model, whole = delta_of(), trained(), trained()
+    optimizer = ZeroRedundancyOptimizer(
+        [model.head.weight], fm.OnDAREAdamW, reference_delta=delta, names_of=model, **OPTIONS
+    )
+    steps(optimizer, model, 0, 3)
+    steps(fm.OnDAREAdamW([("head.weight", whole.head.weight)], reference_delta=delta, **OPTIONS), whole, 0, 3)
+    return [[p.detach() for p in each.parameters()] for each in (model, whole)]

@@ -65,3 +65,20 @@ def differing(rank, kind, stage, zero, way, folder):
     expected, weights = replayed(seen), weights_of(engine)
     assert not any(same_bits(expected[name], param.detach()) for name, param in policy().named_parameters())
     return [name for name in expected if not same_bits(expected[name], weights[name])]
+
+
+def differing_if_resumed(rank, stage, folder):
+    """The tensors of a trainer's run that differ if it is interrupted after two of three steps."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    results = []
+    for checkpoint in (None, f"{folder}/checkpoint-2"):
+        AcceleratorState._reset_state(True)
+        config = config_of(stage, {}) | {"train_micro_batch_size_per_gpu": "auto"}
+        options = {"save_strategy": "steps", "save_steps": 2, "max_grad_norm": 0.0}
+        trainer = trainer_of("plain", folder, deepspeed=config, **options)
+        attached(trainer)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        results.append(weights_of(trainer.model_wrapped))
+    one, other = results
+    assert not any(same_bits(one[name], param.detach()) for name, param in policy().named_parameters())
+    return [name for name in one if not same_bits(one[name], other[name])]

@@ -64,6 +64,25 @@ def test_training_gives_the_bits_of_one_process(pair, layout, method):
     assert pair.both(zero.differing, config, dtype, method) == [[], []]
 
 
+def test_the_kernels_take_pieces(pair):
+    dtype, config = ALL["2"]
+    options = {"cls": "OnTIESAdamW", "impl": "triton"}
+    assert pair.both(zero.differing, config, dtype, options, False, range(2)) == [[], []]
+
+
+def test_a_model_that_was_made_in_parts(pair):
+    _, config = ALL["3 in subgroups"]
+    assert pair.both(zero.differing, config, FP32, {}, True) == [[], []]
+
+
+def test_the_names_are_those_of_the_optimizer(pair):
+    _, config = ALL["2 round robin"]
+    assert pair.both(zero.renamed, config, False) == [[], []]
+    for error in pair(zero.renamed, config, True):
+        assert isinstance(error, ValueError)
+        assert "give it only those that require a gradient" in str(error)
+
+
 @pytest.mark.parametrize("layout", ["1", "2", "3 in subgroups"])
 def test_a_projection_takes_the_product_of_the_whole_tensor(pair, layout):
     _, config = ALL[layout]
@@ -106,6 +125,9 @@ def test_what_cannot_be_bound(pair):
     for error in pair(zero.refused, zero.config_of(2, {}), False, {"max_grad_norm": 1.0}):
         assert isinstance(error, ValueError)
         assert "set gradient_clipping in the configuration of DeepSpeed" in str(error)
+    one, other = pair(zero.lacking, zero.config_of(3, {"sub_group_size": 20}))
+    assert "the reference delta lacks 'norm.bias'" in str(one)
+    assert str(one) == str(other)
     for error in pair(zero.refused, zero.config_of(2, {}), True, {}):
         assert isinstance(error, TypeError)
         assert "steps a AdamW, which does not merge" in str(error)
@@ -127,6 +149,11 @@ def test_a_trainer_takes_the_steps_of_its_gradients(pair, kind, stage, options, 
     assert pair.both(zero_trainers.differing, kind, stage, options, way, str(tmp_path)) == [[], []]
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_trainer_resumes_from_its_checkpoint(pair, stage, tmp_path):
+    assert pair.both(zero_trainers.differing_if_resumed, stage, str(tmp_path)) == [[], []]
+
+
 def test_the_example_trains():
     script = Path(__file__).parents[2] / "examples/deepspeed_zero.py"
     run = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=280, check=False)
@@ -134,3 +161,20 @@ def test_the_example_trains():
     losses = [float(line.split()[-1]) for line in run.stdout.splitlines() if line.startswith("step")]
     assert len(losses) == 10
     assert losses[-1] < losses[0]
+
+
+AROUND = {"ondare": {}, "onties, K = 2": {"method": "onties", "merge_every": 2}}
+
+
+@pytest.mark.parametrize("wrap_first", [True, False], ids=["wrapped before", "wrapped after"])
+@pytest.mark.parametrize("options", AROUND.values(), ids=AROUND)
+@pytest.mark.parametrize("layout", ["0", "0 bf16", "1 bf16", "2", "2 round robin", "3 in subgroups", "3 offloaded"])
+def test_merging_around_sgd_gives_the_bits_of_one_process(pair, layout, options, wrap_first):
+    dtype, config = ALL[layout]
+    assert pair.both(zero.differing_around, config, dtype, options, wrap_first) == [[], []]
+
+
+@pytest.mark.parametrize("wrap_first", [True, False], ids=["wrapped before", "wrapped after"])
+def test_merging_around_waits_until_it_is_bound(pair, wrap_first):
+    for sentence in pair.both(zero.unbound_around, zero.config_of(2, {}), wrap_first):
+        assert "fused_merge.bind_deepspeed(engine)" in sentence

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from adapters import adapted, load_adapter, save_adapter
 from bits import assert_same_bits
+from datasets import Dataset
 from folders import load
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from tiny import llama, save
+from trl import DPOConfig, DPOTrainer
+from word_tokens import tokenizer
 
 import fused_merge as fm
 
@@ -130,7 +137,113 @@ def test_a_delta_of_a_model_and_an_adapter_is_refused(folders, tmp_path):
             make(*ends)
 
 
-def tokenizer():
-    from word_tokens import word_tokenizer
+def test_a_model_with_an_adapter_is_not_moved(folders):
+    models = [load_adapter(folder) for folder in folders]
+    with pytest.raises(ValueError, match=r"holds factors of an adapter, .* of which only the product can be merged"):
+        fm.RatioSweep(load_adapter(folders[0]), *models)
 
-    return word_tokenizer()
+
+# --- TRL
+
+
+def trainer(model, folder, **options):
+    """A DPO trainer of TRL on the CPU, on pairs of words."""
+    rows = [
+        {"prompt": f"w{i} w{i + 1}", "chosen": f" w{i + 2} w{i + 3}", "rejected": f" w{i + 9} w{i + 8} w5"}
+        for i in range(3, 19)
+    ]
+    args = DPOConfig(
+        str(folder), max_steps=3, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True, report_to=[],
+        save_strategy="steps", save_steps=2, logging_steps=1, max_grad_norm=0.0, disable_tqdm=True,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    return DPOTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer(), **options)
+
+
+def by_factory(trainer, delta):
+    """Let the trainer make the optimizer of the model that it has, and record what each step is given."""
+    steps = []
+
+    def build(model, **_):
+        named = [(name, x) for name, x in model.named_parameters() if x.requires_grad]
+        start = {name: x.detach().clone() for name, x in named}
+        optimizer = fm.OnDAREAdamW(named, reference_delta=delta, **OPTIONS)
+
+        def record(made, *_):
+            steps.append((made.param_groups[0]["lr"], {name: x.grad.clone() for name, x in named}))
+
+        optimizer.register_step_pre_hook(record)
+        steps.append(start)
+        return optimizer
+
+    trainer.optimizer_cls_and_kwargs = (lambda: build, {})
+    return steps
+
+
+def replay(steps, delta):
+    """The same steps on tensors that have the names of the file."""
+    start, *steps = steps
+    copies = {name.replace(".default.", "."): torch.nn.Parameter(x.clone()) for name, x in start.items()}
+    optimizer = fm.OnDAREAdamW(copies.items(), reference_delta=delta, **OPTIONS)
+    for lr, grads in steps:
+        optimizer.param_groups[0]["lr"] = lr
+        for copy, grad in zip(copies.values(), grads.values(), strict=True):
+            copy.grad = grad
+        optimizer.step()
+    return {name: x.detach() for name, x in copies.items()}
+
+
+@pytest.mark.parametrize("path", ["peft_config", "adapter"])
+def test_dpo_from_the_initial_adapter_and_from_that_of_sft(path, folders, tmp_path):
+    delta = fm.ReferenceDelta.from_checkpoints(*folders)
+    base, options = llama(0, tied=False), {}
+    if path == "peft_config":
+        options["peft_config"] = LoraConfig(
+            r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"
+        )
+    else:
+        base = PeftModel.from_pretrained(base, str(folders[1]), is_trainable=True)
+    made = trainer(base, tmp_path / "run", **options)
+    steps = by_factory(made, delta)
+    made.train()
+    model = made.accelerator.unwrap_model(made.model)
+    # The reference of the loss is a frozen copy, which has no part in the merge.
+    assert path == "peft_config" or any(".ref." in each for each, _ in model.named_parameters())
+    found = {each.replace(".default.", "."): x.detach() for each, x in model.named_parameters() if x.requires_grad}
+    assert len(steps) == 4
+    assert_same_bits(found, replay(steps, delta))
+    assert all((x.detach() != steps[0][each]).any() for each, x in model.named_parameters() if x.requires_grad)
+    # What was saved is an adapter again, of which a delta can be made.
+    saved = tmp_path / "saved"
+    made.save_model(str(saved))
+    assert_same_bits(load(saved), found)
+
+
+def test_dpo_resumes_bit_for_bit(folders, tmp_path):
+    delta = fm.ReferenceDelta.from_checkpoints(*folders)
+    ends = []
+    for resumed in (False, True):
+        model = PeftModel.from_pretrained(llama(0, tied=False), str(folders[1]), is_trainable=True)
+        made = trainer(model, tmp_path / "run")
+        by_factory(made, delta)
+        made.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2") if resumed else None)
+        ends.append({name: x.detach() for name, x in model.named_parameters() if x.requires_grad})
+    assert_same_bits(*ends)
+
+
+def test_attach_makes_the_delta_of_the_adapter_in_training(folders, tmp_path):
+    ends = []
+    for given in ({"reference_delta": fm.ReferenceDelta.from_checkpoints(*folders)}, {"base": folders[0]}):
+        model = PeftModel.from_pretrained(llama(0, tied=False), str(folders[1]), is_trainable=True)
+        made = trainer(model, tmp_path / "run")
+        fm.attach(made, **given, alpha=0.2, reserve_rate=0.5)
+        made.train()
+        ends.append({name: x.detach() for name, x in model.named_parameters() if x.requires_grad})
+    assert_same_bits(*ends)
+
+
+def test_the_example():
+    script = Path(__file__).parents[2] / "examples" / "peft_dpo.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "an adapter of rank 8" in done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+import sharded_sweep
 import torch
 from bits import assert_same_bits
 from tiny import save
@@ -356,6 +357,13 @@ def test_early_stopping_counts_no_sweeps(tmp_path, caplog):
         train(trainer)
     assert "early stopping" not in caplog.text
     assert len(logged(trainer, "eval_loss")) == len(logged(trainer, "eval_sweep/r0/loss")) == 3
+
+
+def test_a_sweep_of_a_sharded_model(ranks_of):
+    for logs, expected, unchanged in ranks_of(2).all(sharded_sweep.sweep):
+        assert unchanged
+        scores = [entry[f"eval_sweep/r{ratio}/score"] for entry, ratio in zip(logs, ("0", "0.25", "1"), strict=True)]
+        assert scores == pytest.approx(expected)
 
 
 def test_vllm_has_weights_of_its_own(tmp_path):

@@ -11,6 +11,7 @@ import weakref
 import pytest
 import torch
 from models import Model, assert_same, fill_gradients, run, trained, training
+from tiny import llama, save
 from torch import nn
 
 import fused_merge as fm
@@ -175,6 +176,16 @@ def test_a_path_and_bare_parameters_are_enough(expected, delta, tmp_path):
     path, model = delta.save(tmp_path / "tau.safetensors"), trained()
     run(fm.OnDAREAdamW(model.parameters(), reference_delta=str(path), **OPTIONS), model, 2)
     assert_same_weights(model, expected)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_delta_of_two_folders_knows_the_order_of_the_model(tied, tmp_path):
+    base, tuned, peer = llama(0, tied=tied), llama(1, tied=tied), llama(1, tied=tied)
+    folders = [save(model, tmp_path / name) for model, name in ((base, "base"), (tuned, "sft"))]
+    path = fm.ReferenceDelta.from_checkpoints(*folders).save(tmp_path / "tau.safetensors")
+    run(fm.OnDAREAdamW(tuned.parameters(), reference_delta=path, **OPTIONS), tuned, 2)
+    run(fm.OnDAREAdamW(peer.named_parameters(), reference_delta=path, **OPTIONS), peer, 2)
+    assert_same_weights(tuned, peer)
 
 
 def test_unnamed_groups_that_share_no_shape_leave_no_choice():

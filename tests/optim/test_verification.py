@@ -145,8 +145,7 @@ def test_the_way_that_thresholds_are_found_while_training_is_what_is_compared(de
     model, optimizer = triton_run(delta, method="onties", reserve_rate=0.2)
     fm.verify(optimizer)
     run(optimizer, model, 3)
-    workspace = optimizer._workspace.part("group 0")
-    parts = [workspace.part(name) for name, _ in model.named_parameters()]
+    parts = [optimizer._workspace.part(name) for name, _ in model.named_parameters()]
     thresholds = [kept.thresholds for part in parts for kept in part.keep(("step", DEVICE), None)._launches]
     assert len(thresholds) == len(parts)
     # Each has found one, which the next step starts from.
