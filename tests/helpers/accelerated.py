@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import runpy
 from contextlib import contextmanager
 
+import accelerate
 import parallel
 import pytest
 import torch
@@ -198,3 +200,25 @@ def train_with_a_trainer(rank, kind, folder):
         assert_same_bits({name: local_part(parameter.detach()) for name, parameter in own.items()}, whole)
         assert any(parameter.shape != local_part(parameter).shape for parameter in own.values())
     return len(seen)
+
+
+def run_example(rank, script):
+    """Run a script whose Accelerator is forced to shard, as it does on GPUs."""
+
+    class Forced(ForcedAccelerator):
+        def __init__(self):
+            super().__init__(fsdp_plugin=plugin("LlamaDecoderLayer"))
+
+        def prepare(self, *args):
+            model, *others = super().prepare(*args)
+            sharded.append(any(p.shape != local_part(p).shape for p in model.parameters()))
+            return model, *others
+
+        def end_training(self):
+            """Leave the group of processes to other tests."""
+
+    sharded = []
+    with environment(rank), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerate, "Accelerator", Forced)
+        runpy.run_path(str(script))
+    return sharded
