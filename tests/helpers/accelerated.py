@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import os
+import runpy
 from contextlib import contextmanager
 
+import accelerate
 import parallel
+import pytest
 import torch
+import trainers
+import transformers
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
 from bits import assert_same_bits
-from parallel import Network, assert_held, fill_gradients, held, named, optimizer_of, steps, tuned
+from parallel import Network, assert_held, fill_gradients, held, named, optimizer_of, part_of, steps, tuned
+from tiny import llama
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-try:
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-    from accelerate.utils import DistributedType
-except ImportError:  # The tests are skipped then.
-    Accelerator = object
+import fused_merge as fm
+from fused_merge.distributed import local_part
+from fused_merge.names import canonical_name
 
 
 def plugin(*blocks, state_dict_type="SHARDED_STATE_DICT"):
@@ -140,3 +147,78 @@ def wrong_delta(rank):
         except ValueError as error:
             assert_same_bits(held(model, optimizer.optimizer), before)
             return str(error)
+
+
+def untied(seed):
+    """A model whose tables FSDP2 and Accelerate can tell apart, and what fine-tuning made of it."""
+    model = llama(0, tied=False)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters() if seed else ():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return model
+
+
+def train_with_a_trainer(rank, kind, folder):
+    """Train with Transformers or TRL, and repeat it on the whole model with the gradients that it had, gathered."""
+    seen = []
+
+    def record(optimizer, *_):
+        if isinstance(optimizer, fm.MergingAdamW):
+            grads = {}
+            for group in optimizer.param_groups:
+                grads |= {n: p.grad.full_tensor() for n, p in zip(group["param_names"], group["params"], strict=True)}
+            seen.append(([group["lr"] for group in optimizer.param_groups], grads))
+
+    reference = fm.ReferenceDelta.from_models(untied(0), untied(1))
+    with environment(rank), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.trainer, "Accelerator", ForcedAccelerator)
+        sharding = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+        trainer = trainers.trainer_of(kind, folder / str(rank), untied(1), **sharding)
+        fm.attach(trainer, reference, **trainers.MERGING)
+        hook = register_optimizer_step_pre_hook(record)
+        try:
+            trainer.train()
+        finally:
+            hook.remove()
+        model = untied(1)
+        optimizer = fm.OnDAREAdamW(
+            trainers.decay_groups(model),
+            reference_delta=reference,
+            betas=(0.9, 0.98),
+            eps=1e-7,
+            **trainers.MERGING,
+        )
+        for rates, grads in seen:
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            for name, parameter in model.named_parameters():
+                parameter.grad = grads[canonical_name(name)]
+            optimizer.step()
+        own = named(trainer.model)
+        whole = {name: part_of(own[name], parameter.detach()) for name, parameter in model.named_parameters()}
+        assert_same_bits({name: local_part(parameter.detach()) for name, parameter in own.items()}, whole)
+        assert any(parameter.shape != local_part(parameter).shape for parameter in own.values())
+    return len(seen)
+
+
+def run_example(rank, script):
+    """Run a script whose Accelerator is forced to shard, as it does on GPUs."""
+
+    class Forced(ForcedAccelerator):
+        def __init__(self):
+            super().__init__(fsdp_plugin=plugin("LlamaDecoderLayer"))
+
+        def prepare(self, *args):
+            model, *others = super().prepare(*args)
+            sharded.append(any(p.shape != local_part(p).shape for p in model.parameters()))
+            return model, *others
+
+        def end_training(self):
+            """Leave the group of processes to other tests."""
+
+    sharded = []
+    with environment(rank), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accelerate, "Accelerator", Forced)
+        runpy.run_path(str(script))
+    return sharded

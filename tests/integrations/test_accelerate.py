@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-pytest.importorskip("accelerate")
+pytest.importorskip("trl")
 
 import accelerated
 
+EXAMPLE = Path(__file__).parents[2] / "examples/accelerate_fsdp2.py"
 both_formats = pytest.mark.parametrize("format", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
 
 
@@ -33,3 +36,12 @@ def test_a_delta_that_lacks_tensors_is_refused_by_all(ranks_of):
     said = ranks_of(2).all(accelerated.wrong_delta)
     assert len(set(said)) == 1
     assert "the reference delta lacks 'blocks.1.gain', 'blocks.1.up.weight'" in said[0]
+
+
+@pytest.mark.parametrize("kind", ["plain", "dpo"])
+def test_trainers_take_the_steps_of_their_gradients(kind, ranks_of, tmp_path):
+    assert ranks_of(2).all(accelerated.train_with_a_trainer, kind, tmp_path) == [3, 3]
+
+
+def test_the_example_shards_where_accelerate_does(ranks_of):
+    assert ranks_of(2).all(accelerated.run_example, EXAMPLE) == [[True], [True]]
