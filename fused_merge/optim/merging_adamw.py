@@ -227,7 +227,7 @@ class MergingAdamW(Optimizer):
     def _is_idle(self) -> bool:
         """Return whether a step is to do nothing, since DeepSpeed takes it only to have states made."""
         params = [param for group in self.param_groups for param in group["params"]]
-        return not self._pieces.tell_all_of(params) and self._stand_ins.are_idle(params)
+        return not self._pieces.know_all_of(params) and self._stand_ins.are_idle(params)
 
     def _named_groups(self) -> list[NamedGroup]:
         """Return the parameters of every group by name, with options that are checked."""
