@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
 from itertools import product
-from pathlib import Path
 
 import accelerate
 import pytest
@@ -16,8 +14,6 @@ from models import run
 from transformers import TrainerCallback
 
 import fused_merge as fm
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.parametrize(("every", "options"), list(product((1, 3), METHODS)), ids=str)
@@ -72,10 +68,3 @@ def test_a_trainer_merges_around_its_own_optimizer_and_resumes(optim, tmp_path):
     assert_same_bits(*found)
     plain = trainers.train(trainers.trainer_of("plain", tmp_path / "plain", **options))
     assert not any(same_bits(plain[name], weight) for name, weight in found[0].items())
-
-
-def test_the_example_with_muon(capsys):
-    runpy.run_path(str(EXAMPLES / "online_merging_muon.py"), run_name="__main__")
-    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
-    assert len(losses) == 11
-    assert losses[-1] < 0.9 * losses[0]
