@@ -49,6 +49,7 @@ SIGNATURE = {
     "coefficients_ptr": "*fp32",
     "thresholds_ptr": "*i32",
     "counts_ptr": "*i64",
+    "counts_here_ptr": "*i64",
     "search_ptr": "*i64",
     "mark_bits_ptr": "*i32",
     "list_ptr": "*i32",

@@ -105,17 +105,23 @@ def fragment_of(tensor: Tensor) -> Fragment | None:
     offset = sum(part.start * math.prod(shape[dim + 1 :]) for dim, part in enumerate(box))
     run, distance = math.prod(sizes[inner:]), math.prod(shape[inner:])
     index = ShardIndex(offset, max(run, 1), max(distance if cut else run, 1))
-    groups = sharding_groups(tensor)
-    across = [mesh.get_group(dim) for dim, p in enumerate(placements) if not p.is_replicate() and p.dim > 0]
-    return Fragment(Shard(index, shape, groups, tuple(across)), box)
+    across = sharding_groups(tensor, first=1)
+    return Fragment(Shard(index, shape, sharding_groups(tensor), across), box)
 
 
-def sharding_groups(tensor: Tensor) -> tuple[Any, ...]:
-    """Return the process groups over which sums of local elements add up to sums of the logical tensor."""
+def sharding_groups(tensor: Tensor, *, first: int = 0) -> tuple[Any, ...]:
+    """Return the process groups over which sums of local elements add up to sums of the logical tensor.
+
+    With `first=1` only those that shard other dimensions than dim 0: what is added up over rows.
+    """
     if not is_sharded(tensor):
         return ()
     mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-    return tuple(mesh.get_group(dim) for dim, placement in enumerate(placements) if not placement.is_replicate())
+    return tuple(
+        mesh.get_group(dim)
+        for dim, placement in enumerate(placements)
+        if not placement.is_replicate() and placement.dim >= first and mesh.size(dim) > 1
+    )
 
 
 def reshard(model: nn.Module) -> None:

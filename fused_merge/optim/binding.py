@@ -178,7 +178,7 @@ def members_of(
     groups: Sequence[dict[str, Any]], naming: Naming, pieces: Pieces, delta: ReferenceDelta
 ) -> list[list[Member]]:
     """Return the parameters of each group with their names and pieces."""
-    flat = pieces.tell_all_of([param for group in groups for param in group["params"]])
+    flat = pieces.know_all_of([param for group in groups for param in group["params"]])
     names = [[""] * len(group["params"]) for group in groups] if flat else naming.of(groups, delta)
     return [
         [Member(name, param, pieces.of(name, param)) for name, param in zip(own, group["params"], strict=True)]

@@ -99,9 +99,10 @@ class MergingAdamW(Optimizer):
     ) -> None:
         check_arguments(options)
         own = resolve({name: value for name, value in options.items() if name in RUN_OPTIONS}, RunOptions)
-        given: list[Any] = list(params)
+        # What torch refuses as it is, it shall refuse.
+        given: Any = params if isinstance(params, Tensor) else list(params)
         if not isinstance(reference_delta, ReferenceDelta):
-            with Processes.that_share(_tensors_of(given)).raising_together():
+            with Processes.that_share(_tensors_of(list(given))).raising_together():
                 reference_delta = opened_delta(reference_delta)
         self.impl: str = own["impl"]
         self.stats_every: int = own["stats_every"]
@@ -227,7 +228,7 @@ class MergingAdamW(Optimizer):
     def _is_idle(self) -> bool:
         """Return whether a step is to do nothing, since DeepSpeed takes it only to have states made."""
         params = [param for group in self.param_groups for param in group["params"]]
-        return not self._pieces.tell_all_of(params) and self._stand_ins.are_idle(params)
+        return not self._pieces.know_all_of(params) and self._stand_ins.are_idle(params)
 
     def _named_groups(self) -> list[NamedGroup]:
         """Return the parameters of every group by name, with options that are checked."""

@@ -252,7 +252,7 @@ class OnlineMerging:
         # One may be left of a step that has failed.
         self._pending = None
         params = [param for group in self.param_groups for param in group["params"]]
-        if not self._pieces.tell_all_of(params) and self._stand_ins.are_idle(params):
+        if not self._pieces.know_all_of(params) and self._stand_ins.are_idle(params):
             # DeepSpeed takes this step only to have states made.
             return
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -295,7 +295,7 @@ class OnlineMerging:
         for group in groups:
             check_sharding(group)
             names = group.get("param_names", group["params"])
-            if len(names) != len(group["params"]) and not self._pieces.tell_all_of(group["params"]):
+            if len(names) != len(group["params"]) and not self._pieces.know_all_of(group["params"]):
                 raise ValueError(
                     f"the optimizer steps {len(group['params'])} tensors under the names of {len(names)}: a framework "
                     "has put others in the place of its parameters; say what these are made of with set_pieces(), as "

@@ -59,7 +59,7 @@ class Pieces:
             param: [piece._replace(name=canonical_name(piece.name)) for piece in own] for param, own in pieces.items()
         }
 
-    def tell_all_of(self, params: Sequence[Tensor]) -> bool:
+    def know_all_of(self, params: Sequence[Tensor]) -> bool:
         """Return whether the pieces of all of these parameters were told, which then need no names."""
         return bool(self._told) and all(param in self._told for param in params)
 

@@ -346,3 +346,26 @@ def unbound_around(rank, config, wrap_first):
     with pytest.raises(ValueError, match="bind_deepspeed") as caught:
         train(engine, range(1))
     return str(caught.value)
+
+
+def differing_by_config(rank, config):
+    """The tensors that merging around the AdamW of a configuration makes other than around torch's."""
+    options = {"lr": 1e-2, "betas": [0.8, 0.9], "eps": 1e-8, "weight_decay": 0.0}
+    model = Network()
+    config = config | {"optimizer": {"type": "AdamW", "params": options | {"torch_adam": True}}}
+    os.environ["LOCAL_RANK"] = str(rank)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    engine = deepspeed.initialize(model=model, model_parameters=trained, config=config)[0]
+    fm.OnlineMerging(engine.optimizer, reference_delta=delta(), names_of=engine.module, alpha=1e-2, reserve_rate=0.1)
+    fm.bind_deepspeed(engine)
+    train(engine, range(4))
+
+    model = Network()
+    optimizer = torch.optim.AdamW([(n, p) for n, p in model.named_parameters() if p.requires_grad], **options)
+    around(optimizer, {})
+    for step in range(4):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    found = weights_of(engine)
+    return [name for name, p in model.named_parameters() if not same_bits(found[name], p.detach())]

@@ -23,6 +23,8 @@ FP32, BF16 = torch.float32, torch.bfloat16
 def pair(tmp_path_factory):
     # Trainers take their time where other tests run.
     pair = Pair(tmp_path_factory.mktemp("pair"), ready=zero_trainers.ready, seconds=200)
+    # Started here, so that it is no test's time.
+    pair(abs)
     yield pair
     pair.stop()
 
@@ -178,3 +180,8 @@ def test_merging_around_sgd_gives_the_bits_of_one_process(pair, layout, options,
 def test_merging_around_waits_until_it_is_bound(pair, wrap_first):
     for sentence in pair.both(zero.unbound_around, zero.config_of(2, {}), wrap_first):
         assert "fused_merge.bind_deepspeed(engine)" in sentence
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_merging_around_the_optimizer_of_the_configuration(pair, stage):
+    assert pair.both(zero.differing_by_config, zero.config_of(stage, {})) == [[], []]

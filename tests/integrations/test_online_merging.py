@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import runpy
 from itertools import product
-from pathlib import Path
 
 import accelerate
 import pytest
 import torch
-from bits import assert_same_bits
+import trainers
+from bits import assert_same_bits, same_bits
 from merged_around import METHODS, assert_merged_by_the_equation, delta_of_two, merging_of, sgd_run, weights
 from models import run
+from transformers import TrainerCallback
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+import fused_merge as fm
 
 
 @pytest.mark.parametrize(("every", "options"), list(product((1, 3), METHODS)), ids=str)
@@ -36,8 +36,35 @@ def test_the_optimizer_within_that_of_accelerate():
     assert_same_bits(weights(model), weights(peer))
 
 
-def test_the_example_with_muon(capsys):
-    runpy.run_path(str(EXAMPLES / "online_merging_muon.py"), run_name="__main__")
-    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
-    assert len(losses) == 11
-    assert losses[-1] < 0.9 * losses[0]
+class Merging(TrainerCallback):
+    """Merges around whatever optimizer a trainer makes; goes on from a saved state."""
+
+    def __init__(self, saved=None):
+        self.saved = saved
+
+    def on_train_begin(self, args, state, control, model, optimizer, **kwargs):
+        options = {"reference_delta": trainers.delta(), "names_of": model, "merge_every": 2, **trainers.MERGING}
+        self.merging = fm.OnlineMerging(optimizer, **options)
+        if self.saved:
+            self.merging.load_state_dict(torch.load(self.saved))
+
+    def on_save(self, args, state, control, **kwargs):
+        torch.save(self.merging.state_dict(), f"{args.output_dir}/checkpoint-{state.global_step}/merging.pt")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.merging.remove()
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "adamw_torch_fused"])
+def test_a_trainer_merges_around_its_own_optimizer_and_resumes(optim, tmp_path):
+    found, options = [], {"optim": optim, "save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    saved = tmp_path / "checkpoint-2"
+    for resume in (None, str(saved)):
+        merging = Merging(saved / "merging.pt" if resume else None)
+        trainer = trainers.trainer_of("plain", tmp_path, callbacks=[merging], **options)
+        found.append(trainers.train(trainer, resume_from_checkpoint=resume))
+        # The first of the four steps is one at lr = 0.
+        assert {own["step"] for own in merging.merging.state_dict()["state"].values()} == {3}
+    assert_same_bits(*found)
+    plain = trainers.train(trainers.trainer_of("plain", tmp_path / "plain", **options))
+    assert not any(same_bits(plain[name], weight) for name, weight in found[0].items())

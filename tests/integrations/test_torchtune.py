@@ -89,9 +89,7 @@ def test_their_states_are_saved_by_name_and_go_on(file):
 
 def test_the_component_of_a_recipe_finds_the_names_in_the_file(file):
     model = trained(2)
-    optimizer = instantiate(
-        {"_component_": "fused_merge.OnDAREAdamW", "reference_delta": file, **OPTIONS}, model.parameters()
-    )
+    optimizer = instantiate(model.parameters(), "fused_merge.OnDAREAdamW", reference_delta=file, **OPTIONS)
     for seed in range(4):
         backward(model, seed)
         optimizer.step()
