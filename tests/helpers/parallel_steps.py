@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import parallel
 import torch
-from bits import bits
+from bits import bits, same_bits
 from parallel import (
     Network,
     assert_held,
@@ -21,13 +21,18 @@ from parallel import (
 from torch.distributed.tensor.debug import CommDebugMode
 
 import fused_merge as fm
-from fused_merge.distributed import local_part
+from fused_merge.distributed import is_sharded, local_part
 from fused_merge.optim.state import state_dtypes
 
 
 def sizes(rank, kind):
-    """Return how many elements of each parameter a process holds."""
-    return {name: local_part(parameter).numel() for name, parameter in named(wrapped(tuned(), kind)).items()}
+    """Compare a model with one that is not sharded; return how many elements of each parameter a process holds."""
+    own, whole = named(wrapped(tuned(), kind)), named(tuned().to(parallel.device()))
+    for name, parameter in own.items():
+        gathered = parameter.full_tensor() if is_sharded(parameter) else parameter
+        assert same_bits(gathered, whole[name]), name
+        assert same_bits(local_part(parameter), part_of(parameter, whole[name])), name
+    return {name: local_part(parameter).numel() for name, parameter in own.items()}
 
 
 def same_bits_as_one_process(rank, kind, count, dtype, options):

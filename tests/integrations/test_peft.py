@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from adapters import adapted, load_adapter, save_adapter
@@ -240,10 +236,3 @@ def test_attach_makes_the_delta_of_the_adapter_in_training(folders, tmp_path):
         made.train()
         ends.append({name: x.detach() for name, x in model.named_parameters() if x.requires_grad})
     assert_same_bits(*ends)
-
-
-def test_the_example():
-    script = Path(__file__).parents[2] / "examples" / "peft_dpo.py"
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "an adapter of rank 8" in done.stdout
