@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/torchtitan_container.py
 
-A recipe of torchtitan takes `optimizers` where `default_adamw` stands. Here the model is tiny and random, so that it runs
-on a CPU in seconds.
+A recipe of torchtitan takes `optimizers` where `default_adamw` stands. Here the model is tiny and random, so that it
+runs on a CPU in seconds.
 """
 
 import torch
