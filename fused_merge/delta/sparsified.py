@@ -7,7 +7,7 @@ from torch import Tensor
 from fused_merge.delta.tensors import Sparsity
 from fused_merge.eager.shard import Shard
 from fused_merge.eager.sparse import SparseTensor
-from fused_merge.eager.sparsify import RANKED, SPARSIFY, kept_count, sparsify_tau, widened
+from fused_merge.eager.sparsify import ELEMENTWISE, RANKED, SPARSIFY, kept_count, sparsify_tau, widened
 from fused_merge.lockstep import finish, kth_largest
 
 
@@ -32,7 +32,7 @@ def sparsified(name: str, tau: Tensor, numel: int, sparsity: Sparsity, shard: Sh
         if sparsity.method in RANKED and sparsity.reserve_rate < 1.0 and numel > 0:
             k = kept_count(numel, sparsity.reserve_rate)
             kth = finish(kth_largest(lambda: widened(tau), k, shard.groups))
-        elif sparsity.method not in RANKED and sparsity.method != "random":
+        elif sparsity.method not in (*RANKED, *ELEMENTWISE):
             raise ValueError(
                 f"method {sparsity.method!r} is not known to work on parts of a tensor, and {name!r} is sharded; "
                 f"save the delta with it first, or use one of {', '.join(n for n in SPARSIFY if n != 'none')}"

@@ -76,6 +76,8 @@ SPARSIFY: dict[str, Callable[[Tensor, float, MaskKey], Tensor]] = {
     "magnitude": magnitude,
     "soft_threshold": soft_threshold,
 }
+# Those that look at each element by itself.
+ELEMENTWISE = ("none", "random")
 # Those that compare with the k-th largest magnitude of the tensor, given it.
 RANKED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"magnitude": keep_from, "soft_threshold": shrink_by}
 

@@ -31,7 +31,7 @@ from fused_merge.eager.projection import products
 from fused_merge.eager.scalars import Hyper, Scalars, derive_scalars, scalar_table
 from fused_merge.eager.shard import Shard, ShardIndex
 from fused_merge.eager.sparse import SparseTensor
-from fused_merge.eager.sparsify import RANKED, kept_count
+from fused_merge.eager.sparsify import ELEMENTWISE, RANKED, kept_count
 from fused_merge.functional import backend, compiled
 from fused_merge.functional.workspace import Workspace
 from fused_merge.lockstep import LocalSum, Steps, finish, kth_largest, side_by_side
@@ -194,7 +194,7 @@ def merging_adamw_(
         "anchors": [None] * count if anchors is None else anchors,
         "masters": [None] * count if masters is None else masters,
         "tensor_ids": tensor_ids,
-        "shards": _shards(params, shards, needs=rule.update in RANKED or rule.project is not None or stats),
+        "shards": _shards(params, shards, needs=rule.update not in ELEMENTWISE or rule.project is not None or stats),
     }
     for column, values in columns.items():
         if len(values) != count:
@@ -239,6 +239,11 @@ def _check(o: Operands, rule: MergeRule) -> None:
         )
     if rule.project and rule.project_over == "rows" and o.shard.cuts_rows and o.tau is not None and o.shard.has_rows:
         raise ValueError(f"{o.name}: the shards cut through rows, which cannot be projected; use project_over='tensor'")
+    if o.shard.groups and o.tau is not None and rule.update not in (*ELEMENTWISE, *RANKED):
+        raise ValueError(
+            f"{o.name}: F {rule.update!r} is not known to work on shards of a tensor; step whole tensors, or use a "
+            f"method whose F is one of {', '.join((*ELEMENTWISE, *RANKED))}"
+        )
     if rule.project and o.tau_dense is None and isinstance(o.tau, SparseTensor):
         raise ValueError(f"{o.name}: project={rule.project!r} needs the whole reference delta; pass it as dense_taus")
     if o.master is not None:

@@ -12,8 +12,10 @@ from device import DEVICE
 from tensors import WHOLE, Tensors, run_both
 
 from fused_merge import functional
-from fused_merge.eager.shard import ShardIndex
+from fused_merge.eager.shard import Shard, ShardIndex
 from fused_merge.eager.sparse import SparseTensor
+from fused_merge.eager.sparsify import SPARSIFY
+from fused_merge.methods import METHODS, Method
 
 
 @pytest.mark.parametrize(
@@ -146,6 +148,34 @@ def test_rows_too_long_to_project_are_refused():
     rows = [torch.empty_strided((2, 2**22 + 1), (2**22 + 1, 1), device=DEVICE)]
     with pytest.raises(RuntimeError, match="rows of 4194305 elements are too long to project; use project_over='tens"):
         Tensors((8,)).step("triton", dict.fromkeys(WHOLE, rows), method="onproj", project_over="rows")
+
+
+@pytest.mark.parametrize(
+    "options", [{"method": "onties"}, {"method": "onsoft"}, {"method": "onproj", "project": "onto"}], ids=str
+)
+def test_sums_of_a_whole_tensor_need_the_processes_that_hold_it(options):
+    part = Tensors((300,))
+    before = part.clone()
+    with pytest.raises(ValueError, match="thresholds, projections and statistics are of whole tensors; pass Shards"):
+        part.step("eager", shards=[ShardIndex(0, 300, 300)], **options)
+    assert_same_bits(part.outputs(), before.outputs())
+
+
+def test_what_shards_cannot_do_is_refused(monkeypatch):
+    monkeypatch.setitem(SPARSIFY, "halves", lambda x, rate, key: torch.where(x > x.median(), x, 0.0))
+    monkeypatch.setitem(METHODS, "halved", Method("halves", "none", "linear", "nowhere"))
+    t = Tensors((20, 15))
+    before = t.clone()
+    shard = Shard(ShardIndex(7, 300, 300), (40, 15), ("some group",), ("some group",), cuts_rows=True)
+    for message, options in {
+        r"0.weight: F 'halves' is not known to work on shards of a tensor; step whole tensors": {"method": "halved"},
+        r"0.weight: the shards cut through rows, which cannot be projected; use project_over='tensor'": {
+            "method": "onproj", "project": "conflict", "project_over": "rows",
+        },
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            t.step("eager", lists={"names": ["0.weight"]}, shards=[shard], **options)
+    assert_same_bits(t.outputs(), before.outputs())
 
 
 @pytest.mark.parametrize("column", ["tensor_ids", "steps", "shards", "masters"])
