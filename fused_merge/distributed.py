@@ -90,10 +90,9 @@ def fragment_of(tensor: Tensor) -> Fragment | None:
     box = local_box(tensor)
     if box is None:
         return None
-    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
     shape = tuple(tensor.shape)
     cut = [dim for dim in range(1, len(shape)) if (box[dim].start, box[dim].stop) != (0, shape[dim])]
-    sharded = {placement.dim for placement in placements if not placement.is_replicate()}
+    sharded = {placement.dim for placement in tensor.placements if not placement.is_replicate()}  # type: ignore[attr-defined]
     if len(sharded - {0}) > 1:
         raise ValueError(
             f"a tensor of {shape} is sharded along dimensions {sorted(sharded)}; its elements are numbered for one "

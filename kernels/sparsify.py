@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+from fused_merge.eager.sparsify import NAN_PATTERN
+
+NAN = tl.constexpr(NAN_PATTERN[torch.float32])
 
 
 @triton.jit
 def pattern(x):
-    """Magnitudes as integers: finite values in their order, NaN above infinity."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    """Magnitudes as integers: finite values in their order, every NaN one above infinity."""
+    return tl.minimum(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, NAN)
 
 
 @triton.jit

@@ -20,6 +20,8 @@ from fused_merge.eager.shard import ShardIndex
 from fused_merge.names import tensor_id
 
 _PATTERN = {torch.float64: torch.int64, torch.float32: torch.int32}
+# The pattern above that of infinity. Which one a NaN has depends on how it was computed.
+NAN_PATTERN = {torch.float64: 0x7FF0000000000001, torch.float32: 0x7F800001}
 
 
 def none(x: Tensor, rate: float, key: MaskKey) -> Tensor:
@@ -124,8 +126,8 @@ def widened(x: Tensor) -> Tensor:
 
 
 def pattern(x: Tensor) -> Tensor:
-    """Return the bits of |x| as integers of its width, ordered as the magnitudes are, NaN above infinity."""
-    return x.abs().view(_PATTERN[x.dtype])
+    """Return the bits of |x| as integers of its width, ordered as the magnitudes are; every NaN is NAN_PATTERN."""
+    return x.abs().view(_PATTERN[x.dtype]).clamp_(max=NAN_PATTERN[x.dtype])
 
 
 def kth_largest(x: Tensor, rate: float) -> Tensor:

@@ -186,6 +186,16 @@ def test_where_the_window_holds_the_threshold_only_what_is_listed_is_counted(mon
     assert listed[1] == ((patterns >= low) & (patterns <= last)).sum()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_nan_has_one_magnitude(dtype):
+    integers = torch.int32 if dtype == torch.float32 else torch.int64
+    patterns = torch.tensor([torch.iinfo(integers).max, -1, 0], dtype=integers).view(dtype)
+    x = torch.cat([patterns, torch.tensor([torch.nan, torch.inf, 2.0], dtype=dtype)])
+    kept = SPARSIFY["magnitude"](x, 0.2, None)
+    assert kept.isnan().tolist() == [True, True, False, True, False, False]
+    assert kept[[2, 4, 5]].tolist() == [0.0] * 3
+
+
 def test_a_window_with_more_in_it_than_the_list_holds_is_not_trusted():
     # 1500 elements have a list of 512 in the interpreter's blocks; all 1500 lie in one window.
     x = torch.linspace(1.0, 1.01, 1500)
