@@ -52,17 +52,10 @@ SLOW = (
 )
 
 
-# First, since pytest-xdist looks for its groups here, too.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if str(item.path.relative_to(Path(__file__).parent)).startswith(SLOW):
             item.add_marker(pytest.mark.slow)
-        # With `--dist loadgroup` one worker runs what shares processes, and starts them once.
-        if "ranks_of" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("ranks"))
-        elif "pair" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture
