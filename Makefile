@@ -17,7 +17,7 @@ quick: .venv/installed-test  ## the tests that need neither the interpreter nor 
 	$(BIN)/pytest -n auto -q -m "not slow" $(FRAMEWORKS:%=--ignore=%)
 
 frameworks: .venv/installed-frameworks  ## inside training frameworks, and sharded over several processes; examples/
-	$(BIN)/pytest -n 2 --dist loadgroup --durations 10 $(FRAMEWORKS)
+	$(BIN)/pytest -n 2 --dist loadfile --durations 10 $(FRAMEWORKS)
 
 kernels: .venv/installed-test  ## every build of the kernels, compiled for GPUs that need not be here
 	$(BIN)/python bench/kernels.py

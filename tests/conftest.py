@@ -56,9 +56,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if str(item.path.relative_to(Path(__file__).parent)).startswith(SLOW):
             item.add_marker(pytest.mark.slow)
-        if "ranks_of" in item.fixturenames:
-            # With `--dist loadgroup` one worker runs them, and starts these processes once.
-            item.add_marker(pytest.mark.xdist_group("ranks"))
 
 
 @pytest.fixture

@@ -24,6 +24,13 @@ CASES = {
     "bf16, fp32 master": (BF16, {"method": "onties", "master": "fp32", "merge_every": 3}),
     "bf16, split master": (BF16, {"method": "ondare", "master": "split", "merge_every": 3}),
 }
+# What is tried where no shard is of another kind than elsewhere.
+FEW = ["ondare between merges", "onties", "bf16, stochastic", "bf16, split master"]
+CASES_OF_KIND = [
+    (case, kind, world)
+    for kind, world in KIND_OF_WORLD
+    for case in (FEW if kind in ("alone", "ddp", "hsdp") else CASES)
+]
 IN_THE_INTERPRETER = ["ondare between merges", "onties", "onsoft", "bf16, stochastic", "bf16, split master"]
 # What the kernels are told about shards differs between these, and they are slow in the interpreter.
 SOME_KINDS = [("fsdp", 2), ("columns", 2), ("tp and fsdp", 4)]
@@ -48,8 +55,7 @@ def test_the_shards_that_are_tried_are_uneven_and_empty(kind, world, where, rank
     assert any(0 in of_one for of_one in counts) is (kind not in ("alone", "ddp", "tp"))
 
 
-@pytest.mark.parametrize("case", CASES)
-@everywhere
+@pytest.mark.parametrize(("case", "kind", "world"), CASES_OF_KIND)
 def test_steps_have_the_bits_of_one_process(case, kind, world, where, ranks_of):
     dtype, options = CASES[case]
     ranks_of(world, where).all(parallel_steps.same_bits_as_one_process, kind, 4, dtype, options)

@@ -10,14 +10,11 @@ import accelerate
 import parallel
 import pytest
 import torch
-import trainers
-import transformers
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from bits import assert_same_bits
 from parallel import Network, assert_held, fill_gradients, held, named, optimizer_of, part_of, steps, tuned
-from tiny import llama
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import fused_merge as fm
@@ -151,6 +148,8 @@ def wrong_delta(rank):
 
 def untied(seed):
     """A model whose tables FSDP2 and Accelerate can tell apart, and what fine-tuning made of it."""
+    from tiny import llama
+
     model = llama(0, tied=False)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -161,6 +160,10 @@ def untied(seed):
 
 def train_with_a_trainer(rank, kind, folder):
     """Train with Transformers or TRL, and repeat it on the whole model with the gradients that it had, gathered."""
+    # Imported by the processes that need it, which takes them seconds.
+    import trainers
+    import transformers
+
     seen = []
 
     def record(optimizer, *_):
