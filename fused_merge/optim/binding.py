@@ -12,6 +12,7 @@ from fused_merge.delta.reference_delta import ReferenceDelta
 from fused_merge.delta.tensors import Sparsity
 from fused_merge.distributed import Processes
 from fused_merge.eager.sparse import SparseTensor
+from fused_merge.eager.sparsify import RANKED
 from fused_merge.io.match import common_prefixes, has_first_rows
 from fused_merge.methods import MergeRule
 from fused_merge.names import adapted_weight, some
@@ -94,14 +95,19 @@ class Binding:
             raise ValueError(
                 f"the processes have different reference deltas, {some(identities)}; make them all of the same models"
             )
-        bound, held = dict[str, Bound](), set(self.delta.names)
-        for each in wanted:
-            if each.name not in held:
-                bound[each.name] = Bound(None)
-                continue
-            with processes.raising_together():
-                tau = self._read(each)
-            bound[each.name] = self._sparsified(each, tau).to(each.param.device)
+        held = set(self.delta.names)
+        found = [each for each in wanted if each.name in held]
+        bound = {each.name: Bound(None) for each in wanted}
+        with processes.raising_together():
+            for each in found:
+                if not self._is_sought_together(each):
+                    bound[each.name] = self._sparsified(each, self._read(each)).to(each.param.device)
+        for each in found:
+            if self._is_sought_together(each):
+                # One after the other, so that no more than one of them is dense at a time.
+                with processes.raising_together():
+                    tau = self._read(each)
+                bound[each.name] = self._sparsified(each, tau).to(each.param.device)
         self._bound.update(bound)
         report(
             [
@@ -159,6 +165,12 @@ class Binding:
             raise ValueError(
                 f"{what} needs the whole reference delta and {self.delta.path} holds a sparse one; use the dense delta"
             )
+
+    def _is_sought_together(self, wanted: Wanted) -> bool:
+        """Return whether F of tau has a threshold that the processes find together."""
+        rule, fragment = wanted.group.rule, wanted.piece.fragment
+        sparsifies = self.delta.sparsity is None and rule.tau_reserve_rate < 1.0
+        return sparsifies and rule.tau in RANKED and fragment is not None and bool(fragment.shard.groups)
 
     def _read(self, wanted: Wanted) -> Tensor | SparseTensor:
         """Return what a process holds of a tensor of the delta, as it is stored; no collective operation."""
