@@ -13,7 +13,7 @@ from torch import Tensor
 import fused_merge as fm
 from fused_merge import functional
 from fused_merge.eager.sparse import SparseTensor
-from fused_merge.functional import Anchor, Hyper, ShardIndex, merge_rule
+from fused_merge.functional import Anchor, Hyper, Shard, merge_rule
 from fused_merge.names import tensor_id
 
 LR, BETAS, EPS, ALPHA = 1e-6, (0.9, 0.999), 1e-8, 1e-6
@@ -198,7 +198,7 @@ class Stepper:
     taus: list[Any]
     masters: list[Any]
     anchors: list[Any]
-    shards: list[ShardIndex] | None = None
+    shards: list[Shard] | None = None
     impl: str = "triton"
     lr: float = LR
     workspace: functional.Workspace = field(default_factory=functional.Workspace)
@@ -274,7 +274,7 @@ class Stepper:
         yield from (("step counts", x) for x in self.steps)
         yield from (("masters", x) for x in self.masters if x is not None)
         for anchor in self.anchors:
-            yield from (("anchors", x) for x in anchor or ())
+            yield from (("anchors", x) for x in anchor or () if isinstance(x, torch.Tensor))
 
 
 def differences(one: Tensor, other: Tensor) -> int:

@@ -118,12 +118,16 @@ def touch_memory(run: Run) -> Iterator[Row]:
     from gpu_cases import CASES, MORE_CASES, SHARDED, Pool, Stepper
 
     from fused_merge import functional
-    from fused_merge.functional import ShardIndex
+    from fused_merge.functional import Shard, ShardIndex
 
     device = torch.device(run.kind)
     shapes = [(5, 7), (3,)] if run.tiny else [(17, 1031), (3, 1024), (1,), (2049,), ()]
     inner = [torch.Size(shape[1:]).numel() for shape in shapes]
-    columns = [ShardIndex(run_length, run_length, 2 * run_length) for run_length in inner]
+    # Nobody holds the rest: thresholds and sums are those of what is here.
+    columns = [
+        Shard(ShardIndex(run_length, run_length, 2 * run_length), shape)
+        for run_length, shape in zip(inner, shapes, strict=True)
+    ]
     cases = CASES | MORE_CASES
     layouts = [(name, False) for name in cases] + [(name, True) for name in SHARDED]
     for name, sharded in layouts:

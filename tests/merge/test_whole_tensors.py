@@ -54,8 +54,9 @@ def unread(nbytes):
 
 
 def kth(delta, k):
-    """The pattern of the k-th largest magnitude, by numpy."""
+    """The pattern of the k-th largest magnitude, by numpy; all NaN have one, above infinity."""
     patterns = np.abs(delta).view(PATTERN[torch.from_numpy(delta).dtype][0])
+    patterns[np.isnan(delta)] = np.array(INF, delta.dtype).view(patterns.dtype) + 1
     return int(np.partition(patterns, patterns.size - k)[patterns.size - k])
 
 
