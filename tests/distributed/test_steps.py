@@ -26,17 +26,18 @@ CASES = {
 }
 # What is tried where no shard is of another kind than elsewhere.
 FEW = ["ondare between merges", "onties", "bf16, stochastic", "bf16, split master"]
+# Rows and columns, uneven and empty shards, and strided ones.
+UNLIKE = [("fsdp", 4), ("columns", 2), ("tp and fsdp", 4)]
 CASES_OF_KIND = [
-    (case, kind, world)
-    for kind, world in KIND_OF_WORLD
-    for case in (FEW if kind in ("alone", "ddp", "hsdp") else CASES)
+    (case, kind, world) for kind, world in KIND_OF_WORLD for case in (CASES if (kind, world) in UNLIKE else FEW)
 ]
 IN_THE_INTERPRETER = ["ondare between merges", "onties", "onsoft", "bf16, stochastic", "bf16, split master"]
 # What the kernels are told about shards differs between these, and they are slow in the interpreter.
 SOME_KINDS = [("fsdp", 2), ("columns", 2), ("tp and fsdp", 4)]
 in_eager_code_and_kernels = pytest.mark.parametrize(
     ("kind", "world", "impl"),
-    [(*each, "eager") for each in KIND_OF_WORLD] + [(*each, "triton") for each in SOME_KINDS[1:]],
+    [(*each, "eager") for each in [*UNLIKE, ("fsdp", 2), ("tp", 2), ("hsdp", 4)]]
+    + [(*each, "triton") for each in SOME_KINDS[1:]],
 )
 PROJECTIONS = [
     {"project": "conflict", "project_over": "tensor"},
