@@ -31,9 +31,7 @@ def main() -> None:
         # DeepSpeed would compile an all-reduce for CPUs first, which takes a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-    delta = fm.ReferenceDelta.from_models(
-        tiny_llama(0), tiny_llama(1)
-    )  # 1: in earnest, from_checkpoints("base/", "sft/")
+    delta = fm.ReferenceDelta.from_models(tiny_llama(0), tiny_llama(1))  # 1; or from_checkpoints("base/", "sft/")
     model = tiny_llama(1)
     optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, lr=1e-3, alpha=1e-4)  # 2
     config = {
