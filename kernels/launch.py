@@ -95,6 +95,7 @@ class Launch:
         blocks = [layout.block_count(numel, spec.BLOCK) for numel in numels]
         self._heights, self._blocks = heights, sum(blocks)
         self._shards = [o.shard for o in operands]
+        self._sharded = any(shard.groups for shard in self._shards)
         firsts = zip(accumulate(heights, initial=0), accumulate(blocks, initial=0), strict=True)
         entries = [_entry(o, spec, rule, seed, *first) for o, first in zip(operands, firsts, strict=False)]
         self._tensors = torch.tensor(entries, dtype=torch.int64).to(device, non_blocking=True)
@@ -118,19 +119,26 @@ class Launch:
         table = self._scalars(hyper_entry, hyper)
         coefficients = self._project(table)
         if spec.PROJECT is not None:
-            own = coefficients.split(self._heights) if len(coefficients) == sum(self._heights) else ()
-            yield self._ask("rows" if spec.PROJECT_ROWS else "tensor", own)
+            # A program that owns a row has not waited for others.
+            extent = "rows" if spec.PROJECT_ROWS else "tensor"
+            yield [] if spec.ROW_PROGRAMS else self._ask(extent, coefficients, self._heights)
         search, mark_bits = yield from self._search(table, coefficients)
         sums = self._step(table, coefficients, search, mark_bits)
         if sums is not None:
-            yield [asked for own in sums for asked in self._ask("tensor", own.unbind())]
+            yield [asked for own in sums for asked in self._ask("tensor", own)]
         return sums
 
-    def _ask(self, extent: str, local: Sequence[Tensor]) -> list[Asked]:
-        """Return what is to be added up of one local sum for each tensor, with the tensor's number in the step."""
+    def _ask(self, extent: str, table: Tensor, heights: Sequence[int] | None = None) -> list[Asked]:
+        """Return what is to be added up of a table of local sums, with the number of the tensor that it is of.
+
+        `heights` are the rows that each tensor has in the table; None for one each.
+        """
+        if not self._sharded:
+            return []
+        local = table.unbind() if heights is None else table.split(heights)
         return [
             (member, LocalSum(own, groups))
-            for member, shard, own in zip(self.members, self._shards, local, strict=False)
+            for member, shard, own in zip(self.members, self._shards, local, strict=True)
             if (groups := shard.summed_over(extent))
         ]
 
@@ -167,14 +175,14 @@ class Launch:
             kth_largest.mark_kernel, self._programs, tensors, table, coefficients, self.thresholds, counts, mark_bits,
             patterns, spec=spec,
         )  # fmt: skip
-        counts_here = counts.clone() if any(shard.groups for shard in self._shards) else counts
+        counts_here = counts.clone() if self._sharded else counts
         for finished in range(kth_largest.ROUNDS + 1):
             if finished:
                 layout.launch(
                     kth_largest.count_kernel, self._groups, tensors, table, coefficients, counts, search, patterns,
                     spec=spec,
                 )  # fmt: skip
-            yield self._ask("tensor", counts.unbind())
+            yield self._ask("tensor", counts)
             with torch.cuda.device_of(tensors):
                 kth_largest.search_kernel[(len(tensors),)](
                     tensors, table, self.thresholds, counts, counts_here, search, SPEC=spec,
@@ -317,7 +325,7 @@ def run(prepared: PreparedLaunches) -> Steps[list[MergeSums | None]]:
         step has merged.
     """
     operands = prepared.operands
-    copied = [i for i in range(len(operands)) if i not in set(prepared.contiguous)]
+    copied = sorted(set(range(len(operands))).difference(prepared.contiguous))
     # Copies of sharded tensors take part in the sums of all others, other copies need not live at the same time.
     together = [i for i in copied if operands[i].shard.groups]
     sums = yield from _run_launches(prepared, prepared.launches, together)
