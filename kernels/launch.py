@@ -111,7 +111,7 @@ class Launch:
             self._groups = layout.split_programs(numels, spec.BLOCK * kth_largest.SEARCH_BLOCKS.value, device)
 
     def run(self, hyper_entry: Tensor, hyper: Hyper) -> Generator[list[Asked], None, tuple[Tensor, Tensor] | None]:
-        """Take the step; return the sums of what merged, fp32 `[T, 4]` and int64 `[T, 5]`, where they are collected.
+        """Take the step; return the sums of what merged, fp32 `[T, 4]` and int64 `[T, 6]`, where they are collected.
 
         All launches of one rule yield equally often, if only nothing, but for those without a delta, which never do.
         """

@@ -44,7 +44,7 @@ def merging_adamw_kernel(
     search_ptr,  # int64 [T, 4]: `kth_largest.SearchEntry`
     mark_bits_ptr,  # int32: a bit an element
     products_ptr,  # fp32 [blocks, 4], written where statistics are collected
-    counts_ptr,  # int64 [T, 5], the same
+    counts_ptr,  # int64 [T, 6], the same
     SPEC: tl.constexpr,
 ):
     """The step; one program a block of elements, or a row."""
