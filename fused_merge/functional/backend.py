@@ -112,15 +112,15 @@ def group(
     Args:
         impl, tensors: as for `choose`, which returned `chosen`.
         names: tensor names, used in error messages.
-        reasons: why the kernels cannot take each tensor, or None; a RuntimeError if `impl` is "triton".
+        reasons: why what was chosen cannot take each tensor, or None; a RuntimeError if `impl` names it.
     """
-    explicit = check_impl(impl) == "triton"
+    explicit = check_impl(impl) in ("triton", "compiled")
     shares: dict[tuple[str, torch.device], Share] = {}
     for index, (tensor, name, reason) in enumerate(zip(tensors, names, reasons, strict=True)):
         runs = chosen[tensor.device]
-        if runs == "triton" and reason:
+        if runs != "eager" and reason:
             if explicit:
-                raise RuntimeError(f"impl='triton' cannot serve {name}: {reason}; use impl='auto'")
+                raise RuntimeError(f"impl={runs!r} cannot serve {name}: {reason}; use impl='auto'")
             runs = "eager"
         shares.setdefault((runs, tensor.device), Share(runs, tensor.device, [])).members.append(index)
     return list(shares.values())

@@ -32,7 +32,7 @@ from fused_merge.eager.scalars import Hyper, Scalars, derive_scalars, scalar_tab
 from fused_merge.eager.shard import Shard, ShardIndex
 from fused_merge.eager.sparse import SparseTensor
 from fused_merge.eager.sparsify import ELEMENTWISE, RANKED, kept_count
-from fused_merge.functional import backend, compiled
+from fused_merge.functional import backend
 from fused_merge.functional.workspace import Workspace
 from fused_merge.lockstep import LocalSum, Steps, finish, kth_largest, side_by_side
 from fused_merge.methods import MergeRule
@@ -87,13 +87,18 @@ def prepare(
         from fused_merge.kernels import launch, specialization
 
         reasons = [specialization.why_unsupported(o, rule) for o in operands]
+    if "compiled" in chosen.values():
+        from fused_merge.compiled import launch as compiled_launch, tables
+
+        reasons = [tables.why_unsupported(o, rule) for o in operands]
     shares: list[tuple[backend.Share, Any]] = []
     for share in backend.group(impl, chosen, params, [o.name for o in operands], reasons):
         launches = None
-        if share.backend == "triton":
-            plan = workspace.keep(("step", share.device), launch.Plan)
+        if share.backend != "eager":
+            module = launch if share.backend == "triton" else compiled_launch
+            plan = workspace.keep(("step", share.backend, share.device), module.Plan)
             own = [operands[i] for i in share.members]
-            launches = launch.prepare(own, rule, hyper, seed=seed, stats=stats, plan=plan)
+            launches = module.prepare(own, rule, hyper, seed=seed, stats=stats, plan=plan)
         shares.append((share, launches))
     return PreparedStep(operands, rule, hyper, seed, stats, shares)
 
@@ -110,7 +115,11 @@ def _taking(prepared: PreparedStep) -> Steps[list[MergeStats | None]]:
     torch._foreach_add_(steps, 1.0)
     serving = []
     for share, launches in prepared.shares:
-        if share.backend == "triton":
+        if share.backend == "compiled":
+            from fused_merge.compiled import launch as compiled_launch
+
+            serving.append(compiled_launch.run(launches))
+        elif share.backend == "triton":
             from fused_merge.kernels import launch
 
             serving.append(launch.run(launches))
@@ -262,7 +271,6 @@ def _step_each(share: backend.Share, prepared: PreparedStep) -> Steps[list[Merge
 
     What a step needs to know of the whole of a sharded tensor is found first, of all such tensors together.
     """
-    merging_adamw = compiled.merging_adamw_ if share.backend == "compiled" else eager_merging_adamw_
     operands, rule = [prepared.operands[i] for i in share.members], prepared.rule
     table = scalar_table([o.step for o in operands], prepared.hyper, share.device)
     scalars = [
@@ -288,7 +296,7 @@ def _step_each(share: backend.Share, prepared: PreparedStep) -> Steps[list[Merge
             # Another optimizer has taken the step, and there is nothing to merge. The host can tell on a CPU.
             sums.append(None)
             continue
-        terms = merging_adamw(
+        terms = eager_merging_adamw_(
             o.param,
             o.grad,
             o.exp_avg,

@@ -1,0 +1,185 @@
+"""From lists of tensors to passes over their blocks, as `fused_merge.kernels.launch` does for a GPU.
+
+A step is a sequence of passes over all tensors: what the projection needs; for a ranked F the search for thresholds; the
+step itself. What a pass adds up over sharded tensors is yielded before the next one begins. The tables are kept, with the
+last thresholds, in a `Plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fused_merge.compiled import merge_stats, passes
+from fused_merge.compiled.layout import ENTRY
+from fused_merge.compiled.memory import BLOCK
+from fused_merge.compiled.tables import entry, finds_rows, projects_rows
+from fused_merge.compiled.thresholds import Thresholds
+from fused_merge.compiled.threads import Blocks, Crew
+from fused_merge.eager.merge_stats import MergeSums
+from fused_merge.eager.operands import Operands
+from fused_merge.eager.scalars import Hyper, derive_scalars
+from fused_merge.eager.sparse import SparseTensor
+from fused_merge.eager.sparsify import RANKED, kept_count
+from fused_merge.eager.sums import tree_sum
+from fused_merge.lockstep import LocalSum, Steps
+from fused_merge.methods import MergeRule
+
+
+class Launch:
+    """The passes that step some tensors by one rule."""
+
+    def __init__(self, operands: Sequence[Operands], rule: MergeRule, seed: int, *, stats: bool, decays: bool) -> None:
+        self.names = [o.name for o in operands]
+        self._rule, self._stats, self._shards = rule, stats, [o.shard for o in operands]
+        entries = [entry(o, rule, seed=seed, stats=stats, decays=decays) for o in operands]
+        self.table = np.array(entries, np.int64).reshape(len(entries), len(ENTRY))
+        self._numels = [o.param.numel() for o in operands]
+        merged = [i for i, o in enumerate(operands) if o.tau is not None]
+        self.thresholds: Thresholds | None = None
+        skips = self.table[:, ENTRY.skips] != 0
+        if rule.update in RANKED and rule.reserve_rate < 1.0:
+            ranks = [kept_count(shard.numel, rule.reserve_rate) for shard in self._shards]
+            self.thresholds = Thresholds(self.table, merged, ranks, self._shards)
+            self._listed = Blocks.of([i for i in merged if skips[i]], self._numels)
+            self._whole = Blocks.of([i for i, o in enumerate(operands) if o.tau is None or not skips[i]], self._numels)
+        else:
+            self._listed, self._whole = Blocks.of([], self._numels), Blocks.of(range(len(operands)), self._numels)
+        # Of tensors that are projected, but for those whose rows are found on the way: rows, and blocks of one.
+        own = [i for i in merged if rule.project is not None and not finds_rows(operands[i], rule)]
+        self._heights = {i: operands[i].param.shape[0] if projects_rows(operands[i], rule) else 1 for i in own}
+        lengths = self.table[:, ENTRY.row_length]
+        counts = [self._heights.get(i, 0) * -(-int(lengths[i]) // BLOCK) for i in range(len(operands))]
+        self._projected = Blocks.of(own, self._numels, counts)
+
+    def take_over(self, last: Launch) -> None:
+        """Begin with the thresholds that the launch of the last step has left."""
+        if self.thresholds is not None and last.thresholds is not None:
+            self.thresholds.take_over(last.thresholds, dict(zip(last.names, range(len(last.names)), strict=True)), self.names)
+
+    def run(self, scalars: np.ndarray, crew: Crew) -> Steps[list[MergeSums | None]]:
+        """Take the step; return what was merged, where it is collected."""
+        along = yield from self._project(scalars, crew)
+        kths = np.zeros(len(scalars), np.int32)
+        if self.thresholds is not None:
+            kths = yield from self.thresholds.find(scalars, crew)
+        products = np.zeros((self._whole.count if self._stats else 0, merge_stats.PRODUCTS), np.float32)
+        counts = np.zeros((self._whole.threads, len(scalars), merge_stats.COUNTS), np.int64)
+        whole, listed = self._whole, self._listed
+        crew.over(
+            whole,
+            lambda thread, start, stop, room: passes.step_pass(
+                self.table, scalars, kths, whole.numbers, whole.firsts, start, stop, room, products, counts[thread]
+            ),
+        )
+        if self.thresholds is not None:
+            found = self.thresholds.list
+            crew.over(
+                listed,
+                lambda thread, start, stop, room: passes.finish_pass(
+                    self.table, scalars, kths, listed.numbers, listed.firsts, start, stop, room, *found
+                ),
+            )
+        passes.anchors_pass(self.table, scalars)
+        del along
+        if not self._stats:
+            return [None] * len(scalars)
+        sums = self._sums(torch.from_numpy(products), torch.from_numpy(counts.sum(0)))
+        yield [LocalSum(x, shard.groups) for own, shard in zip(sums, self._shards, strict=True) if own for x in own]
+        return sums
+
+    def _project(self, scalars: np.ndarray, crew: Crew) -> Steps[list[Tensor]]:
+        """Find what the projection needs, and tell the table where it lies; keep it as long as that is used."""
+        if self._rule.project is None:
+            return []
+        blocks = self._projected
+        out = torch.empty(blocks.count, 2)
+        crew.over(
+            blocks,
+            lambda thread, start, stop, room: passes.products_pass(
+                self.table, scalars, blocks.numbers, blocks.firsts, start, stop, room, out.numpy()
+            ),
+        )
+        own = out.split(np.diff(blocks.firsts).tolist())
+        along = []
+        for i, x in zip(blocks.numbers.tolist(), own, strict=True):
+            height = self._heights[i]
+            along.append(tree_sum(x.view(height, len(x) // max(height, 1), 2).transpose(1, 2)).contiguous())
+        self.table[blocks.numbers, ENTRY.along] = [x.data_ptr() for x in along]
+        extent = self._rule.project_over
+        groups = [self._shards[i].summed_over(extent) for i in blocks.numbers]
+        yield [LocalSum(x, group) for x, group in zip(along, groups, strict=True) if group]
+        return along
+
+    def _sums(self, products: Tensor, counts: Tensor) -> list[MergeSums | None]:
+        """Return what is added up over each tensor that merges."""
+        sums: list[MergeSums | None] = [None] * len(counts)
+        parts = products.split(np.diff(self._whole.firsts).tolist())
+        for i, own in zip(self._whole.numbers.tolist(), parts, strict=True):
+            if self.table[i, ENTRY.stats]:
+                sums[i] = MergeSums(*tree_sum(own.t()).unbind(), *counts[i].unbind())
+        return sums
+
+
+class Plan:
+    """What repeated steps of the same tensors keep: tables, the last thresholds, and room for threads."""
+
+    def __init__(self) -> None:
+        self.crew = Crew()
+        self._made_for: Any = None
+        self._launch: Launch | None = None
+
+    def launch(self, operands: Sequence[Operands], rule: MergeRule, seed: int, *, stats: bool, decays: bool) -> Launch:
+        """Return the launch of some tensors, made again if anything about them has changed."""
+        made_for = rule, seed, stats, decays, [_identity(o) for o in operands]
+        if self._launch is None or self._made_for != made_for:
+            launch = Launch(operands, rule, seed, stats=stats, decays=decays)
+            if self._launch is not None:
+                launch.take_over(self._launch)
+            self._launch, self._made_for = launch, made_for
+        return self._launch
+
+
+def _identity(o: Operands) -> tuple[Any, ...]:
+    """Return all that the tables of a tensor depend on."""
+    sparse = (o.tau.mask, o.tau.values) if isinstance(o.tau, SparseTensor) else (o.tau,)
+    every = (o.param, o.grad, o.exp_avg, o.exp_avg_sq, o.step, *sparse, o.tau_dense, *(o.anchor or ()), o.master)
+    tensors = [(x.data_ptr(), x.dtype) if isinstance(x, Tensor) else x for x in every]
+    return o.param.shape, o.tensor_id, o.shard, tensors
+
+
+class PreparedLaunch(NamedTuple):
+    """A step that can be taken; nothing is changed yet."""
+
+    launch: Launch
+    hyper: Hyper
+    crew: Crew
+
+
+def prepare(
+    operands: Sequence[Operands], rule: MergeRule, hyper: Hyper, *, seed: int, stats: bool, plan: Plan
+) -> PreparedLaunch:
+    """Make ready to step tensors on the CPU, that are contiguous; `plan` is what the last call with them has left."""
+    tensors = {field: float(x) for field, x in hyper._asdict().items() if isinstance(x, Tensor)}
+    hyper = hyper._replace(**tensors)
+    launch = plan.launch(operands, rule, seed, stats=stats, decays=hyper.weight_decay != 0)
+    return PreparedLaunch(launch, hyper, plan.crew)
+
+
+def run(prepared: PreparedLaunch) -> Steps[list[MergeSums | None]]:
+    """Take a prepared step; the operands are mutated, but for their step counts, which have advanced.
+
+    Returns:
+        T sums if asked for, else T times None; None for tensors without a delta. They mean something only where a step
+        has merged.
+    """
+    launch, hyper, crew = prepared
+    counts = np.empty(len(launch.table), np.float32)
+    passes.read_steps(launch.table, counts)
+    different, which = np.unique(counts, return_inverse=True)
+    scalars = np.array([derive_scalars(float(count), hyper) for count in different], np.float64).astype(np.float32)
+    return (yield from launch.run(scalars[which], crew))

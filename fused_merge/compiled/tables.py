@@ -1,0 +1,124 @@
+"""What compiled code is told of a tensor, or why it does not serve it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fused_merge.compiled import layout
+from fused_merge.compiled.layout import LONGEST_ROW, TensorEntry
+from fused_merge.compiled.memory import DTYPES
+from fused_merge.eager.operands import Operands
+from fused_merge.eager.philox import keep_threshold
+from fused_merge.eager.sparse import SparseTensor
+from fused_merge.methods import MergeRule
+
+# From this share of kept elements on, lines of weights that hold none are too rare to skip.
+SKIPS_UP_TO = 0.1
+_MASTER = {torch.float32: layout.FULL_MASTER, torch.int16: layout.SPLIT_MASTER}
+
+
+def why_unsupported(o: Operands, rule: MergeRule) -> str | None:
+    """Return in a few words why compiled code cannot step this tensor, or None."""
+    tensors = {
+        "weights": o.param,
+        "gradients": o.grad,
+        "first moments": o.exp_avg,
+        "second moments": o.exp_avg_sq,
+        "reference deltas": o.tau,
+        "dense reference deltas": o.tau_dense,
+        "anchors": o.anchor and o.anchor.weights,
+        "masters": o.master,
+    }
+    for what, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in DTYPES:
+            return f"there is no compiled code for {tensor.dtype} {what}"
+        if isinstance(tensor, Tensor) and not tensor.is_contiguous():
+            return f"there is no compiled code for {what} that are not contiguous"
+    if o.tau is not None and rule.update not in layout.SPARSIFY:
+        return f"there is no compiled code for F {rule.update!r} of the update"
+    return None
+
+
+def projects_rows(o: Operands, rule: MergeRule) -> bool:
+    """Return whether a tensor is projected over rows and has more than one."""
+    return rule.project is not None and rule.project_over == "rows" and o.tau is not None and o.shard.has_rows
+
+
+def finds_rows(o: Operands, rule: MergeRule) -> bool:
+    """Return whether the products of a row are found where it is stepped: it is whole, and so is its gradient."""
+    whole = projects_rows(o, rule) and not o.shard.row_groups and rule.project_on == "gradient"
+    return whole and o.param.shape[1:].numel() <= LONGEST_ROW
+
+
+def _skips(o: Operands, rule: MergeRule, stats: bool) -> bool:
+    """Return whether weights to which nothing is added are left alone; fp32 ones, at most decayed."""
+    few = isinstance(o.tau, SparseTensor) and rule.update != "none" and rule.reserve_rate <= SKIPS_UP_TO
+    plain = o.anchor is None and o.master is None and not stats
+    # What a ranked F has not found yet, it finds in moments that have advanced.
+    moments = (o.exp_avg, o.exp_avg_sq) if rule.update != "random" else ()
+    return few and plain and all(x is not None and x.dtype == torch.float32 for x in moments)
+
+
+def entry(o: Operands, rule: MergeRule, *, seed: int, stats: bool, decays: bool) -> TensorEntry:
+    """Return the row of the table; `along` is set before each step."""
+
+    def address(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.data_ptr()
+
+    def dtype(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else DTYPES[tensor.dtype]
+
+    sparse = o.tau if isinstance(o.tau, SparseTensor) else None
+    tau = sparse.mask if sparse else o.tau
+    values = sparse.values if sparse else o.tau
+    assert not isinstance(tau, SparseTensor)
+    dense = (o.tau if o.tau_dense is None else o.tau_dense) if rule.project else None
+    rows, numel = projects_rows(o, rule), o.param.numel()
+    project = 0
+    if rule.project is not None and o.tau is not None:
+        flags = (True, rule.project == "onto", rule.project_on == "update", rows)
+        bits = (layout.PROJECTS, layout.ONTO, layout.ON_UPDATE, layout.OVER_ROWS)
+        project = sum(bit for bit, flag in zip(bits, flags, strict=True) if flag)
+    strength, rest = (int(np.float32(x).view(np.uint32)) for x in (rule.project_strength, 1.0 - rule.project_strength))
+    return TensorEntry(
+        param=address(o.param),
+        grad=address(o.grad),
+        exp_avg=address(o.exp_avg),
+        exp_avg_sq=address(o.exp_avg_sq),
+        step=address(o.step),
+        tau=address(tau),
+        tau_values=address(values) if sparse else 0,
+        tau_offsets=address(sparse.offsets) if sparse else 0,
+        wide_offsets=sparse is not None and sparse.offsets.dtype == torch.int64,
+        tau_dense=address(dense if isinstance(dense, Tensor) else None),
+        along=0,
+        anchor=address(o.anchor.weights) if o.tau is not None and o.anchor else 0,
+        anchor_decay=address(o.anchor.decay) if o.tau is not None and o.anchor else 0,
+        master=address(o.master),
+        param_dtype=dtype(o.param),
+        grad_dtype=dtype(o.grad),
+        exp_avg_dtype=dtype(o.exp_avg),
+        exp_avg_sq_dtype=dtype(o.exp_avg_sq),
+        tau_dtype=dtype(values if isinstance(values, Tensor) else None),
+        tau_dense_dtype=dtype(dense if isinstance(dense, Tensor) else None),
+        anchor_dtype=dtype(o.anchor and o.anchor.weights),
+        master_kind=layout.NO_MASTER if o.master is None else _MASTER[o.master.dtype],
+        keeps_anchor=o.anchor is not None and o.anchor.kept,
+        numel=numel,
+        row_length=o.param.shape[1:].numel() if rows and numel else numel,
+        **o.shard.elements._asdict(),
+        tensor_id=o.tensor_id,
+        seed=(seed + 2**63) % 2**64 - 2**63,
+        keep_threshold=keep_threshold(rule.reserve_rate),
+        sparsify=layout.NONE if rule.reserve_rate == 1.0 else layout.SPARSIFY[rule.update],
+        consensus=layout.CONSENSUS[rule.consensus],
+        project=project,
+        strength=strength,
+        rest=rest,
+        stochastic=rule.rounding == "stochastic",
+        stats=stats and o.tau is not None,
+        # 16-bit weights that decay are rounded once, after something was added.
+        skips=_skips(o, rule, stats) and (o.param.dtype == torch.float32 or not decays),
+    )

@@ -1,0 +1,183 @@
+"""The thresholds of a ranked F, tensor by tensor, from one step to the next.
+
+A window around the last threshold is where the next one is expected. One pass lists the elements in it, and the exact one
+is found among them. Where the window does not hold it, as at the first step, it is found by counting all elements, in four
+rounds of 256 bins; so it is, among what is listed, where several processes hold a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fused_merge.compiled import passes, step
+from fused_merge.compiled.layout import ENTRY, LARGEST, SCALAR, Scratch
+from fused_merge.compiled.memory import BLOCK
+from fused_merge.compiled.threads import Blocks, Crew, in_ranges
+from fused_merge.eager.kth_largest import BINS, narrow, shifts
+from fused_merge.eager.shard import Shard
+from fused_merge.lockstep import LocalSum, Steps
+
+# Smaller tensors list all of u: their thresholds jump.
+LISTS_ALL_UP_TO = 1024
+
+
+class List(NamedTuple):
+    """Elements of u that may be kept."""
+
+    values: np.ndarray  # fp32
+    places: np.ndarray  # uint16: their places in their blocks
+    blocks: np.ndarray  # int64 [blocks, 2]: where the part of each block begins, and how long it is; -1 if it did not fit
+    firsts: np.ndarray  # int64 [T]: where the blocks of each tensor begin
+
+
+class Thresholds:
+    """Searches for the k-th largest magnitudes of u of the tensors of some numbers, rows of a table."""
+
+    def __init__(self, table: np.ndarray, numbers: Sequence[int], ranks: Sequence[int], shards: Sequence[Shard]) -> None:
+        self._table, self._shards = table, shards
+        self._numels = table[:, ENTRY.numel].tolist()
+        self._ranks = np.array(ranks, np.int64)
+        self.blocks = Blocks.of(numbers, self._numels)
+        # Of the last step, with the step size, by which u scales; a step size of 0 where nothing is known.
+        self.last = np.zeros((len(table), 2), np.float32)
+        self._advances = table[:, ENTRY.skips] != 0
+        sizes = np.maximum(table[:, ENTRY.numel], 1)
+        self._small = sizes <= LISTS_ALL_UP_TO
+        # Between two steps thresholds drift, and those of small tensors jump.
+        self._margin = (0.03 + 6 / np.sqrt(sizes)).astype(np.float32)
+        self.list = self._room_for_lists(sizes)
+        self._sharded = [i for i in numbers if shards[i].groups]
+
+    def take_over(self, last: Thresholds, numbers: Mapping[str, int], names: Sequence[str]) -> None:
+        """Begin with the last thresholds of an earlier search, in which each tensor had another number."""
+        for i, name in enumerate(names):
+            if name in numbers:
+                self.last[i] = last.last[numbers[name]]
+
+    def _room_for_lists(self, sizes: np.ndarray) -> List:
+        """Make room; a block that does not fit is looked at again instead. Pages that are not written are not there."""
+        numbers, blocks = self.blocks.numbers, self.blocks
+        rates = self._ranks / [max(1, shard.numel) for shard in self._shards]
+        expected = np.where(self._small, sizes, sizes * np.minimum(1.0, rates * (1.2 + 2 * self._margin)))
+        self._room = min(blocks.elements, int(expected[numbers].sum())) + 16 * BLOCK
+        firsts = np.zeros(len(sizes), np.int64)
+        firsts[numbers] = blocks.firsts[:-1]
+        total = self._room * blocks.threads
+        return List(np.empty(total, np.float32), np.empty(total, np.uint16), np.zeros((blocks.count, 2), np.int64), firsts)
+
+    def find(self, scalars: np.ndarray, crew: Crew) -> Steps[np.ndarray]:
+        """Find the thresholds, int32 patterns `[T]`; the moments of tensors whose weights are skipped have advanced."""
+        merges = scalars[:, SCALAR.advances] * scalars[:, SCALAR.moves] != 0
+        merges &= (self._table[:, ENTRY.anchor] == 0) | (scalars[:, SCALAR.merges] != 0)
+        lows, lasts, known = self._window(scalars)
+        hows = np.where(self._advances, step.ADVANCE, step.PEEK)
+        # Where nothing merges, the moments alone advance.
+        searched = self._subset(known | ~merges)
+        # How far each thread has filled its part of the list.
+        ends = [thread * self._room for thread in range(self.blocks.threads)]
+        totals = self._search(scalars, crew, hows, lows, lasts, searched, ends)
+        totals[~known, 2] += 1
+        if self._sharded:
+            sums = torch.from_numpy(totals)
+            yield [LocalSum(sums[i], self._shards[i].groups) for i in self._sharded]
+        above, listed, lost = totals.T
+        hit = merges & (lost == 0) & (above < self._ranks) & (above + listed >= self._ranks)
+        kths = np.zeros(len(scalars), np.int32)
+        alone = np.ones(len(scalars), bool)
+        alone[self._sharded] = False
+        self._select(np.where(hit & alone, self._ranks - above, 0), kths)
+        missed = merges & ~hit
+        hows = np.where(self._advances & known, step.AGAIN, step.PEEK)
+        ranks = np.where(hit, self._ranks - above, self._ranks)
+        yield from self._count(scalars, crew, hows, missed, hit & ~alone, ranks, kths)
+        if (missed & self._advances).any():
+            hows = np.where(known, step.AGAIN, step.ADVANCE)
+            self._search(scalars, crew, hows, kths, np.full_like(kths, LARGEST), self._subset(missed & self._advances), ends)
+        self.last[merges] = np.stack((kths.view(np.float32), scalars[:, SCALAR.step_size]), axis=1)[merges]
+        return kths
+
+    def _subset(self, wanted: np.ndarray) -> Blocks:
+        numbers = self.blocks.numbers
+        chosen = wanted[numbers]
+        return self.blocks if chosen.all() else Blocks.of(numbers[chosen].tolist(), self._numels)
+
+    def _window(self, scalars: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the patterns between which the thresholds are expected, and where they are."""
+        kth, size = self.last.T
+        known = self._small | ((size > 0) & np.isfinite(kth))
+        with np.errstate(all="ignore"):
+            expected = np.where(known, kth * (scalars[:, SCALAR.step_size] / size), 0)
+            lows = np.where(self._small, 0, (expected * (1 - self._margin)).astype(np.float32).view(np.int32))
+            lasts = np.where(self._small | self._advances, LARGEST, (expected * (1 + self._margin)).astype(np.float32).view(np.int32))
+        fits = (lows >= 0) & (lows <= lasts)
+        return lows.astype(np.int32), lasts.astype(np.int32), known & fits
+
+    def _search(
+        self, scalars: np.ndarray, crew: Crew, hows: np.ndarray, lows: np.ndarray, lasts: np.ndarray, blocks: Blocks,
+        ends: list[int],
+    ) -> np.ndarray:
+        """List what lies in windows; return int64 `[T, 3]`: how many lie above, how many are listed, what did not fit."""
+        totals = np.zeros((blocks.threads, len(scalars), 3), np.int64)
+
+        def work(thread: int, start: int, stop: int, room: Scratch) -> None:
+            ends[thread] = passes.search_pass(
+                self._table, scalars, hows, lows, lasts, blocks.numbers, blocks.firsts, start, stop, room,
+                ends[thread], (thread + 1) * self._room, *self.list, totals[thread],
+            )  # fmt: skip
+
+        crew.over(blocks, work)
+        return totals.sum(0)
+
+    def _select(self, ranks: np.ndarray, kths: np.ndarray) -> None:
+        """Write the pattern of what has a rank among the elements that are listed of its tensor; none where it is 0."""
+        blocks = self.blocks
+        in_ranges(
+            len(blocks.numbers),
+            min(len(blocks.numbers), blocks.threads) or 1,
+            lambda thread, start, stop: passes.select_pass(
+                ranks, blocks.numbers, blocks.firsts, start, stop, *self.list, kths
+            ),
+        )
+
+    def _count(
+        self,
+        scalars: np.ndarray,
+        crew: Crew,
+        hows: np.ndarray,
+        missed: np.ndarray,
+        shared: np.ndarray,
+        ranks: np.ndarray,
+        kths: np.ndarray,
+    ) -> Steps[None]:
+        """Find thresholds by counting: of what was missed among all elements, of what is shared in the lists."""
+        parts = self._subset(missed), self._subset(shared)
+        numbers = np.concatenate([part.numbers for part in parts])
+        if len(numbers) == 0:
+            return
+        everywhere, threads = len(parts[0].numbers), max(part.threads for part in parts)
+        low, rank = torch.zeros(len(numbers), dtype=torch.int64), torch.from_numpy(ranks[numbers])
+        summed = sorted((int(number), k) for k, number in enumerate(numbers) if self._shards[number].groups)
+        for shift in shifts(torch.float32):
+            counts, lows = np.zeros((threads, len(numbers), BINS), np.int64), low.numpy()
+            crew.over(
+                parts[0],
+                lambda thread, start, stop, room: passes.count_pass(
+                    self._table, scalars, hows, lows, shift, parts[0].numbers, parts[0].firsts, start, stop, room,
+                    counts[thread],
+                ),
+            )  # fmt: skip
+            crew.over(
+                parts[1],
+                lambda thread, start, stop, room: passes.count_listed_pass(
+                    lows[everywhere:], shift, parts[1].numbers, parts[1].firsts, start, stop, *self.list,
+                    counts[thread, everywhere:],
+                ),
+            )  # fmt: skip
+            total = torch.from_numpy(counts.sum(0))
+            yield [LocalSum(total[k], self._shards[number].groups) for number, k in summed]
+            low, rank = narrow(total, low, rank, shift)
+        kths[numbers] = low.numpy()
