@@ -1,19 +1,21 @@
 """The equations of a step over the elements of a block, each beside that of `fused_merge.eager`.
 
-Every loop reads and writes slices by number, so that it becomes vector instructions; what it reads in the dtype of the
-computation may lie in a tensor or in scratch.
+Loops take addresses of fp32 numbers, of which `count` are worked on; they may lie in a tensor or in scratch.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from fused_merge.compiled.jit import inlined, jit
-from fused_merge.compiled.layout import LINEAR, SCALAR, SIGN_REFERENCE
+from fused_merge.compiled.jit import inlined, loop
+from fused_merge.compiled.layout import LINEAR, SCALAR, SIGN_PAPER, SIGN_REFERENCE
+from fused_merge.compiled.memory import as_float, fp32, int32
 from fused_merge.eager.projection import RESIDUE
 
 ZERO, ONE = np.float32(0), np.float32(1)
 _RESIDUE = np.float32(RESIDUE)
+_SCALARS = len(SCALAR)
+_MAGNITUDE = np.int32(0x7FFFFFFF)
 
 
 # --- adamw.py
@@ -24,105 +26,145 @@ def _update(m, v, step_size, inv_sqrt_bias2, eps):
     return -(step_size * m) / (np.sqrt(v) * inv_sqrt_bias2 + eps)
 
 
-@jit
-def advance(g, factor, m, v, u, s):
+@inlined
+def _advanced(g, m, v, beta1, rest1, beta2, rest2):
+    return beta1 * m + rest1 * g, beta2 * v + rest2 * (g * g)
+
+
+@loop
+def advance(grad: int, factor: float, exp_avg: int, exp_avg_sq: int, update: int, count: int, scalars: int) -> None:
     """m = b1*m + (1 - b1)*g, v = b2*v + (1 - b2)*g^2 in place, and u; g is to be multiplied by `factor`."""
-    beta1, beta2, step_size = s[SCALAR.beta1], s[SCALAR.beta2], s[SCALAR.step_size]
-    inv_sqrt_bias2, eps = s[SCALAR.inv_sqrt_bias2], s[SCALAR.eps]
-    rest1, rest2 = s[SCALAR.one_minus_beta1], s[SCALAR.one_minus_beta2]
-    for j in range(len(u)):
-        x = factor * g[j]
-        m_now = beta1 * m[j] + rest1 * x
-        v_now = beta2 * v[j] + rest2 * (x * x)
+    g, m, v, u = fp32(grad, count), fp32(exp_avg, count), fp32(exp_avg_sq, count), fp32(update, count)
+    s = fp32(scalars, _SCALARS)
+    beta1, rest1, beta2, rest2 = s[SCALAR.beta1], s[SCALAR.one_minus_beta1], s[SCALAR.beta2], s[SCALAR.one_minus_beta2]
+    step_size, inv_sqrt_bias2, eps = s[SCALAR.step_size], s[SCALAR.inv_sqrt_bias2], s[SCALAR.eps]
+    for j in range(count):
+        m_now, v_now = _advanced(factor * g[j], m[j], v[j], beta1, rest1, beta2, rest2)
         m[j] = m_now
         v[j] = v_now
         u[j] = _update(m_now, v_now, step_size, inv_sqrt_bias2, eps)
 
 
-@jit
-def peek(g, factor, m, v, u, s):
+@loop
+def peek(grad: int, factor: float, exp_avg: int, exp_avg_sq: int, update: int, count: int, scalars: int) -> None:
     """The u of `advance`, with the moments left as they are."""
-    beta1, beta2, step_size = s[SCALAR.beta1], s[SCALAR.beta2], s[SCALAR.step_size]
-    inv_sqrt_bias2, eps = s[SCALAR.inv_sqrt_bias2], s[SCALAR.eps]
-    rest1, rest2 = s[SCALAR.one_minus_beta1], s[SCALAR.one_minus_beta2]
-    for j in range(len(u)):
-        x = factor * g[j]
-        m_now = beta1 * m[j] + rest1 * x
-        v_now = beta2 * v[j] + rest2 * (x * x)
+    g, m, v, u = fp32(grad, count), fp32(exp_avg, count), fp32(exp_avg_sq, count), fp32(update, count)
+    s = fp32(scalars, _SCALARS)
+    beta1, rest1, beta2, rest2 = s[SCALAR.beta1], s[SCALAR.one_minus_beta1], s[SCALAR.beta2], s[SCALAR.one_minus_beta2]
+    step_size, inv_sqrt_bias2, eps = s[SCALAR.step_size], s[SCALAR.inv_sqrt_bias2], s[SCALAR.eps]
+    for j in range(count):
+        m_now, v_now = _advanced(factor * g[j], m[j], v[j], beta1, rest1, beta2, rest2)
         u[j] = _update(m_now, v_now, step_size, inv_sqrt_bias2, eps)
 
 
-@jit
-def update_again(m, v, u, s):
+@loop
+def update_again(exp_avg: int, exp_avg_sq: int, update: int, count: int, scalars: int) -> None:
     """u from moments that have advanced."""
+    m, v, u, s = fp32(exp_avg, count), fp32(exp_avg_sq, count), fp32(update, count), fp32(scalars, _SCALARS)
     step_size, inv_sqrt_bias2, eps = s[SCALAR.step_size], s[SCALAR.inv_sqrt_bias2], s[SCALAR.eps]
-    for j in range(len(u)):
+    for j in range(count):
         u[j] = _update(m[j], v[j], step_size, inv_sqrt_bias2, eps)
 
 
-@jit
-def scaled(x, factor, out):
-    """factor * x."""
-    for j in range(len(out)):
-        out[j] = factor * x[j]
+@loop
+def multiply(source: int, factor: float, out: int, count: int) -> None:
+    """factor * x; `out` may be x."""
+    x, y = fp32(source, count), fp32(out, count)
+    if source == out:
+        # Only what is known to be one array is not taken for two that overlap.
+        for j in range(count):
+            y[j] = factor * y[j]
+    else:
+        for j in range(count):
+            y[j] = factor * x[j]
 
 
-@jit
-def difference(x, y, out):
+@loop
+def subtract(left: int, right: int, out: int, count: int) -> None:
     """x - y."""
-    for j in range(len(out)):
-        out[j] = x[j] - y[j]
+    x, y, difference = fp32(left, count), fp32(right, count), fp32(out, count)
+    for j in range(count):
+        difference[j] = x[j] - y[j]
 
 
-@jit
-def since_anchor(start, decay, u, anchor, anchor_decay, since):
-    """The update since the last merge of step-K, start*decay + u - c*anchor; `start` becomes c*anchor."""
-    for j in range(len(u)):
-        origin = anchor_decay * anchor[j]
-        since[j] = start[j] * decay + u[j] - origin
-        start[j] = origin
+# --- merging_adamw.py
 
 
-@jit
-def decay(theta, factor):
-    """decay*theta, in place."""
-    for j in range(len(theta)):
-        theta[j] = theta[j] * factor
+@loop
+def since_anchor(
+    start: int, decay: float, update: int, anchor: int, anchor_decay: float, since: int, count: int
+) -> None:
+    """The update since the last merge of step-K, decay*start + u - c*anchor; `start` becomes c*anchor."""
+    x, u, a, out = fp32(start, count), fp32(update, count), fp32(anchor, count), fp32(since, count)
+    for j in range(count):
+        origin = anchor_decay * a[j]
+        out[j] = x[j] * decay + u[j] - origin
+        x[j] = origin
+
+
+@inlined
+def add_one(start, merged):
+    """What adds nothing changes no bit."""
+    return start if merged == ZERO else start + merged
+
+
+@loop
+def add(start: int, merged: int, theta: int, count: int) -> None:
+    """start + merged."""
+    x, y, out = fp32(start, count), fp32(merged, count), fp32(theta, count)
+    for j in range(count):
+        out[j] = add_one(x[j], y[j])
+
+
+@loop
+def decay_and_add(theta: int, merged: int, decay: float, count: int) -> None:
+    """decay*theta + merged, in place."""
+    x, y = fp32(theta, count), fp32(merged, count)
+    for j in range(count):
+        x[j] = add_one(x[j] * decay, y[j])
+
+
+@loop
+def decay_and_merge(
+    theta: int, update: int, tau: int, update_weight: float, tau_weight: float, decay: float, count: int
+) -> None:
+    """decay*theta + (u ⊕ tau), linear and in place."""
+    x, u, d = fp32(theta, count), fp32(update, count), fp32(tau, count)
+    for j in range(count):
+        x[j] = add_one(x[j] * decay, update_weight * u[j] + tau_weight * d[j])
 
 
 # --- projection.py
 
 
-@inlined
-def _coefficient(along):
-    dot, norm = along[0], along[1]
-    return dot / norm if norm > ZERO else ZERO
-
-
-@jit
-def remove_conflict(x, tau, along, ascent, out):
-    """x without its component along tau, where the step goes against it."""
-    dot, c = along[0], _coefficient(along)
-    if along[1] > ZERO and (dot > ZERO if ascent else dot < ZERO):
-        for j in range(len(out)):
-            component = c * tau[j]
+@loop
+def remove_conflict(source: int, tau: int, along: int, ascent: int, out: int, count: int) -> None:
+    """x without its component along tau, where the step goes against it; `along` is <x, tau> and <tau, tau>."""
+    x, d, y, products = fp32(source, count), fp32(tau, count), fp32(out, count), fp32(along, 2)
+    dot, norm = products[0], products[1]
+    if norm > ZERO and (dot > ZERO if ascent != 0 else dot < ZERO):
+        c = dot / norm
+        for j in range(count):
+            component = c * d[j]
             rest = x[j] - component
-            out[j] = ZERO if abs(rest) < _RESIDUE * (abs(x[j]) + abs(component)) else rest
+            y[j] = ZERO if abs(rest) < _RESIDUE * (abs(x[j]) + abs(component)) else rest
     else:
-        for j in range(len(out)):
-            out[j] = x[j]
+        for j in range(count):
+            y[j] = x[j]
 
 
-@jit
-def onto(x, tau, along, strength, rest, out):
-    """(1 - s)*x + s*c*tau."""
-    c = _coefficient(along)
-    if along[1] > ZERO:
-        for j in range(len(out)):
-            out[j] = rest * x[j] + strength * (c * tau[j])
+@loop
+def onto(source: int, tau: int, along: int, strength: float, rest: float, out: int, count: int) -> None:
+    """(1 - s)*x + s*c*tau, c*tau the component of x along tau."""
+    x, d, y, products = fp32(source, count), fp32(tau, count), fp32(out, count), fp32(along, 2)
+    dot, norm = products[0], products[1]
+    if norm > ZERO:
+        c = dot / norm
+        for j in range(count):
+            y[j] = rest * x[j] + strength * (c * d[j])
     else:
-        for j in range(len(out)):
-            out[j] = x[j]
+        for j in range(count):
+            y[j] = x[j]
 
 
 # --- consensus.py
@@ -145,59 +187,31 @@ def consensus_one(kind, u, tau, update_weight, tau_weight):
     return a_kept + b_kept
 
 
-@jit
-def consensus(kind, u, tau, update_weight, tau_weight, out):
+@loop
+def consensus(kind: int, update: int, tau: int, update_weight: float, tau_weight: float, out: int, count: int) -> None:
     """⊕ of the elements of a block."""
+    u, d, merged = fp32(update, count), fp32(tau, count), fp32(out, count)
     if kind == LINEAR:
-        for j in range(len(out)):
-            out[j] = update_weight * u[j] + tau_weight * tau[j]
+        for j in range(count):
+            merged[j] = update_weight * u[j] + tau_weight * d[j]
     elif kind == SIGN_REFERENCE:
-        for j in range(len(out)):
-            out[j] = consensus_one(SIGN_REFERENCE, u[j], tau[j], update_weight, tau_weight)
+        for j in range(count):
+            merged[j] = consensus_one(SIGN_REFERENCE, u[j], d[j], update_weight, tau_weight)
     else:
-        for j in range(len(out)):
-            out[j] = consensus_one(kind, u[j], tau[j], update_weight, tau_weight)
-
-
-# --- merging_adamw.py
-
-
-@inlined
-def add_one(start, merged):
-    """What adds nothing changes no bit."""
-    return start if merged == ZERO else start + merged
-
-
-@jit
-def add(start, merged, out):
-    """start + merged."""
-    for j in range(len(out)):
-        out[j] = add_one(start[j], merged[j])
-
-
-@jit
-def decay_and_add(theta, merged, decay):
-    """decay*theta + merged, in place."""
-    for j in range(len(theta)):
-        theta[j] = add_one(decay * theta[j], merged[j])
-
-
-@jit
-def decay_and_merge(theta, u, tau, update_weight, tau_weight, decay):
-    """decay*theta + (u ⊕ tau), linear and in place."""
-    for j in range(len(theta)):
-        theta[j] = add_one(decay * theta[j], update_weight * u[j] + tau_weight * tau[j])
+        for j in range(count):
+            merged[j] = consensus_one(SIGN_PAPER, u[j], d[j], update_weight, tau_weight)
 
 
 # --- sparsify.py
 
 
-@jit
-def keep_from(x, kth, out):
+@loop
+def keep_from(source: int, kth: int, out: int, count: int) -> None:
     """x where its magnitude is at least that of the pattern `kth`."""
-    patterns = x.view(np.int32)
-    for j in range(len(out)):
-        out[j] = x[j] if (patterns[j] & 0x7FFFFFFF) >= kth else ZERO
+    x, patterns, y = fp32(source, count), int32(source, count), fp32(out, count)
+    threshold = np.int32(kth)
+    for j in range(count):
+        y[j] = x[j] if (patterns[j] & _MAGNITUDE) >= threshold else ZERO
 
 
 @inlined
@@ -207,8 +221,27 @@ def shrink_one(x, threshold):
     return x if x != x else shrunk
 
 
-@jit
-def shrink_by(x, threshold, out):
-    """x shrunk by a threshold."""
-    for j in range(len(out)):
-        out[j] = shrink_one(x[j], threshold)
+@loop
+def shrink_by(source: int, kth: int, out: int, count: int) -> None:
+    """x shrunk by the magnitude of the pattern `kth`."""
+    x, y, threshold = fp32(source, count), fp32(out, count), as_float(np.uint32(kth))
+    for j in range(count):
+        y[j] = shrink_one(x[j], threshold)
+
+
+@loop
+def gather(source: int, places: int, found: int, out: int) -> None:
+    """Write the elements at some places."""
+    x, at, y = fp32(source, found), int32(places, found), fp32(out, found)
+    for k in range(found):
+        y[k] = x[at[k]]
+
+
+@loop
+def scatter(source: int, places: int, found: int, out: int, count: int) -> None:
+    """Write zeros, and elements at their places."""
+    x, at, y = fp32(source, found), int32(places, found), fp32(out, count)
+    for j in range(count):
+        y[j] = ZERO
+    for k in range(found):
+        y[at[k]] = x[k]

@@ -1,17 +1,28 @@
-"""How this room is compiled: by numba, without the interpreter's lock, once for all processes on a machine."""
+"""How this room is compiled: by numba, without the interpreter's lock, and once for all processes on a machine.
+
+Loops over elements are compiled one by one, and called by their symbol: only so are they vector instructions whatever
+calls them, and compiled once. They take addresses, counts and fp32 numbers, written `int` and `float`.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
-from numba import config, njit
+from llvmlite import binding
+from numba import cfunc, config, njit, types
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+_TYPES = {int: types.int64, float: types.float32, type(None): types.void}
+# numba behaves as IEEE 754 says, and contracts nothing; division by zero is no exception.
+_ARITHMETIC = "numpy"
+_loops: dict[str, Any] = {}
 
 
 @cache
@@ -32,21 +43,50 @@ def _cache_directory() -> str:
     return str(folder) if os.access(folder, os.W_OK) else ""
 
 
-def jit(function: Function) -> Function:
-    """Compile a function when it is first called; numbers behave as IEEE 754 says, and nothing is contracted."""
-    return _compiled(function)
-
-
-def inlined(function: Function) -> Function:
-    """Compile a function into those that call it: loops around it then become vector instructions."""
-    return _compiled(function, forceinline=True)
-
-
-def _compiled(function: Function, **options: bool) -> Function:
+@contextmanager
+def _cached() -> Iterator[bool]:
+    """Let functions be kept in that folder; whether there is one."""
     folder, before = _cache_directory(), config.CACHE_DIR
     config.CACHE_DIR = folder
     try:
-        compiled: Function = njit(cache=bool(folder), nogil=True, error_model="numpy", **options)(function)
+        yield bool(folder)
     finally:
         config.CACHE_DIR = before
+
+
+def jit(function: Function) -> Function:
+    """Compile a function when it is first called."""
+    with _cached() as cached:
+        compiled: Function = njit(cache=cached, nogil=True, error_model=_ARITHMETIC)(function)
     return compiled
+
+
+def inlined(function: Function) -> Function:
+    """Compile a function into those that call it."""
+    with _cached() as cached:
+        compiled: Function = njit(cache=cached, forceinline=True, error_model=_ARITHMETIC)(function)
+    return compiled
+
+
+def loop(function: Function) -> Function:
+    """Compile a function of its own; other compiled functions call it by its symbol."""
+    compiled, signature = _foreign(function)
+    symbol = f"{function.__module__}.{function.__name__}".replace(".", "_")
+    _loops[symbol] = compiled
+    binding.add_symbol(symbol, compiled.address)
+    external: Any = types.ExternalFunction(symbol, signature)
+    return external
+
+
+def task(function: Callable[[int], None]) -> Callable[[], int]:
+    """Return what compiles a function that threads are told to run by its address, and returns that."""
+    return cache(lambda: _foreign(function)[0].address)
+
+
+def _foreign(function: Callable[..., Any]) -> tuple[Any, Any]:
+    """Compile a function that can be called by its address."""
+    hints = get_type_hints(function)
+    returned = _TYPES[hints.pop("return")]
+    signature = returned(*(_TYPES[hint] for hint in hints.values()))
+    with _cached() as cached:
+        return cfunc(signature, cache=cached, error_model=_ARITHMETIC)(function), signature

@@ -18,8 +18,8 @@ from fused_merge.compiled import merge_stats, passes
 from fused_merge.compiled.layout import ENTRY
 from fused_merge.compiled.memory import BLOCK
 from fused_merge.compiled.tables import entry, finds_rows, projects_rows
-from fused_merge.compiled.thresholds import Thresholds
 from fused_merge.compiled.threads import Blocks, Crew
+from fused_merge.compiled.thresholds import Thresholds
 from fused_merge.eager.merge_stats import MergeSums
 from fused_merge.eager.operands import Operands
 from fused_merge.eager.scalars import Hyper, derive_scalars
@@ -59,7 +59,9 @@ class Launch:
     def take_over(self, last: Launch) -> None:
         """Begin with the thresholds that the launch of the last step has left."""
         if self.thresholds is not None and last.thresholds is not None:
-            self.thresholds.take_over(last.thresholds, dict(zip(last.names, range(len(last.names)), strict=True)), self.names)
+            self.thresholds.take_over(
+                last.thresholds, dict(zip(last.names, range(len(last.names)), strict=True)), self.names
+            )
 
     def run(self, scalars: np.ndarray, crew: Crew) -> Steps[list[MergeSums | None]]:
         """Take the step; return what was merged, where it is collected."""
@@ -67,24 +69,13 @@ class Launch:
         kths = np.zeros(len(scalars), np.int32)
         if self.thresholds is not None:
             kths = yield from self.thresholds.find(scalars, crew)
+        told = {"table": self.table, "scalars": scalars, "tensors": len(scalars), "kths": kths}
         products = np.zeros((self._whole.count if self._stats else 0, merge_stats.PRODUCTS), np.float32)
         counts = np.zeros((self._whole.threads, len(scalars), merge_stats.COUNTS), np.int64)
-        whole, listed = self._whole, self._listed
-        crew.over(
-            whole,
-            lambda thread, start, stop, room: passes.step_pass(
-                self.table, scalars, kths, whole.numbers, whole.firsts, start, stop, room, products, counts[thread]
-            ),
-        )
+        crew.over(self._whole, passes.step_pass, **told, products=products, counts=counts)
         if self.thresholds is not None:
-            found = self.thresholds.list
-            crew.over(
-                listed,
-                lambda thread, start, stop, room: passes.finish_pass(
-                    self.table, scalars, kths, listed.numbers, listed.firsts, start, stop, room, *found
-                ),
-            )
-        passes.anchors_pass(self.table, scalars)
+            crew.over(self._listed, passes.finish_pass, **told, **self.thresholds.list._asdict())
+        crew.all(passes.decay_anchors, **told)
         del along
         if not self._stats:
             return [None] * len(scalars)
@@ -98,12 +89,8 @@ class Launch:
             return []
         blocks = self._projected
         out = torch.empty(blocks.count, 2)
-        crew.over(
-            blocks,
-            lambda thread, start, stop, room: passes.products_pass(
-                self.table, scalars, blocks.numbers, blocks.firsts, start, stop, room, out.numpy()
-            ),
-        )
+        told = {"table": self.table, "scalars": scalars, "tensors": len(scalars)}
+        crew.over(blocks, passes.products_pass, **told, products=out.numpy())
         own = out.split(np.diff(blocks.firsts).tolist())
         along = []
         for i, x in zip(blocks.numbers.tolist(), own, strict=True):
@@ -179,7 +166,7 @@ def run(prepared: PreparedLaunch) -> Steps[list[MergeSums | None]]:
     """
     launch, hyper, crew = prepared
     counts = np.empty(len(launch.table), np.float32)
-    passes.read_steps(launch.table, counts)
+    crew.all(passes.read_steps, table=launch.table, tensors=len(counts), products=counts)
     different, which = np.unique(counts, return_inverse=True)
     scalars = np.array([derive_scalars(float(count), hyper) for count in different], np.float64).astype(np.float32)
     return (yield from launch.run(scalars[which], crew))

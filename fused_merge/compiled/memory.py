@@ -10,7 +10,8 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from fused_merge.compiled.jit import inlined, jit
+from fused_merge.compiled.jit import inlined, loop
+from fused_merge.compiled.layout import DTYPE
 
 # Elements that are stepped at once. A power of two: their sum is a node of `fused_merge.eager.sums`.
 BLOCK = 4096
@@ -18,6 +19,9 @@ BLOCK = 4096
 FP32, BF16, FP16, INT16 = range(4)
 DTYPES = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: FP16, torch.int16: INT16}
 _QUIET_NAN = np.uint16(0x7FC0)
+
+
+# --- what numba has no word for
 
 
 @intrinsic
@@ -46,12 +50,25 @@ def prefetch(typing_context: Any, address: Any) -> Any:
     return types.void(types.int64), generate
 
 
-def _half(typing_context: Any, x: Any, result: Any, source: Any, target: Any, operation: str) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        half = builder.bitcast(arguments[0], source)
-        return builder.bitcast(getattr(builder, operation)(half, target), context.get_value_type(result))
+@intrinsic
+def lowest_bit(typing_context: Any, word: Any) -> Any:
+    """The number of the lowest one bit of a word that has one."""
 
-    return result(x), generate
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def fetch_add(typing_context: Any, address: Any, value: Any) -> Any:
+    """Add to the 64-bit integer at an address, which other threads add to, and return what it was."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, arguments[1], "monotonic")
+
+    return types.int64(types.int64, types.int64), generate
 
 
 def _bitcast(result: Any, source: Any) -> Any:
@@ -73,53 +90,72 @@ def as_float(typing_context: Any, bits: Any) -> Any:
     return _bitcast(types.float32, types.uint32)
 
 
+def _half(result: Any, x: Any, source: Any, target: Any, operation: str) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        converted = getattr(builder, operation)(builder.bitcast(arguments[0], source), target)
+        return builder.bitcast(converted, context.get_value_type(result))
+
+    return result(x), generate
+
+
 @intrinsic
 def from_half(typing_context: Any, bits: Any) -> Any:
     """The fp32 number of an fp16 pattern."""
-    return _half(typing_context, types.uint16, types.float32, ir.HalfType(), ir.FloatType(), "fpext")
+    return _half(types.float32, types.uint16, ir.HalfType(), ir.FloatType(), "fpext")
 
 
 @intrinsic
 def to_half(typing_context: Any, x: Any) -> Any:
     """The pattern of the nearest fp16 number."""
-    return _half(typing_context, types.float32, types.uint16, ir.FloatType(), ir.HalfType(), "fptrunc")
+    return _half(types.uint16, types.float32, ir.FloatType(), ir.HalfType(), "fptrunc")
 
 
-@jit
-def floats(address, count):
-    """Fp32 elements where they lie."""
+# --- where elements lie
+
+
+@inlined
+def fp32(address, count):
+    """Elements where they lie."""
     return carray(_pointer(address), (count,), np.float32)
 
 
-@jit
-def halves(address, count):
-    """Patterns of 16 bits where they lie."""
+@inlined
+def uint8(address, count):
+    """Elements where they lie."""
+    return carray(_pointer(address), (count,), np.uint8)
+
+
+@inlined
+def uint16(address, count):
+    """Elements where they lie."""
     return carray(_pointer(address), (count,), np.uint16)
 
 
-@jit
-def words(address, count):
-    """Int32 words where they lie."""
+@inlined
+def int16(address, count):
+    """Elements where they lie."""
+    return carray(_pointer(address), (count,), np.int16)
+
+
+@inlined
+def int32(address, count):
+    """Elements where they lie."""
     return carray(_pointer(address), (count,), np.int32)
 
 
-@jit
-def longs(address, count):
-    """Int64 numbers where they lie."""
+@inlined
+def uint32(address, count):
+    """Elements where they lie."""
+    return carray(_pointer(address), (count,), np.uint32)
+
+
+@inlined
+def int64(address, count):
+    """Elements where they lie."""
     return carray(_pointer(address), (count,), np.int64)
 
 
-@jit
-def _widen_bf16(source, out):
-    wide = out.view(np.uint32)
-    for j in range(len(source)):
-        wide[j] = np.uint32(source[j]) << np.uint32(16)
-
-
-@jit
-def _widen_fp16(source, out):
-    for j in range(len(source)):
-        out[j] = from_half(source[j])
+# --- dtypes
 
 
 @inlined
@@ -129,81 +165,112 @@ def nearest_bf16(bits):
     return _QUIET_NAN if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else rounded
 
 
-@jit
-def _round_bf16(x, out):
-    bits = x.view(np.uint32)
-    for j in range(len(x)):
-        out[j] = nearest_bf16(bits[j])
+@inlined
+def from_bf16(bits):
+    """The fp32 number of a bf16 pattern."""
+    return as_float(np.uint32(np.uint32(bits) << np.uint32(16)))
 
 
-@jit
-def _round_fp16(x, out):
-    for j in range(len(x)):
-        out[j] = to_half(x[j])
+@loop
+def widen_bf16(source: int, out: int, count: int) -> None:
+    """Write bf16 patterns as fp32 numbers."""
+    x, y = uint16(source, count), uint32(out, count)
+    for j in range(count):
+        y[j] = np.uint32(x[j]) << np.uint32(16)
 
 
-@jit
-def load(address, dtype, base, count, room):
-    """Return `count` elements from number `base` on: where they lie if they are fp32, else widened into `room`."""
-    if dtype == FP32:
-        return floats(address + 4 * base, count)
-    out = room[:count]
-    source = halves(address + 2 * base, count)
+@loop
+def widen_fp16(source: int, out: int, count: int) -> None:
+    """Write fp16 patterns as fp32 numbers."""
+    x, y = uint16(source, count), fp32(out, count)
+    for j in range(count):
+        y[j] = from_half(x[j])
+
+
+@loop
+def round_bf16(source: int, out: int, count: int) -> None:
+    """Write fp32 numbers as bf16 patterns."""
+    x, y = uint32(source, count), uint16(out, count)
+    for j in range(count):
+        y[j] = nearest_bf16(x[j])
+
+
+@loop
+def round_fp16(source: int, out: int, count: int) -> None:
+    """Write fp32 numbers as fp16 patterns."""
+    x, y = fp32(source, count), uint16(out, count)
+    for j in range(count):
+        y[j] = to_half(x[j])
+
+
+@loop
+def copy(source: int, out: int, count: int) -> None:
+    """Write words of four bytes."""
+    x, y = uint32(source, count), uint32(out, count)
+    for j in range(count):
+        y[j] = x[j]
+
+
+@loop
+def clear(out: int, count: int) -> None:
+    """Write zeros of four bytes."""
+    y = uint32(out, count)
+    for j in range(count):
+        y[j] = np.uint32(0)
+
+
+@inlined
+def widen(dtype, source, out, count):
+    """Write elements of a 16-bit dtype as fp32 numbers."""
     if dtype == BF16:
-        _widen_bf16(source, out)
+        widen_bf16(source, out, count)
     else:
-        _widen_fp16(source, out)
-    return out
+        widen_fp16(source, out, count)
 
 
-@jit
-def store(address, dtype, base, x):
-    """Write elements from number `base` on, each rounded once; nothing where `x` is where they lie."""
-    if dtype == BF16:
-        _round_bf16(x, halves(address + 2 * base, len(x)))
-    elif dtype == FP16:
-        _round_fp16(x, halves(address + 2 * base, len(x)))
+@inlined
+def round_to(dtype, source, out, count):
+    """Write fp32 numbers as elements of a dtype, each rounded once."""
+    if dtype == FP32:
+        copy(source, out, count)
+    elif dtype == BF16:
+        round_bf16(source, out, count)
+    else:
+        round_fp16(source, out, count)
 
 
-@jit
+@inlined
+def load(t, column, base, count, room):
+    """Return where elements of a tensor lie as fp32: there, or in a room that they are widened into."""
+    dtype, address = t[column + DTYPE], t[column]
+    if dtype == FP32:
+        return address + 4 * base
+    widen(dtype, address + 2 * base, room, count)
+    return room
+
+
+@inlined
+def store(t, column, base, count, x):
+    """Write fp32 numbers, each rounded once; nothing where they were changed in the tensor itself."""
+    dtype, address = t[column + DTYPE], t[column]
+    out = address + (4 if dtype == FP32 else 2) * base
+    if out != x:
+        round_to(dtype, x, out, count)
+
+
+@inlined
 def load_one(address, dtype, i):
     """Return element i."""
     if dtype == FP32:
-        return floats(address + 4 * i, 1)[0]
-    bits = halves(address + 2 * i, 1)[0]
-    if dtype == BF16:
-        pair = np.uint32(bits) << np.uint32(16)
-        return as_float(pair)
-    return from_half(bits)
+        return fp32(address + 4 * i, 1)[0]
+    bits = uint16(address + 2 * i, 1)[0]
+    return from_bf16(bits) if dtype == BF16 else from_half(bits)
 
 
-@jit
+@inlined
 def store_one(address, dtype, i, x):
     """Write element i, rounded once."""
     if dtype == FP32:
-        floats(address + 4 * i, 1)[0] = x
-    elif dtype == BF16:
-        halves(address + 2 * i, 1)[0] = nearest_bf16(as_bits(x))
+        fp32(address + 4 * i, 1)[0] = x
     else:
-        halves(address + 2 * i, 1)[0] = to_half(x)
-
-
-@jit
-def store_all(address, dtype, base, x):
-    """Write elements from number `base` on, each rounded once."""
-    if dtype == FP32:
-        floats(address + 4 * base, len(x))[:] = x
-    else:
-        store(address, dtype, base, x)
-
-
-@jit
-def nearest(x, dtype, room, out):
-    """Write fp32 numbers rounded to a dtype of 16 bits, as fp32."""
-    bits = room[: len(x)]
-    if dtype == BF16:
-        _round_bf16(x, bits)
-        _widen_bf16(bits, out)
-    else:
-        _round_fp16(x, bits)
-        _widen_fp16(bits, out)
+        uint16(address + 2 * i, 1)[0] = nearest_bf16(as_bits(x)) if dtype == BF16 else to_half(x)

@@ -1,6 +1,6 @@
-"""The passes of a step over the blocks of many tensors; each call does a range of them in one thread.
+"""The passes of a step over the blocks of many tensors: tasks, of which every thread does some blocks.
 
-A pass goes over the tensors of `numbers`, rows of the tables; block b of tensor `numbers[k]` is block `firsts[k] + b`.
+Block b of the tensor in row `numbers[k]` of the tables is block `firsts[k] + b` of a pass.
 
 Bytes per element, all fp32: `step_pass` reads theta 4, g 4, m 4, v 4 and writes theta 4, m 4, v 4: 28.
 
@@ -18,16 +18,44 @@ from __future__ import annotations
 
 import numpy as np
 
-from fused_merge.compiled import memory, merge_stats, projection, search, sparse, step
+from fused_merge.compiled import merge_stats, projection, search, sparse, step
 from fused_merge.compiled.arithmetic import ZERO
-from fused_merge.compiled.jit import inlined, jit
-from fused_merge.compiled.layout import ENTRY, KEPT, LARGEST, MERGED, SCALAR, SOFT_THRESHOLD
-from fused_merge.compiled.memory import BLOCK
+from fused_merge.compiled.jit import inlined, task
+from fused_merge.compiled.layout import ENTRY, LARGEST, SCALAR, SOFT_THRESHOLD
+from fused_merge.compiled.memory import BLOCK, fp32, int32, int64
+from fused_merge.compiled.scratch import BITS, KEPT, MERGED, PLACES, ROW_OF_ALONG, TAU_PLACES, row
+from fused_merge.compiled.threads import TASK, begin, take
+from fused_merge.eager.kth_largest import BINS
+
+_COLUMNS, _SCALARS = len(ENTRY), len(SCALAR)
 
 
 @inlined
-def _first(firsts, block):
-    return np.searchsorted(firsts, block, side="right") - 1
+def _told(task):
+    return int64(task, len(TASK))
+
+
+@inlined
+def _begin(task):
+    """Return the number and the room of this thread, in which no products of a row are known yet."""
+    thread, scratch = begin(task)
+    int64(row(scratch, ROW_OF_ALONG), 2)[0] = -1
+    return thread, scratch
+
+
+@inlined
+def _locate(a, block, k):
+    """Return which of the tensors a block is of, at or after the k-th, its row, and the number of the block there."""
+    firsts = a[TASK.firsts]
+    while block >= int64(firsts + 8 * (k + 1), 1)[0]:
+        k += 1
+    return k, int64(a[TASK.numbers] + 8 * k, 1)[0], block - int64(firsts + 8 * k, 1)[0]
+
+
+@inlined
+def _row(a, index):
+    """Return the rows of a tensor in the tables."""
+    return int64(a[TASK.table] + 8 * _COLUMNS * index, _COLUMNS), fp32(a[TASK.scalars] + 4 * _SCALARS * index, _SCALARS)
 
 
 @inlined
@@ -42,179 +70,196 @@ def _merges(t, s):
     return s[SCALAR.advances] * s[SCALAR.moves] != ZERO and (t[ENTRY.anchor] == 0 or s[SCALAR.merges] != ZERO)
 
 
-@jit
-def read_steps(table, out):
-    """Read the step count of every tensor; fp32."""
-    for i in range(len(table)):
-        out[i] = memory.floats(table[i, ENTRY.step], 1)[0]
+@inlined
+def _part(a, index, number):
+    """Return where the list of a block begins, and how long it is."""
+    return int64(a[TASK.parts] + 16 * (int64(a[TASK.own_firsts] + 8 * index, 1)[0] + number), 2)
 
 
-@jit
-def step_pass(table, scalars, kths, numbers, firsts, start, stop, scratch, products, counts):
-    """Step blocks `start` to `stop`.
-
-    Args:
-        table: int64 `[T, ...]`, of `TensorEntry`.
-        scalars: fp32 `[T, ...]`, of `Scalars`.
-        kths: int32 `[T]`, the patterns of the thresholds of a ranked F.
-        numbers, firsts: int64, as the module says.
-        start, stop: which blocks.
-        scratch: of the thread.
-        products: fp32 `[blocks, 4]`, for statistics: written.
-        counts: int64 `[T, 6]` of the thread, the same: added to.
-    """
-    scratch.row[0] = -1
-    k = _first(firsts, start)
-    for block in range(start, stop):
-        while block >= firsts[k + 1]:
-            k += 1
-        index, base = numbers[k], (block - firsts[k]) * BLOCK
-        t, s = table[index], scalars[index]
-        if not _works(t, s):
-            continue
-        count = min(BLOCK, t[ENTRY.numel] - base)
-        if t[ENTRY.skips] != 0:
-            step.step_kept(t, index, s, base, count, scratch)
-            continue
-        u, kept, tau, merged = step.step_block(t, index, s, base, count, kths[index], scratch)
-        if t[ENTRY.stats] != 0 and _merges(t, s):
-            merge_stats.add_up(t, s, u, kept, tau, merged, scratch, products[block], counts[index])
-
-
-@jit
-def products_pass(table, scalars, numbers, firsts, start, stop, scratch, out):
-    """Write <x, tau> and <tau, tau> of blocks, fp32 `[blocks, 2]`; here blocks are those of rows, one after the other."""
-    k = _first(firsts, start)
-    for block in range(start, stop):
-        while block >= firsts[k + 1]:
-            k += 1
-        index = numbers[k]
-        t, s = table[index], scalars[index]
-        length = t[ENTRY.row_length]
-        row, inside = divmod(block - firsts[k], (length + BLOCK - 1) // BLOCK)
-        base, count = row * length + inside * BLOCK, min(BLOCK, length - inside * BLOCK)
-        x = step.to_project(t, index, s, base, count, scratch)
-        tau = projection.load_tau_dense(t, base, count, scratch)
-        projection.products(x, tau, scratch, out[block])
-
-
-@jit
-def search_pass(
-    table, scalars, hows, lows, lasts, numbers, firsts, start, stop, scratch, at, end,
-    values, places, parts, own_firsts, totals,
-):  # fmt: skip
-    """List what lies in the window around the last threshold, and count what lies above; return where the list ends.
-
-    Args:
-        table, scalars, numbers, firsts, start, stop, scratch: as for `step_pass`.
-        hows: int64 `[T]`, how each tensor's u is found.
-        lows, lasts: int32 `[T]`, the window: patterns from here to here.
-        at, end: which part of the list this thread has.
-        values, places, parts, own_firsts: `thresholds.List`; written.
-        totals: int64 `[T, 3]` of the thread: how many lie above, how many are listed, how many blocks did not fit; added
-            to.
-    """
-    scratch.row[0] = -1
-    k = _first(firsts, start)
-    for block in range(start, stop):
-        while block >= firsts[k + 1]:
-            k += 1
-        index, number = numbers[k], block - firsts[k]
-        t, s, how, base = table[index], scalars[index], hows[index], number * BLOCK
-        part = parts[own_firsts[index] + number]
-        part[0], part[1] = at, 0
-        merges = _merges(t, s)
-        if not _works(t, s) or not (merges or how == step.ADVANCE):
-            continue
-        count = min(BLOCK, t[ENTRY.numel] - base)
-        u = step.find_update(t, index, s, base, count, how, scratch)
-        if how == step.ADVANCE:
-            step.decay_in_place(t, s, base, count)
-        if not merges:
-            continue
-        if at + BLOCK > end:
-            part[1] = -1
-            totals[index, 2] += 1
-            continue
-        listed, over = search.window(u, lows[index], lasts[index], scratch, values[at:end], places[at:end])
-        part[1] = listed
-        totals[index, 0] += over
-        totals[index, 1] += listed
-        at += listed
-    return at
-
-
-@jit
-def count_pass(table, scalars, hows, lows, shift, numbers, firsts, start, stop, scratch, counts):
-    """Count the patterns of u in 256 bins of 2^shift from `lows` on, int64 `[numbers, 256]` of the thread: added to."""
-    scratch.row[0] = -1
-    k = _first(firsts, start)
-    for block in range(start, stop):
-        while block >= firsts[k + 1]:
-            k += 1
-        index, base = numbers[k], (block - firsts[k]) * BLOCK
-        t, s = table[index], scalars[index]
-        if _works(t, s) and _merges(t, s):
+@task
+def step_pass(task: int) -> None:
+    """Step blocks; write `products`, fp32 `[blocks, 4]`, and add to `counts`, int64 `[threads, T, 6]`, for statistics."""
+    a, (thread, scratch), k = _told(task), _begin(task), 0
+    while True:
+        start, stop = take(task)
+        if start == stop:
+            return
+        for block in range(start, stop):
+            k, index, number = _locate(a, block, k)
+            (t, s), base = _row(a, index), number * BLOCK
+            if not _works(t, s):
+                continue
             count = min(BLOCK, t[ENTRY.numel] - base)
-            u = step.find_update(t, index, s, base, count, hows[index], scratch)
-            search.count(u, lows[k], shift, counts[k])
+            if t[ENTRY.skips] != 0:
+                step.step_kept(t, index, s, base, count, scratch)
+                continue
+            kth = int32(a[TASK.kths] + 4 * index, 1)[0]
+            u, kept, tau, merged = step.step_block(t, index, s, base, count, kth, scratch)
+            if t[ENTRY.stats] != 0 and _merges(t, s):
+                products = a[TASK.products] + 4 * merge_stats.PRODUCTS * block
+                counts = a[TASK.counts] + 8 * merge_stats.COUNTS * (thread * a[TASK.tensors] + index)
+                merge_stats.add_up(t, s, u, kept, tau, merged, count, scratch, products, counts)
 
 
-@jit
-def finish_pass(
-    table, scalars, kths, numbers, firsts, start, stop, scratch, values, places, parts, own_firsts
-):
+@task
+def products_pass(task: int) -> None:
+    """Write `products`, <x, tau> and <tau, tau>, fp32 `[blocks, 2]`; here blocks are those of rows, row by row."""
+    a, (thread, scratch), k = _told(task), _begin(task), 0
+    while True:
+        start, stop = take(task)
+        if start == stop:
+            return
+        for block in range(start, stop):
+            k, index, number = _locate(a, block, k)
+            t, s = _row(a, index)
+            length = t[ENTRY.row_length]
+            blocks = (length + BLOCK - 1) // BLOCK
+            inside = number % blocks * BLOCK
+            base, count = number // blocks * length + inside, min(BLOCK, length - inside)
+            x, factor = step.to_project(t, index, s, base, count, scratch)
+            out = fp32(a[TASK.products] + 8 * block, 2)
+            out[0], out[1] = projection.products(t, base, x, factor, count, scratch)
+
+
+@task
+def search_pass(task: int) -> None:
+    """List what lies in the window around the last threshold, and advance the moments where `hows` says so.
+
+    Writes `values` and `places` from `ends` on, and `parts`, where the list of each block begins and how long it is, -1
+    where it did not fit. Adds to `counts`, int64 `[threads, T, 3]`: how many lie above the window, how many are listed,
+    how many blocks did not fit.
+    """
+    a, (thread, scratch), k = _told(task), _begin(task), 0
+    ends = int64(a[TASK.ends] + 8 * thread, 1)
+    at, end = ends[0], (thread + 1) * a[TASK.room]
+    while True:
+        start, stop = take(task)
+        if start == stop:
+            ends[0] = at
+            return
+        for block in range(start, stop):
+            k, index, number = _locate(a, block, k)
+            (t, s), base, how = _row(a, index), number * BLOCK, int64(a[TASK.hows] + 8 * index, 1)[0]
+            part, merges = _part(a, index, number), _merges(t, s)
+            part[0], part[1] = at, 0
+            if not _works(t, s) or not (merges or how == step.ADVANCE):
+                continue
+            count = min(BLOCK, t[ENTRY.numel] - base)
+            u = step.find_update(t, index, s, base, count, how, scratch)
+            if how == step.ADVANCE:
+                step.decay_in_place(t, s, base, count)
+            if not merges:
+                continue
+            totals = int64(a[TASK.counts] + 24 * (thread * a[TASK.tensors] + index), 3)
+            if at + BLOCK > end:
+                part[1] = -1
+                totals[2] += 1
+                continue
+            low, last = int32(a[TASK.lows] + 4 * index, 1)[0], int32(a[TASK.lasts] + 4 * index, 1)[0]
+            values, places = a[TASK.values] + 4 * at, a[TASK.places] + 2 * at
+            part[1], above = search.window(u, low, last, count, scratch, values, places)
+            totals[0] += above
+            totals[1] += part[1]
+            at += part[1]
+
+
+@task
+def count_pass(task: int) -> None:
+    """Add to `counts`, int64 `[threads, N, 256]`: how many patterns of u lie in bins of 2^shift, from `bins` on."""
+    a, (thread, scratch), k = _told(task), _begin(task), 0
+    while True:
+        start, stop = take(task)
+        if start == stop:
+            return
+        for block in range(start, stop):
+            k, index, number = _locate(a, block, k)
+            (t, s), base, how = _row(a, index), number * BLOCK, int64(a[TASK.hows] + 8 * index, 1)[0]
+            if _works(t, s) and _merges(t, s):
+                count = min(BLOCK, t[ENTRY.numel] - base)
+                u = step.find_update(t, index, s, base, count, how, scratch)
+                _count(a, thread, k, u, count)
+
+
+@task
+def count_listed_pass(task: int) -> None:
+    """Add to `counts` as `count_pass` does, of what is listed."""
+    a, (thread, scratch), k = _told(task), begin(task), 0
+    while True:
+        start, stop = take(task)
+        if start == stop:
+            return
+        for block in range(start, stop):
+            k, index, number = _locate(a, block, k)
+            part = _part(a, index, number)
+            _count(a, thread, k, a[TASK.values] + 4 * part[0], part[1])
+
+
+@inlined
+def _count(a, thread, k, x, count):
+    out = a[TASK.counts] + 8 * BINS * (thread * a[TASK.tensors] + a[TASK.first] + k)
+    search.count_patterns(x, count, int64(a[TASK.bins] + 8 * k, 1)[0], a[TASK.shift], out)
+
+
+@task
+def select_pass(task: int) -> None:
+    """Write `kths`, the patterns of what has `ranks` among the elements listed; a block here is a tensor."""
+    a, (thread, scratch), k = _told(task), begin(task), 0
+    while True:
+        start, stop = take(task)
+        if start == stop:
+            return
+        for block in range(start, stop):
+            index = int64(a[TASK.numbers] + 8 * block, 1)[0]
+            rank, t = int64(a[TASK.ranks] + 8 * index, 1)[0], _row(a, index)[0]
+            if rank > 0:
+                blocks = (t[ENTRY.numel] + BLOCK - 1) // BLOCK
+                kth = search.select(a[TASK.values], _part(a, index, 0).ctypes.data, blocks, rank)
+                int32(a[TASK.kths] + 4 * index, 1)[0] = kth
+
+
+@task
+def finish_pass(task: int) -> None:
     """Add what is kept of what `search_pass` has listed, and of tau; the moments have advanced."""
-    k = _first(firsts, start)
-    for block in range(start, stop):
-        while block >= firsts[k + 1]:
-            k += 1
-        index, number = numbers[k], block - firsts[k]
-        t, s, base = table[index], scalars[index], number * BLOCK
-        if not (_works(t, s) and _merges(t, s)):
-            continue
-        count = min(BLOCK, t[ENTRY.numel] - base)
-        kept_places, tau_places, room = scratch.places[0], scratch.places[1], scratch.rows[KEPT]
-        first, stored = sparse.tau_places(t, base, count, tau_places)
-        at, listed = parts[own_firsts[index] + number]
-        own_values, own_places = values[at : at + listed], places[at : at + listed]
-        if listed < 0:
-            # It did not fit.
-            u = step.find_update(t, index, s, base, count, step.AGAIN, scratch)
-            listed, _ = search.window(u, kths[index], LARGEST, scratch, scratch.rows[MERGED], scratch.bits)
-            own_values, own_places = scratch.rows[MERGED][:listed], scratch.bits[:listed]
-        shrinks = t[ENTRY.sparsify] == SOFT_THRESHOLD
-        kept = search.kept(own_values, own_places, kths[index], shrinks, room, kept_places)
-        step.prefetch_weights(t, base, kept_places[:kept])
-        step.prefetch_weights(t, base, tau_places[:stored])
-        step.touch(t, s, base, kept_places[:kept], room[:kept], first, tau_places[:stored], scratch)
+    a, (thread, scratch), k = _told(task), _begin(task), 0
+    while True:
+        start, stop = take(task)
+        if start == stop:
+            return
+        for block in range(start, stop):
+            k, index, number = _locate(a, block, k)
+            (t, s), base, kth = _row(a, index), number * BLOCK, int32(a[TASK.kths] + 4 * index, 1)[0]
+            if not (_works(t, s) and _merges(t, s)):
+                continue
+            count, part = min(BLOCK, t[ENTRY.numel] - base), _part(a, index, number)
+            kept, kept_places, tau_places = row(scratch, KEPT), row(scratch, PLACES), row(scratch, TAU_PLACES)
+            first, stored = sparse.tau_places(t, base, count, tau_places)
+            step.prefetch_weights(t, base, tau_places, stored)
+            values, places, listed = a[TASK.values] + 4 * part[0], a[TASK.places] + 2 * part[0], part[1]
+            if listed < 0:
+                # It did not fit.
+                u = step.find_update(t, index, s, base, count, step.AGAIN, scratch)
+                values, places = row(scratch, MERGED), row(scratch, BITS)
+                listed = search.window(u, kth, LARGEST, count, scratch, values, places)[0]
+            shrinks = int(t[ENTRY.sparsify] == SOFT_THRESHOLD)
+            found = search.keep(values, places, listed, kth, shrinks, kept, kept_places)
+            step.prefetch_weights(t, base, kept_places, found)
+            step.touch(t, s, base, kept_places, kept, found, first, tau_places, stored, scratch)
 
 
-@jit
-def select_pass(ranks, numbers, firsts, start, stop, values, places, parts, own_firsts, kths):
-    """Write the pattern of what has a rank among the elements listed, for tensors `start` to `stop` of `numbers`."""
-    for k in range(start, stop):
-        index, first = numbers[k], own_firsts[numbers[k]]
-        if ranks[index] > 0:
-            kths[index] = search.select(values, parts[first : first + firsts[k + 1] - firsts[k]], ranks[index])
+@task
+def read_steps(task: int) -> None:
+    """Write `products`, the step counts of all tensors, fp32 `[T]`."""
+    a = _told(task)
+    for index in range(a[TASK.tensors]):
+        fp32(a[TASK.products] + 4 * index, 1)[0] = fp32(_row(a, index)[0][ENTRY.step], 1)[0]
 
 
-@jit
-def count_listed_pass(lows, shift, numbers, firsts, start, stop, values, places, parts, own_firsts, counts):
-    """Count as `count_pass` does, of what is listed."""
-    k = _first(firsts, start)
-    for block in range(start, stop):
-        while block >= firsts[k + 1]:
-            k += 1
-        at, listed = parts[own_firsts[numbers[k]] + block - firsts[k]]
-        search.count(values[at : at + listed], lows[k], shift, counts[k])
-
-
-@jit
-def anchors_pass(table, scalars):
-    """Let the decay since the last merge of step-K go on, or begin anew."""
-    for i in range(len(table)):
-        t, s = table[i], scalars[i]
+@task
+def decay_anchors(task: int) -> None:
+    """Let the decay since the last merge of step-K go on, or begin anew, in all tensors."""
+    a = _told(task)
+    for index in range(a[TASK.tensors]):
+        t, s = _row(a, index)
         if t[ENTRY.anchor_decay] != 0 and s[SCALAR.advances] * s[SCALAR.moves] != ZERO:
-            decay = memory.floats(t[ENTRY.anchor_decay], 1)
-            decay[0] = 1.0 if s[SCALAR.merges] != ZERO else decay[0] * s[SCALAR.decay]
+            decay = fp32(t[ENTRY.anchor_decay], 1)
+            decay[0] = np.float32(1) if s[SCALAR.merges] != ZERO else decay[0] * s[SCALAR.decay]

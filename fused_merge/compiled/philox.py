@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from fused_merge.compiled.jit import inlined, jit
+from fused_merge.compiled.jit import inlined, jit, loop
 from fused_merge.compiled.layout import ENTRY
+from fused_merge.compiled.memory import copy, int32, int64, lowest_bit, uint8, uint32
+from fused_merge.compiled.scratch import MARKS, WORDS, row
 from fused_merge.eager.philox import DOMAIN_ROUNDING, KEY_INCREMENTS, MULTIPLIERS, ROUNDS
 
 _M0, _M1 = map(np.uint64, MULTIPLIERS)
@@ -34,13 +36,45 @@ def _words(counter, high, step, tensor_id, key0, key1):
     return c0, c1, c2, c3
 
 
-@jit
-def _draw_kept(kept, counter, high, step, tensor_id, key0, key1, threshold):
-    """Write four bits for each counter: which of its words are below the threshold."""
-    for j in range(len(kept)):
-        w0, w1, w2, w3 = _words(counter + np.uint64(j), high, step, tensor_id, key0, key1)
-        bits = np.uint64(w0 < threshold) | (np.uint64(w1 < threshold) << _U1)
-        kept[j] = np.uint8(bits | (np.uint64(w2 < threshold) << _U2) | (np.uint64(w3 < threshold) << _U3))
+@loop
+def _draw_kept(
+    out: int, count: int, counter: int, high: int, step: int, tensor_id: int, key0: int, key1: int, threshold: int
+) -> None:
+    """Write four bits for each of `count` counters: which of its words are below the threshold; uint8."""
+    kept, first, below = uint8(out, count), np.uint64(counter), np.uint64(threshold)
+    c1, c2, c3, k0, k1 = np.uint64(high), np.uint64(step), np.uint64(tensor_id), np.uint64(key0), np.uint64(key1)
+    for j in range(count):
+        w0, w1, w2, w3 = _words(first + np.uint64(j), c1, c2, c3, k0, k1)
+        bits = np.uint64(w0 < below) | (np.uint64(w1 < below) << _U1)
+        kept[j] = np.uint8(bits | (np.uint64(w2 < below) << _U2) | (np.uint64(w3 < below) << _U3))
+
+
+@loop
+def _draw_words(out: int, count: int, counter: int, high: int, step: int, tensor_id: int, key0: int, key1: int) -> None:
+    """Write the four words of each of `count` counters; uint32."""
+    words, first = uint32(out, 4 * count), np.uint64(counter)
+    c1, c2, c3, k0, k1 = np.uint64(high), np.uint64(step), np.uint64(tensor_id), np.uint64(key0), np.uint64(key1)
+    for j in range(count):
+        w0, w1, w2, w3 = _words(first + np.uint64(j), c1, c2, c3, k0, k1)
+        words[4 * j] = np.uint32(w0)
+        words[4 * j + 1] = np.uint32(w1)
+        words[4 * j + 2] = np.uint32(w2)
+        words[4 * j + 3] = np.uint32(w3)
+
+
+@loop
+def append(marks: int, eights: int, first: int, places: int) -> int:
+    """Write the places that are marked, eight counters at a time; return how many. No counter is looked at by itself."""
+    eight, out, found = int64(marks, eights), int32(places, 32 * eights), 0
+    for j in range(eights):
+        word = eight[j]
+        while word != 0:
+            bit = lowest_bit(word)
+            # Each byte is of a counter, and has a bit for each of its words.
+            out[found] = first + 32 * j + 4 * (bit >> 3) + (bit & 7)
+            found += 1
+            word &= word - 1
+    return found
 
 
 @inlined
@@ -75,58 +109,35 @@ def _run(t, i, end):
 
 
 @jit
-def _draw_words(out, counter, high, step, tensor_id, key0, key1):
-    """Write the four words of each counter."""
-    for j in range(len(out) // 4):
-        w0, w1, w2, w3 = _words(counter + np.uint64(j), high, step, tensor_id, key0, key1)
-        out[4 * j] = np.uint32(w0)
-        out[4 * j + 1] = np.uint32(w1)
-        out[4 * j + 2] = np.uint32(w2)
-        out[4 * j + 3] = np.uint32(w3)
-
-
-@jit
-def rounding_words(t, base, step, scratch, out):
+def rounding_words(t, base, count, step, scratch, out):
     """Write the random 32 bits of rounding for the elements from `base` on; uint32."""
-    seed, tensor_id, i, end = np.uint64(t[ENTRY.seed]), np.uint64(t[ENTRY.tensor_id]), base, base + len(out)
+    seed, i, end = t[ENTRY.seed], base, base + count
     while i < end:
         counter, lane, length = _run(t, i, end)
-        high = (np.uint64(DOMAIN_ROUNDING) << np.uint64(24)) | np.uint64(counter >> 32)
-        words = scratch.random[1, : 4 * ((lane + length + 3) >> 2)]
-        _draw_words(words, np.uint64(counter) & _LOW, high, np.uint64(step), tensor_id, seed & _LOW, seed >> _HALF)
-        out[i - base : i - base + length] = words[lane : lane + length]
+        words, high = row(scratch, WORDS), (DOMAIN_ROUNDING << 24) | (counter >> 32)
+        key = t[ENTRY.tensor_id], seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+        _draw_words(words, (lane + length + 3) >> 2, counter & 0xFFFFFFFF, high, np.int64(step), *key)
+        copy(words + 4 * lane, out + 4 * (i - base), length)
         i += length
 
 
 @jit
 def kept_places(t, base, count, step, domain, scratch, places):
     """Write which of `count` elements from `base` on a random drop keeps, counted from `base`; return how many."""
-    seed, tensor_id, i, end = np.uint64(t[ENTRY.seed]), np.uint64(t[ENTRY.tensor_id]), base, base + count
-    threshold, found = np.uint64(t[ENTRY.keep_threshold]), 0
+    seed, i, end, found = t[ENTRY.seed], base, base + count, 0
     while i < end:
         counter, lane, length = _run(t, i, end)
-        high = (np.uint64(domain) << np.uint64(24)) | np.uint64(counter >> 32)
-        blocks = (lane + length + 3) >> 2
-        kept, first = scratch.kept[:blocks], np.uint64(counter) & _LOW
-        _draw_kept(kept, first, high, np.uint64(step), tensor_id, seed & _LOW, seed >> _HALF, threshold)
-        # Words of the first and the last counter that are of no element here.
+        blocks, high = (lane + length + 3) >> 2, (domain << 24) | (counter >> 32)
+        key = t[ENTRY.tensor_id], seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+        marks = row(scratch, MARKS)
+        _draw_kept(marks, blocks, counter & 0xFFFFFFFF, high, np.int64(step), *key, t[ENTRY.keep_threshold])
+        eights = (blocks + 7) >> 3
+        kept = uint8(marks, 8 * eights)
+        # Words of the first and the last counter that are of no element here, and counters past the last.
         kept[0] &= np.uint8((0xF << lane) & 0xF)
         kept[blocks - 1] &= np.uint8(0xF >> (4 * blocks - lane - length))
-        found = _compact(kept, scratch.candidates, i - base - lane, places, found)
+        for j in range(blocks, 8 * eights):
+            kept[j] = 0
+        found += append(marks, eights, i - base - lane, places + 4 * found)
         i += length
-    return found
-
-
-@jit
-def _compact(kept, candidates, first, places, found):
-    """Append the places of what is kept; no branch depends on it."""
-    some = 0
-    for j in range(len(kept)):
-        candidates[some] = j
-        some += kept[j] != 0
-    for k in range(some):
-        j = candidates[k]
-        for lane in range(4):
-            places[found] = first + 4 * j + lane
-            found += (kept[j] >> lane) & 1
     return found

@@ -5,89 +5,78 @@ from __future__ import annotations
 import numpy as np
 
 from fused_merge.compiled import arithmetic, memory, sums
-from fused_merge.compiled.jit import jit
-from fused_merge.compiled.layout import (
-    ENTRY,
+from fused_merge.compiled.arithmetic import ONE
+from fused_merge.compiled.jit import inlined, jit
+from fused_merge.compiled.layout import ENTRY, ON_UPDATE, ONTO, OVER_ROWS, PROJECTS, SCALAR
+from fused_merge.compiled.memory import BLOCK, fp32, int64
+from fused_merge.compiled.scratch import (
+    ALONG,
     GRAD,
-    ON_UPDATE,
-    ONTO,
-    OVER_ROWS,
+    NODES,
+    NODES_OF_TAU,
     PRODUCT,
-    PROJECTS,
-    SCALAR,
+    ROOM,
+    ROW_OF_ALONG,
     SUMS,
     TAU_DENSE,
-    X,
+    row,
 )
-from fused_merge.compiled.memory import BLOCK
 
 
-@jit
+@inlined
 def projects(t, on_update):
     """Return whether the gradient, or the update, of a tensor is projected."""
     return t[ENTRY.project] & PROJECTS != 0 and (t[ENTRY.project] & ON_UPDATE != 0) == on_update
 
 
 @jit
-def load_tau_dense(t, base, count, scratch):
-    """Return what something is projected onto, of a block."""
-    return memory.load(t[ENTRY.tau_dense], t[ENTRY.tau_dense_dtype], base, count, scratch.rows[TAU_DENSE])
+def products(t, base, x, factor, count, scratch):
+    """Return <s*x, tau> and <tau, tau> of at most a block from element `base` on."""
+    tau = memory.load(t, ENTRY.tau_dense, base, count, row(scratch, TAU_DENSE))
+    room, other = row(scratch, PRODUCT), row(scratch, SUMS)
+    dot = sums.inner_product(x, tau, factor, room, other, count)
+    return dot, sums.inner_product(tau, tau, ONE, room, other, count)
 
 
 @jit
-def products(x, tau, scratch, out):
-    """Write <x, tau> and <tau, tau> of at most a block."""
-    room, other = scratch.rows[PRODUCT], scratch.rows[SUMS]
-    out[0] = sums.inner_product(x, tau, room, other)
-    out[1] = sums.inner_product(tau, tau, room, other)
-
-
-@jit
-def row_products(t, s, row, scratch, out):
-    """Write <g, tau> and <tau, tau> of a row of the gradient."""
-    start, end, block = row * t[ENTRY.row_length], (row + 1) * t[ENTRY.row_length], 0
-    pair = np.empty(2, np.float32)
+def _row_products(t, s, number, scratch):
+    """Write <g, tau> and <tau, tau> of a row of the gradient to ALONG."""
+    start, end, block = number * t[ENTRY.row_length], (number + 1) * t[ENTRY.row_length], 0
+    nodes, of_tau = fp32(row(scratch, NODES), ROOM), fp32(row(scratch, NODES_OF_TAU), ROOM)
     for base in range(start, end, BLOCK):
         count = min(BLOCK, end - base)
-        g = memory.load(t[ENTRY.grad], t[ENTRY.grad_dtype], base, count, scratch.rows[GRAD])
-        tau = load_tau_dense(t, base, count, scratch)
-        x = scratch.rows[X][:count]
-        arithmetic.scaled(g, s[SCALAR.grad_factor], x)
-        products(x, tau, scratch, pair)
-        scratch.nodes[0, block] = pair[0]
-        scratch.nodes[1, block] = pair[1]
+        g = memory.load(t, ENTRY.grad, base, count, row(scratch, GRAD))
+        nodes[block], of_tau[block] = products(t, base, g, s[SCALAR.grad_factor], count, scratch)
         block += 1
-    for k in range(2):
-        out[k] = sums.tree_sum(scratch.nodes[k, :block], scratch.rows[SUMS])
+    along = fp32(row(scratch, ALONG), 2)
+    along[0] = sums.tree_sum(row(scratch, NODES), row(scratch, SUMS), block)
+    along[1] = sums.tree_sum(row(scratch, NODES_OF_TAU), row(scratch, SUMS), block)
 
 
 @jit
-def project(t, index, s, base, x, scratch, out):
-    """Write x, a block of a gradient or an update from element `base` on, projected."""
-    ascent = t[ENTRY.project] & ON_UPDATE == 0
+def project(t, index, s, base, x, count, scratch, out):
+    """Write x, `count` elements of a gradient or an update from element `base` on, projected."""
     if t[ENTRY.project] & OVER_ROWS == 0:
-        tau = load_tau_dense(t, base, len(x), scratch)
-        _project(t, x, tau, memory.floats(t[ENTRY.along], 2), ascent, out)
+        _project(t, base, x, t[ENTRY.along], out, count, scratch)
         return
-    length, end = t[ENTRY.row_length], base + len(x)
-    for row in range(base // length, (end - 1) // length + 1):
-        along = scratch.along
-        if t[ENTRY.along] != 0:
-            along = memory.floats(t[ENTRY.along] + 8 * row, 2)
-        elif scratch.row[0] != index or scratch.row[1] != row:
-            row_products(t, s, row, scratch, along)
-            scratch.row[0] = index
-            scratch.row[1] = row
-        first, last = max(row * length, base), min((row + 1) * length, end)
-        tau = load_tau_dense(t, first, last - first, scratch)
-        _project(t, x[first - base : last - base], tau, along, ascent, out[first - base : last - base])
+    length, end, last = t[ENTRY.row_length], base + count, int64(row(scratch, ROW_OF_ALONG), 2)
+    for number in range(base // length, (end - 1) // length + 1):
+        along = t[ENTRY.along] + 8 * number
+        if t[ENTRY.along] == 0:
+            along = row(scratch, ALONG)
+            if last[0] != index or last[1] != number:
+                _row_products(t, s, number, scratch)
+                last[0], last[1] = index, number
+        first, stop = max(number * length, base), min((number + 1) * length, end)
+        before = 4 * (first - base)
+        _project(t, first, x + before, along, out + before, stop - first, scratch)
 
 
-@jit
-def _project(t, x, tau, along, ascent, out):
-    if t[ENTRY.project] & ONTO:
+@inlined
+def _project(t, base, x, along, out, count, scratch):
+    tau = memory.load(t, ENTRY.tau_dense, base, count, row(scratch, TAU_DENSE))
+    if t[ENTRY.project] & ONTO != 0:
         strength = memory.as_float(np.uint32(t[ENTRY.strength]))
-        rest = memory.as_float(np.uint32(t[ENTRY.rest]))
-        arithmetic.onto(x, tau, along, strength, rest, out)
+        arithmetic.onto(x, tau, along, strength, memory.as_float(np.uint32(t[ENTRY.rest])), out, count)
     else:
-        arithmetic.remove_conflict(x, tau, along, ascent, out)
+        arithmetic.remove_conflict(x, tau, along, int(t[ENTRY.project] & ON_UPDATE == 0), out, count)

@@ -6,8 +6,8 @@ import numpy as np
 
 from fused_merge.compiled import memory
 from fused_merge.compiled.arithmetic import ZERO
-from fused_merge.compiled.jit import inlined, jit
-from fused_merge.compiled.memory import BF16, FP32, as_bits, as_float
+from fused_merge.compiled.jit import inlined, loop
+from fused_merge.compiled.memory import BF16, FP32, as_bits, as_float, fp32, int16, uint16, uint32
 
 _SIGN, _MAGNITUDE, _INFINITY = np.uint32(0x80000000), np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 _HALF_UNIT, _SIXTEEN, _LOW16 = np.uint32(0x8000), np.uint32(16), np.uint32(0xFFFF)
@@ -72,57 +72,59 @@ def stochastic_fp16(x, random):
     return pattern if np.float32(random & _LOW16) < np.float32(65536) * abs(error / gap) else nearest
 
 
-@jit
+@inlined
 def store_stochastic_one(address, dtype, i, start, merged, theta, random):
     """Write element i, start + merged = theta and its error, rounded up or down."""
     if dtype == FP32:
-        memory.floats(address + 4 * i, 1)[0] = stochastic_fp32(theta, two_sum_error(start, merged, theta), random)
-    elif dtype == BF16:
-        memory.halves(address + 2 * i, 1)[0] = stochastic_bf16(theta, random)
+        fp32(address + 4 * i, 1)[0] = stochastic_fp32(theta, two_sum_error(start, merged, theta), random)
     else:
-        memory.halves(address + 2 * i, 1)[0] = stochastic_fp16(theta, random)
+        bits = stochastic_bf16(theta, random) if dtype == BF16 else stochastic_fp16(theta, random)
+        uint16(address + 2 * i, 1)[0] = bits
 
 
-@jit
-def store_stochastic(address, dtype, base, start, merged, theta, random):
-    """Write elements from number `base` on, each rounded up or down."""
+@loop
+def store_stochastic(address: int, dtype: int, start: int, merged: int, theta: int, random: int, count: int) -> None:
+    """Write elements, each rounded up or down."""
+    x, y, total, words = fp32(start, count), fp32(merged, count), fp32(theta, count), uint32(random, count)
     if dtype == FP32:
-        out = memory.floats(address + 4 * base, len(theta))
-        for j in range(len(theta)):
-            out[j] = stochastic_fp32(theta[j], two_sum_error(start[j], merged[j], theta[j]), random[j])
+        out = fp32(address, count)
+        for j in range(count):
+            out[j] = stochastic_fp32(total[j], two_sum_error(x[j], y[j], total[j]), words[j])
     elif dtype == BF16:
-        bits = memory.halves(address + 2 * base, len(theta))
-        for j in range(len(theta)):
-            bits[j] = stochastic_bf16(theta[j], random[j])
+        bits = uint16(address, count)
+        for j in range(count):
+            bits[j] = stochastic_bf16(total[j], words[j])
     else:
-        bits = memory.halves(address + 2 * base, len(theta))
-        for j in range(len(theta)):
-            bits[j] = stochastic_fp16(theta[j], random[j])
+        bits = uint16(address, count)
+        for j in range(count):
+            bits[j] = stochastic_fp16(total[j], words[j])
 
 
-@jit
-def split(x, high, low):
+@loop
+def split(source: int, high: int, low: int, count: int) -> None:
     """fp32 numbers as the patterns of bf16 weights and the int16 that restore them."""
-    bits = x.view(np.uint32)
-    for j in range(len(x)):
+    bits, upper, lower = uint32(source, count), uint16(high, count), uint16(low, count)
+    for j in range(count):
         whole = _QUIET_NAN if (bits[j] & _MAGNITUDE) > _INFINITY else bits[j]
-        # The sum is one of signed numbers, whose shift keeps the sign.
-        upper = np.uint32(np.int32(np.uint32(whole + _HALF_UNIT)) >> np.int32(16))
-        high[j] = np.uint16(upper)
-        low[j] = np.uint16(np.uint32(whole - (upper << _SIXTEEN)))
+        # The sum is a signed number, whose shift keeps the sign.
+        weight = np.uint32(np.int32(np.uint32(whole + _HALF_UNIT)) >> np.int32(16))
+        upper[j] = np.uint16(weight)
+        lower[j] = np.uint16(np.uint32(whole - (weight << _SIXTEEN)))
 
 
-@jit
-def join(high, low, out):
+@loop
+def join(high: int, low: int, out: int, count: int) -> None:
     """The fp32 numbers that `split` took apart; the weight alone where they do not belong together."""
-    for j in range(len(out)):
-        weight = np.uint32(np.uint32(high[j]) << _SIXTEEN)
-        whole = np.uint32(weight + np.uint32(np.int32(np.int16(low[j]))))
-        out[j] = as_float(weight if (whole & _MAGNITUDE) > _INFINITY else whole)
+    upper, lower, x = uint16(high, count), int16(low, count), fp32(out, count)
+    for j in range(count):
+        weight = np.uint32(np.uint32(upper[j]) << _SIXTEEN)
+        whole = np.uint32(weight + np.uint32(np.int32(lower[j])))
+        x[j] = as_float(weight if (whole & _MAGNITUDE) > _INFINITY else whole)
 
 
-@jit
-def with_master(param, master, rounded, out):
+@loop
+def with_master(param: int, master: int, rounded: int, out: int, count: int) -> None:
     """The fp32 master where the weight is what it rounds to, else the weight."""
-    for j in range(len(out)):
-        out[j] = master[j] if rounded[j] == param[j] else param[j]
+    x, y, z, weight = fp32(param, count), fp32(master, count), fp32(rounded, count), fp32(out, count)
+    for j in range(count):
+        weight[j] = y[j] if z[j] == x[j] else x[j]

@@ -6,101 +6,115 @@ Magnitudes are compared by their patterns, as `fused_merge.eager.sparsify` says:
 from __future__ import annotations
 
 import numpy as np
-
-from fused_merge.compiled.arithmetic import shrink_one
-from fused_merge.compiled.jit import inlined, jit
-from fused_merge.compiled.memory import as_bits, as_float
-from fused_merge.eager.kth_largest import BINS
-from fused_merge.eager.sparsify import NAN_PATTERN as NAN_PATTERNS
-
 import torch
 
-NAN_PATTERN = np.int32(NAN_PATTERNS[torch.float32])
+from fused_merge.compiled.arithmetic import shrink_one
+from fused_merge.compiled.jit import inlined, jit, loop
+from fused_merge.compiled.layout import LARGEST
+from fused_merge.compiled.memory import as_bits, as_float, fp32, int32, int64, lowest_bit, uint8, uint16
+from fused_merge.compiled.scratch import MARKS, row
+from fused_merge.eager.kth_largest import BINS
+from fused_merge.eager.sparsify import NAN_PATTERN
+
+_NAN_PATTERN = np.int32(NAN_PATTERN[torch.float32])
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 
 
 @inlined
 def _pattern(bits):
-    return min(bits & _MAGNITUDE, NAN_PATTERN)
+    return min(np.int32(bits & _MAGNITUDE), _NAN_PATTERN)
 
 
-@jit
-def _mark(u, low, last, marks):
-    bits = u.view(np.int32)
-    for j in range(len(u)):
-        pattern = bits[j] & _MAGNITUDE
-        marks[j] = np.uint8(pattern >= low) & np.uint8(pattern <= last)
+@loop
+def _mark(update: int, low: int, last: int, marks: int, count: int) -> None:
+    """Write a byte for each element: whether its pattern is from `low` to `last`."""
+    bits, out, lower, upper = int32(update, count), uint8(marks, count), np.int32(low), np.int32(last)
+    for j in range(count):
+        pattern = np.int32(bits[j] & _MAGNITUDE)
+        out[j] = np.uint8(pattern >= lower) & np.uint8(pattern <= upper)
 
 
-@jit
-def _above(u, last):
-    bits, over = u.view(np.int32), np.int32(0)
-    for j in range(len(u)):
-        over += np.int32((bits[j] & _MAGNITUDE) > last)
-    return over
+@loop
+def _above(update: int, last: int, count: int) -> int:
+    """Return how many patterns lie above."""
+    bits, over, upper = int32(update, count), np.int32(0), np.int32(last)
+    for j in range(count):
+        over = np.int32(over + np.int32(np.int32(bits[j] & _MAGNITUDE) > upper))
+    return np.int64(over)
 
 
-@jit
-def window(u, low, last, scratch, values, places):
+@loop
+def _list(update: int, marks: int, eights: int, values: int, places: int) -> int:
+    """Write the marked elements, eight at a time, and their places; return how many."""
+    u, eight = fp32(update, 8 * eights), int64(marks, eights)
+    out, at, found = fp32(values, 8 * eights), uint16(places, 8 * eights), 0
+    for octet in range(eights):
+        word = eight[octet]
+        while word != 0:
+            # Each byte is of an element.
+            j = 8 * octet + (lowest_bit(word) >> 3)
+            out[found] = u[j]
+            at[found] = j
+            found += 1
+            word &= word - 1
+    return found
+
+
+@inlined
+def window(u, low, last, count, scratch, values, places):
     """List the elements of a block from pattern `low` to `last`; return how many they are, and how many lie above."""
-    marks, count, found = scratch.marks, len(u), 0
-    _mark(u, low, last, marks[:count])
-    octets = (count + 7) // 8
-    marks[count : 8 * octets] = 0
-    eight = marks.view(np.uint64)
-    for octet in range(octets):
-        if eight[octet] != 0:
-            for j in range(8 * octet, min(8 * octet + 8, count)):
-                places[found] = j
-                values[found] = u[j]
-                found += marks[j]
-    return found, _above(u, last)
+    marks, eights = row(scratch, MARKS), (count + 7) >> 3
+    _mark(u, low, last, marks, count)
+    rest = uint8(marks, 8 * eights)
+    for j in range(count, 8 * eights):
+        rest[j] = 0
+    above = 0 if last == LARGEST else _above(u, last, count)
+    return _list(u, marks, eights, values, places), above
 
 
-@jit
-def count(u, low, shift, counts):
+@loop
+def count_patterns(update: int, count: int, low: int, shift: int, out: int) -> None:
     """Add how many patterns lie in each of 256 bins of 2^shift patterns, the first of which begins at `low`."""
-    bits = u.view(np.int32)
-    for j in range(len(u)):
+    bits, counts = int32(update, count), int64(out, BINS)
+    for j in range(count):
         number = (np.int64(_pattern(bits[j])) - low) >> shift
         if 0 <= number < BINS:
             counts[number] += 1
 
 
-@jit
-def kept(values, places, kth, shrinks, kept_values, kept_places):
+@loop
+def keep(values: int, places: int, listed: int, kth: int, shrinks: int, out: int, out_places: int) -> int:
     """Write what a ranked F keeps of a list, in its order; return how many."""
+    x, at, y, out_at = fp32(values, listed), uint16(places, listed), fp32(out, listed), int32(out_places, listed)
     found, threshold = 0, as_float(np.uint32(kth))
-    for j in range(len(values)):
-        x = values[j]
-        if _pattern(np.int32(as_bits(x))) >= kth:
-            kept_values[found] = shrink_one(x, threshold) if shrinks else x
-            kept_places[found] = places[j]
-            found += 1
+    for j in range(listed):
+        y[found] = shrink_one(x[j], threshold) if shrinks != 0 else x[j]
+        out_at[found] = at[j]
+        found += _pattern(np.int32(as_bits(x[j]))) >= kth
     return found
 
 
 @jit
-def select(values, found, rank):
-    """Return the pattern of the element of a rank, from 1, among lists; they hold that many."""
-    total = 0
-    for block in range(len(found)):
-        total += found[block, 1]
-    patterns, j, lowest, highest = np.empty(total, np.int32), 0, NAN_PATTERN, np.int32(0)
-    for block in range(len(found)):
-        at, listed = found[block]
-        for i in range(at, at + listed):
-            x = _pattern(np.int32(as_bits(values[i])))
+def select(values, parts, count, rank):
+    """Return the pattern of the element of a rank, from 1, among `count` parts of a list, that have so many."""
+    part, total, j = int64(parts, 2 * count), 0, 0
+    for i in range(count):
+        total += part[2 * i + 1]
+    patterns, counts = np.empty(total, np.int32), np.zeros(BINS, np.int64)
+    lowest, highest = _NAN_PATTERN, np.int32(0)
+    for i in range(count):
+        own = int32(values + 4 * part[2 * i], part[2 * i + 1])
+        for bits in own:
+            x = _pattern(bits)
             patterns[j] = x
             j += 1
             lowest, highest = min(lowest, x), max(highest, x)
-    counts, low = np.zeros(BINS, np.int64), np.int64(lowest)
-    shift = 0
+    low, shift = np.int64(lowest), 0
     while (np.int64(highest) - low) >> shift >= BINS:
         shift += 1
     while True:
         counts[:] = 0
-        count_patterns(patterns[:total], low, shift, counts)
+        count_patterns(patterns.ctypes.data, total, low, shift, counts.ctypes.data)
         chosen = BINS - 1
         while counts[chosen] < rank:
             rank -= counts[chosen]
@@ -115,10 +129,3 @@ def select(values, found, rank):
             patterns[inside] = x
             inside += (np.int64(x) - low) >> shift == 0
         total, shift = inside, max(0, shift - 8)
-
-
-@jit
-def count_patterns(patterns, low, shift, counts):
-    """Count patterns that lie in the bins."""
-    for i in range(len(patterns)):
-        counts[(np.int64(patterns[i]) - low) >> shift] += 1

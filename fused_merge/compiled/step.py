@@ -1,4 +1,7 @@
-"""One block of a step: how u is found, merged and added, in the order of `fused_merge.eager.merging_adamw`."""
+"""One block of a step: how u is found, merged and added, in the order of `fused_merge.eager.merging_adamw`.
+
+t and s are a tensor's rows of the tables; rows of scratch, and elements of tensors, are addresses.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +9,32 @@ import numpy as np
 
 from fused_merge.compiled import arithmetic, memory, philox, projection, rounding, sparse
 from fused_merge.compiled.arithmetic import ONE, ZERO
-from fused_merge.compiled.jit import jit
-from fused_merge.compiled.layout import (
+from fused_merge.compiled.jit import inlined, jit
+from fused_merge.compiled.layout import ENTRY, FULL_MASTER, LINEAR, MAGNITUDE, NO_MASTER, NONE, RANDOM, SCALAR
+from fused_merge.compiled.memory import BLOCK, FP32, fp32, int32, load
+from fused_merge.compiled.scratch import (
     ANCHOR,
-    ENTRY,
+    BITS,
     EXP_AVG,
     EXP_AVG_SQ,
-    FULL_MASTER,
     GRAD,
     KEPT,
-    LINEAR,
-    MAGNITUDE,
     MASTER,
     MERGED,
-    NO_MASTER,
-    NONE,
+    PLACES,
     PROJECTED,
-    RANDOM,
-    SCALAR,
+    RANDOM_WORDS,
     SCALED,
     START,
     TAU,
+    TAU_PLACES,
     THETA,
     UPDATE,
     VALUES,
     WEIGHT,
+    ZEROS,
+    row,
 )
-from fused_merge.compiled.memory import BLOCK, FP32
 from fused_merge.eager.philox import DOMAIN_ROUNDING, DOMAIN_UPDATE
 
 # How u is found: with the moments advanced, with them left as they are, or from moments that have advanced.
@@ -43,22 +45,21 @@ ADVANCE, PEEK, AGAIN = range(3)
 
 
 @jit
-def load_weight(t, base, out, scratch):
+def load_weight(t, base, out, count, scratch):
     """Write theta in full precision; a weight that was changed from outside overrules its fp32 master."""
-    count = len(out)
     if t[ENTRY.master_kind] == NO_MASTER:
-        out[:] = memory.load(t[ENTRY.param], t[ENTRY.param_dtype], base, count, scratch.rows[WEIGHT])
+        memory.copy(load(t, ENTRY.param, base, count, row(scratch, WEIGHT)), out, count)
     elif t[ENTRY.master_kind] == FULL_MASTER:
-        param = memory.load(t[ENTRY.param], t[ENTRY.param_dtype], base, count, scratch.rows[WEIGHT])
-        master, rounded = memory.floats(t[ENTRY.master] + 4 * base, count), scratch.rows[MASTER][:count]
-        memory.nearest(master, t[ENTRY.param_dtype], scratch.bits, rounded)
-        rounding.with_master(param, master, rounded, out)
+        param, dtype = load(t, ENTRY.param, base, count, row(scratch, WEIGHT)), t[ENTRY.param_dtype]
+        master, bits, rounded = t[ENTRY.master] + 4 * base, row(scratch, BITS), row(scratch, MASTER)
+        memory.round_to(dtype, master, bits, count)
+        memory.widen(dtype, bits, rounded, count)
+        rounding.with_master(param, master, rounded, out, count)
     else:
-        high, low = memory.halves(t[ENTRY.param] + 2 * base, count), memory.halves(t[ENTRY.master] + 2 * base, count)
-        rounding.join(high, low, out)
+        rounding.join(t[ENTRY.param] + 2 * base, t[ENTRY.master] + 2 * base, out, count)
 
 
-@jit
+@inlined
 def merges_since_anchor(t, s):
     """Return whether this step merges what came since the last merge of step-K."""
     return t[ENTRY.anchor] != 0 and t[ENTRY.grad] != 0 and s[SCALAR.merges] != ZERO
@@ -66,103 +67,97 @@ def merges_since_anchor(t, s):
 
 @jit
 def find_update(t, index, s, base, count, how, scratch):
-    """Return the u that F sees, in scratch; where a merge is since an anchor, START is where it starts."""
-    u = scratch.rows[UPDATE][:count]
+    """Write the u that F sees to UPDATE; where a merge is since an anchor, START is where it starts."""
+    u, x = row(scratch, UPDATE), row(scratch, PROJECTED)
     if t[ENTRY.grad] == 0:
-        _added_elsewhere(t, base, u, scratch)
+        _added_elsewhere(t, base, u, count, scratch)
     else:
         _adamw(t, index, s, base, count, how, scratch, u)
     if projection.projects(t, True):
-        x = scratch.rows[PROJECTED][:count]
-        x[:] = u
-        projection.project(t, index, s, base, x, scratch, u)
+        memory.copy(u, x, count)
+        projection.project(t, index, s, base, x, count, scratch, u)
     if merges_since_anchor(t, s):
-        start, x = scratch.rows[START][:count], scratch.rows[PROJECTED][:count]
-        load_weight(t, base, start, scratch)
-        x[:] = u
-        anchor = memory.load(t[ENTRY.anchor], t[ENTRY.anchor_dtype], base, count, scratch.rows[ANCHOR])
-        decay = memory.floats(t[ENTRY.anchor_decay], 1)[0] * s[SCALAR.decay]
-        arithmetic.since_anchor(start, s[SCALAR.decay], x, anchor, decay, u)
+        start, anchor = row(scratch, START), load(t, ENTRY.anchor, base, count, row(scratch, ANCHOR))
+        load_weight(t, base, start, count, scratch)
+        memory.copy(u, x, count)
+        decay = fp32(t[ENTRY.anchor_decay], 1)[0] * s[SCALAR.decay]
+        arithmetic.since_anchor(start, s[SCALAR.decay], x, anchor, decay, u, count)
     return u
 
 
 @jit
 def to_project(t, index, s, base, count, scratch):
-    """Return the gradient, or the update, before it is projected; nothing is changed."""
-    x = scratch.rows[SCALED][:count]
+    """Return the gradient or the update before it is projected, and what it is to be multiplied by."""
     if not projection.projects(t, True):
-        g = memory.load(t[ENTRY.grad], t[ENTRY.grad_dtype], base, count, scratch.rows[GRAD])
-        arithmetic.scaled(g, s[SCALAR.grad_factor], x)
-    elif t[ENTRY.grad] == 0:
-        _added_elsewhere(t, base, x, scratch)
+        return load(t, ENTRY.grad, base, count, row(scratch, GRAD)), s[SCALAR.grad_factor]
+    x = row(scratch, SCALED)
+    if t[ENTRY.grad] == 0:
+        _added_elsewhere(t, base, x, count, scratch)
     else:
         _adamw(t, index, s, base, count, PEEK, scratch, x)
-    return x
+    return x, ONE
 
 
 @jit
-def _added_elsewhere(t, base, u, scratch):
-    """Write what another optimizer has added to the anchor; that is where a merge starts."""
-    start, weight = scratch.rows[START][: len(u)], scratch.rows[THETA][: len(u)]
-    start[:] = memory.load(t[ENTRY.anchor], t[ENTRY.anchor_dtype], base, len(u), scratch.rows[ANCHOR])
-    load_weight(t, base, weight, scratch)
-    arithmetic.difference(weight, start, u)
+def _added_elsewhere(t, base, u, count, scratch):
+    """Write what another optimizer has added to the anchor, which is where a merge starts."""
+    start, weight = row(scratch, START), row(scratch, THETA)
+    memory.copy(load(t, ENTRY.anchor, base, count, row(scratch, ANCHOR)), start, count)
+    load_weight(t, base, weight, count, scratch)
+    arithmetic.subtract(weight, start, u, count)
 
 
 @jit
 def _adamw(t, index, s, base, count, how, scratch, u):
-    m = memory.load(t[ENTRY.exp_avg], t[ENTRY.exp_avg_dtype], base, count, scratch.rows[EXP_AVG])
-    v = memory.load(t[ENTRY.exp_avg_sq], t[ENTRY.exp_avg_sq_dtype], base, count, scratch.rows[EXP_AVG_SQ])
+    m = load(t, ENTRY.exp_avg, base, count, row(scratch, EXP_AVG))
+    v = load(t, ENTRY.exp_avg_sq, base, count, row(scratch, EXP_AVG_SQ))
+    scalars = s.ctypes.data
     if how == AGAIN:
-        arithmetic.update_again(m, v, u, s)
+        arithmetic.update_again(m, v, u, count, scalars)
         return
-    g, factor = memory.load(t[ENTRY.grad], t[ENTRY.grad_dtype], base, count, scratch.rows[GRAD]), s[SCALAR.grad_factor]
+    g, factor = load(t, ENTRY.grad, base, count, row(scratch, GRAD)), s[SCALAR.grad_factor]
     if projection.projects(t, False):
-        x = scratch.rows[SCALED][:count]
-        arithmetic.scaled(g, factor, x)
-        g, factor = scratch.rows[PROJECTED][:count], ONE
-        projection.project(t, index, s, base, x, scratch, g)
-    if how == ADVANCE:
-        arithmetic.advance(g, factor, m, v, u, s)
-        memory.store(t[ENTRY.exp_avg], t[ENTRY.exp_avg_dtype], base, m)
-        memory.store(t[ENTRY.exp_avg_sq], t[ENTRY.exp_avg_sq_dtype], base, v)
-    else:
-        arithmetic.peek(g, factor, m, v, u, s)
+        x, projected = row(scratch, SCALED), row(scratch, PROJECTED)
+        arithmetic.multiply(g, factor, x, count)
+        projection.project(t, index, s, base, x, count, scratch, projected)
+        g, factor = projected, ONE
+    if how == PEEK:
+        arithmetic.peek(g, factor, m, v, u, count, scalars)
+        return
+    arithmetic.advance(g, factor, m, v, u, count, scalars)
+    memory.store(t, ENTRY.exp_avg, base, count, m)
+    memory.store(t, ENTRY.exp_avg_sq, base, count, v)
 
 
 # --- F
 
 
 @jit
-def load_tau(t, base, count, scratch):
+def _load_tau(t, base, count, scratch):
     """Return F(tau) of a block."""
-    if t[ENTRY.tau_values] == 0:
-        return memory.load(t[ENTRY.tau], t[ENTRY.tau_dtype], base, count, scratch.rows[TAU])
-    tau, places = scratch.rows[TAU][:count], scratch.places[1]
-    first, found = sparse.tau_places(t, base, count, places)
-    values = memory.load(t[ENTRY.tau_values], t[ENTRY.tau_dtype], first, found, scratch.rows[VALUES])
-    tau[:] = ZERO
-    for k in range(found):
-        tau[places[k]] = values[k]
-    return tau
+    if t[ENTRY.tau_mask] == 0:
+        return load(t, ENTRY.tau, base, count, row(scratch, TAU))
+    first, stored = sparse.tau_places(t, base, count, row(scratch, TAU_PLACES))
+    values = load(t, ENTRY.tau, first, stored, row(scratch, VALUES))
+    arithmetic.scatter(values, row(scratch, TAU_PLACES), stored, row(scratch, TAU), count)
+    return row(scratch, TAU)
 
 
 @jit
-def keep(t, s, base, u, kth, scratch):
+def _keep(t, s, base, count, u, kth, scratch):
     """Return F(u) of a block; `kth` is the pattern of the threshold of a ranked F."""
-    kind, kept = t[ENTRY.sparsify], scratch.rows[KEPT][: len(u)]
-    if kind == NONE:
+    kept = row(scratch, KEPT)
+    if t[ENTRY.sparsify] == NONE:
         return u
-    if kind == RANDOM:
-        places = scratch.places[0]
-        found = philox.kept_places(t, base, len(u), s[SCALAR.step], DOMAIN_UPDATE, scratch, places)
-        kept[:] = ZERO
-        for k in range(found):
-            kept[places[k]] = u[places[k]]
-    elif kind == MAGNITUDE:
-        arithmetic.keep_from(u, kth, kept)
+    if t[ENTRY.sparsify] == RANDOM:
+        places, values = row(scratch, PLACES), row(scratch, VALUES)
+        found = philox.kept_places(t, base, count, s[SCALAR.step], DOMAIN_UPDATE, scratch, places)
+        arithmetic.gather(u, places, found, values)
+        arithmetic.scatter(values, places, found, kept, count)
+    elif t[ENTRY.sparsify] == MAGNITUDE:
+        arithmetic.keep_from(u, kth, kept, count)
     else:
-        arithmetic.shrink_by(u, memory.as_float(np.uint32(kth)), kept)
+        arithmetic.shrink_by(u, kth, kept, count)
     return kept
 
 
@@ -171,57 +166,51 @@ def keep(t, s, base, u, kth, scratch):
 
 @jit
 def step_block(t, index, s, base, count, kth, scratch):
-    """Step every element of a block; return u, F(u), F(tau) and what was merged, for statistics."""
+    """Step every element of a block; return where u, F(u), F(tau) and what was merged lie, for statistics."""
     u = find_update(t, index, s, base, count, ADVANCE, scratch)
     kept = tau = merged = u
-    weighs = s[SCALAR.moves] != ZERO
-    merges = t[ENTRY.tau] != 0 and (t[ENTRY.anchor] == 0 or s[SCALAR.merges] != ZERO)
-    if not weighs:
+    if s[SCALAR.moves] == ZERO:
         return u, kept, tau, merged
-    in_place = t[ENTRY.param_dtype] == FP32 and t[ENTRY.anchor] == 0 and t[ENTRY.stochastic] == 0
-    if merges:
-        kept, tau = keep(t, s, base, u, kth, scratch), load_tau(t, base, count, scratch)
-        if in_place and t[ENTRY.consensus] == LINEAR and t[ENTRY.stats] == 0:
-            theta = memory.floats(t[ENTRY.param] + 4 * base, count)
+    plain = t[ENTRY.anchor] == 0 and t[ENTRY.stochastic] == 0 and t[ENTRY.stats] == 0
+    in_place, theta = plain and t[ENTRY.param_dtype] == FP32, t[ENTRY.param] + 4 * base
+    if t[ENTRY.merges] != 0 and (t[ENTRY.anchor] == 0 or s[SCALAR.merges] != ZERO):
+        kept, tau = _keep(t, s, base, count, u, kth, scratch), _load_tau(t, base, count, scratch)
+        if in_place and t[ENTRY.consensus] == LINEAR:
             weights = s[SCALAR.update_weight], s[SCALAR.tau_weight]
-            arithmetic.decay_and_merge(theta, kept, tau, *weights, s[SCALAR.decay])
+            arithmetic.decay_and_merge(theta, kept, tau, *weights, s[SCALAR.decay], count)
             return u, kept, tau, merged
-        merged = scratch.rows[MERGED][:count]
-        arithmetic.consensus(
-            t[ENTRY.consensus], kept, tau, s[SCALAR.update_weight], s[SCALAR.tau_weight], merged
-        )
-    if in_place and t[ENTRY.stats] == 0:
-        arithmetic.decay_and_add(memory.floats(t[ENTRY.param] + 4 * base, count), merged, s[SCALAR.decay])
+        merged, weights = row(scratch, MERGED), (s[SCALAR.update_weight], s[SCALAR.tau_weight])
+        arithmetic.consensus(t[ENTRY.consensus], kept, tau, *weights, merged, count)
+    if in_place:
+        arithmetic.decay_and_add(theta, merged, s[SCALAR.decay], count)
         return u, kept, tau, merged
-    start = scratch.rows[START][:count]
+    start, weight = row(scratch, START), row(scratch, THETA)
     if t[ENTRY.grad] != 0 and not merges_since_anchor(t, s):
-        weight = scratch.rows[THETA][:count]
-        load_weight(t, base, weight, scratch)
-        arithmetic.scaled(weight, s[SCALAR.decay], start)
-    store_weight(t, s, base, start, merged, scratch)
+        load_weight(t, base, weight, count, scratch)
+        arithmetic.multiply(weight, s[SCALAR.decay], start, count)
+    _store_weight(t, s, base, start, merged, count, scratch)
     if t[ENTRY.anchor] != 0 and t[ENTRY.keeps_anchor] != 0 and s[SCALAR.merges] != ZERO:
-        weight = scratch.rows[THETA][:count]
-        load_weight(t, base, weight, scratch)
-        memory.store_all(t[ENTRY.anchor], t[ENTRY.anchor_dtype], base, weight)
+        load_weight(t, base, weight, count, scratch)
+        memory.store(t, ENTRY.anchor, base, count, weight)
     return u, kept, tau, merged
 
 
 @jit
-def store_weight(t, s, base, start, merged, scratch):
+def _store_weight(t, s, base, start, merged, count, scratch):
     """Write start + merged, rounded once."""
-    theta = scratch.rows[THETA][: len(start)]
-    arithmetic.add(start, merged, theta)
+    theta = row(scratch, THETA)
+    arithmetic.add(start, merged, theta, count)
     if t[ENTRY.stochastic] != 0:
-        random = scratch.random[0, : len(start)]
-        philox.rounding_words(t, base, s[SCALAR.step], scratch, random)
-        rounding.store_stochastic(t[ENTRY.param], t[ENTRY.param_dtype], base, start, merged, theta, random)
+        random, dtype = row(scratch, RANDOM_WORDS), t[ENTRY.param_dtype]
+        philox.rounding_words(t, base, count, s[SCALAR.step], scratch, random)
+        out = t[ENTRY.param] + (4 if dtype == FP32 else 2) * base
+        rounding.store_stochastic(out, dtype, start, merged, theta, random, count)
     elif t[ENTRY.master_kind] == NO_MASTER or t[ENTRY.master_kind] == FULL_MASTER:
-        memory.store_all(t[ENTRY.param], t[ENTRY.param_dtype], base, theta)
+        memory.store(t, ENTRY.param, base, count, theta)
         if t[ENTRY.master_kind] == FULL_MASTER:
-            memory.floats(t[ENTRY.master] + 4 * base, len(theta))[:] = theta
+            memory.copy(theta, t[ENTRY.master] + 4 * base, count)
     else:
-        high = memory.halves(t[ENTRY.param] + 2 * base, len(theta))
-        rounding.split(theta, high, memory.halves(t[ENTRY.master] + 2 * base, len(theta)))
+        rounding.split(theta, t[ENTRY.param] + 2 * base, t[ENTRY.master] + 2 * base, count)
 
 
 # --- weights to which nothing is added are left alone
@@ -230,68 +219,65 @@ def store_weight(t, s, base, start, merged, scratch):
 @jit
 def step_kept(t, index, s, base, count, scratch):
     """Step a block of which a random F keeps little: of the weights, touch those to which something is added."""
-    places, tau_places = scratch.places[0], scratch.places[1]
+    places, tau_places, kept = row(scratch, PLACES), row(scratch, TAU_PLACES), row(scratch, KEPT)
     found = first = stored = 0
     if s[SCALAR.moves] != ZERO:
         # What will be touched is asked for before the moments are advanced.
         found = philox.kept_places(t, base, count, s[SCALAR.step], DOMAIN_UPDATE, scratch, places)
         first, stored = sparse.tau_places(t, base, count, tau_places)
-        prefetch_weights(t, base, places[:found])
-        prefetch_weights(t, base, tau_places[:stored])
+        prefetch_weights(t, base, places, found)
+        prefetch_weights(t, base, tau_places, stored)
     u = find_update(t, index, s, base, count, ADVANCE, scratch)
-    values = scratch.rows[KEPT][:found]
-    for k in range(found):
-        values[k] = u[places[k]]
+    arithmetic.gather(u, places, found, kept)
     decay_in_place(t, s, base, count)
-    touch(t, s, base, places[:found], values, first, tau_places[:stored], scratch)
+    touch(t, s, base, places, kept, found, first, tau_places, stored, scratch)
 
 
-@jit
-def prefetch_weights(t, base, places):
+@inlined
+def prefetch_weights(t, base, places, count):
     """Ask for the weights at some places of a block."""
-    size = 4 if t[ENTRY.param_dtype] == FP32 else 2
-    for k in range(len(places)):
-        memory.prefetch(t[ENTRY.param] + size * (base + places[k]))
+    size, at = 4 if t[ENTRY.param_dtype] == FP32 else 2, int32(places, count)
+    for k in range(count):
+        memory.prefetch(t[ENTRY.param] + size * (base + at[k]))
 
 
-@jit
+@inlined
 def decay_in_place(t, s, base, count):
     """Decay all weights of a block, which are fp32 where they decay at all."""
     if s[SCALAR.decay] != ONE and s[SCALAR.moves] != ZERO:
-        theta = memory.floats(t[ENTRY.param] + 4 * base, count)
-        arithmetic.decay(theta, s[SCALAR.decay])
+        theta = t[ENTRY.param] + 4 * base
+        arithmetic.multiply(theta, s[SCALAR.decay], theta, count)
 
 
 @jit
-def touch(t, s, base, places, values, first, tau_places, scratch):
+def touch(t, s, base, places, kept, found, first, tau_places, stored, scratch):
     """Add to the weights of a block the merge of what is kept of u, and of tau, whose values are from `first` on."""
-    tau = memory.load(t[ENTRY.tau_values], t[ENTRY.tau_dtype], first, len(tau_places), scratch.rows[VALUES])
-    at = scratch.zeros
-    for k in range(len(tau_places)):
-        at[tau_places[k]] = tau[k]
-    for k in range(len(places)):
-        place = places[k]
-        _touch_one(t, s, base + place, values[k], at[place])
-        at[place] = ZERO
-    for k in range(len(tau_places)):
-        place = tau_places[k]
+    at, zeros = int32(places, found), fp32(row(scratch, ZEROS), BLOCK)
+    values, at_tau = fp32(kept, found), int32(tau_places, stored)
+    tau = fp32(load(t, ENTRY.tau, first, stored, row(scratch, VALUES)), stored)
+    for k in range(stored):
+        zeros[at_tau[k]] = tau[k]
+    for k in range(found):
+        place = at[k]
+        _touch_one(t, s, base + place, values[k], zeros[place])
+        zeros[place] = ZERO
+    for k in range(stored):
+        place = at_tau[k]
         # What was kept of both has been added.
-        if at[place] != ZERO:
-            _touch_one(t, s, base + place, ZERO, at[place])
-            at[place] = ZERO
+        if zeros[place] != ZERO:
+            _touch_one(t, s, base + place, ZERO, zeros[place])
+            zeros[place] = ZERO
 
 
-@jit
+@inlined
 def _touch_one(t, s, i, u, tau):
     merged = arithmetic.consensus_one(t[ENTRY.consensus], u, tau, s[SCALAR.update_weight], s[SCALAR.tau_weight])
-    if merged == ZERO:
-        return
-    start = memory.load_one(t[ENTRY.param], t[ENTRY.param_dtype], i)
-    theta = start + merged
-    if t[ENTRY.stochastic] != 0:
-        random = philox.random_word(t, i, s[SCALAR.step], DOMAIN_ROUNDING)
-        rounding.store_stochastic_one(
-            t[ENTRY.param], t[ENTRY.param_dtype], i, start, merged, theta, np.uint32(random)
-        )
-    else:
-        memory.store_one(t[ENTRY.param], t[ENTRY.param_dtype], i, theta)
+    if merged != ZERO:
+        address, dtype = t[ENTRY.param], t[ENTRY.param_dtype]
+        start = memory.load_one(address, dtype, i)
+        theta = start + merged
+        if t[ENTRY.stochastic] != 0:
+            random = np.uint32(philox.random_word(t, i, s[SCALAR.step], DOMAIN_ROUNDING))
+            rounding.store_stochastic_one(address, dtype, i, start, merged, theta, random)
+        else:
+            memory.store_one(address, dtype, i, theta)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fused_merge.compiled import layout
-from fused_merge.compiled.layout import LONGEST_ROW, TensorEntry
+from fused_merge.compiled.layout import TensorEntry
 from fused_merge.compiled.memory import DTYPES
+from fused_merge.compiled.scratch import LONGEST_ROW
 from fused_merge.eager.operands import Operands
 from fused_merge.eager.philox import keep_threshold
 from fused_merge.eager.sparse import SparseTensor
@@ -71,10 +72,9 @@ def entry(o: Operands, rule: MergeRule, *, seed: int, stats: bool, decays: bool)
         return 0 if tensor is None else DTYPES[tensor.dtype]
 
     sparse = o.tau if isinstance(o.tau, SparseTensor) else None
-    tau = sparse.mask if sparse else o.tau
-    values = sparse.values if sparse else o.tau
-    assert not isinstance(tau, SparseTensor)
-    dense = (o.tau if o.tau_dense is None else o.tau_dense) if rule.project else None
+    tau = o.tau.values if isinstance(o.tau, SparseTensor) else o.tau
+    anchor = None if o.tau is None else o.anchor
+    dense = None if rule.project is None else tau if o.tau_dense is None else o.tau_dense
     rows, numel = projects_rows(o, rule), o.param.numel()
     project = 0
     if rule.project is not None and o.tau is not None:
@@ -87,25 +87,26 @@ def entry(o: Operands, rule: MergeRule, *, seed: int, stats: bool, decays: bool)
         grad=address(o.grad),
         exp_avg=address(o.exp_avg),
         exp_avg_sq=address(o.exp_avg_sq),
-        step=address(o.step),
         tau=address(tau),
-        tau_values=address(values) if sparse else 0,
-        tau_offsets=address(sparse.offsets) if sparse else 0,
-        wide_offsets=sparse is not None and sparse.offsets.dtype == torch.int64,
-        tau_dense=address(dense if isinstance(dense, Tensor) else None),
-        along=0,
-        anchor=address(o.anchor.weights) if o.tau is not None and o.anchor else 0,
-        anchor_decay=address(o.anchor.decay) if o.tau is not None and o.anchor else 0,
-        master=address(o.master),
+        tau_dense=address(dense),
+        anchor=address(anchor and anchor.weights),
         param_dtype=dtype(o.param),
         grad_dtype=dtype(o.grad),
         exp_avg_dtype=dtype(o.exp_avg),
         exp_avg_sq_dtype=dtype(o.exp_avg_sq),
-        tau_dtype=dtype(values if isinstance(values, Tensor) else None),
-        tau_dense_dtype=dtype(dense if isinstance(dense, Tensor) else None),
-        anchor_dtype=dtype(o.anchor and o.anchor.weights),
+        tau_dtype=dtype(tau),
+        tau_dense_dtype=dtype(dense),
+        anchor_dtype=dtype(anchor and anchor.weights),
+        merges=o.tau is not None,
+        tau_mask=address(sparse and sparse.mask),
+        tau_offsets=address(sparse and sparse.offsets),
+        wide_offsets=sparse is not None and sparse.offsets.dtype == torch.int64,
+        master=address(o.master),
         master_kind=layout.NO_MASTER if o.master is None else _MASTER[o.master.dtype],
-        keeps_anchor=o.anchor is not None and o.anchor.kept,
+        anchor_decay=address(anchor and anchor.decay),
+        keeps_anchor=anchor is not None and anchor.kept,
+        step=address(o.step),
+        along=0,
         numel=numel,
         row_length=o.param.shape[1:].numel() if rows and numel else numel,
         **o.shard.elements._asdict(),

@@ -8,15 +8,15 @@ rounds of 256 bins; so it is, among what is listed, where several processes hold
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from fused_merge.compiled import passes, step
-from fused_merge.compiled.layout import ENTRY, LARGEST, SCALAR, Scratch
+from fused_merge.compiled.layout import ENTRY, LARGEST, SCALAR
 from fused_merge.compiled.memory import BLOCK
-from fused_merge.compiled.threads import Blocks, Crew, in_ranges
+from fused_merge.compiled.threads import Blocks, Crew
 from fused_merge.eager.kth_largest import BINS, narrow, shifts
 from fused_merge.eager.shard import Shard
 from fused_merge.lockstep import LocalSum, Steps
@@ -30,14 +30,16 @@ class List(NamedTuple):
 
     values: np.ndarray  # fp32
     places: np.ndarray  # uint16: their places in their blocks
-    blocks: np.ndarray  # int64 [blocks, 2]: where the part of each block begins, and how long it is; -1 if it did not fit
-    firsts: np.ndarray  # int64 [T]: where the blocks of each tensor begin
+    parts: np.ndarray  # int64 [blocks, 2]: where that of each block begins, and how long it is; -1 if it did not fit
+    own_firsts: np.ndarray  # int64 [T]: where the blocks of each tensor begin
 
 
 class Thresholds:
     """Searches for the k-th largest magnitudes of u of the tensors of some numbers, rows of a table."""
 
-    def __init__(self, table: np.ndarray, numbers: Sequence[int], ranks: Sequence[int], shards: Sequence[Shard]) -> None:
+    def __init__(
+        self, table: np.ndarray, numbers: Sequence[int], ranks: Sequence[int], shards: Sequence[Shard]
+    ) -> None:
         self._table, self._shards = table, shards
         self._numels = table[:, ENTRY.numel].tolist()
         self._ranks = np.array(ranks, np.int64)
@@ -67,7 +69,9 @@ class Thresholds:
         firsts = np.zeros(len(sizes), np.int64)
         firsts[numbers] = blocks.firsts[:-1]
         total = self._room * blocks.threads
-        return List(np.empty(total, np.float32), np.empty(total, np.uint16), np.zeros((blocks.count, 2), np.int64), firsts)
+        return List(
+            np.empty(total, np.float32), np.empty(total, np.uint16), np.zeros((blocks.count, 2), np.int64), firsts
+        )
 
     def find(self, scalars: np.ndarray, crew: Crew) -> Steps[np.ndarray]:
         """Find the thresholds, int32 patterns `[T]`; the moments of tensors whose weights are skipped have advanced."""
@@ -77,9 +81,10 @@ class Thresholds:
         hows = np.where(self._advances, step.ADVANCE, step.PEEK)
         # Where nothing merges, the moments alone advance.
         searched = self._subset(known | ~merges)
+        told = {"table": self._table, "scalars": scalars, "tensors": len(scalars)}
         # How far each thread has filled its part of the list.
-        ends = [thread * self._room for thread in range(self.blocks.threads)]
-        totals = self._search(scalars, crew, hows, lows, lasts, searched, ends)
+        ends = self._room * np.arange(self.blocks.threads)
+        totals = self._search(told, crew, hows, lows, lasts, searched, ends)
         totals[~known, 2] += 1
         if self._sharded:
             sums = torch.from_numpy(totals)
@@ -89,14 +94,16 @@ class Thresholds:
         kths = np.zeros(len(scalars), np.int32)
         alone = np.ones(len(scalars), bool)
         alone[self._sharded] = False
-        self._select(np.where(hit & alone, self._ranks - above, 0), kths)
+        self._select(told, crew, np.where(hit & alone, self._ranks - above, 0), kths)
         missed = merges & ~hit
         hows = np.where(self._advances & known, step.AGAIN, step.PEEK)
         ranks = np.where(hit, self._ranks - above, self._ranks)
-        yield from self._count(scalars, crew, hows, missed, hit & ~alone, ranks, kths)
+        yield from self._count(told, crew, hows, missed, hit & ~alone, ranks, kths)
         if (missed & self._advances).any():
             hows = np.where(known, step.AGAIN, step.ADVANCE)
-            self._search(scalars, crew, hows, kths, np.full_like(kths, LARGEST), self._subset(missed & self._advances), ends)
+            self._search(
+                scalars, crew, hows, kths, np.full_like(kths, LARGEST), self._subset(missed & self._advances), ends
+            )
         self.last[merges] = np.stack((kths.view(np.float32), scalars[:, SCALAR.step_size]), axis=1)[merges]
         return kths
 
@@ -112,40 +119,37 @@ class Thresholds:
         with np.errstate(all="ignore"):
             expected = np.where(known, kth * (scalars[:, SCALAR.step_size] / size), 0)
             lows = np.where(self._small, 0, (expected * (1 - self._margin)).astype(np.float32).view(np.int32))
-            lasts = np.where(self._small | self._advances, LARGEST, (expected * (1 + self._margin)).astype(np.float32).view(np.int32))
+            lasts = np.where(
+                self._small | self._advances, LARGEST, (expected * (1 + self._margin)).astype(np.float32).view(np.int32)
+            )
         fits = (lows >= 0) & (lows <= lasts)
         return lows.astype(np.int32), lasts.astype(np.int32), known & fits
 
     def _search(
-        self, scalars: np.ndarray, crew: Crew, hows: np.ndarray, lows: np.ndarray, lasts: np.ndarray, blocks: Blocks,
-        ends: list[int],
+        self,
+        told: Mapping[str, Any],
+        crew: Crew,
+        hows: np.ndarray,
+        lows: np.ndarray,
+        lasts: np.ndarray,
+        blocks: Blocks,
+        ends: np.ndarray,
     ) -> np.ndarray:
         """List what lies in windows; return int64 `[T, 3]`: how many lie above, how many are listed, what did not fit."""
-        totals = np.zeros((blocks.threads, len(scalars), 3), np.int64)
-
-        def work(thread: int, start: int, stop: int, room: Scratch) -> None:
-            ends[thread] = passes.search_pass(
-                self._table, scalars, hows, lows, lasts, blocks.numbers, blocks.firsts, start, stop, room,
-                ends[thread], (thread + 1) * self._room, *self.list, totals[thread],
-            )  # fmt: skip
-
-        crew.over(blocks, work)
+        totals = np.zeros((blocks.threads, len(hows), 3), np.int64)
+        windows = {"hows": hows, "lows": lows, "lasts": lasts, "room": self._room, "ends": ends, "counts": totals}
+        crew.over(blocks, passes.search_pass, **told, **windows, **self.list._asdict())
         return totals.sum(0)
 
-    def _select(self, ranks: np.ndarray, kths: np.ndarray) -> None:
+    def _select(self, told: Mapping[str, Any], crew: Crew, ranks: np.ndarray, kths: np.ndarray) -> None:
         """Write the pattern of what has a rank among the elements that are listed of its tensor; none where it is 0."""
-        blocks = self.blocks
-        in_ranges(
-            len(blocks.numbers),
-            min(len(blocks.numbers), blocks.threads) or 1,
-            lambda thread, start, stop: passes.select_pass(
-                ranks, blocks.numbers, blocks.firsts, start, stop, *self.list, kths
-            ),
-        )
+        numbers = self.blocks.numbers
+        tensors = Blocks(numbers, np.arange(len(numbers) + 1), self.blocks.elements)
+        crew.over(tensors, passes.select_pass, **told, ranks=ranks, kths=kths, **self.list._asdict())
 
     def _count(
         self,
-        scalars: np.ndarray,
+        told: Mapping[str, Any],
         crew: Crew,
         hows: np.ndarray,
         missed: np.ndarray,
@@ -162,21 +166,17 @@ class Thresholds:
         low, rank = torch.zeros(len(numbers), dtype=torch.int64), torch.from_numpy(ranks[numbers])
         summed = sorted((int(number), k) for k, number in enumerate(numbers) if self._shards[number].groups)
         for shift in shifts(torch.float32):
-            counts, lows = np.zeros((threads, len(numbers), BINS), np.int64), low.numpy()
-            crew.over(
-                parts[0],
-                lambda thread, start, stop, room: passes.count_pass(
-                    self._table, scalars, hows, lows, shift, parts[0].numbers, parts[0].firsts, start, stop, room,
-                    counts[thread],
-                ),
-            )  # fmt: skip
+            counts, bins = np.zeros((threads, len(numbers), BINS), np.int64), low.numpy()
+            own = {**told, "tensors": len(numbers), "shift": shift, "counts": counts}
+            crew.over(parts[0], passes.count_pass, **own, hows=hows, bins=bins)
             crew.over(
                 parts[1],
-                lambda thread, start, stop, room: passes.count_listed_pass(
-                    lows[everywhere:], shift, parts[1].numbers, parts[1].firsts, start, stop, *self.list,
-                    counts[thread, everywhere:],
-                ),
-            )  # fmt: skip
+                passes.count_listed_pass,
+                **own,
+                bins=bins[everywhere:],
+                first=everywhere,
+                **self.list._asdict(),
+            )
             total = torch.from_numpy(counts.sum(0))
             yield [LocalSum(total[k], self._shards[number].groups) for number, k in summed]
             low, rank = narrow(total, low, rank, shift)

@@ -1,0 +1,43 @@
+"""The room that a thread works in: rows of one vector, of whose address all functions are told."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fused_merge.compiled.jit import inlined
+from fused_merge.compiled.memory import BLOCK
+
+# Elements of four bytes in a row: a block, and a few that vectors of random words need more.
+ROOM = BLOCK + 16
+# Longer rows are projected with products that were found before the step.
+LONGEST_ROW = ROOM * BLOCK
+
+(
+    # Of a block, fp32.
+    GRAD, SCALED, PROJECTED, EXP_AVG, EXP_AVG_SQ, UPDATE, KEPT, TAU, TAU_DENSE, VALUES, MERGED, START, WEIGHT, ANCHOR,
+    MASTER, THETA, PRODUCT, SUMS,
+    # fp32, zeros between calls.
+    ZEROS,
+    # Which elements are kept, or listed, uint8; places of elements in a block, int32; patterns of 16 bits.
+    MARKS, PLACES, TAU_PLACES, BITS,
+    # Random words, uint32.
+    RANDOM_WORDS, WORDS,
+    # <x, tau> and <tau, tau> of a block and of a row, fp32; of which tensor and row, int64; those of a row's blocks, fp32.
+    PAIR, ALONG, ROW_OF_ALONG, NODES, NODES_OF_TAU,
+    ROWS,
+) = range(31)  # fmt: skip
+
+
+# Bytes of a room.
+SCRATCH = 4 * ROWS * ROOM
+
+
+def scratch(threads: int) -> np.ndarray:
+    """Return a room for each thread."""
+    return np.zeros((threads, ROWS * ROOM), np.float32)
+
+
+@inlined
+def row(scratch, number):
+    """Return the address of a row."""
+    return scratch + 4 * ROOM * number
