@@ -101,9 +101,8 @@ class Thresholds:
         yield from self._count(told, crew, hows, missed, hit & ~alone, ranks, kths)
         if (missed & self._advances).any():
             hows = np.where(known, step.AGAIN, step.ADVANCE)
-            self._search(
-                scalars, crew, hows, kths, np.full_like(kths, LARGEST), self._subset(missed & self._advances), ends
-            )
+            again = self._subset(missed & self._advances)
+            self._search(told, crew, hows, kths, np.full_like(kths, LARGEST), again, ends)
         self.last[merges] = np.stack((kths.view(np.float32), scalars[:, SCALAR.step_size]), axis=1)[merges]
         return kths
 
