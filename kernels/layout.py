@@ -68,6 +68,8 @@ class TensorEntry(NamedTuple):
     row_length: int  # elements at one index along dim 0, where rows are projected
     first_coefficient: int  # of the tensor, in the table of projections
     first_block: int  # of the tensor, among the blocks of all tensors
+    first_listed: int  # of the tensor, in the lists of a search
+    list_capacity: int
     offset: int
     local_inner: int
     global_inner: int
@@ -111,9 +113,21 @@ class Specialization(NamedTuple):
     SKIPS: bool = False  # weights are touched only where a group of neighbors holds something to add
     STRIDED: bool = False  # a shard of more than one run
     QUADS: bool = True  # four neighbors share a block of random bits
+    SCATTERED: bool = False  # lanes work on elements anywhere, within the kernel that walks lists
     ALIGNED: bool = True  # every dense tensor allows 128-bit accesses
     MASKED: bool = False  # blocks may reach beyond the end of their tensor or row
     BLOCK: int = DEFAULT_BLOCK
+
+    @property
+    def WALKS(self) -> bool:
+        """Whether the last pass walks lists of what is kept, where that is known to be in them."""
+        return self.RESUMES and self.SKIPS
+
+
+@triton.constexpr_function
+def scattered(spec: Specialization, lanes: int) -> Specialization:
+    """Return the form in which some lanes work on an element each, wherever it is."""
+    return spec._replace(SCATTERED=True, QUADS=False, BLOCK=lanes)
 
 
 class Block(NamedTuple):
@@ -121,7 +135,7 @@ class Block(NamedTuple):
 
     tensor_ptr: Any  # int64, its `TensorEntry`
     scalars_ptr: Any  # fp32, its `ScalarEntry`
-    base: Any  # int64, the first element
+    base: Any  # int64, the first element; SCATTERED: the element of each lane
     where: Any  # bool [BLOCK], the elements to access; None for all
 
 
@@ -174,14 +188,15 @@ def split_programs(numels: tuple[int, ...], block: int, device: torch.device) ->
     return Programs(*(table[chosen].to(device, non_blocking=True) for chosen in (whole, ~whole)))
 
 
-def launch(kernel: Any, programs: Programs, *arguments: Any, spec: Any) -> None:
+def launch(kernel: Any, programs: Programs, *arguments: Any, spec: Any, **constants: Any) -> None:
     """Launch a kernel for all programs: those with whole blocks, then those that need bounds."""
     for table, masked in zip(programs, (False, True), strict=True):
         if len(table) > 0:
             with torch.cuda.device_of(table):
                 kernel[(len(table),)](
-                    table, *arguments, SPEC=spec._replace(MASKED=masked), num_warps=NUM_WARPS, enable_fp_fusion=False
-                )
+                    table, *arguments, SPEC=spec._replace(MASKED=masked), **constants, num_warps=NUM_WARPS,
+                    enable_fp_fusion=False,
+                )  # fmt: skip
 
 
 def group(specs: Iterable[Spec]) -> dict[Spec, list[int]]:

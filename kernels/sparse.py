@@ -21,6 +21,13 @@ def popcount(x):
 
 
 @triton.jit
+def bits_before(words, PER: tl.constexpr):
+    """How many bits stand before each of some int32 words, in the PER neighbors that it belongs to."""
+    counts = tl.reshape(popcount(words), (words.shape[0] // PER, PER))
+    return tl.reshape(tl.cumsum(counts, axis=1) - counts, (words.shape[0],))
+
+
+@triton.jit
 def load(b, SPEC: tl.constexpr):
     """Decode F(tau) of a block as fp32."""
     base, lanes = b.base, tl.arange(0, SPEC.BLOCK)
