@@ -27,9 +27,10 @@ ROUNDS = tl.constexpr(4)
 # Half the window, in patterns: 2^23 of them make a factor of two, so this is some 3 %.
 HALF_WINDOW = tl.constexpr(1 << 18)
 LARGEST = tl.constexpr(0x7FFFFFFF)
-# Blocks that a program looks at in one round, before it adds its counts to those of others.
-SEARCH_BLOCKS = tl.constexpr(32)
-# Blocks of a list that it reads where all is listed, if there are so many.
+# About how many programs look at all elements of a launch, in groups of blocks: some for each place on a large GPU, and
+# no more, since most of them find nothing to do where a list is read.
+PROGRAMS = 1 << 14
+# Blocks of a list that each program reads, if there are so many.
 LISTED_BLOCKS = tl.constexpr(4)
 
 
@@ -107,6 +108,13 @@ def first_word(tensor_ptr, BLOCK: tl.constexpr):
     return tl.load(tensor_ptr + ENTRY.first_block) * (BLOCK // 32)
 
 
+@triton.jit
+def blocks_of_group(tensor_ptr, group, SPEC: tl.constexpr):
+    """The numbers of the first block of a group, and of the one after its last."""
+    size = tl.load(tensor_ptr + ENTRY.group_blocks)
+    return group * size, tl.minimum((group + 1) * size, tl.cdiv(tl.load(tensor_ptr + ENTRY.numel), SPEC.BLOCK))
+
+
 def list_capacity(numel: int, rate: float, spec: Specialization) -> int:
     """Return how many of `numel` elements the list of a tensor holds.
 
@@ -179,7 +187,7 @@ def bin_counts(pattern, sought, low, last):
 
 @triton.jit
 def count_kernel(
-    programs_ptr,  # int32 [P, 2]: tensor, group of SEARCH_BLOCKS blocks
+    programs_ptr,  # int32 [P, 2]: tensor, group of blocks
     tensors_ptr,  # int64 [T, ...]: `TensorEntry`
     scalars_ptr,  # fp32 [T, ...]: `ScalarEntry`
     coefficients_ptr,  # fp32 [T or rows, 2]
@@ -206,9 +214,8 @@ def count_kernel(
             )
         else:
             listed = tl.load(own_before_ptr + SEARCH.listed)
-        numel = tl.load(tensor_ptr + ENTRY.numel)
-        readers = tl.cdiv(listed, SPEC.BLOCK * LISTED_BLOCKS)
-        readers = tl.minimum(readers, tl.cdiv(numel, SPEC.BLOCK * SEARCH_BLOCKS))
+        groups = tl.cdiv(tl.load(tensor_ptr + ENTRY.numel), SPEC.BLOCK * tl.load(tensor_ptr + ENTRY.group_blocks))
+        readers = tl.minimum(tl.cdiv(listed, SPEC.BLOCK * LISTED_BLOCKS), groups)
         counts = (listed < 0) | (group < readers)
         if counts | (group == 0):
             if not FIRST:
@@ -222,13 +229,13 @@ def count_kernel(
                 from_low, to_last = low.to(tl.int32), last.to(tl.int32)
                 total = tl.zeros((BINS,), tl.int32)
                 if listed < 0:
-                    for block in range(SEARCH_BLOCKS):
-                        base, inside = layout.block_of_tensor(tensor_ptr, group * SEARCH_BLOCKS + block, SPEC)
-                        if base < numel:
-                            b = Block(tensor_ptr, own_scalars_ptr, base, inside if SPEC.MASKED else None)
-                            u = step.update_again(b, projection.coefficients(b, coefficients_ptr, SPEC), SPEC)
-                            pattern = sparsify.pattern(u)
-                            total += bin_counts(pattern, memory.within(b, pattern >= from_low), from_low, to_last)
+                    first, end = blocks_of_group(tensor_ptr, group, SPEC)
+                    for block in range(first, end):
+                        base, inside = layout.block_of_tensor(tensor_ptr, block, SPEC)
+                        b = Block(tensor_ptr, own_scalars_ptr, base, inside if SPEC.MASKED else None)
+                        u = step.update_again(b, projection.coefficients(b, coefficients_ptr, SPEC), SPEC)
+                        pattern = sparsify.pattern(u)
+                        total += bin_counts(pattern, memory.within(b, pattern >= from_low), from_low, to_last)
                 else:
                     own_list_ptr = list_ptr + tl.load(tensor_ptr + ENTRY.first_listed)
                     for start in range(group * SPEC.BLOCK, listed, readers * SPEC.BLOCK):

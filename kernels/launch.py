@@ -42,6 +42,7 @@ def _entry(
     spec: Specialization,
     rule: MergeRule,
     seed: int,
+    group_blocks: int,
     list_capacity: int,
     first_coefficient: int,
     first_block: int,
@@ -72,6 +73,7 @@ def _entry(
         row_length=o.param.shape[1:].numel() if spec.PROJECT_ROWS and numel else numel,
         first_coefficient=first_coefficient,
         first_block=first_block,
+        group_blocks=group_blocks,
         first_listed=first_listed,
         list_capacity=list_capacity,
         **o.shard.elements._asdict(),
@@ -113,11 +115,12 @@ class Launch:
         self._heights, self._blocks = heights, sum(blocks)
         self._shards = [o.shard for o in operands]
         self._sharded = any(shard.groups for shard in self._shards)
+        group = max(1, self._blocks // kth_largest.PROGRAMS)
         capacities = [kth_largest.list_capacity(numel, rule.reserve_rate, spec) for numel in numels]
         self._listed = sum(capacities)
         firsts = zip(*(accumulate(sizes, initial=0) for sizes in (heights, blocks, capacities)), strict=True)
         entries = [
-            _entry(o, spec, rule, seed, capacity, *first)
+            _entry(o, spec, rule, seed, group, capacity, *first)
             for o, capacity, first in zip(operands, capacities, firsts, strict=False)
         ]
         self._tensors = torch.tensor(entries, dtype=torch.int64).to(device, non_blocking=True)
@@ -131,7 +134,7 @@ class Launch:
             self.thresholds = torch.stack([thresholds.get(address, unknown) for address in self.addresses])
             shape = kth_largest.ROUNDS.value + 1, len(operands), kth_largest.BINS.value
             self._counts = torch.zeros(shape, dtype=torch.int64, device=device)
-            self._groups = layout.split_programs(numels, spec.BLOCK * kth_largest.SEARCH_BLOCKS.value, device)
+            self._groups = layout.split_programs(numels, spec.BLOCK * group, device)
             walked = layout.program_table(numels, spec.BLOCK * WALK_BLOCKS.value, device)
             self._walks = Programs(walked, walked[:0])
 

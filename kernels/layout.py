@@ -68,6 +68,7 @@ class TensorEntry(NamedTuple):
     row_length: int  # elements at one index along dim 0, where rows are projected
     first_coefficient: int  # of the tensor, in the table of projections
     first_block: int  # of the tensor, among the blocks of all tensors
+    group_blocks: int  # blocks of a program, where there are less programs than blocks
     first_listed: int  # of the tensor, in the lists of a search
     list_capacity: int
     offset: int
@@ -113,7 +114,6 @@ class Specialization(NamedTuple):
     SKIPS: bool = False  # weights are touched only where a group of neighbors holds something to add
     STRIDED: bool = False  # a shard of more than one run
     QUADS: bool = True  # four neighbors share a block of random bits
-    SCATTERED: bool = False  # lanes work on elements anywhere, within the kernel that walks lists
     ALIGNED: bool = True  # every dense tensor allows 128-bit accesses
     MASKED: bool = False  # blocks may reach beyond the end of their tensor or row
     BLOCK: int = DEFAULT_BLOCK
@@ -124,19 +124,13 @@ class Specialization(NamedTuple):
         return self.RESUMES and self.SKIPS
 
 
-@triton.constexpr_function
-def scattered(spec: Specialization, lanes: int) -> Specialization:
-    """Return the form in which some lanes work on an element each, wherever it is."""
-    return spec._replace(SCATTERED=True, QUADS=False, BLOCK=lanes)
-
-
 class Block(NamedTuple):
-    """A block of elements of one tensor, as device functions take it; none returns one whose `where` is None."""
+    """Elements of one tensor, as device functions take them; none returns one whose `where` is None."""
 
     tensor_ptr: Any  # int64, its `TensorEntry`
     scalars_ptr: Any  # fp32, its `ScalarEntry`
-    base: Any  # int64, the first element; SCATTERED: the element of each lane
-    where: Any  # bool [BLOCK], the elements to access; None for all
+    base: Any  # int64, the first of BLOCK elements; or int64 [lanes], one for each lane
+    where: Any  # bool [BLOCK or lanes], the elements to access; None for all
 
 
 @triton.jit

@@ -18,7 +18,7 @@ def pointers(b, column, dtype: tl.constexpr, SPEC: tl.constexpr):
     first = tl.load(b.tensor_ptr + column).to(tl.pointer_type(dtype))
     if SPEC.ALIGNED:
         first = tl.multiple_of(first, 16)
-    if SPEC.SCATTERED:
+    if b.base.type.is_block():
         return first + b.base
     else:
         return first + b.base + tl.arange(0, SPEC.BLOCK)

@@ -48,7 +48,7 @@ def walks(scalars_ptr, own_search_ptr, SPEC: tl.constexpr):
 
 @triton.jit
 def merging_adamw_kernel(
-    programs_ptr,  # int32 [P, 2]: tensor, and block, row, or group of SEARCH_BLOCKS blocks where lists are walked
+    programs_ptr,  # int32 [P, 2]: tensor, and block, row, or group of blocks where lists are walked
     tensors_ptr,  # int64 [T, ...]: `TensorEntry`
     scalars_ptr,  # fp32 [T, ...]: `ScalarEntry`
     coefficients_ptr,  # fp32 [T or rows, 2]
@@ -69,7 +69,6 @@ def merging_adamw_kernel(
                 b = Block(tensor_ptr, own_scalars_ptr, base, inside if SPEC.MASKED else None)
                 step.step_block(b, along, 0, (0, 0), SPEC)
     elif SPEC.RESUMES:
-        BLOCKS: tl.constexpr = kth_largest.SEARCH_BLOCKS if SPEC.WALKS else 1
         own_search_ptr = search_ptr + index * SEARCH_COLUMNS
         resumes = scalars.merges(own_scalars_ptr, SPEC)
         if SPEC.WALKS:
@@ -78,15 +77,15 @@ def merging_adamw_kernel(
             kth = tl.load(thresholds_ptr + index)
             # Where the threshold was sought among all elements, what is kept may have no mark.
             every = (tl.load(own_search_ptr + SEARCH.listed) < 0).to(tl.int32)
-            numel = tl.load(tensor_ptr + ENTRY.numel)
-            for part in range(BLOCKS):
-                block = number * BLOCKS + part
+            first, end = number, number + 1
+            if SPEC.WALKS:
+                first, end = kth_largest.blocks_of_group(tensor_ptr, number, SPEC)
+            for block in range(first, end):
                 base, inside = layout.block_of_tensor(tensor_ptr, block, SPEC)
-                if base < numel:
-                    b = Block(tensor_ptr, own_scalars_ptr, base, inside if SPEC.MASKED else None)
-                    words = kth_largest.first_word(tensor_ptr, SPEC.BLOCK) + block * (SPEC.BLOCK // 32)
-                    marks = memory.load_bits(mark_bits_ptr + words, SPEC.BLOCK) | every
-                    step.resume_block(b, projection.coefficients(b, coefficients_ptr, SPEC), kth, marks, SPEC)
+                b = Block(tensor_ptr, own_scalars_ptr, base, inside if SPEC.MASKED else None)
+                words = kth_largest.first_word(tensor_ptr, SPEC.BLOCK) + block * (SPEC.BLOCK // 32)
+                marks = memory.load_bits(mark_bits_ptr + words, SPEC.BLOCK) | every
+                step.resume_block(b, projection.coefficients(b, coefficients_ptr, SPEC), kth, marks, SPEC)
     else:
         base, inside = layout.block_of_tensor(tensor_ptr, number, SPEC)
         b = Block(tensor_ptr, own_scalars_ptr, base, inside if SPEC.MASKED else None)
@@ -116,7 +115,6 @@ def walk_kernel(
     Both u and tau are `SparseTensor`s here, but for blocks of another size and lists in another order.
     """
     LANES: tl.constexpr = SPEC.BLOCK * WALK_BLOCKS // 32
-    ANYWHERE: tl.constexpr = layout.scattered(SPEC, LANES)
     index, group, tensor_ptr, own_scalars_ptr = layout.locate(programs_ptr, tensors_ptr, scalars_ptr)
     if walks(own_scalars_ptr, search_ptr + index * SEARCH_COLUMNS, SPEC):
         kth = tl.load(thresholds_ptr + index)
@@ -137,16 +135,16 @@ def walk_kernel(
 
         left = u_bits | tau_bits
         for _ in range(tl.max(sparse.popcount(left))):
-            bit = left & -left
+            bit = left & -left  # the lowest that is left
             u_listed, tau_kept = (u_bits & bit) != 0, (tau_bits & bit) != 0
             element = word * 32 + sparse.popcount(bit - 1)
             b = Block(tensor_ptr, own_scalars_ptr, element, left != 0)
             u = tl.load(u_ptr, mask=u_listed, other=0.0)
             tau = tl.load(tau_ptr, mask=tau_kept, other=0.0).to(tl.float32)
-            theta = operands.load_weight(b, ANYWHERE)
-            merged = step.merge(b, step.sparsified(b, u, kth, ANYWHERE), tau, ANYWHERE)
+            theta = operands.load_weight(b, SPEC)
+            merged = step.merge(b, step.sparsified(b, u, kth, SPEC), tau, SPEC)
             touched = Block(tensor_ptr, own_scalars_ptr, element, (left != 0) & (merged != 0))
-            operands.store_weight(touched, theta, merged, ANYWHERE)
+            operands.store_weight(touched, theta, merged, SPEC)
             u_ptr += u_listed.to(tl.int32)
             tau_ptr += tau_kept.to(tl.int32)
             left ^= bit

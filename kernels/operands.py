@@ -98,7 +98,7 @@ def random_bits(b, domain: tl.constexpr, SPEC: tl.constexpr):
     )
     step = tl.load(b.scalars_ptr + SCALAR.step).to(tl.uint32)
     key = tl.load(entry_ptr + ENTRY.seed), step, tl.load(entry_ptr + ENTRY.tensor_id).to(tl.uint32)
-    if SPEC.SCATTERED:
+    if b.base.type.is_block():
         return philox.bits_of(b.base, shard, key, domain, SPEC.STRIDED)
     else:
         return philox.random_bits(b.base, shard, key, domain, SPEC.STRIDED, SPEC.QUADS, SPEC.BLOCK)
