@@ -114,9 +114,9 @@ class Launch(NamedTuple):
     bytes: float  # moved per element
     runs: float = 1.0  # how often a program runs through its code
     blocks: float = 1.0  # of elements, for each program
-    # To memory and back, one after the other: for its entry in the table of programs, and for its data. A load behind
-    # a store counts as one behind the loads before that. Entries of tensors and scalars are in a cache.
-    trips: float = 2.0
+    # To memory and back, one after the other: of a step for its entry in the table of programs, for gradient and
+    # moments, and for the weights, which it loads when those are stored. Entries of tensors and scalars are in a cache.
+    trips: float = 3.0
 
 
 class Op(NamedTuple):
@@ -153,7 +153,7 @@ def ops(sector: int = 32, warp: int = 32) -> dict[str, Op]:
     marked = 2 * (1 - NormalDist().cdf(0.97 * NormalDist().inv_cdf(1 - rate / 2)))
     firsts, listed = 8 / 1024, 4 * marked
     candidates = 1 - (1 - marked) * (1 - rate)
-    mark = Launch("mark: onties", 4 + states + bit + firsts + listed, trips=3)
+    mark = Launch("mark: onties", 4 + states + bit + firsts + listed)
     # Its entry, the interval, and blocks of the list.
     count = Launch(
         "count: onties", listed, 1 - LOOK - LIST + LIST * LISTED_BLOCKS, LISTED_BLOCKS / marked, 2 + LISTED_BLOCKS
@@ -175,8 +175,8 @@ def ops(sector: int = 32, warp: int = 32) -> dict[str, Op]:
         COPY: Op((Launch(None, 28),), {FUSED: None}),
         "adamw": Op((Launch("step: adamw", 28),), {FUSED: None}),
         "ondare, p = 1": Op((Launch("step: ondare, all kept", 28 + 2),), {FUSED: 1.10, COMPILED: None}),
-        "ondare, p = 0.01": Op((Launch("step: ondare", 4 + states + tau + theta, trips=5),), {FUSED: 0.85}),
-        "ondare, p = 0.3": Op((Launch("step: ondare, K", 28 + bit + offsets + 2 * many, trips=5),), {FUSED: None}),
+        "ondare, p = 0.01": Op((Launch("step: ondare", 4 + states + tau + theta, trips=4),), {FUSED: 0.85}),
+        "ondare, p = 0.3": Op((Launch("step: ondare, K", 28 + bit + offsets + 2 * many, trips=4),), {FUSED: None}),
         # The window is 2^19 patterns wide: three rounds of 256 bins, over what is listed.
         "onties, p = 0.01": Op((mark, *3 * [count], walk), {FUSED: 0.95}),
         # Nothing is known of the threshold: four rounds, and all of m and v in each.
@@ -188,21 +188,23 @@ def ops(sector: int = 32, warp: int = 32) -> dict[str, Op]:
             ),
             {FUSED: None},
         ),
-        "onproj, tensor": Op((Launch("project: onproj", 4 + 2), Launch("step: onproj", 28 + 2)), {FUSED: 1.35}),
-        "onproj, rows": Op((Launch("step: onproj, rows", 28 + 2, trips=3),), {FUSED: 1.15}),
-        "ondare, K = 4, between merges": Op((Launch("step: ondare, K", 28, trips=3),), {FUSED: None}),
+        "onproj, tensor": Op(
+            (Launch("project: onproj", 4 + 2, trips=2), Launch("step: onproj", 28 + 2)), {FUSED: 1.35}
+        ),
+        "onproj, rows": Op((Launch("step: onproj, rows", 28 + 2, trips=4),), {FUSED: 1.15}),
+        "ondare, K = 4, between merges": Op((Launch("step: ondare, K", 28),), {FUSED: None}),
         "ondare, K = 4, at a merge": Op((Launch("step: ondare, K", 28 + 8 + tau, trips=5),), {FUSED: None}),
         PLAIN_BF16: Op((Launch("step: bf16 adamw", 2 + states + 4),), {FUSED: None}),
         "bf16 ondare, split": Op(
-            (Launch("step: bf16 ondare, split", 2 + states + 8 + tau, trips=5),), {PLAIN_BF16: None}
+            (Launch("step: bf16 ondare, split", 2 + states + 8 + tau, trips=4),), {PLAIN_BF16: None}
         ),
         "bf16 ondare, p = 0.01": Op(
-            (Launch("step: bf16 ondare", 2 + states + tau + theta_bf16, trips=5),), {PLAIN_BF16: 0.95}
+            (Launch("step: bf16 ondare", 2 + states + tau + theta_bf16, trips=4),), {PLAIN_BF16: 0.95}
         ),
         LERPS: Op((Launch(None, 3 * 8 * 2),), {LERPS: None}),
         LINE_COPY: Op((Launch(None, (2 + 8) * 2),), {LINE_COPY: None}),
         "interpolation, R = 8": Op(
-            (Launch("interpolate", (2 + 8) * 2, 1 - LOOP + LOOP * 8),), {LERPS: 1 / 2.2, LINE_COPY: 1 / 0.9}
+            (Launch("interpolate", (2 + 8) * 2, 1 - LOOP + LOOP * 8, trips=2),), {LERPS: 1 / 2.2, LINE_COPY: 1 / 0.9}
         ),
     }
 
@@ -311,10 +313,12 @@ def latency_table(device: Device, rows: dict[str, Row]) -> list[str]:
         f"| {' | '.join(columns)} |",
         "|---" * len(columns) + "|",
     ]
-    launches = {launch.build: launch for op in ops(device.sector, device.warp).values() for launch in op.launches}
+    launches: dict[str, Launch] = {}
+    for op in ops(device.sector, device.warp).values():
+        for launch in op.launches:
+            if launch.build is not None:
+                launches.setdefault(launch.build, launch)
     for build, launch in launches.items():
-        if build is None:
-            continue
         held = programs(device, rows[build])
         elements = held * launch.blocks * device.elements
         in_flight = elements * launch.bytes / launch.trips

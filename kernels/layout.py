@@ -68,7 +68,7 @@ class TensorEntry(NamedTuple):
     row_length: int  # elements at one index along dim 0, where rows are projected
     first_coefficient: int  # of the tensor, in the table of projections
     first_block: int  # of the tensor, among the blocks of all tensors
-    group_blocks: int  # blocks of a program, where there are less programs than blocks
+    group_blocks: int  # blocks of a group, which one program looks at where there are few programs
     first_listed: int  # of the tensor, in the lists of a search
     list_capacity: int
     offset: int

@@ -55,14 +55,23 @@ def load_tau_dense(b, SPEC: tl.constexpr):
 
 
 @triton.jit
-def load_tau(b, tau_dense, SPEC: tl.constexpr):
-    """F(tau)."""
+def find_tau(b, tau_dense, SPEC: tl.constexpr):
+    """What of F(tau) can be read without having read anything else: all of it, or the bits of a sparse one."""
     if SPEC.SPARSE:
-        return sparse.load(b, SPEC)
+        return sparse.words(b, SPEC)
     elif SPEC.PROJECT is not None and SPEC.TAU_DENSE is None:
         return tau_dense
     else:
-        return memory.load(b, ENTRY.tau, SPEC.TAU, SPEC).to(tl.float32)
+        return memory.load(b, ENTRY.tau, SPEC.TAU, SPEC)
+
+
+@triton.jit
+def load_tau(b, found, SPEC: tl.constexpr):
+    """F(tau), of which `find_tau` has found something."""
+    if SPEC.SPARSE:
+        return sparse.load(b, found, SPEC)
+    else:
+        return found.to(tl.float32)
 
 
 @triton.jit

@@ -142,15 +142,15 @@ def test_programs_in_flight_hide_latency_or_do_not():
     assert roofline.programs(toy(registers=3 * 16 * 4), row) == 3
     assert roofline.programs(toy(shared=300, reserved=50), row) == 2
     # Two trips of a microsecond; 2 processors * 4 programs * 32 elements meanwhile, and four times as many.
-    device, launch = toy(latency=1e-6), roofline.Launch("step: a", 1.0)
+    device, launch = toy(latency=1e-6), roofline.Launch("step: a", 1.0, trips=2)
     assert roofline.times(launch, device, {"step: a": row})["latency"] == pytest.approx(2e-6 / 256)
     wide = launch._replace(blocks=4.0)
     found = roofline.predict(roofline.Op((wide,), {}), device, {"step: a": row})
     assert found == (pytest.approx(2e-6 / 1024), "latency")
-    # A processor has 128 elements of 28 bytes in two trips, and needs 1e9 * 1e-6 / 2 bytes a trip.
+    # A processor has 128 elements of 28 bytes in three trips, and needs 1e9 * 1e-6 / 2 bytes a trip.
     lines = roofline.latency_table(device, dict.fromkeys(BUILDS, row))
     assert [line for line in lines if line.startswith("| step: adamw |")] == [
-        f"| step: adamw | 9 | 4 | {128 * 28 / 2 / 1024:.0f} | {128 * 28 / 2 / 500:.2f} | memory | 0.0 M | 2.0 |"
+        f"| step: adamw | 9 | 4 | {128 * 28 / 3 / 1024:.0f} | {128 * 28 / 3 / 500:.2f} | memory | 0.0 M | 3.0 |"
     ]
 
 
