@@ -39,12 +39,12 @@ Row: TypeAlias = "dict[str, Any]"
 ACHIEVABLE = 0.9
 # Of the instructions of an interpolation, those of the loop over R ratios.
 LOOP = 0.5
-# Of the instructions of a round of a search, those that look at a block of elements, and at one of a list.
-LOOK, LIST = 0.40, 0.31
+# Of the instructions of a round of a search, those that look at a block of elements, and not at one of a list.
+LOOK = 0.4
 # Of the instructions of the walk, those of its loop.
 WALK = 0.22
-# Blocks that a program walks, and blocks of a list that it reads in a round.
-WALK_BLOCKS = LISTED_BLOCKS = 4
+# Blocks that a program walks.
+WALK_BLOCKS = 4
 ELEMENTS_PER_THREAD, WARPS = 8, 4
 # Neighbors that the kernels touch together or not at all.
 GROUP = 8
@@ -84,7 +84,7 @@ def issue_rate(processors: int, lanes: int, clock: float) -> float:
 
 
 # What NVIDIA's own library keeps in flight on a processor to reach full bandwidth, 16, 32 and 48 KB
-# (`arch_to_min_bytes_in_flight` of cub's transform, NVIDIA/cccl), by Little's law. Alone, a load takes a third of that.
+# (`arch_to_min_bytes_in_flight` of cub's transform, NVIDIA/cccl), by Little's law.
 AMPERE, HOPPER, H200 = ((kilobytes << 10) * n / rate for kilobytes, n, rate in
                         ((16, 108, 2.039e12), (32, 132, 3.35e12), (48, 132, 4.8e12)))  # fmt: skip
 # Nothing like it is known of the MI300X, whose data comes through another cache: no faster than the slowest of these.
@@ -154,10 +154,8 @@ def ops(sector: int = 32, warp: int = 32) -> dict[str, Op]:
     firsts, listed = 8 / 1024, 4 * marked
     candidates = 1 - (1 - marked) * (1 - rate)
     mark = Launch("mark: onties", 4 + states + bit + firsts + listed)
-    # Its entry, the interval, and blocks of the list.
-    count = Launch(
-        "count: onties", listed, 1 - LOOK - LIST + LIST * LISTED_BLOCKS, LISTED_BLOCKS / marked, 2 + LISTED_BLOCKS
-    )
+    # Its entry, the interval, and a block of the list.
+    count = Launch("count: onties", listed, 1 - LOOK, blocks=1 / marked)
     # The most that any thread finds in its word.
     rounds = largest_count(candidates, 32, WARPS * warp)
     walk = Launch(

@@ -30,8 +30,6 @@ LARGEST = tl.constexpr(0x7FFFFFFF)
 # About how many programs look at all elements of a launch, in groups of blocks: some for each place on a large GPU, and
 # no more, since most of them find nothing to do where a list is read.
 PROGRAMS = 1 << 14
-# Blocks of a list that each program reads, if there are so many.
-LISTED_BLOCKS = tl.constexpr(4)
 
 
 class SearchEntry(NamedTuple):
@@ -215,7 +213,8 @@ def count_kernel(
         else:
             listed = tl.load(own_before_ptr + SEARCH.listed)
         groups = tl.cdiv(tl.load(tensor_ptr + ENTRY.numel), SPEC.BLOCK * tl.load(tensor_ptr + ENTRY.group_blocks))
-        readers = tl.minimum(tl.cdiv(listed, SPEC.BLOCK * LISTED_BLOCKS), groups)
+        # Of a list each reads a block, or more than one where there are fewer programs.
+        readers = tl.minimum(tl.cdiv(listed, SPEC.BLOCK), groups)
         counts = (listed < 0) | (group < readers)
         if counts | (group == 0):
             if not FIRST:

@@ -327,6 +327,8 @@ LAST_THRESHOLDS = {"here": (0, True), "a little lower": (-(1 << 20), True), "too
         {"method": "onties", "weights": "bf16", "rounding": "stochastic", "shard": "columns", "alignment": "shifted"},
         {"method": "onties", "weights": "fp16", "grad": "bf16", "project": "conflict", "tau_dense": "bf16"},
         {"method": "onties", "weight_decay": 0.1},
+        # Lists of more blocks than there are programs to read them.
+        {"method": "onties", "reserve_rate": 0.1, "edge": "block"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
@@ -344,6 +346,7 @@ def test_lists_are_walked_where_they_hold_all_that_is_kept(options, last, watch,
 
     take, listed = launch.Launch._step, {}
     monkeypatch.setattr(launch.Launch, "_step", watched)
+    monkeypatch.setitem(EDGES, "block", (40, 1024))
     offset, walks = LAST_THRESHOLDS[last]
     case = Case(**complete({"tau": "sparse-bf16", "reserve_rate": 0.02, "weight_decay": 0.0} | options))
     ahead, by_kernel, by_eager = Tensors(case), Tensors(case), Tensors(case)
