@@ -91,6 +91,7 @@ MORE_CASES = {
         "onproj", None, "dense", options=PROJECT | {"project_over": "rows", "project_on": "update"}
     ),
     "bf16 ondare, stochastic": Case(dtype=BF16, options={"rounding": "stochastic"}),
+    "bf16 onties, stochastic": Case("onties", dtype=BF16, options={"rounding": "stochastic"}),
 }
 
 

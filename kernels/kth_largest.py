@@ -2,10 +2,14 @@
 
 It is found in rounds. An interval of patterns of |x| is known to hold it; each round counts the elements in 256 equal
 bins of the interval, and the bin that holds rank k becomes the next interval, until it is one pattern wide: at most
-four rounds. The first interval is a window around the threshold of the last step, and the patterns in it are listed
-when elements are first seen: where it holds the threshold, the rounds read that list. Where it does not, as at the
-first step, or where too many lie in it, they look at all elements. Counts are integers, and the order of the list
-does not matter to them: the result is exact, and which way it was found does not show.
+four rounds. The first interval is a window around the threshold of the last step, and the elements in it are listed
+when they are first seen, with those above it where the step then walks that list: where the list holds all of the
+interval, the rounds read it. Where it does not, as at the first step, or where it was too short, they look at all
+elements. Counts are integers, and the order of the list does not matter to them: the result is exact, and which way
+it was found does not show.
+
+The interval of a round follows from the counts of the one before, which may be sums over processes. Each program of
+the round works it out for itself, so that no launch stands between them.
 """
 
 from __future__ import annotations
@@ -16,15 +20,16 @@ import triton
 import triton.language as tl
 
 from fused_merge.kernels import layout, memory, operands, projection, scalars, sparsify, step
-from fused_merge.kernels.layout import ENTRY, ENTRY_COLUMNS, SCALAR, SCALAR_COLUMNS, Block, Columns
+from fused_merge.kernels.layout import ENTRY, SCALAR, SCALAR_COLUMNS, Block, Columns, Specialization
 
 BINS = tl.constexpr(256)
-ROUNDS = 4
+ROUNDS = tl.constexpr(4)
 # Half the window, in patterns: 2^23 of them make a factor of two, so this is some 3 %.
 HALF_WINDOW = tl.constexpr(1 << 18)
 LARGEST = tl.constexpr(0x7FFFFFFF)
-# Blocks that a program looks at in one round, before it adds its counts to those of others.
-SEARCH_BLOCKS = tl.constexpr(16)
+# About how many programs look at all elements of a launch, in groups of blocks: some for each place on a large GPU, and
+# no more, since most of them find nothing to do where a list is read.
+PROGRAMS = 1 << 14
 
 
 class SearchEntry(NamedTuple):
@@ -54,53 +59,67 @@ def bin_shift(span):
 
 
 @triton.jit
-def begin_search(search_ptr, counts_ptr, inside_here, kth, k, capacity):
-    """Choose the first interval from how many elements lie above the window and in it, and fit in the list.
+def first_interval(counts_ptr, counts_here_ptr, kth, k, capacity, SPEC: tl.constexpr):
+    """The first `SearchEntry`, from how many elements lie above the window, and how many are listed.
 
-    The counts are of the logical tensor; the list holds what lies in the window of the elements that are here.
+    The counts are of the logical tensor; the list holds elements that are here.
     """
-    above, inside = tl.load(counts_ptr), tl.load(counts_ptr + 1)
-    tl.store(counts_ptr, above * 0)
-    tl.store(counts_ptr + 1, above * 0)
+    above, from_low = tl.load(counts_ptr), tl.load(counts_ptr + 1)
+    here = tl.load(counts_here_ptr + 1)
     low, last = window(kth)
     low, last = low.to(tl.int64), last.to(tl.int64)
     over = above >= k
-    hit = (above < k) & (above + inside >= k)
-    listed = hit & (inside_here <= capacity)
-    tl.store(search_ptr + SEARCH.low, tl.where(hit, low, tl.where(over, last + 1, 0)))
-    tl.store(search_ptr + SEARCH.last, tl.where(hit, last, tl.where(over, LARGEST, low - 1)))
-    tl.store(search_ptr + SEARCH.rank, tl.where(hit, k - above, tl.where(over, k, k - above - inside)))
-    tl.store(search_ptr + SEARCH.listed, tl.where(listed, inside_here, -1))
+    if SPEC.WALKS:
+        complete = here <= capacity
+    else:
+        # What lies above the window is not listed.
+        from_low += above
+        complete = (here <= capacity) & (over == 0)
+    under = from_low < k
+    rank = tl.where(over, k, tl.where(under, k - from_low, k - above))
+    listed = tl.where(complete & (under == 0), here, -1)
+    return (
+        tl.where(over, last + 1, tl.where(under, 0, low)),
+        tl.where(over, LARGEST, tl.where(under, low - 1, last)),
+        rank,
+        listed,
+    )
 
 
 @triton.jit
-def narrow_search(search_ptr, counts_ptr):
-    """Make the bin that holds the rank the next interval, and the counts zero again; return where it begins."""
+def next_interval(search_ptr, counts_ptr):
+    """`low`, `last` and `rank` of the next `SearchEntry`: the bin of this one that holds the rank."""
     low, last = tl.load(search_ptr + SEARCH.low), tl.load(search_ptr + SEARCH.last)
     rank = tl.load(search_ptr + SEARCH.rank)
     bins = tl.arange(0, BINS)
     count = tl.load(counts_ptr + bins)
-    tl.store(counts_ptr + bins, count * 0)
     above = tl.sum(count) - tl.cumsum(count, axis=0)
     chosen = (above < rank) & (above + count >= rank)
     shift = bin_shift((last - low).to(tl.int32))
     low += tl.sum(tl.where(chosen, bins, 0)).to(tl.int64) << shift
-    tl.store(search_ptr + SEARCH.low, low)
-    tl.store(search_ptr + SEARCH.last, tl.minimum(low + (1 << shift) - 1, last))
-    tl.store(search_ptr + SEARCH.rank, rank - tl.sum(tl.where(chosen, above, 0)))
-    return low
+    return low, tl.minimum(low + (1 << shift) - 1, last), rank - tl.sum(tl.where(chosen, above, 0))
 
 
 @triton.jit
 def first_word(tensor_ptr, BLOCK: tl.constexpr):
-    """Where the marks of a tensor begin, and its list: both have a word for 32 elements."""
+    """Where the marks of a tensor begin: a word for 32 elements."""
     return tl.load(tensor_ptr + ENTRY.first_block) * (BLOCK // 32)
 
 
 @triton.jit
-def list_capacity(tensor_ptr, BLOCK: tl.constexpr):
-    """How many patterns of a tensor fit in its list."""
-    return tl.cdiv(tl.load(tensor_ptr + ENTRY.numel), BLOCK) * (BLOCK // 32)
+def blocks_of_group(tensor_ptr, group, SPEC: tl.constexpr):
+    """The numbers of the first block of a group, and of the one after its last."""
+    size = tl.load(tensor_ptr + ENTRY.group_blocks)
+    return group * size, tl.minimum((group + 1) * size, tl.cdiv(tl.load(tensor_ptr + ENTRY.numel), SPEC.BLOCK))
+
+
+def list_capacity(numel: int, rate: float, spec: Specialization) -> int:
+    """Return how many of `numel` elements the list of a tensor holds.
+
+    A window of 3 % holds some 1 to 2 %; with what lies above it that makes 1.1 to 1.4 of the share that is kept.
+    """
+    share = max(1 / 32, 1.5 * rate) if spec.WALKS else 1 / 32
+    return int(share * layout.block_count(numel, spec.BLOCK) * spec.BLOCK)
 
 
 @triton.jit
@@ -111,19 +130,19 @@ def mark_kernel(
     coefficients_ptr,  # fp32 [T or rows, 2]
     thresholds_ptr,  # int32 [T]: the patterns of the last thresholds
     counts_ptr,  # int64 [T, 256], zeros; written
-    mark_bits_ptr,  # int32: a bit an element, written
-    list_ptr,  # int32, as many: patterns, a list for each tensor; written
+    mark_bits_ptr,  # int32: a bit an element, written where the step resumes
+    firsts_ptr,  # int64 [blocks]: where in the list of its tensor those of a block begin, written where it is walked
+    list_ptr,  # fp32: u of the elements that are listed, a list for each tensor; written
     SPEC: tl.constexpr,
 ):
-    """Mark the elements in or above the window around the last threshold, count them, and list those in it.
+    """Mark the elements in or above the window around the last threshold, count them, and list u of those in it.
 
-    Where the step resumes, the moments are stored here.
+    Where the step resumes, the moments are stored here. Where it walks the list, that holds all that are marked.
     """
     index, number, tensor_ptr, own_scalars_ptr = layout.locate(programs_ptr, tensors_ptr, scalars_ptr)
     base, inside = layout.block_of_tensor(tensor_ptr, number, SPEC)
     b = Block(tensor_ptr, own_scalars_ptr, base, inside if SPEC.MASKED else None)
     own_counts_ptr = counts_ptr + index * BINS
-    words = first_word(b.tensor_ptr, SPEC.BLOCK)
     # At lr = 0 the moments move and nothing is merged.
     if SPEC.RESUMES:
         runs = scalars.advances(b.scalars_ptr)
@@ -134,47 +153,26 @@ def mark_kernel(
         m, v, u = step.fresh_update(b, operands.load_tau_dense(b, SPEC), along, SPEC)
         if SPEC.RESUMES:
             operands.store_moments(b, m, v, SPEC)
-        pattern = sparsify.pattern(step.update_since_merge(b, u, SPEC))
+        u = step.update_since_merge(b, u, SPEC)
+        pattern = sparsify.pattern(u)
         low, last = window(tl.load(thresholds_ptr + index))
         marked = memory.within(b, pattern >= low)
-        memory.store_bits(marked, mark_bits_ptr + words + number * (SPEC.BLOCK // 32), SPEC.BLOCK)
+        if SPEC.RESUMES:
+            words = first_word(b.tensor_ptr, SPEC.BLOCK) + number * (SPEC.BLOCK // 32)
+            memory.store_bits(marked, mark_bits_ptr + words, SPEC.BLOCK)
         if tl.load(b.scalars_ptr + SCALAR.moves) != 0.0:
             above = memory.within(b, pattern > last)
-            listed = (marked & (pattern <= last)).to(tl.int32)
+            listed = marked.to(tl.int32)
+            if not SPEC.WALKS:
+                listed = (marked & (pattern <= last)).to(tl.int32)
             tl.atomic_add(own_counts_ptr, tl.sum(above.to(tl.int32)).to(tl.int64), sem="relaxed")
             first = tl.atomic_add(own_counts_ptr + 1, tl.sum(listed).to(tl.int64), sem="relaxed")
+            if SPEC.WALKS:
+                tl.store(firsts_ptr + tl.load(b.tensor_ptr + ENTRY.first_block) + number, first)
             at = first + (tl.cumsum(listed, axis=0) - listed)
-            fits = at < list_capacity(b.tensor_ptr, SPEC.BLOCK)
-            tl.store(list_ptr + words + at, pattern, mask=(listed != 0) & fits)
-
-
-@triton.jit
-def search_kernel(
-    tensors_ptr,  # int64 [T, ...]: `TensorEntry`
-    scalars_ptr,  # fp32 [T, ...]: `ScalarEntry`
-    thresholds_ptr,  # int32 [T], written when the search ends
-    counts_ptr,  # int64 [T, 256], of logical tensors; set back to zero
-    counts_here_ptr,  # int64 [T, 256], of the elements that are here
-    search_ptr,  # int64 [T, 4]: `SearchEntry`, written
-    SPEC: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-):
-    """Narrow the interval that holds each tensor's k-th largest magnitude; one program a tensor."""
-    index = tl.program_id(0)
-    tensor_ptr = tensors_ptr + index * ENTRY_COLUMNS
-    own_search_ptr = search_ptr + index * SEARCH_COLUMNS
-    own_counts_ptr = counts_ptr + index * BINS
-    if scalars.merges(scalars_ptr + index * SCALAR_COLUMNS, SPEC):
-        if FIRST:
-            kth, k = tl.load(thresholds_ptr + index), tl.load(tensor_ptr + ENTRY.rank)
-            inside_here = tl.load(counts_here_ptr + index * BINS + 1)
-            capacity = list_capacity(tensor_ptr, SPEC.BLOCK)
-            begin_search(own_search_ptr, own_counts_ptr, inside_here, kth, k, capacity)
-        else:
-            low = narrow_search(own_search_ptr, own_counts_ptr)
-            if LAST:
-                tl.store(thresholds_ptr + index, low.to(tl.int32))
+            fits = at < tl.load(b.tensor_ptr + ENTRY.list_capacity)
+            own_list_ptr = list_ptr + tl.load(b.tensor_ptr + ENTRY.first_listed)
+            tl.store(own_list_ptr + at, u, mask=(listed != 0) & fits)
 
 
 @triton.jit
@@ -187,37 +185,79 @@ def bin_counts(pattern, sought, low, last):
 
 @triton.jit
 def count_kernel(
-    programs_ptr,  # int32 [P, 2]: tensor, group of SEARCH_BLOCKS blocks
+    programs_ptr,  # int32 [P, 2]: tensor, group of blocks
     tensors_ptr,  # int64 [T, ...]: `TensorEntry`
     scalars_ptr,  # fp32 [T, ...]: `ScalarEntry`
     coefficients_ptr,  # fp32 [T or rows, 2]
-    counts_ptr,  # int64 [T, 256], written
-    search_ptr,  # int64 [T, 4]: `SearchEntry`
-    list_ptr,  # int32: patterns, a list for each tensor
+    thresholds_ptr,  # int32 [T]: the patterns of the last thresholds
+    found_ptr,  # int64 [T, 256]: what the last round has counted, of logical tensors
+    found_here_ptr,  # int64 [T, 256]: the same, of the elements that are here
+    before_ptr,  # int64 [T, 4]: `SearchEntry` of the last round
+    search_ptr,  # int64 [T, 4]: that of this one, written
+    counts_ptr,  # int64 [T, 256], zeros; written
+    list_ptr,  # fp32: u, a list for each tensor
     SPEC: tl.constexpr,
+    FIRST: tl.constexpr,
 ):
-    """One round of a search: count the elements in the 256 bins of the interval."""
-    LISTED: tl.constexpr = SPEC.BLOCK * SEARCH_BLOCKS // 32
+    """One round of a search: choose the interval, and count the elements in its 256 bins."""
     index, group, tensor_ptr, own_scalars_ptr = layout.locate(programs_ptr, tensors_ptr, scalars_ptr)
+    own_before_ptr = before_ptr + index * SEARCH_COLUMNS
     own_search_ptr = search_ptr + index * SEARCH_COLUMNS
     if scalars.merges(own_scalars_ptr, SPEC):
-        low = tl.load(own_search_ptr + SEARCH.low).to(tl.int32)
-        last = tl.load(own_search_ptr + SEARCH.last).to(tl.int32)
-        listed = tl.load(own_search_ptr + SEARCH.listed)
-        if (last > low) & ((listed < 0) | (group * LISTED < listed)):
-            total = tl.zeros((BINS,), tl.int32)
-            if listed < 0:
-                numel = tl.load(tensor_ptr + ENTRY.numel)
-                for block in range(SEARCH_BLOCKS):
-                    base, inside = layout.block_of_tensor(tensor_ptr, group * SEARCH_BLOCKS + block, SPEC)
-                    if base < numel:
+        if FIRST:
+            kth, k = tl.load(thresholds_ptr + index), tl.load(tensor_ptr + ENTRY.rank)
+            capacity = tl.load(tensor_ptr + ENTRY.list_capacity)
+            low, last, rank, listed = first_interval(
+                found_ptr + index * BINS, found_here_ptr + index * BINS, kth, k, capacity, SPEC
+            )
+        else:
+            listed = tl.load(own_before_ptr + SEARCH.listed)
+        groups = tl.cdiv(tl.load(tensor_ptr + ENTRY.numel), SPEC.BLOCK * tl.load(tensor_ptr + ENTRY.group_blocks))
+        # Of a list each reads a block, or more than one where there are fewer programs.
+        readers = tl.minimum(tl.cdiv(listed, SPEC.BLOCK), groups)
+        counts = (listed < 0) | (group < readers)
+        if counts | (group == 0):
+            if not FIRST:
+                low, last, rank = next_interval(own_before_ptr, found_ptr + index * BINS)
+            if group == 0:
+                tl.store(own_search_ptr + SEARCH.low, low)
+                tl.store(own_search_ptr + SEARCH.last, last)
+                tl.store(own_search_ptr + SEARCH.rank, rank)
+                tl.store(own_search_ptr + SEARCH.listed, listed)
+            if counts & (last > low):
+                from_low, to_last = low.to(tl.int32), last.to(tl.int32)
+                total = tl.zeros((BINS,), tl.int32)
+                if listed < 0:
+                    first, end = blocks_of_group(tensor_ptr, group, SPEC)
+                    for block in range(first, end):
+                        base, inside = layout.block_of_tensor(tensor_ptr, block, SPEC)
                         b = Block(tensor_ptr, own_scalars_ptr, base, inside if SPEC.MASKED else None)
                         u = step.update_again(b, projection.coefficients(b, coefficients_ptr, SPEC), SPEC)
                         pattern = sparsify.pattern(u)
-                        total += bin_counts(pattern, memory.within(b, pattern >= low), low, last)
-            else:
-                at = group * LISTED + tl.arange(0, LISTED)
-                own_list_ptr = list_ptr + first_word(tensor_ptr, SPEC.BLOCK)
-                total = bin_counts(tl.load(own_list_ptr + at, mask=at < listed, other=0), at < listed, low, last)
-            bins = tl.arange(0, BINS)
-            tl.atomic_add(counts_ptr + index * BINS + bins, total.to(tl.int64), mask=total > 0, sem="relaxed")
+                        total += bin_counts(pattern, memory.within(b, pattern >= from_low), from_low, to_last)
+                else:
+                    own_list_ptr = list_ptr + tl.load(tensor_ptr + ENTRY.first_listed)
+                    for start in range(group * SPEC.BLOCK, listed, readers * SPEC.BLOCK):
+                        at = start + tl.arange(0, SPEC.BLOCK)
+                        u = tl.load(own_list_ptr + at, mask=at < listed, other=0.0)
+                        total += bin_counts(sparsify.pattern(u), at < listed, from_low, to_last)
+                bins = tl.arange(0, BINS)
+                tl.atomic_add(counts_ptr + index * BINS + bins, total.to(tl.int64), mask=total > 0, sem="relaxed")
+
+
+@triton.jit
+def threshold_kernel(
+    scalars_ptr,  # fp32 [T, ...]: `ScalarEntry`
+    thresholds_ptr,  # int32 [T], written
+    search_ptr,  # int64 [T, 4]: `SearchEntry` of the last round
+    counts_ptr,  # int64 [ROUNDS + 1, T, 256]: all that was counted; set back to zero
+    SPEC: tl.constexpr,
+):
+    """The pattern of each tensor's k-th largest magnitude, which the last round has found; one program a tensor."""
+    index, tensors = tl.program_id(0), tl.num_programs(0)
+    if scalars.merges(scalars_ptr + index * SCALAR_COLUMNS, SPEC):
+        own_counts_ptr = counts_ptr + index * BINS
+        low, _, _ = next_interval(search_ptr + index * SEARCH_COLUMNS, own_counts_ptr + ROUNDS * tensors * BINS)
+        tl.store(thresholds_ptr + index, low.to(tl.int32))
+        for found in tl.static_range(ROUNDS + 1):
+            tl.store(own_counts_ptr + found * tensors * BINS + tl.arange(0, BINS), tl.zeros((BINS,), tl.int64))

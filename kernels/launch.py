@@ -26,7 +26,7 @@ from fused_merge.eager.sparse import SparseTensor
 from fused_merge.eager.sparsify import kept_count
 from fused_merge.kernels import kth_largest, layout, merge_stats, scalars
 from fused_merge.kernels.layout import Programs, Specialization, TensorEntry
-from fused_merge.kernels.merging_adamw import merging_adamw_kernel
+from fused_merge.kernels.merging_adamw import WALK_BLOCKS, merging_adamw_kernel, walk_kernel
 from fused_merge.kernels.projection import project_kernel
 from fused_merge.kernels.specialization import specialization
 from fused_merge.kernels.sums import Reduction
@@ -38,7 +38,15 @@ Asked: TypeAlias = "tuple[int, LocalSum]"
 
 
 def _entry(
-    o: Operands, spec: Specialization, rule: MergeRule, seed: int, first_coefficient: int, first_block: int
+    o: Operands,
+    spec: Specialization,
+    rule: MergeRule,
+    seed: int,
+    group_blocks: int,
+    list_capacity: int,
+    first_coefficient: int,
+    first_block: int,
+    first_listed: int,
 ) -> TensorEntry:
     """Return what the kernels know of a tensor."""
 
@@ -65,6 +73,9 @@ def _entry(
         row_length=o.param.shape[1:].numel() if spec.PROJECT_ROWS and numel else numel,
         first_coefficient=first_coefficient,
         first_block=first_block,
+        group_blocks=group_blocks,
+        first_listed=first_listed,
+        list_capacity=list_capacity,
         **o.shard.elements._asdict(),
         tensor_id=o.tensor_id,
         # The table is signed; the kernel reads the 64 bits as they are.
@@ -72,6 +83,14 @@ def _entry(
         keep_threshold=keep_threshold(rule.reserve_rate),
         rank=kept_count(o.shard.numel, rule.reserve_rate),
     )
+
+
+class Marks(NamedTuple):
+    """What a search leaves of the elements that may be kept."""
+
+    bits: Tensor  # int32, one for each element
+    firsts: Tensor  # int64 [blocks]: where in the list of its tensor those of a block begin
+    updates: Tensor  # fp32: u of those that are listed, tensor by tensor
 
 
 class Launch:
@@ -96,8 +115,14 @@ class Launch:
         self._heights, self._blocks = heights, sum(blocks)
         self._shards = [o.shard for o in operands]
         self._sharded = any(shard.groups for shard in self._shards)
-        firsts = zip(accumulate(heights, initial=0), accumulate(blocks, initial=0), strict=True)
-        entries = [_entry(o, spec, rule, seed, *first) for o, first in zip(operands, firsts, strict=False)]
+        group = max(1, self._blocks // kth_largest.PROGRAMS)
+        capacities = [kth_largest.list_capacity(numel, rule.reserve_rate, spec) for numel in numels]
+        self._listed = sum(capacities)
+        firsts = zip(*(accumulate(sizes, initial=0) for sizes in (heights, blocks, capacities)), strict=True)
+        entries = [
+            _entry(o, spec, rule, seed, group, capacity, *first)
+            for o, capacity, first in zip(operands, capacities, firsts, strict=False)
+        ]
         self._tensors = torch.tensor(entries, dtype=torch.int64).to(device, non_blocking=True)
         self._programs = layout.split_programs(numels, spec.BLOCK, device)
         self._row_programs = _row_programs(operands, spec.BLOCK, device) if spec.PROJECT_ROWS else self._programs
@@ -107,8 +132,11 @@ class Launch:
         if spec.RANKED:
             unknown = torch.full((), kth_largest.LARGEST.value, dtype=torch.int32, device=device)
             self.thresholds = torch.stack([thresholds.get(address, unknown) for address in self.addresses])
-            self._counts = torch.zeros(len(operands), kth_largest.BINS.value, dtype=torch.int64, device=device)
-            self._groups = layout.split_programs(numels, spec.BLOCK * kth_largest.SEARCH_BLOCKS.value, device)
+            shape = kth_largest.ROUNDS.value + 1, len(operands), kth_largest.BINS.value
+            self._counts = torch.zeros(shape, dtype=torch.int64, device=device)
+            self._groups = layout.split_programs(numels, spec.BLOCK * group, device)
+            walked = layout.program_table(numels, spec.BLOCK * WALK_BLOCKS.value, device)
+            self._walks = Programs(walked, walked[:0])
 
     def run(self, hyper_entry: Tensor, hyper: Hyper) -> Generator[list[Asked], None, tuple[Tensor, Tensor] | None]:
         """Take the step; return the sums of what merged, fp32 `[T, 4]` and int64 `[T, 6]`, where they are collected.
@@ -122,8 +150,8 @@ class Launch:
             # A program that owns a row has not waited for others.
             extent = "rows" if spec.PROJECT_ROWS else "tensor"
             yield [] if spec.ROW_PROGRAMS else self._ask(extent, coefficients, self._heights)
-        search, mark_bits = yield from self._search(table, coefficients)
-        sums = self._step(table, coefficients, search, mark_bits)
+        search, marks = yield from self._search(table, coefficients)
+        sums = self._step(table, coefficients, search, marks)
         if sums is not None:
             yield [asked for own in sums for asked in self._ask("tensor", own)]
         return sums
@@ -164,45 +192,52 @@ class Launch:
         layout.launch(project_kernel, self._row_programs, self._tensors, table, out, spec=spec)
         return out if spec.PROJECT_ROWS else self._add_up(out)
 
-    def _search(self, table: Tensor, coefficients: Tensor) -> Generator[list[Asked], None, tuple[Tensor, Tensor]]:
-        """Find the thresholds of a ranked F; return the state of the search and the marks."""
+    def _search(self, table: Tensor, coefficients: Tensor) -> Generator[list[Asked], None, tuple[Tensor, Marks]]:
+        """Find the thresholds of a ranked F; return the state of the search and what may be kept."""
+        tensors, spec = self._tensors, self._spec
         if self.thresholds is None:
-            return self._tensors, self._programs.ends
-        tensors, counts, spec = self._tensors, self._counts, self._spec
-        mark_bits, patterns = (self.thresholds.new_empty(self._blocks * spec.BLOCK // 32) for _ in range(2))
-        search = tensors.new_empty(len(tensors), kth_largest.SEARCH.count)
+            return tensors, Marks(self._programs.ends, tensors, table)
+        counts, rounds = self._counts, kth_largest.ROUNDS.value
+        marks = Marks(
+            self.thresholds.new_empty(self._blocks * spec.BLOCK // 32),
+            tensors.new_empty(self._blocks),
+            table.new_empty(self._listed),
+        )
         layout.launch(
-            kth_largest.mark_kernel, self._programs, tensors, table, coefficients, self.thresholds, counts, mark_bits,
-            patterns, spec=spec,
+            kth_largest.mark_kernel, self._programs, tensors, table, coefficients, self.thresholds, counts[0], *marks,
+            spec=spec,
         )  # fmt: skip
-        counts_here = counts.clone() if self._sharded else counts
-        for finished in range(kth_largest.ROUNDS + 1):
-            if finished:
-                layout.launch(
-                    kth_largest.count_kernel, self._groups, tensors, table, coefficients, counts, search, patterns,
-                    spec=spec,
-                )  # fmt: skip
-            yield self._ask("tensor", counts)
-            with torch.cuda.device_of(tensors):
-                kth_largest.search_kernel[(len(tensors),)](
-                    tensors, table, self.thresholds, counts, counts_here, search, SPEC=spec,
-                    FIRST=finished == 0, LAST=finished == kth_largest.ROUNDS,
-                    num_warps=layout.NUM_WARPS, enable_fp_fusion=False,
-                )  # fmt: skip
-        return search, mark_bits
+        counts_here = counts[0].clone() if self._sharded else counts[0]
+        # The first round looks at no earlier one.
+        searches = tensors.new_empty(rounds + 1, len(tensors), kth_largest.SEARCH.count)
+        yield self._ask("tensor", counts[0, :, :2])
+        for number in range(rounds):
+            layout.launch(
+                kth_largest.count_kernel, self._groups, tensors, table, coefficients, self.thresholds, counts[number],
+                counts_here, searches[number], searches[number + 1], counts[number + 1], marks.updates,
+                spec=spec, FIRST=number == 0,
+            )  # fmt: skip
+            yield self._ask("tensor", counts[number + 1])
+        with torch.cuda.device_of(tensors):
+            kth_largest.threshold_kernel[(len(tensors),)](
+                table, self.thresholds, searches[rounds], counts, SPEC=spec, num_warps=layout.NUM_WARPS,
+                enable_fp_fusion=False,
+            )  # fmt: skip
+        return searches[rounds], marks
 
-    def _step(
-        self, table: Tensor, coefficients: Tensor, search: Tensor, mark_bits: Tensor
-    ) -> tuple[Tensor, Tensor] | None:
-        stats = self._spec.STATS
+    def _step(self, table: Tensor, coefficients: Tensor, search: Tensor, marks: Marks) -> tuple[Tensor, Tensor] | None:
+        spec, stats = self._spec, self._spec.STATS
         products = table.new_empty(self._blocks, merge_stats.PRODUCTS.value) if stats else table
         counts = self._tensors.new_zeros(len(table), merge_stats.COUNTS.value) if stats else self._tensors
-        programs = self._row_programs if self._spec.ROW_PROGRAMS else self._programs
-        thresholds = mark_bits if self.thresholds is None else self.thresholds
+        programs = self._groups if spec.WALKS else self._row_programs if spec.ROW_PROGRAMS else self._programs
+        thresholds = marks.bits if self.thresholds is None else self.thresholds
         layout.launch(
-            merging_adamw_kernel, programs, self._tensors, table, coefficients, thresholds, search, mark_bits,
-            products, counts, spec=self._spec,
+            merging_adamw_kernel, programs, self._tensors, table, coefficients, thresholds, search, marks.bits,
+            products, counts, spec=spec,
         )  # fmt: skip
+        if spec.WALKS:
+            # One of the two finds nothing to do for a tensor.
+            layout.launch(walk_kernel, self._walks, self._tensors, table, thresholds, search, *marks, spec=spec)
         return (self._add_up(products), counts) if stats else None
 
 

@@ -68,6 +68,9 @@ class TensorEntry(NamedTuple):
     row_length: int  # elements at one index along dim 0, where rows are projected
     first_coefficient: int  # of the tensor, in the table of projections
     first_block: int  # of the tensor, among the blocks of all tensors
+    group_blocks: int  # blocks of a group, which one program looks at where there are few programs
+    first_listed: int  # of the tensor, in the lists of a search
+    list_capacity: int
     offset: int
     local_inner: int
     global_inner: int
@@ -115,14 +118,19 @@ class Specialization(NamedTuple):
     MASKED: bool = False  # blocks may reach beyond the end of their tensor or row
     BLOCK: int = DEFAULT_BLOCK
 
+    @property
+    def WALKS(self) -> bool:
+        """Whether the last pass walks lists of what is kept, where that is known to be in them."""
+        return self.RESUMES and self.SKIPS
+
 
 class Block(NamedTuple):
-    """A block of elements of one tensor, as device functions take it; none returns one whose `where` is None."""
+    """Elements of one tensor, as device functions take them; none returns one whose `where` is None."""
 
     tensor_ptr: Any  # int64, its `TensorEntry`
     scalars_ptr: Any  # fp32, its `ScalarEntry`
-    base: Any  # int64, the first element
-    where: Any  # bool [BLOCK], the elements to access; None for all
+    base: Any  # int64, the first of BLOCK elements; or int64 [lanes], one for each lane
+    where: Any  # bool [BLOCK or lanes], the elements to access; None for all
 
 
 @triton.jit
@@ -174,14 +182,15 @@ def split_programs(numels: tuple[int, ...], block: int, device: torch.device) ->
     return Programs(*(table[chosen].to(device, non_blocking=True) for chosen in (whole, ~whole)))
 
 
-def launch(kernel: Any, programs: Programs, *arguments: Any, spec: Any) -> None:
+def launch(kernel: Any, programs: Programs, *arguments: Any, spec: Any, **constants: Any) -> None:
     """Launch a kernel for all programs: those with whole blocks, then those that need bounds."""
     for table, masked in zip(programs, (False, True), strict=True):
         if len(table) > 0:
             with torch.cuda.device_of(table):
                 kernel[(len(table),)](
-                    table, *arguments, SPEC=spec._replace(MASKED=masked), num_warps=NUM_WARPS, enable_fp_fusion=False
-                )
+                    table, *arguments, SPEC=spec._replace(MASKED=masked), **constants, num_warps=NUM_WARPS,
+                    enable_fp_fusion=False,
+                )  # fmt: skip
 
 
 def group(specs: Iterable[Spec]) -> dict[Spec, list[int]]:

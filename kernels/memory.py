@@ -18,7 +18,10 @@ def pointers(b, column, dtype: tl.constexpr, SPEC: tl.constexpr):
     first = tl.load(b.tensor_ptr + column).to(tl.pointer_type(dtype))
     if SPEC.ALIGNED:
         first = tl.multiple_of(first, 16)
-    return first + b.base + tl.arange(0, SPEC.BLOCK)
+    if b.base.type.is_block():
+        return first + b.base
+    else:
+        return first + b.base + tl.arange(0, SPEC.BLOCK)
 
 
 @triton.jit

@@ -55,14 +55,23 @@ def load_tau_dense(b, SPEC: tl.constexpr):
 
 
 @triton.jit
-def load_tau(b, tau_dense, SPEC: tl.constexpr):
-    """F(tau)."""
+def find_tau(b, tau_dense, SPEC: tl.constexpr):
+    """What of F(tau) can be read without having read anything else: all of it, or the bits of a sparse one."""
     if SPEC.SPARSE:
-        return sparse.load(b, SPEC)
+        return sparse.words(b, SPEC)
     elif SPEC.PROJECT is not None and SPEC.TAU_DENSE is None:
         return tau_dense
     else:
-        return memory.load(b, ENTRY.tau, SPEC.TAU, SPEC).to(tl.float32)
+        return memory.load(b, ENTRY.tau, SPEC.TAU, SPEC)
+
+
+@triton.jit
+def load_tau(b, found, SPEC: tl.constexpr):
+    """F(tau), of which `find_tau` has found something."""
+    if SPEC.SPARSE:
+        return sparse.load(b, found, SPEC)
+    else:
+        return found.to(tl.float32)
 
 
 @triton.jit
@@ -98,7 +107,10 @@ def random_bits(b, domain: tl.constexpr, SPEC: tl.constexpr):
     )
     step = tl.load(b.scalars_ptr + SCALAR.step).to(tl.uint32)
     key = tl.load(entry_ptr + ENTRY.seed), step, tl.load(entry_ptr + ENTRY.tensor_id).to(tl.uint32)
-    return philox.random_bits(b.base, shard, key, domain, SPEC.STRIDED, SPEC.QUADS, SPEC.BLOCK)
+    if b.base.type.is_block():
+        return philox.bits_of(b.base, shard, key, domain, SPEC.STRIDED)
+    else:
+        return philox.random_bits(b.base, shard, key, domain, SPEC.STRIDED, SPEC.QUADS, SPEC.BLOCK)
 
 
 @triton.jit

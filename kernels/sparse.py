@@ -21,8 +21,15 @@ def popcount(x):
 
 
 @triton.jit
-def load(b, SPEC: tl.constexpr):
-    """Decode F(tau) of a block as fp32."""
+def bits_before(words, PER: tl.constexpr):
+    """How many bits stand before each of some int32 words, in the PER neighbors that it belongs to."""
+    counts = tl.reshape(popcount(words), (words.shape[0] // PER, PER))
+    return tl.reshape(tl.cumsum(counts, axis=1) - counts, (words.shape[0],))
+
+
+@triton.jit
+def words(b, SPEC: tl.constexpr):
+    """Of F(tau) of a block, how many values stand before it, and the bits: the word of each element, and its place."""
     base, lanes = b.base, tl.arange(0, SPEC.BLOCK)
     mask_ptr = tl.load(b.tensor_ptr + ENTRY.tau).to(tl.pointer_type(tl.int32))
     offsets_ptr = tl.load(b.tensor_ptr + ENTRY.tau_offsets).to(tl.pointer_type(tl.int32))
@@ -43,6 +50,13 @@ def load(b, SPEC: tl.constexpr):
         word = tl.load(words_ptr)
     else:
         word = tl.load(words_ptr, mask=b.where, other=0)
+    return start, word, shift
+
+
+@triton.jit
+def load(b, found, SPEC: tl.constexpr):
+    """Decode F(tau) of a block, of which `words` are found, as fp32."""
+    start, word, shift = found
     bit = (word >> shift) & 1
     rank = tl.cumsum(bit, axis=0) - bit
     values_ptr = tl.load(b.tensor_ptr + ENTRY.tau_values).to(tl.pointer_type(SPEC.TAU))

@@ -52,13 +52,13 @@ def merge(b, u_kept, tau, SPEC: tl.constexpr):
 
 
 @triton.jit
-def add_merged(b, u, u_kept, tau_dense, sums_ptr, SPEC: tl.constexpr):
+def add_merged(b, u, u_kept, found, sums_ptr, SPEC: tl.constexpr):
     """theta*(1 - lr*wd) + (F(u) ⊕ F(tau)) for a step without an anchor."""
     decay = tl.load(b.scalars_ptr + SCALAR.decay)
     if SPEC.TAU is None:
         operands.store_weight(b, operands.load_weight(b, SPEC) * decay, u, SPEC)
     else:
-        tau = operands.load_tau(b, tau_dense, SPEC)
+        tau = operands.load_tau(b, found, SPEC)
         merged = merge(b, u_kept, tau, SPEC)
         if SPEC.SKIPS:
             touched = memory.near(b, (merged != 0).to(tl.int32) | (decay != 1.0).to(tl.int32), SPEC)
@@ -73,7 +73,7 @@ def add_merged(b, u, u_kept, tau_dense, sums_ptr, SPEC: tl.constexpr):
 def merge_at(b, start, u, tau_dense, kth, sums_ptr, SPEC: tl.constexpr):
     """F(u) ⊕ F(tau), to be added to `start`; statistics count it."""
     u_kept = sparsified(b, u, kth, SPEC)
-    tau = operands.load_tau(b, tau_dense, SPEC)
+    tau = operands.load_tau(b, operands.find_tau(b, tau_dense, SPEC), SPEC)
     merged = merge(b, u_kept, tau, SPEC)
     merge_stats.add_up(b, u, u_kept, tau, merged, start, sums_ptr, SPEC)
     return merged
@@ -110,7 +110,10 @@ def step_block(b, along, kth, sums_ptr, SPEC: tl.constexpr):
     if SPEC.GRAD is None:
         merge_added_elsewhere(b, along, kth, sums_ptr, SPEC)
     else:
-        tau_dense = operands.load_tau_dense(b, SPEC)
+        tau_dense, found = operands.load_tau_dense(b, SPEC), 0.0
+        if SPEC.TAU is not None and SPEC.ANCHOR is None:
+            # On the way with the gradient: after it, memory would be waited for once more.
+            found = operands.find_tau(b, tau_dense, SPEC)
         m, v, u = fresh_update(b, tau_dense, along, SPEC)
         operands.store_moments(b, m, v, SPEC)
         # lr = 0 moves the moments and leaves the weights, bit for bit.
@@ -118,7 +121,7 @@ def step_block(b, along, kth, sums_ptr, SPEC: tl.constexpr):
             if SPEC.ANCHOR is not None:
                 add_since_anchor(b, u, tau_dense, kth, sums_ptr, SPEC)
             else:
-                add_merged(b, u, sparsified(b, u, kth, SPEC), tau_dense, sums_ptr, SPEC)
+                add_merged(b, u, sparsified(b, u, kth, SPEC), found, sums_ptr, SPEC)
 
 
 @triton.jit
@@ -149,4 +152,5 @@ def resume_block(b, along, kth, marks, SPEC: tl.constexpr):
     u = update_again(memory.near(b, marks, SPEC), along, SPEC)
     # What is not marked is dropped without having been looked at.
     u_kept = tl.where(marks != 0, sparsified(b, u, kth, SPEC), 0.0)
-    add_merged(b, u, u_kept, operands.load_tau_dense(b, SPEC), (0, 0), SPEC)
+    found = operands.find_tau(b, operands.load_tau_dense(b, SPEC), SPEC)
+    add_merged(b, u, u_kept, found, (0, 0), SPEC)

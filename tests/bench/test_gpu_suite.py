@@ -21,6 +21,7 @@ import roofline
 sys.path.pop(0)
 
 BENCH = Path(roofline.__file__).parent
+BUILDS = {launch.build for op in roofline.ops().values() for launch in op.launches if launch.build}
 MACHINE = {"gpu", "driver", "torch", "triton", "python", "commit"}
 
 
@@ -102,15 +103,55 @@ def test_bytes_by_hand():
     assert roofline.touched(0.01, 4, 128) == pytest.approx(1 - 0.99**32)
     assert ops["interpolation, R = 8"].bytes / ops[roofline.LERPS].bytes == 20 / 48
 
+    # No more than 32 of a word are marked, nor less than the mean of one word; of one draw it is the mean.
+    assert roofline.largest_count(0.25, 32, 1) == pytest.approx(8)
+    assert 8 < roofline.largest_count(0.25, 32, 128) < 32
+    assert roofline.largest_count(1.0, 32, 128) == 32
+    # Of two coins, the larger number of heads: 1 with probability 3/4.
+    assert roofline.largest_count(0.5, 1, 2) == 0.75
 
-def test_a_launch_takes_the_longer_of_its_two_times():
-    device = roofline.Device("toy", "toy", "sm_90", bandwidth=1e9, issue=1e9, sector=32)
-    light, heavy = roofline.Launch("step: a", 9.0, runs=1.0), roofline.Launch("step: b", 9.0, runs=1.0)
-    counts = {"step: a": 8 * 10, "step: b": 8 * 20}
-    assert roofline.predict(roofline.Op((light,), {}), device, counts) == (pytest.approx(10e-9), "memory")
-    assert roofline.predict(roofline.Op((heavy,), {}), device, counts) == (pytest.approx(20e-9), "arithmetic")
-    both = roofline.predict(roofline.Op((light, heavy), {}), device, counts)
-    assert both == (pytest.approx(30e-9), "memory; arithmetic in step")
+
+def toy(**fields):
+    # Two processors with room for four programs of 4 warps, a thread each.
+    device = roofline.Device("toy", "toy", "sm_90", bandwidth=1e9, issue=1e9, sector=32, processors=2, warp=1, warps=16,
+                             registers=10**6, shared=10**6, reserved=0, latency=0.0)  # fmt: skip
+    return device._replace(**fields)
+
+
+def test_a_launch_takes_the_longest_of_its_times():
+    device = toy()
+    light, heavy = roofline.Launch("step: a", 9.0), roofline.Launch("walk: b", 9.0)
+    rows = {
+        name: {"instructions": 8 * n, "registers": 8, "shared": 0} for name, n in (("step: a", 10), ("walk: b", 20))
+    }
+    assert roofline.predict(roofline.Op((light,), {}), device, rows) == (pytest.approx(10e-9), "memory")
+    assert roofline.predict(roofline.Op((heavy,), {}), device, rows) == (pytest.approx(20e-9), "arithmetic")
+    both = roofline.predict(roofline.Op((light, heavy), {}), device, rows)
+    assert both == (pytest.approx(30e-9), "memory; arithmetic in walk")
+    twice = roofline.predict(roofline.Op((light, light), {}), device, rows)
+    assert twice == (pytest.approx(20e-9), "memory")
+    # Half the code on two blocks a program.
+    part = heavy._replace(runs=0.5, blocks=2.0)
+    assert roofline.times(part, device, rows)["arithmetic"] == pytest.approx(5e-9)
+
+
+def test_programs_in_flight_hide_latency_or_do_not():
+    row = {"instructions": 0, "registers": 9, "shared": 100}
+    assert roofline.programs(toy(), row) == 4
+    # Sixteen registers for each of the four threads; 150 bytes.
+    assert roofline.programs(toy(registers=3 * 16 * 4), row) == 3
+    assert roofline.programs(toy(shared=300, reserved=50), row) == 2
+    # Two trips of a microsecond; 2 processors * 4 programs * 32 elements meanwhile, and four times as many.
+    device, launch = toy(latency=1e-6), roofline.Launch("step: a", 1.0, trips=2)
+    assert roofline.times(launch, device, {"step: a": row})["latency"] == pytest.approx(2e-6 / 256)
+    wide = launch._replace(blocks=4.0)
+    found = roofline.predict(roofline.Op((wide,), {}), device, {"step: a": row})
+    assert found == (pytest.approx(2e-6 / 1024), "latency")
+    # A processor has 128 elements of 28 bytes in three trips, and needs 1e9 * 1e-6 / 2 bytes a trip.
+    lines = roofline.latency_table(device, dict.fromkeys(BUILDS, row))
+    assert [line for line in lines if line.startswith("| step: adamw |")] == [
+        f"| step: adamw | 9 | 4 | {128 * 28 / 3 / 1024:.0f} | {128 * 28 / 3 / 500:.2f} | memory | 0.0 M | 3.0 |"
+    ]
 
 
 def test_the_roofline_knows_builds_that_exist_and_sets_measurements_beside_them():
@@ -118,9 +159,9 @@ def test_the_roofline_knows_builds_that_exist_and_sets_measurements_beside_them(
     spec = importlib.util.spec_from_file_location("bench_kernels", BENCH / "kernels.py")
     kernels = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(kernels)
-    builds = [job._asdict() | {"instructions": 800} for job in kernels.jobs()]
+    builds = [job._asdict() | {"instructions": 800, "registers": 40, "shared": 0} for job in kernels.jobs()]
     predicted = roofline.report(builds, [])
-    assert predicted.count("### ") == len(roofline.DEVICES)
+    assert predicted.count("### ") == predicted.count("| walk: onties | 40 |") == len(roofline.DEVICES)
     assert "measured" not in predicted
     row = {"gpu": "NVIDIA H200", "name": roofline.FUSED, "baseline": roofline.FUSED, "size": "large", "ms": 2.0,
            "parameters": 10**8, "ratio": 1.0}  # fmt: skip

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import reference
 import torch
-import triton.language as tl
 from device import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
@@ -170,9 +169,9 @@ def test_where_the_window_holds_the_threshold_only_what_is_listed_is_counted(mon
     searches = []
     step = launch.Launch._step
 
-    def watched(self, table, coefficients, search, mark_bits):
+    def watched(self, table, coefficients, search, marks):
         searches.append(search)
-        return step(self, table, coefficients, search, mark_bits)
+        return step(self, table, coefficients, search, marks)
 
     monkeypatch.setattr(launch.Launch, "_step", watched)
     x = SEARCHED["normal"]
@@ -208,9 +207,9 @@ def test_a_search_goes_through_every_block_of_a_tensor(monkeypatch):
 
     prepare, block = launch.prepare, 1024
     monkeypatch.setattr(launch, "prepare", lambda *args, **kwargs: prepare(*args, **kwargs, block=block))
-    if DEVICE.type == "cpu":
-        monkeypatch.setattr(kth_largest, "SEARCH_BLOCKS", tl.constexpr(2))
-    n = 2 * block * kth_largest.SEARCH_BLOCKS.value + 100
+    # Two groups of two blocks, and an end.
+    monkeypatch.setattr(kth_largest, "PROGRAMS", 2)
+    n = 4 * block + 100
     # Ascending: the k largest lie in the last blocks, or reach from there far down.
     x = torch.linspace(1e-3, 1.0, n)
     for k in (50, 3000, n - 10):

@@ -35,7 +35,7 @@ def test_every_build_compiles_for_every_target_and_there_are_few(found):
     rows = by_key(found["rows"])
     builds = {build for build, _, form in rows if form == "whole"}
     ends = {build for build, _, form in rows if form == "ends"}
-    assert 20 <= len(builds) <= 25
+    assert 20 <= len(builds) <= 26
     assert {build for build in builds if build.startswith("step: ")} < ends < builds
     assert {target for _, target, _ in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert len(rows) == 4 * (len(builds) + len(ends))
@@ -46,9 +46,10 @@ def test_nothing_spills_and_whole_blocks_and_rows_move_128_bits_at_a_time_and_ea
         build, target, form = key
         assert row["spills"] == 0, key
         if (row["writes"] or row["reads"]) and (form == "whole" or "rows" in build):
-            assert row["written"] == row["writes"], key
-            # Rows of the scalar table are wide loads on AMD too.
-            assert row["read"] == row["reads"] or (target == "gfx942" and row["read"] > row["reads"]), key
+            # Entries of tables are wide accesses on AMD too, and so are the 256 counts that a round begins with.
+            beside = target == "gfx942" or build == "count: onties"
+            assert row["written"] == row["writes"] or (beside and row["written"] > row["writes"]), key
+            assert row["read"] == row["reads"] or (beside and row["read"] > row["reads"]), key
 
 
 def test_the_code_does_not_grow_unseen(found):

@@ -25,8 +25,8 @@ from fused_merge.functional.merging_adamw import step_
 from fused_merge.names import tensor_id
 
 INTERPRETED = DEVICE.type == "cpu"
-# Blocks in the interpreter; a search looks at two at once.
-BLOCK, SEARCH_BLOCKS = 1024, 2
+# Blocks in the interpreter.
+BLOCK = 1024
 
 # The second step is the one at lr = 0 or with an overflow, and then another comes after it.
 MIDDLE = 1
@@ -277,13 +277,13 @@ def watch(monkeypatch):
     """Make the kernels work in small blocks and watch them; None where no interpreter runs them."""
     if not INTERPRETED:
         return None
-    import triton.language as tl
     from watch import Watch
 
     from fused_merge.kernels import kth_largest, launch
 
     monkeypatch.setattr(launch, "prepare", partial(launch.prepare, block=BLOCK))
-    monkeypatch.setattr(kth_largest, "SEARCH_BLOCKS", tl.constexpr(SEARCH_BLOCKS))
+    # Groups of blocks, of which one is not whole.
+    monkeypatch.setattr(kth_largest, "PROGRAMS", 3)
     return Watch(monkeypatch)
 
 
@@ -310,6 +310,59 @@ def test_the_kernel_equals_eager(case, watch):
     if watch:
         assert {"create_masked_load", "create_masked_store"} <= watch.seen
         assert not watch.wrong
+
+
+# How far the last threshold was from the next one, in patterns, and whether all that is kept was listed then.
+LAST_THRESHOLDS = {"here": (0, True), "a little lower": (-(1 << 20), True), "too low": (-(1 << 25), False),
+                   "higher": (1 << 20, False)}  # fmt: skip
+
+
+@pytest.mark.parametrize("last", LAST_THRESHOLDS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "onties"},
+        {"method": "onties-paper", "alpha": 0.5},
+        {"method": "onsoft"},
+        {"method": "onties", "weights": "bf16", "rounding": "stochastic", "shard": "columns", "alignment": "shifted"},
+        {"method": "onties", "weights": "fp16", "grad": "bf16", "project": "conflict", "tau_dense": "bf16"},
+        {"method": "onties", "weight_decay": 0.1},
+        # Lists of more blocks than there are programs to read them.
+        {"method": "onties", "reserve_rate": 0.1, "edge": "block"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_lists_are_walked_where_they_hold_all_that_is_kept(options, last, watch, monkeypatch):
+    from fused_merge.kernels import kth_largest, launch
+
+    def thresholds(tensors):
+        launches = tensors.workspace.keep(("step", DEVICE), list)._launches
+        return [own.thresholds for own in launches if own.thresholds is not None]
+
+    def watched(self, table, coefficients, search, marks):
+        if self.thresholds is not None:
+            listed.update(zip(self.members, search[:, kth_largest.SEARCH.listed].tolist(), strict=True))
+        return take(self, table, coefficients, search, marks)
+
+    take, listed = launch.Launch._step, {}
+    monkeypatch.setattr(launch.Launch, "_step", watched)
+    monkeypatch.setitem(EDGES, "block", (40, 1024))
+    offset, walks = LAST_THRESHOLDS[last]
+    case = Case(**complete({"tau": "sparse-bf16", "reserve_rate": 0.02, "weight_decay": 0.0} | options))
+    ahead, by_kernel, by_eager = Tensors(case), Tensors(case), Tensors(case)
+    for index in range(2):
+        ahead.step("triton", index)
+    for index in range(2):
+        by_kernel.step("triton", index)
+        by_eager.step("eager", index)
+        assert_same_bits(by_kernel.written(), by_eager.written())
+        if index == 0:
+            for own, found in zip(thresholds(by_kernel), thresholds(ahead), strict=True):
+                own.copy_((found + offset).clamp(min=0))
+    assert all(map(torch.equal, thresholds(by_kernel), thresholds(ahead)))
+    # Of the one that has more than a block.
+    assert (listed[1] >= 0) == walks
+    assert not (watch and watch.wrong)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="watches Triton's interpreter")

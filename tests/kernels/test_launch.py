@@ -28,6 +28,6 @@ def test_steps_are_launched_and_nothing_is_compiled_twice(tmp_path):
     run = subprocess.run([sys.executable, STUB / "launch.py", library], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     results = json.loads(run.stdout)
-    assert len(results) == 8
+    assert len(results) == 9
     # Neither a learning rate of 1 nor new gradients make another kernel of it.
     assert all(result["launched"] > 0 and result["first"] > 0 and result["later"] == 0 for result in results)

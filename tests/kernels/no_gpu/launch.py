@@ -43,6 +43,7 @@ RULES = [
     {"method": "ondare", "reserve_rate": 0.01},
     {"method": "ondare", "reserve_rate": 1.0, "merge_every": 2},
     {"method": "onties", "reserve_rate": 0.3, "project": "conflict", "project_over": "rows", "project_on": "update"},
+    {"method": "onties", "reserve_rate": 0.05},
     {"method": "onproj"},
     {"method": "onproj", "project": "onto", "project_over": "rows", "max_grad_norm": 1.0},
     {"method": "ondare", "rounding": "stochastic", "dtype": torch.bfloat16},
