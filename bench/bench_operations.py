@@ -58,7 +58,7 @@ def bench_operation(benchmark, provider):
         row_of(
             turns,
             provider=provider,
-            case=ONE,
+            case=f"around a step, {ONE}",
             dtype=str(torch.float32 if provider == "inner products" else BF16).removeprefix("torch."),
             parameters=tensors.numel,
             bytes_per_parameter=moved,

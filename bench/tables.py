@@ -134,15 +134,15 @@ def per_parameter(row: Row) -> float:
     return 1e6 * row["ms"] / row["parameters"]
 
 
-def verdict(value: float | None, target: float | None) -> tuple[str, str]:
+def verdict(value: float | None, target: float | None, digits: int = 2) -> tuple[str, str]:
     """Return a target and whether it is met, as tables show them."""
-    return number(target), word(meets(value, target))
+    return number(target, digits), word(meets(value, target))
 
 
 def case_table(rows: Sequence[Row]) -> list[str]:
-    """Return the table of a case whose rows have one baseline."""
-    header = ["", "weights", "ms", "GB/s", "bytes", "ns per parameter", f"ratio to {rows[0]['baseline']}"]
-    header += ["quartiles", "over runs", "processor time", "target", "met"]
+    """Return the table of a case."""
+    header = ["", "dtype", "ms", "GB/s", "bytes", "ns per parameter", "against", "ratio", "quartiles", "over runs"]
+    header += ["processor time", "target", "met"]
     return markdown(
         header,
         [
@@ -153,6 +153,7 @@ def case_table(rows: Sequence[Row]) -> list[str]:
                 number(row["gigabytes_per_second"], 1),
                 number(row["bytes_per_parameter"], 1),
                 number(per_parameter(row)),
+                row["baseline"],
                 number(row["ratio"]),
                 f"{row['ratio_low']:.2f} to {row['ratio_high']:.2f}",
                 f"{row['least']:.2f} to {row['most']:.2f}",
@@ -180,15 +181,17 @@ def scaling_tables(rows: Sequence[Row]) -> list[str]:
         times = [per_parameter(row) for row in ordered]
         memory = [row["memory"] for row in ordered]
         lines.append(at_sizes(name, "ns per parameter", times, 2))
-        lines.append(at_sizes(name, "ratio to its baseline", [row["ratio"] for row in ordered], 2))
+        lines.append(at_sizes(name, f"ratio to {ordered[0]['baseline']}", [row["ratio"] for row in ordered], 2))
         lines.append(at_sizes(name, "MB above the tensors", memory, 0))
         growth, most = max(times) / min(times), max(memory)
-        verdicts.append((name, number(growth), *verdict(growth, FLAT), number(most, 0), *verdict(most, MEMORY)))
+        verdicts.append((name, number(growth), *verdict(growth, FLAT), number(most, 0), *verdict(most, MEMORY, 0)))
     header = ("", "slowest over fastest", "target", "met", "most MB above the tensors", "target", "met")
     return [
         *markdown(("", *(f"{size / 1e6:.3g} M" for size in sizes)), lines),
         "",
         *markdown(header, verdicts),
+        "",
+        "![ns per parameter and MB above the tensors, over the size](scaling.png)",
     ]
 
 
@@ -200,22 +203,22 @@ def by_device(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return devices
 
 
-def heading(device: str, rows: Sequence[Row]) -> str:
-    """Return what all rows of a device share, as a sentence."""
+def heading(rows: Sequence[Row]) -> str:
+    """Return what all rows of a device share."""
     last = rows[-1]
     versions = ", ".join(f"{name} {last[name]}" for name in ("python", "torch", "numba", "numpy") if last[name])
-    return f"{device}; {versions}; commit {last['commit']}; runs: {len({row['run'] for row in rows})}."
+    return f"{versions}; commit {last['commit']}; runs: {len({row['run'] for row in rows})}."
 
 
 def report(rows: Iterable[Row]) -> str:
     """Return every table, of every device."""
     lines = []
     for device, found in by_device(rows).items():
-        lines += [f"### {device}", "", heading(device, found), ""]
-        tables: dict[tuple[str, str], list[Row]] = defaultdict(list)
+        lines += [f"### {device}", "", heading(found), ""]
+        cases: dict[str, list[Row]] = defaultdict(list)
         for row in over_runs(found):
-            tables[row["case"], "" if row["case"] == SCALING else row["baseline"]].append(row)
-        for (case, _), own in tables.items():
+            cases[row["case"]].append(row)
+        for case, own in cases.items():
             lines += [f"#### {case}", "", *(scaling_tables(own) if case == SCALING else case_table(own)), ""]
     return "\n".join(lines) or NO_ROWS
 
@@ -238,7 +241,7 @@ def summary(rows: Iterable[Row]) -> str:
             )
             for row in chosen
         ]
-        lines += [heading(device, found), "", *markdown(header, cells), ""]
+        lines += [f"{device}; {heading(found)}", "", *markdown(header, cells), ""]
     return "\n".join(lines) or NO_ROWS
 
 
@@ -250,7 +253,7 @@ def draw(rows: Iterable[Row], path: Path) -> None:
     lines: dict[str, list[Row]] = defaultdict(list)
     for row in over_runs(rows):
         if row["case"] == SCALING:
-            lines[f"{row['provider']} ({row['device']})"].append(row)
+            lines[f"{row['provider']}\n{row['device']}"].append(row)
     with matplotlib.rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(10, 4.2), dpi=130, layout="constrained")
         times, memories = figure.subplots(1, 2)
