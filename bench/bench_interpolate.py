@@ -22,7 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Three times faster.
 TARGET = 1 / 3
 # Of a pair: at the larger size a round takes long.
-SECONDS = 4.0
+SECONDS = 3.0
 
 
 class Points(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 Run = Callable[[], Any]
 
 # A pair is given so many seconds, and never fewer than FEWEST rounds.
-SECONDS, FEWEST, MOST = 2.0, 3, 100
+SECONDS, FEWEST, MOST = 1.5, 3, 100
 
 
 def nothing() -> None:

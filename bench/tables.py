@@ -129,9 +129,9 @@ def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]
     return [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *(f"| {' | '.join(cells)} |" for cells in lines)]
 
 
-def per_parameter(row: Row) -> float:
-    """Return nanoseconds per parameter."""
-    return 1e6 * row["ms"] / row["parameters"]
+def per_parameter(row: Row, which: str = "ms") -> float:
+    """Return nanoseconds per parameter, of a row or with `"baseline_ms"` of its baseline."""
+    return 1e6 * row[which] / row["parameters"]
 
 
 def verdict(value: float | None, target: float | None, digits: int = 2) -> tuple[str, str]:
@@ -172,17 +172,19 @@ def scaling_tables(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         by_name[row["provider"]][row["parameters"]] = row
 
-    def at_sizes(name: str, what: str, cells: Iterable[float | None], digits: int) -> tuple[str, ...]:
-        return (f"{name}, {what}", *(number(cell, digits) for cell in cells))
-
     lines, verdicts = [], []
     for name, found in by_name.items():
         ordered = [found[size] for size in sizes]
-        times = [per_parameter(row) for row in ordered]
-        memory = [row["memory"] for row in ordered]
-        lines.append(at_sizes(name, "ns per parameter", times, 2))
-        lines.append(at_sizes(name, f"ratio to {ordered[0]['baseline']}", [row["ratio"] for row in ordered], 2))
-        lines.append(at_sizes(name, "MB above the tensors", memory, 0))
+        baseline = ordered[0]["baseline"]
+        times, memory = [per_parameter(row) for row in ordered], [row["memory"] for row in ordered]
+        quantities = {
+            "ns per parameter": (times, 2),
+            f"{baseline} beside it": ([per_parameter(row, "baseline_ms") for row in ordered], 2),
+            f"ratio to {baseline}": ([row["ratio"] for row in ordered], 2),
+            "MB above the tensors": (memory, 0),
+        }
+        for what, (values, digits) in quantities.items():
+            lines.append((f"{name}, {what}", *(number(value, digits) for value in values)))
         growth, most = max(times) / min(times), max(memory)
         verdicts.append((name, number(growth), *verdict(growth, FLAT), number(most, 0), *verdict(most, MEMORY, 0)))
     header = ("", "slowest over fastest", "target", "met", "most MB above the tensors", "target", "met")
