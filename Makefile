@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Tests of what only `make frameworks` installs, and the slow ones of several processes.
 FRAMEWORKS := tests/distributed tests/integrations
 
-.PHONY: demo test quick frameworks kernels lint types check clean
+.PHONY: demo test quick frameworks bench kernels lint types check clean
 
 demo: .venv/installed-demo  ## base, SFT, preference training with online merging, ratio sweep, Pareto plot
 	$(BIN)/python bench/alignment_tax/run.py --quick
@@ -18,6 +18,13 @@ quick: .venv/installed-test  ## the tests that need neither the interpreter nor 
 
 frameworks: .venv/installed-frameworks  ## inside training frameworks, and sharded over several processes; examples/
 	$(BIN)/pytest -n 2 --dist loadfile --durations 10 $(FRAMEWORKS)
+
+bench: .venv/installed-bench  ## steps and paths on a CPU against torch, torch-optimi and the published algorithm; ten minutes
+	mkdir -p out
+	$(BIN)/pytest -q bench/bench_merging_adamw.py bench/bench_interpolate.py bench/bench_operations.py \
+		--benchmark-json out/bench.json --benchmark-columns median,rounds
+	$(BIN)/python bench/bench_scaling.py --out out/scaling.json
+	$(BIN)/python bench/tables.py --record out/bench.json out/scaling.json --write docs/speed.md --plot docs/scaling.png
 
 kernels: .venv/installed-test  ## every build of the kernels, compiled for GPUs that need not be here
 	$(BIN)/python bench/kernels.py

@@ -1,52 +1,100 @@
-"""R points of a line at once against R times `torch.lerp`, in one run: `pytest bench/bench_interpolate.py`.
+"""Eight points of a path at once against eight `torch.lerp`, on a CPU: a part of `make bench`.
 
-On a GPU where there is one, else on the CPU. R points at once need (2 + R)*b bytes per element of b bytes, R lerps, and
-R points in compiled code, 3*R*b; `extra_info` in the JSON (`--benchmark-json FILE`) has what that came to in GB/s.
+A point reads two values of b bytes and writes one. At once that makes (2 + 8)*b bytes per element, which a plain copy
+in the same run moves too; eight lerps move 24*b.
 """
 
 from __future__ import annotations
 
+from functools import cache, partial
+from typing import NamedTuple
+
 import pytest
 import torch
+from paired import nothing, pair_up, row_of
 
 import fused_merge as fm
+from fused_merge import functional
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ELEMENTS = 2**28 if DEVICE.type == "cuda" else 2**22
 RATIOS = [k / 9 for k in range(1, 9)]
+ELEMENTS = {"4.2 M": 2**22, "100 M": 100_000_000}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Three times faster.
+TARGET = 1 / 3
+# Of a pair: at the larger size a round takes long.
+SECONDS = 3.0
 
 
-def at_once(base: torch.Tensor, tuned: torch.Tensor) -> None:
-    fm.interpolate(base, tuned, RATIOS)
+class Points(NamedTuple):
+    """Two ends and eight tensors between them."""
+
+    base: torch.Tensor
+    tuned: torch.Tensor
+    outs: list[torch.Tensor]
 
 
-def compiled(base: torch.Tensor, tuned: torch.Tensor) -> None:
-    fm.interpolate(base, tuned, RATIOS, impl="compiled")
+def lerps(points):
+    for ratio, out in zip(RATIOS, points.outs, strict=True):
+        torch.lerp(points.base, points.tuned, ratio, out=out)
 
 
-def one_by_one(base: torch.Tensor, tuned: torch.Tensor) -> None:
-    torch.stack([torch.lerp(base, tuned, ratio) for ratio in RATIOS])
+def new_lerps(points):
+    return [torch.lerp(points.base, points.tuned, ratio) for ratio in RATIOS]
 
 
-PROVIDERS = {"fused_merge": (at_once, 2 + len(RATIOS)), "torch.lerp": (one_by_one, 3 * len(RATIOS))}
-if DEVICE.type == "cpu":
-    PROVIDERS["fused_merge, compiled"] = (compiled, 3 * len(RATIOS))
+def at_once(points):
+    return lambda: functional.interpolate([points.base], [points.tuned], RATIOS, [points.outs])
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def at_once_anew(points):
+    return lambda: fm.interpolate(points.base, points.tuned, RATIOS)
+
+
+def copy(points):
+    # Half of the bytes are read and half are written.
+    source = points.base.repeat((2 + len(RATIOS)) // 2)
+    return partial(torch.empty_like(source).copy_, source)
+
+
+INTO_TENSORS, INTO_NEW = ("8 x torch.lerp", lerps), ("8 x torch.lerp, new tensors", new_lerps)
+# Who is measured, against what, and with which target.
+PROVIDERS = {
+    "functional.interpolate": (at_once, INTO_TENSORS, TARGET),
+    "copy of as many bytes": (copy, INTO_TENSORS, None),
+    "fm.interpolate, new tensors": (at_once_anew, INTO_NEW, None),
+}
+
+
+@cache
+def ends(elements, dtype):
+    torch.manual_seed(0)
+    return [torch.randn(elements).to(dtype) for _ in range(2)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ends_are_let_go():
+    yield
+    ends.cache_clear()
+
+
+@pytest.mark.parametrize("size", ELEMENTS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.benchmark(group=f"{len(RATIOS)} ratios of {ELEMENTS} elements, {DEVICE.type}")
-def bench_interpolation(benchmark, provider, dtype):
-    run, transfers = PROVIDERS[provider]
-    base, tuned = (torch.randn(ELEMENTS, device=DEVICE).to(dtype) for _ in range(2))
-
-    def points() -> None:
-        run(base, tuned)
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(points, rounds=10, warmup_rounds=2)
-    moved = transfers * dtype.itemsize * ELEMENTS
+@pytest.mark.benchmark(group="interpolation")
+def bench_interpolation(benchmark, size, dtype, provider):
+    base, tuned = ends(ELEMENTS[size], DTYPES[dtype])
+    points = Points(base, tuned, [torch.zeros_like(base) for _ in RATIOS])
+    make, (baseline, by_lerp), target = PROVIDERS[provider]
+    turns = pair_up(benchmark, make(points), partial(by_lerp, points), nothing, SECONDS)
     benchmark.extra_info.update(
-        elements=ELEMENTS, bytes_moved=moved, gigabytes_per_second=moved / benchmark.stats["median"] / 1e9
+        row_of(
+            turns,
+            provider=provider,
+            case=f"8 points, {size}",
+            dtype=dtype,
+            parameters=base.numel(),
+            bytes_per_parameter=(2 + len(RATIOS)) * base.itemsize,
+            baseline=baseline,
+            target=target,
+        )._asdict()
     )

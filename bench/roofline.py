@@ -337,9 +337,9 @@ def report(kernels: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]
     return "\n".join(lines)
 
 
-def replace_between_markers(page: str, text: str) -> str:
+def replace_between_markers(page: str, text: str, markers: tuple[str, str] = MARKERS) -> str:
     """Return a page with what stands between its markers replaced."""
-    begin, end = MARKERS
+    begin, end = markers
     before, _, rest = page.partition(begin)
     _, found, after = rest.partition(end)
     if not found:
