@@ -9,7 +9,20 @@ import numpy as np
 
 from fused_merge.compiled.jit import inlined, loop
 from fused_merge.compiled.layout import LINEAR, SCALAR, SIGN_PAPER, SIGN_REFERENCE
-from fused_merge.compiled.memory import as_float, fp32, int32
+from fused_merge.compiled.memory import (
+    BF16,
+    BLOCK,
+    FP32,
+    as_bits,
+    as_float,
+    fp32,
+    from_bf16,
+    from_half,
+    int32,
+    nearest_bf16,
+    to_half,
+    uint16,
+)
 from fused_merge.eager.projection import RESIDUE
 
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -19,6 +32,12 @@ _MAGNITUDE = np.int32(0x7FFFFFFF)
 
 
 # --- adamw.py
+
+
+@inlined
+def add_one(start, merged):
+    """What adds nothing changes no bit."""
+    return start if merged == ZERO else start + merged
 
 
 @inlined
@@ -43,6 +62,31 @@ def advance(grad: int, factor: float, exp_avg: int, exp_avg_sq: int, update: int
         m[j] = m_now
         v[j] = v_now
         u[j] = _update(m_now, v_now, step_size, inv_sqrt_bias2, eps)
+
+
+@loop
+def advance_and_add(
+    grad: int, factor: float, exp_avg: int, exp_avg_sq: int, theta: int, tau: int, count: int, scalars: int
+) -> None:
+    """`advance`, and decay*theta + (u ⊕ tau) where all of both is kept, linear, or decay*theta + u where `tau` is 0."""
+    g, m, v = fp32(grad, count), fp32(exp_avg, count), fp32(exp_avg_sq, count)
+    x, d, s = fp32(theta, count), fp32(tau, count), fp32(scalars, _SCALARS)
+    beta1, rest1, beta2, rest2 = s[SCALAR.beta1], s[SCALAR.one_minus_beta1], s[SCALAR.beta2], s[SCALAR.one_minus_beta2]
+    step_size, inv_sqrt_bias2, eps = s[SCALAR.step_size], s[SCALAR.inv_sqrt_bias2], s[SCALAR.eps]
+    decay, update_weight, tau_weight = s[SCALAR.decay], s[SCALAR.update_weight], s[SCALAR.tau_weight]
+    if tau == 0:
+        for j in range(count):
+            m_now, v_now = _advanced(factor * g[j], m[j], v[j], beta1, rest1, beta2, rest2)
+            m[j] = m_now
+            v[j] = v_now
+            x[j] = add_one(x[j] * decay, _update(m_now, v_now, step_size, inv_sqrt_bias2, eps))
+    else:
+        for j in range(count):
+            m_now, v_now = _advanced(factor * g[j], m[j], v[j], beta1, rest1, beta2, rest2)
+            m[j] = m_now
+            v[j] = v_now
+            u = _update(m_now, v_now, step_size, inv_sqrt_bias2, eps)
+            x[j] = add_one(x[j] * decay, update_weight * u + tau_weight * d[j])
 
 
 @loop
@@ -102,36 +146,12 @@ def since_anchor(
         x[j] = origin
 
 
-@inlined
-def add_one(start, merged):
-    """What adds nothing changes no bit."""
-    return start if merged == ZERO else start + merged
-
-
 @loop
 def add(start: int, merged: int, theta: int, count: int) -> None:
     """start + merged."""
     x, y, out = fp32(start, count), fp32(merged, count), fp32(theta, count)
     for j in range(count):
         out[j] = add_one(x[j], y[j])
-
-
-@loop
-def decay_and_add(theta: int, merged: int, decay: float, count: int) -> None:
-    """decay*theta + merged, in place."""
-    x, y = fp32(theta, count), fp32(merged, count)
-    for j in range(count):
-        x[j] = add_one(x[j] * decay, y[j])
-
-
-@loop
-def decay_and_merge(
-    theta: int, update: int, tau: int, update_weight: float, tau_weight: float, decay: float, count: int
-) -> None:
-    """decay*theta + (u ⊕ tau), linear and in place."""
-    x, u, d = fp32(theta, count), fp32(update, count), fp32(tau, count)
-    for j in range(count):
-        x[j] = add_one(x[j] * decay, update_weight * u[j] + tau_weight * d[j])
 
 
 # --- projection.py
@@ -245,3 +265,48 @@ def scatter(source: int, places: int, found: int, out: int, count: int) -> None:
         y[j] = ZERO
     for k in range(found):
         y[at[k]] = x[k]
+
+
+# --- weights to which nothing is added are left alone
+
+
+@loop
+def join_lists(
+    update: int, places: int, found: int, tau: int, tau_places: int, stored: int, zeros: int, out: int, size: int
+) -> int:
+    """Make one list of what is kept of u and of tau: places, u, and tau as `out`, with zeros where only one is kept.
+
+    Places and u are appended to; `zeros` are so many, before and after. Returns how long the list is.
+    """
+    u, at, t, at_tau = fp32(update, size), int32(places, size), fp32(tau, stored), int32(tau_places, stored)
+    spread, d, total = fp32(zeros, size), fp32(out, size), found
+    for k in range(stored):
+        spread[at_tau[k]] = t[k]
+    for k in range(found):
+        d[k] = spread[at[k]]
+        spread[at[k]] = ZERO
+    for k in range(stored):
+        # What was kept of both is there already.
+        left = spread[at_tau[k]]
+        spread[at_tau[k]] = ZERO
+        at[total], u[total], d[total] = at_tau[k], ZERO, left
+        total += left != ZERO
+    return total
+
+
+@loop
+def add_at(theta: int, dtype: int, places: int, merged: int, count: int) -> None:
+    """Add to the weights at some places of a block, each rounded once."""
+    at, y = int32(places, count), fp32(merged, count)
+    if dtype == FP32:
+        x = fp32(theta, BLOCK)
+        for k in range(count):
+            x[at[k]] = add_one(x[at[k]], y[k])
+    elif dtype == BF16:
+        bits = uint16(theta, BLOCK)
+        for k in range(count):
+            bits[at[k]] = nearest_bf16(as_bits(add_one(from_bf16(bits[at[k]]), y[k])))
+    else:
+        bits = uint16(theta, BLOCK)
+        for k in range(count):
+            bits[at[k]] = to_half(add_one(from_half(bits[at[k]]), y[k]))

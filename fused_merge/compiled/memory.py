@@ -35,22 +35,6 @@ def _pointer(typing_context: Any, address: Any) -> Any:
 
 
 @intrinsic
-def prefetch(typing_context: Any, address: Any) -> Any:
-    """Ask for the cache line of an address, which will be written, and go on."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
-        function = builder.module.declare_intrinsic("llvm.prefetch", (byte,), kind)
-        # To write, to be kept in all caches, data.
-        options = [ir.Constant(number, x) for x in (1, 3, 1)]
-        builder.call(function, [builder.inttoptr(arguments[0], byte), *options])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), generate
-
-
-@intrinsic
 def lowest_bit(typing_context: Any, word: Any) -> Any:
     """The number of the lowest one bit of a word that has one."""
 
@@ -265,12 +249,3 @@ def load_one(address, dtype, i):
         return fp32(address + 4 * i, 1)[0]
     bits = uint16(address + 2 * i, 1)[0]
     return from_bf16(bits) if dtype == BF16 else from_half(bits)
-
-
-@inlined
-def store_one(address, dtype, i, x):
-    """Write element i, rounded once."""
-    if dtype == FP32:
-        fp32(address + 4 * i, 1)[0] = x
-    else:
-        uint16(address + 2 * i, 1)[0] = nearest_bf16(as_bits(x)) if dtype == BF16 else to_half(x)

@@ -93,6 +93,9 @@ def step_pass(task: int) -> None:
             if t[ENTRY.skips] != 0:
                 step.step_kept(t, index, s, base, count, scratch)
                 continue
+            if step.is_linear(t, s):
+                step.step_linear(t, index, s, base, count, scratch)
+                continue
             kth = int32(a[TASK.kths] + 4 * index, 1)[0]
             u, kept, tau, merged = step.step_block(t, index, s, base, count, kth, scratch)
             if t[ENTRY.stats] != 0 and _merges(t, s):
@@ -233,7 +236,6 @@ def finish_pass(task: int) -> None:
             count, part = min(BLOCK, t[ENTRY.numel] - base), _part(a, index, number)
             kept, kept_places, tau_places = row(scratch, KEPT), row(scratch, PLACES), row(scratch, TAU_PLACES)
             first, stored = sparse.tau_places(t, base, count, tau_places)
-            step.prefetch_weights(t, base, tau_places, stored)
             values, places, listed = a[TASK.values] + 4 * part[0], a[TASK.places] + 2 * part[0], part[1]
             if listed < 0:
                 # It did not fit.
@@ -242,7 +244,6 @@ def finish_pass(task: int) -> None:
                 listed = search.window(u, kth, LARGEST, count, scratch, values, places)[0]
             shrinks = int(t[ENTRY.sparsify] == SOFT_THRESHOLD)
             found = search.keep(values, places, listed, kth, shrinks, kept, kept_places)
-            step.prefetch_weights(t, base, kept_places, found)
             step.touch(t, s, base, kept_places, kept, found, first, tau_places, stored, scratch)
 
 

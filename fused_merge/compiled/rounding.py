@@ -73,7 +73,7 @@ def stochastic_fp16(x, random):
 
 
 @inlined
-def store_stochastic_one(address, dtype, i, start, merged, theta, random):
+def store_one(address, dtype, i, start, merged, theta, random):
     """Write element i, start + merged = theta and its error, rounded up or down."""
     if dtype == FP32:
         fp32(address + 4 * i, 1)[0] = stochastic_fp32(theta, two_sum_error(start, merged, theta), random)

@@ -109,24 +109,33 @@ def _added_elsewhere(t, base, u, count, scratch):
 
 @jit
 def _adamw(t, index, s, base, count, how, scratch, u):
-    m = load(t, ENTRY.exp_avg, base, count, row(scratch, EXP_AVG))
-    v = load(t, ENTRY.exp_avg_sq, base, count, row(scratch, EXP_AVG_SQ))
     scalars = s.ctypes.data
     if how == AGAIN:
+        m = load(t, ENTRY.exp_avg, base, count, row(scratch, EXP_AVG))
+        v = load(t, ENTRY.exp_avg_sq, base, count, row(scratch, EXP_AVG_SQ))
         arithmetic.update_again(m, v, u, count, scalars)
         return
-    g, factor = load(t, ENTRY.grad, base, count, row(scratch, GRAD)), s[SCALAR.grad_factor]
-    if projection.projects(t, False):
-        x, projected = row(scratch, SCALED), row(scratch, PROJECTED)
-        arithmetic.multiply(g, factor, x, count)
-        projection.project(t, index, s, base, x, count, scratch, projected)
-        g, factor = projected, ONE
+    m, v, g, factor = _load_moments_and_gradient(t, index, s, base, count, scratch)
     if how == PEEK:
         arithmetic.peek(g, factor, m, v, u, count, scalars)
         return
     arithmetic.advance(g, factor, m, v, u, count, scalars)
     memory.store(t, ENTRY.exp_avg, base, count, m)
     memory.store(t, ENTRY.exp_avg_sq, base, count, v)
+
+
+@inlined
+def _load_moments_and_gradient(t, index, s, base, count, scratch):
+    """Return where they are, the gradient projected, and what it is to be multiplied by."""
+    m = load(t, ENTRY.exp_avg, base, count, row(scratch, EXP_AVG))
+    v = load(t, ENTRY.exp_avg_sq, base, count, row(scratch, EXP_AVG_SQ))
+    g, factor = load(t, ENTRY.grad, base, count, row(scratch, GRAD)), s[SCALAR.grad_factor]
+    if projection.projects(t, False):
+        x, projected = row(scratch, SCALED), row(scratch, PROJECTED)
+        arithmetic.multiply(g, factor, x, count)
+        projection.project(t, index, s, base, x, count, scratch, projected)
+        g, factor = projected, ONE
+    return m, v, g, factor
 
 
 # --- F
@@ -164,6 +173,26 @@ def _keep(t, s, base, count, u, kth, scratch):
 # --- whole blocks
 
 
+@inlined
+def is_linear(t, s):
+    """Return whether each element of a tensor is stepped by itself, in one loop."""
+    drops = t[ENTRY.merges] != 0 and (t[ENTRY.sparsify] != NONE or t[ENTRY.consensus] != LINEAR)
+    stored = t[ENTRY.anchor] == 0 and t[ENTRY.master_kind] == NO_MASTER and t[ENTRY.stochastic] == 0
+    return not drops and stored and not projection.projects(t, True) and t[ENTRY.stats] == 0 and s[SCALAR.moves] != ZERO
+
+
+@jit
+def step_linear(t, index, s, base, count, scratch):
+    """Step a block of plain AdamW, or one that keeps everything and adds linearly."""
+    m, v, g, factor = _load_moments_and_gradient(t, index, s, base, count, scratch)
+    theta = load(t, ENTRY.param, base, count, row(scratch, THETA))
+    tau = 0 if t[ENTRY.merges] == 0 else _load_tau(t, base, count, scratch)
+    arithmetic.advance_and_add(g, factor, m, v, theta, tau, count, s.ctypes.data)
+    memory.store(t, ENTRY.exp_avg, base, count, m)
+    memory.store(t, ENTRY.exp_avg_sq, base, count, v)
+    memory.store(t, ENTRY.param, base, count, theta)
+
+
 @jit
 def step_block(t, index, s, base, count, kth, scratch):
     """Step every element of a block; return where u, F(u), F(tau) and what was merged lie, for statistics."""
@@ -171,19 +200,10 @@ def step_block(t, index, s, base, count, kth, scratch):
     kept = tau = merged = u
     if s[SCALAR.moves] == ZERO:
         return u, kept, tau, merged
-    plain = t[ENTRY.anchor] == 0 and t[ENTRY.stochastic] == 0 and t[ENTRY.stats] == 0
-    in_place, theta = plain and t[ENTRY.param_dtype] == FP32, t[ENTRY.param] + 4 * base
     if t[ENTRY.merges] != 0 and (t[ENTRY.anchor] == 0 or s[SCALAR.merges] != ZERO):
         kept, tau = _keep(t, s, base, count, u, kth, scratch), _load_tau(t, base, count, scratch)
-        if in_place and t[ENTRY.consensus] == LINEAR:
-            weights = s[SCALAR.update_weight], s[SCALAR.tau_weight]
-            arithmetic.decay_and_merge(theta, kept, tau, *weights, s[SCALAR.decay], count)
-            return u, kept, tau, merged
         merged, weights = row(scratch, MERGED), (s[SCALAR.update_weight], s[SCALAR.tau_weight])
         arithmetic.consensus(t[ENTRY.consensus], kept, tau, *weights, merged, count)
-    if in_place:
-        arithmetic.decay_and_add(theta, merged, s[SCALAR.decay], count)
-        return u, kept, tau, merged
     start, weight = row(scratch, START), row(scratch, THETA)
     if t[ENTRY.grad] != 0 and not merges_since_anchor(t, s):
         load_weight(t, base, weight, count, scratch)
@@ -222,23 +242,12 @@ def step_kept(t, index, s, base, count, scratch):
     places, tau_places, kept = row(scratch, PLACES), row(scratch, TAU_PLACES), row(scratch, KEPT)
     found = first = stored = 0
     if s[SCALAR.moves] != ZERO:
-        # What will be touched is asked for before the moments are advanced.
         found = philox.kept_places(t, base, count, s[SCALAR.step], DOMAIN_UPDATE, scratch, places)
         first, stored = sparse.tau_places(t, base, count, tau_places)
-        prefetch_weights(t, base, places, found)
-        prefetch_weights(t, base, tau_places, stored)
     u = find_update(t, index, s, base, count, ADVANCE, scratch)
     arithmetic.gather(u, places, found, kept)
     decay_in_place(t, s, base, count)
     touch(t, s, base, places, kept, found, first, tau_places, stored, scratch)
-
-
-@inlined
-def prefetch_weights(t, base, places, count):
-    """Ask for the weights at some places of a block."""
-    size, at = 4 if t[ENTRY.param_dtype] == FP32 else 2, int32(places, count)
-    for k in range(count):
-        memory.prefetch(t[ENTRY.param] + size * (base + at[k]))
 
 
 @inlined
@@ -252,32 +261,19 @@ def decay_in_place(t, s, base, count):
 @jit
 def touch(t, s, base, places, kept, found, first, tau_places, stored, scratch):
     """Add to the weights of a block the merge of what is kept of u, and of tau, whose values are from `first` on."""
-    at, zeros = int32(places, found), fp32(row(scratch, ZEROS), BLOCK)
-    values, at_tau = fp32(kept, found), int32(tau_places, stored)
-    tau = fp32(load(t, ENTRY.tau, first, stored, row(scratch, VALUES)), stored)
-    for k in range(stored):
-        zeros[at_tau[k]] = tau[k]
-    for k in range(found):
-        place = at[k]
-        _touch_one(t, s, base + place, values[k], zeros[place])
-        zeros[place] = ZERO
-    for k in range(stored):
-        place = at_tau[k]
-        # What was kept of both has been added.
-        if zeros[place] != ZERO:
-            _touch_one(t, s, base + place, ZERO, zeros[place])
-            zeros[place] = ZERO
-
-
-@inlined
-def _touch_one(t, s, i, u, tau):
-    merged = arithmetic.consensus_one(t[ENTRY.consensus], u, tau, s[SCALAR.update_weight], s[SCALAR.tau_weight])
-    if merged != ZERO:
-        address, dtype = t[ENTRY.param], t[ENTRY.param_dtype]
-        start = memory.load_one(address, dtype, i)
-        theta = start + merged
-        if t[ENTRY.stochastic] != 0:
+    tau, merged, zeros = row(scratch, TAU), row(scratch, MERGED), row(scratch, ZEROS)
+    values = load(t, ENTRY.tau, first, stored, row(scratch, VALUES))
+    total = arithmetic.join_lists(kept, places, found, values, tau_places, stored, zeros, tau, BLOCK)
+    weights = s[SCALAR.update_weight], s[SCALAR.tau_weight]
+    arithmetic.consensus(t[ENTRY.consensus], kept, tau, *weights, merged, total)
+    theta = t[ENTRY.param] + (4 if t[ENTRY.param_dtype] == FP32 else 2) * base
+    if t[ENTRY.stochastic] == 0:
+        arithmetic.add_at(theta, t[ENTRY.param_dtype], places, merged, total)
+        return
+    at, steps = int32(places, total), fp32(merged, total)
+    for k in range(total):
+        if steps[k] != ZERO:
+            i = base + at[k]
+            start = memory.load_one(t[ENTRY.param], t[ENTRY.param_dtype], i)
             random = np.uint32(philox.random_word(t, i, s[SCALAR.step], DOMAIN_ROUNDING))
-            rounding.store_stochastic_one(address, dtype, i, start, merged, theta, random)
-        else:
-            memory.store_one(address, dtype, i, theta)
+            rounding.store_one(t[ENTRY.param], t[ENTRY.param_dtype], i, start, steps[k], start + steps[k], random)

@@ -44,8 +44,8 @@ class Thresholds:
         self._numels = table[:, ENTRY.numel].tolist()
         self._ranks = np.array(ranks, np.int64)
         self.blocks = Blocks.of(numbers, self._numels)
-        # Of the last step, with the step size, by which u scales; a step size of 0 where nothing is known.
-        self.last = np.zeros((len(table), 2), np.float32)
+        # Of the last two steps, over the step sizes, by which u scales; NaN where nothing is known.
+        self.last = np.full((len(table), 2), np.nan)
         self._advances = table[:, ENTRY.skips] != 0
         sizes = np.maximum(table[:, ENTRY.numel], 1)
         self._small = sizes <= LISTS_ALL_UP_TO
@@ -64,7 +64,7 @@ class Thresholds:
         """Make room; a block that does not fit is looked at again instead. Pages that are not written are not there."""
         numbers, blocks = self.blocks.numbers, self.blocks
         rates = self._ranks / [max(1, shard.numel) for shard in self._shards]
-        expected = np.where(self._small, sizes, sizes * np.minimum(1.0, rates * (1.2 + 2 * self._margin)))
+        expected = np.where(self._small, sizes, sizes * np.minimum(1.0, rates * (1.5 + 2 * self._margin)))
         self._room = min(blocks.elements, int(expected[numbers].sum())) + 16 * BLOCK
         firsts = np.zeros(len(sizes), np.int64)
         firsts[numbers] = blocks.firsts[:-1]
@@ -103,7 +103,8 @@ class Thresholds:
             hows = np.where(known, step.AGAIN, step.ADVANCE)
             again = self._subset(missed & self._advances)
             self._search(told, crew, hows, kths, np.full_like(kths, LARGEST), again, ends)
-        self.last[merges] = np.stack((kths.view(np.float32), scalars[:, SCALAR.step_size]), axis=1)[merges]
+        found = np.where(merges, kths.view(np.float32) / scalars[:, SCALAR.step_size].astype(np.float64), self.last[:, 0])
+        self.last = np.where(merges[:, None], np.stack((found, self.last[:, 0]), axis=1), self.last)
         return kths
 
     def _subset(self, wanted: np.ndarray) -> Blocks:
@@ -113,14 +114,14 @@ class Thresholds:
 
     def _window(self, scalars: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the patterns between which the thresholds are expected, and where they are."""
-        kth, size = self.last.T
-        known = self._small | ((size > 0) & np.isfinite(kth))
+        last, before = self.last.T
         with np.errstate(all="ignore"):
-            expected = np.where(known, kth * (scalars[:, SCALAR.step_size] / size), 0)
-            lows = np.where(self._small, 0, (expected * (1 - self._margin)).astype(np.float32).view(np.int32))
-            lasts = np.where(
-                self._small | self._advances, LARGEST, (expected * (1 + self._margin)).astype(np.float32).view(np.int32)
-            )
+            # In the first steps of a run thresholds fall step by step.
+            falls = np.fmin(np.fmax(last / before, 0.8), 1.0)
+            expected = last * falls * scalars[:, SCALAR.step_size]
+            lows = np.where(self._small, 0, _patterns(expected * (1 - self._margin)))
+            lasts = np.where(self._small | self._advances, LARGEST, _patterns(last * scalars[:, SCALAR.step_size] * (1 + self._margin)))
+        known = self._small | np.isfinite(expected)
         fits = (lows >= 0) & (lows <= lasts)
         return lows.astype(np.int32), lasts.astype(np.int32), known & fits
 
@@ -180,3 +181,8 @@ class Thresholds:
             yield [LocalSum(total[k], self._shards[number].groups) for number, k in summed]
             low, rank = narrow(total, low, rank, shift)
         kths[numbers] = low.numpy()
+
+
+def _patterns(x: np.ndarray) -> np.ndarray:
+    """Return the patterns of numbers that are not negative."""
+    return x.astype(np.float32).view(np.int32)
