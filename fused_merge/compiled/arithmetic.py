@@ -46,59 +46,82 @@ def _update(m, v, step_size, inv_sqrt_bias2, eps):
 
 
 @inlined
-def _advanced(g, m, v, beta1, rest1, beta2, rest2):
+def _moments(g, m, v, beta1, rest1, beta2, rest2):
     return beta1 * m + rest1 * g, beta2 * v + rest2 * (g * g)
 
 
 @loop
-def advance(grad: int, factor: float, exp_avg: int, exp_avg_sq: int, update: int, count: int, scalars: int) -> None:
-    """m = b1*m + (1 - b1)*g, v = b2*v + (1 - b2)*g^2 in place, and u; g is to be multiplied by `factor`."""
+def advance(
+    grad: int, dtype: int, factor: float, exp_avg: int, exp_avg_sq: int, update: int, count: int, scalars: int
+) -> None:
+    """m = b1*m + (1 - b1)*g, v = b2*v + (1 - b2)*g^2 in place, and u; g, fp32 or bf16, is yet to be multiplied."""
     g, m, v, u = fp32(grad, count), fp32(exp_avg, count), fp32(exp_avg_sq, count), fp32(update, count)
-    s = fp32(scalars, _SCALARS)
+    bits, s = uint16(grad, count), fp32(scalars, _SCALARS)
     beta1, rest1, beta2, rest2 = s[SCALAR.beta1], s[SCALAR.one_minus_beta1], s[SCALAR.beta2], s[SCALAR.one_minus_beta2]
     step_size, inv_sqrt_bias2, eps = s[SCALAR.step_size], s[SCALAR.inv_sqrt_bias2], s[SCALAR.eps]
-    for j in range(count):
-        m_now, v_now = _advanced(factor * g[j], m[j], v[j], beta1, rest1, beta2, rest2)
-        m[j] = m_now
-        v[j] = v_now
-        u[j] = _update(m_now, v_now, step_size, inv_sqrt_bias2, eps)
+    if dtype == BF16:
+        for j in range(count):
+            m[j], v[j] = _moments(factor * from_bf16(bits[j]), m[j], v[j], beta1, rest1, beta2, rest2)
+            u[j] = _update(m[j], v[j], step_size, inv_sqrt_bias2, eps)
+    else:
+        for j in range(count):
+            m[j], v[j] = _moments(factor * g[j], m[j], v[j], beta1, rest1, beta2, rest2)
+            u[j] = _update(m[j], v[j], step_size, inv_sqrt_bias2, eps)
+
+
+@loop
+def peek(
+    grad: int, dtype: int, factor: float, exp_avg: int, exp_avg_sq: int, update: int, count: int, scalars: int
+) -> None:
+    """The u of `advance`, with the moments left as they are."""
+    g, m, v, u = fp32(grad, count), fp32(exp_avg, count), fp32(exp_avg_sq, count), fp32(update, count)
+    bits, s = uint16(grad, count), fp32(scalars, _SCALARS)
+    beta1, rest1, beta2, rest2 = s[SCALAR.beta1], s[SCALAR.one_minus_beta1], s[SCALAR.beta2], s[SCALAR.one_minus_beta2]
+    step_size, inv_sqrt_bias2, eps = s[SCALAR.step_size], s[SCALAR.inv_sqrt_bias2], s[SCALAR.eps]
+    if dtype == BF16:
+        for j in range(count):
+            m_now, v_now = _moments(factor * from_bf16(bits[j]), m[j], v[j], beta1, rest1, beta2, rest2)
+            u[j] = _update(m_now, v_now, step_size, inv_sqrt_bias2, eps)
+    else:
+        for j in range(count):
+            m_now, v_now = _moments(factor * g[j], m[j], v[j], beta1, rest1, beta2, rest2)
+            u[j] = _update(m_now, v_now, step_size, inv_sqrt_bias2, eps)
 
 
 @loop
 def advance_and_add(
-    grad: int, factor: float, exp_avg: int, exp_avg_sq: int, theta: int, tau: int, count: int, scalars: int
+    grad: int, dtype: int, factor: float, exp_avg: int, exp_avg_sq: int, theta: int, tau: int, count: int, scalars: int
 ) -> None:
-    """`advance`, and decay*theta + (u ⊕ tau) where all of both is kept, linear, or decay*theta + u where `tau` is 0."""
+    """`advance`, and decay*theta + (u ⊕ tau) where all of both is kept, linear, or decay*theta + u where `tau` is 0.
+
+    g, theta and tau are fp32 or bf16.
+    """
     g, m, v = fp32(grad, count), fp32(exp_avg, count), fp32(exp_avg_sq, count)
     x, d, s = fp32(theta, count), fp32(tau, count), fp32(scalars, _SCALARS)
+    g_bits, x_bits, d_bits = uint16(grad, count), uint16(theta, count), uint16(tau, count)
     beta1, rest1, beta2, rest2 = s[SCALAR.beta1], s[SCALAR.one_minus_beta1], s[SCALAR.beta2], s[SCALAR.one_minus_beta2]
     step_size, inv_sqrt_bias2, eps = s[SCALAR.step_size], s[SCALAR.inv_sqrt_bias2], s[SCALAR.eps]
     decay, update_weight, tau_weight = s[SCALAR.decay], s[SCALAR.update_weight], s[SCALAR.tau_weight]
-    if tau == 0:
+    if dtype == BF16 and tau == 0:
         for j in range(count):
-            m_now, v_now = _advanced(factor * g[j], m[j], v[j], beta1, rest1, beta2, rest2)
-            m[j] = m_now
-            v[j] = v_now
-            x[j] = add_one(x[j] * decay, _update(m_now, v_now, step_size, inv_sqrt_bias2, eps))
+            m[j], v[j] = _moments(factor * from_bf16(g_bits[j]), m[j], v[j], beta1, rest1, beta2, rest2)
+            u = _update(m[j], v[j], step_size, inv_sqrt_bias2, eps)
+            x_bits[j] = nearest_bf16(as_bits(add_one(from_bf16(x_bits[j]) * decay, u)))
+    elif dtype == BF16:
+        for j in range(count):
+            m[j], v[j] = _moments(factor * from_bf16(g_bits[j]), m[j], v[j], beta1, rest1, beta2, rest2)
+            u = _update(m[j], v[j], step_size, inv_sqrt_bias2, eps)
+            merged = update_weight * u + tau_weight * from_bf16(d_bits[j])
+            x_bits[j] = nearest_bf16(as_bits(add_one(from_bf16(x_bits[j]) * decay, merged)))
+    elif tau == 0:
+        for j in range(count):
+            m[j], v[j] = _moments(factor * g[j], m[j], v[j], beta1, rest1, beta2, rest2)
+            x[j] = add_one(x[j] * decay, _update(m[j], v[j], step_size, inv_sqrt_bias2, eps))
     else:
         for j in range(count):
-            m_now, v_now = _advanced(factor * g[j], m[j], v[j], beta1, rest1, beta2, rest2)
-            m[j] = m_now
-            v[j] = v_now
-            u = _update(m_now, v_now, step_size, inv_sqrt_bias2, eps)
+            m[j], v[j] = _moments(factor * g[j], m[j], v[j], beta1, rest1, beta2, rest2)
+            u = _update(m[j], v[j], step_size, inv_sqrt_bias2, eps)
             x[j] = add_one(x[j] * decay, update_weight * u + tau_weight * d[j])
-
-
-@loop
-def peek(grad: int, factor: float, exp_avg: int, exp_avg_sq: int, update: int, count: int, scalars: int) -> None:
-    """The u of `advance`, with the moments left as they are."""
-    g, m, v, u = fp32(grad, count), fp32(exp_avg, count), fp32(exp_avg_sq, count), fp32(update, count)
-    s = fp32(scalars, _SCALARS)
-    beta1, rest1, beta2, rest2 = s[SCALAR.beta1], s[SCALAR.one_minus_beta1], s[SCALAR.beta2], s[SCALAR.one_minus_beta2]
-    step_size, inv_sqrt_bias2, eps = s[SCALAR.step_size], s[SCALAR.inv_sqrt_bias2], s[SCALAR.eps]
-    for j in range(count):
-        m_now, v_now = _advanced(factor * g[j], m[j], v[j], beta1, rest1, beta2, rest2)
-        u[j] = _update(m_now, v_now, step_size, inv_sqrt_bias2, eps)
 
 
 @loop
@@ -158,33 +181,35 @@ def add(start: int, merged: int, theta: int, count: int) -> None:
 
 
 @loop
-def remove_conflict(source: int, tau: int, along: int, ascent: int, out: int, count: int) -> None:
-    """x without its component along tau, where the step goes against it; `along` is <x, tau> and <tau, tau>."""
+def remove_conflict(source: int, factor: float, tau: int, along: int, ascent: int, out: int, count: int) -> None:
+    """s*x without its component along tau, where the step goes against it; `along` is <s*x, tau> and <tau, tau>."""
     x, d, y, products = fp32(source, count), fp32(tau, count), fp32(out, count), fp32(along, 2)
     dot, norm = products[0], products[1]
     if norm > ZERO and (dot > ZERO if ascent != 0 else dot < ZERO):
         c = dot / norm
         for j in range(count):
-            component = c * d[j]
-            rest = x[j] - component
-            y[j] = ZERO if abs(rest) < _RESIDUE * (abs(x[j]) + abs(component)) else rest
+            component, g = c * d[j], factor * x[j]
+            rest = g - component
+            y[j] = ZERO if abs(rest) < _RESIDUE * (abs(g) + abs(component)) else rest
     else:
         for j in range(count):
-            y[j] = x[j]
+            y[j] = factor * x[j]
 
 
 @loop
-def onto(source: int, tau: int, along: int, strength: float, rest: float, out: int, count: int) -> None:
-    """(1 - s)*x + s*c*tau, c*tau the component of x along tau."""
+def onto(
+    source: int, factor: float, tau: int, along: int, strength: float, rest: float, out: int, count: int
+) -> None:
+    """(1 - strength)*s*x + strength*c*tau, c*tau the component of s*x along tau."""
     x, d, y, products = fp32(source, count), fp32(tau, count), fp32(out, count), fp32(along, 2)
     dot, norm = products[0], products[1]
     if norm > ZERO:
         c = dot / norm
         for j in range(count):
-            y[j] = rest * x[j] + strength * (c * d[j])
+            y[j] = rest * (factor * x[j]) + strength * (c * d[j])
     else:
         for j in range(count):
-            y[j] = x[j]
+            y[j] = factor * x[j]
 
 
 # --- consensus.py

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fused_merge.compiled import arithmetic, memory, sums
-from fused_merge.compiled.arithmetic import ONE
+from fused_merge.compiled.arithmetic import ONE, ZERO
 from fused_merge.compiled.jit import inlined, jit
 from fused_merge.compiled.layout import ENTRY, ON_UPDATE, ONTO, OVER_ROWS, PROJECTS, SCALAR
 from fused_merge.compiled.memory import BLOCK, fp32, int64
@@ -27,6 +27,17 @@ from fused_merge.compiled.scratch import (
 def projects(t, on_update):
     """Return whether the gradient, or the update, of a tensor is projected."""
     return t[ENTRY.project] & PROJECTS != 0 and (t[ENTRY.project] & ON_UPDATE != 0) == on_update
+
+
+@inlined
+def changes_gradient(t):
+    """Return whether the projection of the gradient changes anything, as far as that is known of the whole tensor."""
+    if not projects(t, False):
+        return False
+    if t[ENTRY.project] & OVER_ROWS != 0:
+        return True
+    along = fp32(t[ENTRY.along], 2)
+    return along[1] > ZERO and (t[ENTRY.project] & ONTO != 0 or along[0] > ZERO)
 
 
 @jit
@@ -54,10 +65,10 @@ def _row_products(t, s, number, scratch):
 
 
 @jit
-def project(t, index, s, base, x, count, scratch, out):
-    """Write x, `count` elements of a gradient or an update from element `base` on, projected."""
+def project(t, index, s, base, x, factor, count, scratch, out):
+    """Write s*x, `count` elements of a gradient or an update from element `base` on, projected."""
     if t[ENTRY.project] & OVER_ROWS == 0:
-        _project(t, base, x, t[ENTRY.along], out, count, scratch)
+        _project(t, base, x, factor, t[ENTRY.along], out, count, scratch)
         return
     length, end, last = t[ENTRY.row_length], base + count, int64(row(scratch, ROW_OF_ALONG), 2)
     for number in range(base // length, (end - 1) // length + 1):
@@ -69,14 +80,14 @@ def project(t, index, s, base, x, count, scratch, out):
                 last[0], last[1] = index, number
         first, stop = max(number * length, base), min((number + 1) * length, end)
         before = 4 * (first - base)
-        _project(t, first, x + before, along, out + before, stop - first, scratch)
+        _project(t, first, x + before, factor, along, out + before, stop - first, scratch)
 
 
 @inlined
-def _project(t, base, x, along, out, count, scratch):
+def _project(t, base, x, factor, along, out, count, scratch):
     tau = memory.load(t, ENTRY.tau_dense, base, count, row(scratch, TAU_DENSE))
     if t[ENTRY.project] & ONTO != 0:
         strength = memory.as_float(np.uint32(t[ENTRY.strength]))
-        arithmetic.onto(x, tau, along, strength, memory.as_float(np.uint32(t[ENTRY.rest])), out, count)
+        arithmetic.onto(x, factor, tau, along, strength, memory.as_float(np.uint32(t[ENTRY.rest])), out, count)
     else:
-        arithmetic.remove_conflict(x, tau, along, int(t[ENTRY.project] & ON_UPDATE == 0), out, count)
+        arithmetic.remove_conflict(x, factor, tau, along, int(t[ENTRY.project] & ON_UPDATE == 0), out, count)

@@ -11,7 +11,7 @@ from fused_merge.compiled import arithmetic, memory, philox, projection, roundin
 from fused_merge.compiled.arithmetic import ONE, ZERO
 from fused_merge.compiled.jit import inlined, jit
 from fused_merge.compiled.layout import ENTRY, FULL_MASTER, LINEAR, MAGNITUDE, NO_MASTER, NONE, RANDOM, SCALAR
-from fused_merge.compiled.memory import BLOCK, FP32, fp32, int32, load
+from fused_merge.compiled.memory import BF16, BLOCK, FP32, fp32, int32, load
 from fused_merge.compiled.scratch import (
     ANCHOR,
     BITS,
@@ -75,7 +75,7 @@ def find_update(t, index, s, base, count, how, scratch):
         _adamw(t, index, s, base, count, how, scratch, u)
     if projection.projects(t, True):
         memory.copy(u, x, count)
-        projection.project(t, index, s, base, x, count, scratch, u)
+        projection.project(t, index, s, base, x, ONE, count, scratch, u)
     if merges_since_anchor(t, s):
         start, anchor = row(scratch, START), load(t, ENTRY.anchor, base, count, row(scratch, ANCHOR))
         load_weight(t, base, start, count, scratch)
@@ -115,27 +115,28 @@ def _adamw(t, index, s, base, count, how, scratch, u):
         v = load(t, ENTRY.exp_avg_sq, base, count, row(scratch, EXP_AVG_SQ))
         arithmetic.update_again(m, v, u, count, scalars)
         return
-    m, v, g, factor = _load_moments_and_gradient(t, index, s, base, count, scratch)
+    m, v, g, dtype, factor = _load_moments_and_gradient(t, index, s, base, count, scratch)
     if how == PEEK:
-        arithmetic.peek(g, factor, m, v, u, count, scalars)
+        arithmetic.peek(g, dtype, factor, m, v, u, count, scalars)
         return
-    arithmetic.advance(g, factor, m, v, u, count, scalars)
+    arithmetic.advance(g, dtype, factor, m, v, u, count, scalars)
     memory.store(t, ENTRY.exp_avg, base, count, m)
     memory.store(t, ENTRY.exp_avg_sq, base, count, v)
 
 
 @inlined
 def _load_moments_and_gradient(t, index, s, base, count, scratch):
-    """Return where they are, the gradient projected, and what it is to be multiplied by."""
+    """Return where they are, the gradient as fp32 or bf16 and projected, and what it is to be multiplied by."""
     m = load(t, ENTRY.exp_avg, base, count, row(scratch, EXP_AVG))
     v = load(t, ENTRY.exp_avg_sq, base, count, row(scratch, EXP_AVG_SQ))
-    g, factor = load(t, ENTRY.grad, base, count, row(scratch, GRAD)), s[SCALAR.grad_factor]
-    if projection.projects(t, False):
-        x, projected = row(scratch, SCALED), row(scratch, PROJECTED)
-        arithmetic.multiply(g, factor, x, count)
-        projection.project(t, index, s, base, x, count, scratch, projected)
-        g, factor = projected, ONE
-    return m, v, g, factor
+    factor = s[SCALAR.grad_factor]
+    if projection.changes_gradient(t):
+        g, projected = load(t, ENTRY.grad, base, count, row(scratch, GRAD)), row(scratch, PROJECTED)
+        projection.project(t, index, s, base, g, factor, count, scratch, projected)
+        return m, v, projected, FP32, ONE
+    if t[ENTRY.grad_dtype] == BF16:
+        return m, v, t[ENTRY.grad] + 2 * base, BF16, factor
+    return m, v, load(t, ENTRY.grad, base, count, row(scratch, GRAD)), FP32, factor
 
 
 # --- F
@@ -174,23 +175,39 @@ def _keep(t, s, base, count, u, kth, scratch):
 
 
 @inlined
+def merges_tau(t, s):
+    """Return whether this step adds something of tau, if it adds anything."""
+    return t[ENTRY.merges] != 0 and (t[ENTRY.anchor] == 0 or s[SCALAR.merges] != ZERO)
+
+
+@inlined
 def is_linear(t, s):
     """Return whether each element of a tensor is stepped by itself, in one loop."""
-    drops = t[ENTRY.merges] != 0 and (t[ENTRY.sparsify] != NONE or t[ENTRY.consensus] != LINEAR)
-    stored = t[ENTRY.anchor] == 0 and t[ENTRY.master_kind] == NO_MASTER and t[ENTRY.stochastic] == 0
-    return not drops and stored and not projection.projects(t, True) and t[ENTRY.stats] == 0 and s[SCALAR.moves] != ZERO
+    merges = merges_tau(t, s)
+    drops = merges and (t[ENTRY.sparsify] != NONE or t[ENTRY.consensus] != LINEAR or t[ENTRY.stats] != 0)
+    stored = t[ENTRY.master_kind] == NO_MASTER and t[ENTRY.stochastic] == 0 and not (merges and t[ENTRY.anchor] != 0)
+    return not drops and stored and not projection.projects(t, True) and s[SCALAR.moves] != ZERO
 
 
 @jit
 def step_linear(t, index, s, base, count, scratch):
     """Step a block of plain AdamW, or one that keeps everything and adds linearly."""
-    m, v, g, factor = _load_moments_and_gradient(t, index, s, base, count, scratch)
-    theta = load(t, ENTRY.param, base, count, row(scratch, THETA))
-    tau = 0 if t[ENTRY.merges] == 0 else _load_tau(t, base, count, scratch)
-    arithmetic.advance_and_add(g, factor, m, v, theta, tau, count, s.ctypes.data)
+    m, v, g, dtype, factor = _load_moments_and_gradient(t, index, s, base, count, scratch)
+    merges, theta, tau = merges_tau(t, s), t[ENTRY.param] + 2 * base, 0
+    in_bf16 = dtype == BF16 and t[ENTRY.param_dtype] == BF16
+    if in_bf16 and merges and t[ENTRY.tau_mask] == 0 and t[ENTRY.tau_dtype] == BF16:
+        tau = t[ENTRY.tau] + 2 * base
+    elif not in_bf16 or merges:
+        if dtype == BF16:
+            memory.widen_bf16(g, row(scratch, GRAD), count)
+            g, dtype = row(scratch, GRAD), FP32
+        theta = load(t, ENTRY.param, base, count, row(scratch, THETA))
+        tau = _load_tau(t, base, count, scratch) if merges else 0
+    arithmetic.advance_and_add(g, dtype, factor, m, v, theta, tau, count, s.ctypes.data)
     memory.store(t, ENTRY.exp_avg, base, count, m)
     memory.store(t, ENTRY.exp_avg_sq, base, count, v)
-    memory.store(t, ENTRY.param, base, count, theta)
+    if dtype == FP32:
+        memory.store(t, ENTRY.param, base, count, theta)
 
 
 @jit
@@ -200,7 +217,7 @@ def step_block(t, index, s, base, count, kth, scratch):
     kept = tau = merged = u
     if s[SCALAR.moves] == ZERO:
         return u, kept, tau, merged
-    if t[ENTRY.merges] != 0 and (t[ENTRY.anchor] == 0 or s[SCALAR.merges] != ZERO):
+    if merges_tau(t, s):
         kept, tau = _keep(t, s, base, count, u, kth, scratch), _load_tau(t, base, count, scratch)
         merged, weights = row(scratch, MERGED), (s[SCALAR.update_weight], s[SCALAR.tau_weight])
         arithmetic.consensus(t[ENTRY.consensus], kept, tau, *weights, merged, count)
