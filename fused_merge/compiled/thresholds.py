@@ -44,7 +44,7 @@ class Thresholds:
         self._numels = table[:, ENTRY.numel].tolist()
         self._ranks = np.array(ranks, np.int64)
         self.blocks = Blocks.of(numbers, self._numels)
-        # Of the last two steps, over the step sizes, by which u scales; NaN where nothing is known.
+        # Of the last two steps, over the learning rates, by which u scales; NaN where nothing is known.
         self.last = np.full((len(table), 2), np.nan)
         self._advances = table[:, ENTRY.skips] != 0
         sizes = np.maximum(table[:, ENTRY.numel], 1)
@@ -103,7 +103,7 @@ class Thresholds:
             hows = np.where(known, step.AGAIN, step.ADVANCE)
             again = self._subset(missed & self._advances)
             self._search(told, crew, hows, kths, np.full_like(kths, LARGEST), again, ends)
-        found = np.where(merges, kths.view(np.float32) / scalars[:, SCALAR.step_size].astype(np.float64), self.last[:, 0])
+        found = np.where(merges, kths.view(np.float32) / _learning_rates(scalars), self.last[:, 0])
         self.last = np.where(merges[:, None], np.stack((found, self.last[:, 0]), axis=1), self.last)
         return kths
 
@@ -114,13 +114,13 @@ class Thresholds:
 
     def _window(self, scalars: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the patterns between which the thresholds are expected, and where they are."""
-        last, before = self.last.T
+        rates, (last, before) = _learning_rates(scalars), self.last.T
         with np.errstate(all="ignore"):
             # In the first steps of a run thresholds fall step by step.
             falls = np.fmin(np.fmax(last / before, 0.8), 1.0)
-            expected = last * falls * scalars[:, SCALAR.step_size]
+            expected = last * falls * rates
             lows = np.where(self._small, 0, _patterns(expected * (1 - self._margin)))
-            lasts = np.where(self._small | self._advances, LARGEST, _patterns(last * scalars[:, SCALAR.step_size] * (1 + self._margin)))
+            lasts = np.where(self._small | self._advances, LARGEST, _patterns(last * rates * (1 + self._margin)))
         known = self._small | np.isfinite(expected)
         fits = (lows >= 0) & (lows <= lasts)
         return lows.astype(np.int32), lasts.astype(np.int32), known & fits
@@ -181,6 +181,11 @@ class Thresholds:
             yield [LocalSum(total[k], self._shards[number].groups) for number, k in summed]
             low, rank = narrow(total, low, rank, shift)
         kths[numbers] = low.numpy()
+
+
+def _learning_rates(scalars: np.ndarray) -> np.ndarray:
+    """Return lr of each tensor, out of lr / (1 - b1^t)."""
+    return scalars[:, SCALAR.step_size] * (1 - scalars[:, SCALAR.beta1].astype(np.float64) ** scalars[:, SCALAR.step])
 
 
 def _patterns(x: np.ndarray) -> np.ndarray:
