@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from fused_merge.compiled.jit import inlined, loop
-from fused_merge.compiled.layout import LINEAR, SCALAR, SIGN_PAPER, SIGN_REFERENCE
+from fused_merge.compiled.layout import LINEAR, SCALAR, SCALARS, SIGN_PAPER, SIGN_REFERENCE
 from fused_merge.compiled.memory import (
     BF16,
     BLOCK,
@@ -27,7 +27,6 @@ from fused_merge.eager.projection import RESIDUE
 
 ZERO, ONE = np.float32(0), np.float32(1)
 _RESIDUE = np.float32(RESIDUE)
-_SCALARS = len(SCALAR)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 
 
@@ -56,7 +55,7 @@ def advance(
 ) -> None:
     """m = b1*m + (1 - b1)*g, v = b2*v + (1 - b2)*g^2 in place, and u; g, fp32 or bf16, is yet to be multiplied."""
     g, m, v, u = fp32(grad, count), fp32(exp_avg, count), fp32(exp_avg_sq, count), fp32(update, count)
-    bits, s = uint16(grad, count), fp32(scalars, _SCALARS)
+    bits, s = uint16(grad, count), fp32(scalars, SCALARS)
     beta1, rest1, beta2, rest2 = s[SCALAR.beta1], s[SCALAR.one_minus_beta1], s[SCALAR.beta2], s[SCALAR.one_minus_beta2]
     step_size, inv_sqrt_bias2, eps = s[SCALAR.step_size], s[SCALAR.inv_sqrt_bias2], s[SCALAR.eps]
     if dtype == BF16:
@@ -75,7 +74,7 @@ def peek(
 ) -> None:
     """The u of `advance`, with the moments left as they are."""
     g, m, v, u = fp32(grad, count), fp32(exp_avg, count), fp32(exp_avg_sq, count), fp32(update, count)
-    bits, s = uint16(grad, count), fp32(scalars, _SCALARS)
+    bits, s = uint16(grad, count), fp32(scalars, SCALARS)
     beta1, rest1, beta2, rest2 = s[SCALAR.beta1], s[SCALAR.one_minus_beta1], s[SCALAR.beta2], s[SCALAR.one_minus_beta2]
     step_size, inv_sqrt_bias2, eps = s[SCALAR.step_size], s[SCALAR.inv_sqrt_bias2], s[SCALAR.eps]
     if dtype == BF16:
@@ -97,7 +96,7 @@ def advance_and_add(
     g, theta and tau are fp32 or bf16.
     """
     g, m, v = fp32(grad, count), fp32(exp_avg, count), fp32(exp_avg_sq, count)
-    x, d, s = fp32(theta, count), fp32(tau, count), fp32(scalars, _SCALARS)
+    x, d, s = fp32(theta, count), fp32(tau, count), fp32(scalars, SCALARS)
     g_bits, x_bits, d_bits = uint16(grad, count), uint16(theta, count), uint16(tau, count)
     beta1, rest1, beta2, rest2 = s[SCALAR.beta1], s[SCALAR.one_minus_beta1], s[SCALAR.beta2], s[SCALAR.one_minus_beta2]
     step_size, inv_sqrt_bias2, eps = s[SCALAR.step_size], s[SCALAR.inv_sqrt_bias2], s[SCALAR.eps]
@@ -127,7 +126,7 @@ def advance_and_add(
 @loop
 def update_again(exp_avg: int, exp_avg_sq: int, update: int, count: int, scalars: int) -> None:
     """u from moments that have advanced."""
-    m, v, u, s = fp32(exp_avg, count), fp32(exp_avg_sq, count), fp32(update, count), fp32(scalars, _SCALARS)
+    m, v, u, s = fp32(exp_avg, count), fp32(exp_avg_sq, count), fp32(update, count), fp32(scalars, SCALARS)
     step_size, inv_sqrt_bias2, eps = s[SCALAR.step_size], s[SCALAR.inv_sqrt_bias2], s[SCALAR.eps]
     for j in range(count):
         u[j] = _update(m[j], v[j], step_size, inv_sqrt_bias2, eps)

@@ -20,8 +20,6 @@ from numba import cfunc, config, njit, types
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _TYPES = {int: types.int64, float: types.float32, type(None): types.void}
-# numba behaves as IEEE 754 says, and contracts nothing; division by zero is no exception.
-_ARITHMETIC = "numpy"
 _loops: dict[str, Any] = {}
 
 
@@ -44,49 +42,64 @@ def _cache_directory() -> str:
 
 
 @contextmanager
-def _cached() -> Iterator[bool]:
-    """Let functions be kept in that folder; whether there is one."""
-    folder, before = _cache_directory(), config.CACHE_DIR
-    config.CACHE_DIR = folder
+def _numba(**settings: Any) -> Iterator[None]:
+    """Compile with other settings of numba."""
+    before = {name: getattr(config, name) for name in settings}
     try:
-        yield bool(folder)
+        for name, value in settings.items():
+            setattr(config, name, value)
+        yield
     finally:
-        config.CACHE_DIR = before
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def _options(**own: bool) -> dict[str, Any]:
+    """Return how numba is to compile: it behaves as IEEE 754 says, contracts nothing, and divides by zero."""
+    return {"cache": bool(_cache_directory()), "error_model": "numpy", **own}
 
 
 def jit(function: Function) -> Function:
-    """Compile a function when it is first called."""
-    with _cached() as cached:
-        compiled: Function = njit(cache=cached, nogil=True, error_model=_ARITHMETIC)(function)
+    """Compile a function when another compiled one first calls it."""
+    with _numba(CACHE_DIR=_cache_directory()):
+        compiled: Function = njit(**_options(no_cpython_wrapper=True, no_cfunc_wrapper=True))(function)
     return compiled
 
 
 def inlined(function: Function) -> Function:
     """Compile a function into those that call it."""
-    with _cached() as cached:
-        compiled: Function = njit(cache=cached, forceinline=True, error_model=_ARITHMETIC)(function)
+    with _numba(CACHE_DIR=_cache_directory()):
+        options = _options(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+        compiled: Function = njit(**options)(function)
     return compiled
 
 
 def loop(function: Function) -> Function:
     """Compile a function of its own; other compiled functions call it by its symbol."""
-    compiled, signature = _foreign(function)
     symbol = f"{function.__module__}.{function.__name__}".replace(".", "_")
-    _loops[symbol] = compiled
+    # Arrays in loops are views of addresses: nothing counts them.
+    _loops[symbol] = compiled = _foreign(function, _nrt=False)
     binding.add_symbol(symbol, compiled.address)
-    external: Any = types.ExternalFunction(symbol, signature)
+    external: Any = types.ExternalFunction(symbol, compiled._sig)
     return external
 
 
 def task(function: Callable[[int], None]) -> Callable[[], int]:
     """Return what compiles a function that threads are told to run by its address, and returns that."""
-    return cache(lambda: _foreign(function)[0].address)
+
+    @cache
+    def compiled() -> int:
+        # What lies between loops is short: to make it faster takes longer than it runs.
+        with _numba(OPT=1, LOOP_VECTORIZE=False, SLP_VECTORIZE=False):
+            address: int = _foreign(function).address
+        return address
+
+    return compiled
 
 
-def _foreign(function: Callable[..., Any]) -> tuple[Any, Any]:
+def _foreign(function: Callable[..., Any], **own: bool) -> Any:
     """Compile a function that can be called by its address."""
     hints = get_type_hints(function)
     returned = _TYPES[hints.pop("return")]
-    signature = returned(*(_TYPES[hint] for hint in hints.values()))
-    with _cached() as cached:
-        return cfunc(signature, cache=cached, error_model=_ARITHMETIC)(function), signature
+    with _numba(CACHE_DIR=_cache_directory()):
+        return cfunc(returned(*(_TYPES[hint] for hint in hints.values())), **_options(**own))(function)

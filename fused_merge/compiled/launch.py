@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_merge.compiled import merge_stats, passes
-from fused_merge.compiled.layout import ENTRY
+from fused_merge.compiled.layout import ENTRIES, ENTRY
 from fused_merge.compiled.memory import BLOCK
 from fused_merge.compiled.tables import entry, finds_rows, projects_rows
 from fused_merge.compiled.threads import Blocks, Crew
@@ -37,7 +37,7 @@ class Launch:
         self.names = [o.name for o in operands]
         self._rule, self._stats, self._shards = rule, stats, [o.shard for o in operands]
         entries = [entry(o, rule, seed=seed, stats=stats, decays=decays) for o in operands]
-        self.table = np.array(entries, np.int64).reshape(len(entries), len(ENTRY))
+        self.table = np.array(entries, np.int64).reshape(len(entries), ENTRIES)
         self._numels = [o.param.numel() for o in operands]
         merged = [i for i, o in enumerate(operands) if o.tau is not None]
         self.thresholds: Thresholds | None = None

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from fused_merge.eager.scalars import Scalars
 
+
+
+def columns(table: type[NamedTuple]) -> Any:
+    """Return the numbers of a table's columns, by name: a module, whose attributes are constants in compiled code."""
+    numbers = ModuleType(table.__name__)
+    for number, name in enumerate(table._fields):
+        setattr(numbers, name, number)
+    return numbers
+
+
 # Columns of the scalar table, fp32.
-SCALAR = Scalars(*range(len(Scalars._fields)))
+SCALAR, SCALARS = columns(Scalars), len(Scalars._fields)
 
 NONE, RANDOM, MAGNITUDE, SOFT_THRESHOLD = range(4)
 SPARSIFY = {"none": NONE, "random": RANDOM, "magnitude": MAGNITUDE, "soft_threshold": SOFT_THRESHOLD}
@@ -67,6 +78,6 @@ class TensorEntry(NamedTuple):
     skips: int  # whether weights to which nothing is added are left alone
 
 
-ENTRY = TensorEntry(*range(len(TensorEntry._fields)))
+ENTRY, ENTRIES = columns(TensorEntry), len(TensorEntry._fields)
 # From the column of an address to that of a dtype.
 DTYPE = ENTRY.param_dtype - ENTRY.param

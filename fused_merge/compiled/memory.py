@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, types
+from numba import types
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 from fused_merge.compiled.jit import inlined, loop
 from fused_merge.compiled.layout import DTYPE
@@ -22,16 +23,6 @@ _QUIET_NAN = np.uint16(0x7FC0)
 
 
 # --- what numba has no word for
-
-
-@intrinsic
-def _pointer(typing_context: Any, address: Any) -> Any:
-    """The pointer that an integer stands for."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
-
-    return types.voidptr(types.int64), generate
 
 
 @intrinsic
@@ -97,46 +88,26 @@ def to_half(typing_context: Any, x: Any) -> Any:
 # --- where elements lie
 
 
-@inlined
-def fp32(address, count):
-    """Elements where they lie."""
-    return carray(_pointer(address), (count,), np.float32)
+def _view(dtype: Any) -> Any:
+    """Return what makes an array of `count` elements of an address; nobody counts who uses it."""
+    array = types.Array(dtype, 1, "C")
+
+    @intrinsic
+    def view(typing_context: Any, address: Any, count: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            made = context.make_array(array)(context, builder)
+            size = context.get_constant(types.intp, dtype.bitwidth // 8)
+            data = builder.inttoptr(arguments[0], context.get_data_type(dtype).as_pointer())
+            populate_array(made, data=data, shape=[arguments[1]], strides=[size], itemsize=size, meminfo=None)
+            return made._getvalue()
+
+        return array(types.int64, types.int64), generate
+
+    return view
 
 
-@inlined
-def uint8(address, count):
-    """Elements where they lie."""
-    return carray(_pointer(address), (count,), np.uint8)
-
-
-@inlined
-def uint16(address, count):
-    """Elements where they lie."""
-    return carray(_pointer(address), (count,), np.uint16)
-
-
-@inlined
-def int16(address, count):
-    """Elements where they lie."""
-    return carray(_pointer(address), (count,), np.int16)
-
-
-@inlined
-def int32(address, count):
-    """Elements where they lie."""
-    return carray(_pointer(address), (count,), np.int32)
-
-
-@inlined
-def uint32(address, count):
-    """Elements where they lie."""
-    return carray(_pointer(address), (count,), np.uint32)
-
-
-@inlined
-def int64(address, count):
-    """Elements where they lie."""
-    return carray(_pointer(address), (count,), np.int64)
+fp32, int16, int32, int64 = map(_view, (types.float32, types.int16, types.int32, types.int64))
+uint8, uint16, uint32 = map(_view, (types.uint8, types.uint16, types.uint32))
 
 
 # --- dtypes

@@ -21,18 +21,15 @@ import numpy as np
 from fused_merge.compiled import merge_stats, projection, search, sparse, step
 from fused_merge.compiled.arithmetic import ZERO
 from fused_merge.compiled.jit import inlined, task
-from fused_merge.compiled.layout import ENTRY, LARGEST, SCALAR, SOFT_THRESHOLD
+from fused_merge.compiled.layout import ENTRIES, ENTRY, LARGEST, SCALAR, SCALARS, SOFT_THRESHOLD
 from fused_merge.compiled.memory import BLOCK, fp32, int32, int64
 from fused_merge.compiled.scratch import BITS, KEPT, MERGED, PLACES, ROW_OF_ALONG, TAU_PLACES, row
-from fused_merge.compiled.threads import TASK, begin, take
+from fused_merge.compiled.threads import TASK, TASKS, begin, take
 from fused_merge.eager.kth_largest import BINS
-
-_COLUMNS, _SCALARS = len(ENTRY), len(SCALAR)
-
 
 @inlined
 def _told(task):
-    return int64(task, len(TASK))
+    return int64(task, TASKS)
 
 
 @inlined
@@ -55,7 +52,7 @@ def _locate(a, block, k):
 @inlined
 def _row(a, index):
     """Return the rows of a tensor in the tables."""
-    return int64(a[TASK.table] + 8 * _COLUMNS * index, _COLUMNS), fp32(a[TASK.scalars] + 4 * _SCALARS * index, _SCALARS)
+    return int64(a[TASK.table] + 8 * ENTRIES * index, ENTRIES), fp32(a[TASK.scalars] + 4 * SCALARS * index, SCALARS)
 
 
 @inlined

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-from fused_merge.compiled.jit import inlined
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
 from fused_merge.compiled.memory import BLOCK
 
 # Elements of four bytes in a row: a block, and a few that vectors of random words need more.
@@ -37,7 +40,12 @@ def scratch(threads: int) -> np.ndarray:
     return np.zeros((threads, ROWS * ROOM), np.float32)
 
 
-@inlined
-def row(scratch, number):
+@intrinsic
+def row(typing_context: Any, scratch: Any, number: Any) -> Any:
     """Return the address of a row."""
-    return scratch + 4 * ROOM * number
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        size = context.get_constant(types.int64, 4 * ROOM)
+        return builder.add(arguments[0], builder.mul(arguments[1], size))
+
+    return types.int64(types.int64, types.int64), generate

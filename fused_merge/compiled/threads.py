@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from fused_merge.compiled.jit import inlined
+from fused_merge.compiled.layout import columns
 from fused_merge.compiled.memory import BLOCK, fetch_add, int64
 from fused_merge.compiled.scratch import SCRATCH, scratch
 
@@ -82,20 +83,20 @@ class Task(NamedTuple):
     ends: int = 0  # int64 [threads]: how far each thread has filled its part
 
 
-TASK = Task(*range(len(Task._fields)))
+TASK, TASKS = columns(Task), len(Task._fields)
 
 
 @inlined
 def begin(task):
     """Return the number of this thread, and its room."""
     thread = fetch_add(task + 8 * TASK.thread, 1)
-    return thread, int64(task, len(TASK))[TASK.scratch] + SCRATCH * thread
+    return thread, int64(task, TASKS)[TASK.scratch] + SCRATCH * thread
 
 
 @inlined
 def take(task):
     """Return which blocks to do next, from here to there; none if that is the same."""
-    a = int64(task, len(TASK))
+    a = int64(task, TASKS)
     start = min(fetch_add(task + 8 * TASK.next, a[TASK.chunk]), a[TASK.blocks])
     return start, min(start + a[TASK.chunk], a[TASK.blocks])
 
