@@ -12,12 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, get_type_hints
 
 from llvmlite import binding
 from numba import cfunc, config, njit, types
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 _TYPES = {int: types.int64, float: types.float32, type(None): types.void}
 # numba behaves as IEEE 754 says, and contracts nothing; division by zero is no exception.
@@ -54,28 +52,25 @@ def _cached() -> Iterator[bool]:
         config.CACHE_DIR = before
 
 
-def jit(function: Function) -> Function:
+def jit(function: Callable[..., Any]) -> Any:
     """Compile a function when it is first called."""
     with _cached() as cached:
-        compiled: Function = njit(cache=cached, nogil=True, error_model=_ARITHMETIC)(function)
-    return compiled
+        return njit(cache=cached, nogil=True, error_model=_ARITHMETIC)(function)
 
 
-def inlined(function: Function) -> Function:
+def inlined(function: Callable[..., Any]) -> Any:
     """Compile a function into those that call it."""
     with _cached() as cached:
-        compiled: Function = njit(cache=cached, forceinline=True, error_model=_ARITHMETIC)(function)
-    return compiled
+        return njit(cache=cached, forceinline=True, error_model=_ARITHMETIC)(function)
 
 
-def loop(function: Function) -> Function:
+def loop(function: Callable[..., Any]) -> Any:
     """Compile a function of its own; other compiled functions call it by its symbol."""
     compiled, signature = _foreign(function)
     symbol = f"{function.__module__}.{function.__name__}".replace(".", "_")
     _loops[symbol] = compiled
     binding.add_symbol(symbol, compiled.address)
-    external: Any = types.ExternalFunction(symbol, signature)
-    return external
+    return types.ExternalFunction(symbol, signature)
 
 
 def task(function: Callable[[int], None]) -> Callable[[], int]:

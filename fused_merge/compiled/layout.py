@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fused_merge.eager.scalars import Scalars
 
 # Columns of the scalar table, fp32.
-SCALAR = Scalars(*range(len(Scalars._fields)))
+SCALAR: Any = Scalars(*range(len(Scalars._fields)))
 
 NONE, RANDOM, MAGNITUDE, SOFT_THRESHOLD = range(4)
 SPARSIFY = {"none": NONE, "random": RANDOM, "magnitude": MAGNITUDE, "soft_threshold": SOFT_THRESHOLD}

@@ -1,8 +1,8 @@
 """The thresholds of a ranked F, tensor by tensor, from one step to the next.
 
-A window around the last threshold is where the next one is expected. One pass lists the elements in it, and the exact one
-is found among them. Where the window does not hold it, as at the first step, it is found by counting all elements, in four
-rounds of 256 bins; so it is, among what is listed, where several processes hold a tensor.
+A window around the last threshold is where the next one is expected. One pass lists the elements in it, and the exact
+one is found among them. Where the window does not hold it, as at the first step, it is found by counting all elements,
+in four rounds of 256 bins; so it is, among what is listed, where several processes hold a tensor.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Thresholds:
         blocks: Blocks,
         ends: np.ndarray,
     ) -> np.ndarray:
-        """List what lies in windows; return int64 `[T, 3]`: how many lie above, how many are listed, what did not fit."""
+        """List what lies in windows; return int64 `[T, 3]`: what is above, what is listed, blocks that did not fit."""
         totals = np.zeros((blocks.threads, len(hows), 3), np.int64)
         windows = {"hows": hows, "lows": lows, "lasts": lasts, "room": self._room, "ends": ends, "counts": totals}
         crew.over(blocks, passes.search_pass, **told, **windows, **self.list._asdict())

@@ -88,7 +88,8 @@ def prepare(
 
         reasons = [specialization.why_unsupported(o, rule) for o in operands]
     if "compiled" in chosen.values():
-        from fused_merge.compiled import launch as compiled_launch, tables
+        from fused_merge.compiled import launch as compiled_launch
+        from fused_merge.compiled import tables
 
         reasons = [tables.why_unsupported(o, rule) for o in operands]
     shares: list[tuple[backend.Share, Any]] = []
