@@ -145,16 +145,18 @@ class PreparedLaunch(NamedTuple):
     launch: Launch
     hyper: Hyper
     crew: Crew
+    operands: Sequence[Operands]  # their addresses are in the tables
 
 
 def prepare(
     operands: Sequence[Operands], rule: MergeRule, hyper: Hyper, *, seed: int, stats: bool, plan: Plan
 ) -> PreparedLaunch:
-    """Make ready to step tensors on the CPU, that are contiguous; `plan` is what the last call with them has left."""
+    """Make ready to step tensors on the CPU, contiguous but for gradients; `plan` is what the last call has left."""
+    operands = [o if o.grad is None else o._replace(grad=o.grad.contiguous()) for o in operands]
     tensors: dict[str, Any] = {field: float(x) for field, x in hyper._asdict().items() if isinstance(x, Tensor)}
     hyper = hyper._replace(**tensors)
     launch = plan.launch(operands, rule, seed, stats=stats, decays=hyper.weight_decay != 0)
-    return PreparedLaunch(launch, hyper, plan.crew)
+    return PreparedLaunch(launch, hyper, plan.crew, operands)
 
 
 def run(prepared: PreparedLaunch) -> Steps[list[MergeSums | None]]:
@@ -164,7 +166,7 @@ def run(prepared: PreparedLaunch) -> Steps[list[MergeSums | None]]:
         T sums if asked for, else T times None; None for tensors without a delta. They mean something only where a step
         has merged.
     """
-    launch, hyper, crew = prepared
+    launch, hyper, crew, _ = prepared
     counts = np.empty(len(launch.table), np.float32)
     crew.all(passes.read_steps, table=launch.table, tensors=len(counts), products=counts)
     different, which = np.unique(counts, return_inverse=True)

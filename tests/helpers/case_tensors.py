@@ -146,7 +146,7 @@ def operands_of(case, number, t, generator, merges):
     if case.stepped != "here":
         anchor = Anchor(anchor.weights, kept=case.stepped == "elsewhere")
         o = o._replace(grad=None, exp_avg=None, exp_avg_sq=None)
-    keep = torch.rand(shape, generator=generator) < DENSITIES[number]
+    keep = torch.rand(shape, generator=generator) < DENSITIES[number % len(DENSITIES)]
     dense = None if case.tau_dense == "none" else placed(t.delta.to(DTYPE[case.tau_dense]), case)
     return o._replace(tau=stored_tau(t.delta, keep, case), tau_dense=dense, anchor=anchor)
 
