@@ -34,8 +34,12 @@ def follow(made, options, change=lambda step, tensors: None, steps=5, each=lambd
         more = each(step) or {}
         compiled.step("compiled", lists, workspace=workspace, **options, **more)
         eager.step("eager", lists, **options, **more)
-        assert_same_bits(compiled.outputs(), eager.outputs(), f"step {step}")
-    return compiled
+        assert_same_bits(*(numbers(tensors.outputs()) for tensors in (compiled, eager)), f"step {step}")
+
+
+def numbers(outputs):
+    """Make every NaN the same one: their patterns are nobody's promise."""
+    return {key: [x.masked_fill(x.isnan(), torch.nan) for x in values] for key, values in outputs.items()}
 
 
 @pytest.mark.parametrize("stored", STORED, ids=["sparse", "dense"])
@@ -158,6 +162,12 @@ def test_a_threshold_near_the_last_one_is_not_counted(monkeypatch):
         return count(self, told, crew, hows, missed, *rest)
 
     monkeypatch.setattr(thresholds.Thresholds, "_count", noted)
+    tensors = Tensors((50_000,), (600,), sparse=True)
+    for exp_avg, exp_avg_sq, step in zip(tensors.exp_avgs, tensors.exp_avg_sqs, tensors.steps, strict=True):
+        # As after many steps with such gradients.
+        exp_avg *= (1 / 19) ** 0.5
+        exp_avg_sq.fill_(0.01)
+        step.fill_(1000.0)
     # Of the small tensor everything is listed, and nothing counted.
-    follow(Tensors((50_000,), (600,), sparse=True), RANKED[0], steps=4)
+    follow(tensors, RANKED[0], steps=4)
     assert counted == [1, 0, 0, 0]
