@@ -196,9 +196,7 @@ def remove_conflict(source: int, factor: float, tau: int, along: int, ascent: in
 
 
 @loop
-def onto(
-    source: int, factor: float, tau: int, along: int, strength: float, rest: float, out: int, count: int
-) -> None:
+def onto(source: int, factor: float, tau: int, along: int, strength: float, rest: float, out: int, count: int) -> None:
     """(1 - strength)*s*x + strength*c*tau, c*tau the component of s*x along tau."""
     x, d, y, products = fp32(source, count), fp32(tau, count), fp32(out, count), fp32(along, 2)
     dot, norm = products[0], products[1]

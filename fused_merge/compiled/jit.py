@@ -12,12 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, get_type_hints
 
 from llvmlite import binding
 from numba import cfunc, config, njit, types
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 _TYPES = {int: types.int64, float: types.float32, type(None): types.void}
 _loops: dict[str, Any] = {}
@@ -59,29 +57,26 @@ def _options(**own: bool) -> dict[str, Any]:
     return {"cache": bool(_cache_directory()), "error_model": "numpy", **own}
 
 
-def jit(function: Function) -> Function:
+def jit(function: Callable[..., Any]) -> Any:
     """Compile a function when another compiled one first calls it."""
     with _numba(CACHE_DIR=_cache_directory()):
-        compiled: Function = njit(**_options(no_cpython_wrapper=True, no_cfunc_wrapper=True))(function)
-    return compiled
+        return njit(**_options(no_cpython_wrapper=True, no_cfunc_wrapper=True))(function)
 
 
-def inlined(function: Function) -> Function:
+def inlined(function: Callable[..., Any]) -> Any:
     """Compile a function into those that call it."""
     with _numba(CACHE_DIR=_cache_directory()):
         options = _options(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
-        compiled: Function = njit(**options)(function)
-    return compiled
+        return njit(**options)(function)
 
 
-def loop(function: Function) -> Function:
+def loop(function: Callable[..., Any]) -> Any:
     """Compile a function of its own; other compiled functions call it by its symbol."""
     symbol = f"{function.__module__}.{function.__name__}".replace(".", "_")
     # Arrays in loops are views of addresses: nothing counts them.
     _loops[symbol] = compiled = _foreign(function, _nrt=False)
     binding.add_symbol(symbol, compiled.address)
-    external: Any = types.ExternalFunction(symbol, compiled._sig)
-    return external
+    return types.ExternalFunction(symbol, compiled._sig)
 
 
 def task(function: Callable[[int], None]) -> Callable[[], int]:

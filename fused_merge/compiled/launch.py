@@ -1,8 +1,8 @@
 """From lists of tensors to passes over their blocks, as `fused_merge.kernels.launch` does for a GPU.
 
-A step is a sequence of passes over all tensors: what the projection needs; for a ranked F the search for thresholds; the
-step itself. What a pass adds up over sharded tensors is yielded before the next one begins. The tables are kept, with the
-last thresholds, in a `Plan`.
+A step is a sequence of passes over all tensors: what the projection needs; for a ranked F the search for thresholds;
+the step itself. What a pass adds up over sharded tensors is yielded before the next one begins. The tables are kept,
+with the last thresholds, in a `Plan`.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Launch:
         out = torch.empty(blocks.count, 2)
         told = {"table": self.table, "scalars": scalars, "tensors": len(scalars)}
         crew.over(blocks, passes.products_pass, **told, products=out.numpy())
-        own = out.split(np.diff(blocks.firsts).tolist())
+        own = torch.split(out, np.diff(blocks.firsts).tolist())
         along = []
         for i, x in zip(blocks.numbers.tolist(), own, strict=True):
             height = self._heights[i]
@@ -105,7 +105,7 @@ class Launch:
     def _sums(self, products: Tensor, counts: Tensor) -> list[MergeSums | None]:
         """Return what is added up over each tensor that merges."""
         sums: list[MergeSums | None] = [None] * len(counts)
-        parts = products.split(np.diff(self._whole.firsts).tolist())
+        parts = torch.split(products, np.diff(self._whole.firsts).tolist())
         for i, own in zip(self._whole.numbers.tolist(), parts, strict=True):
             if self.table[i, ENTRY.stats]:
                 sums[i] = MergeSums(*tree_sum(own.t()).unbind(), *counts[i].unbind())
@@ -145,16 +145,18 @@ class PreparedLaunch(NamedTuple):
     launch: Launch
     hyper: Hyper
     crew: Crew
+    operands: Sequence[Operands]  # their addresses are in the tables
 
 
 def prepare(
     operands: Sequence[Operands], rule: MergeRule, hyper: Hyper, *, seed: int, stats: bool, plan: Plan
 ) -> PreparedLaunch:
-    """Make ready to step tensors on the CPU, that are contiguous; `plan` is what the last call with them has left."""
-    tensors = {field: float(x) for field, x in hyper._asdict().items() if isinstance(x, Tensor)}
+    """Make ready to step tensors on the CPU, contiguous but for gradients; `plan` is what the last call has left."""
+    operands = [o if o.grad is None else o._replace(grad=o.grad.contiguous()) for o in operands]
+    tensors: dict[str, Any] = {field: float(x) for field, x in hyper._asdict().items() if isinstance(x, Tensor)}
     hyper = hyper._replace(**tensors)
     launch = plan.launch(operands, rule, seed, stats=stats, decays=hyper.weight_decay != 0)
-    return PreparedLaunch(launch, hyper, plan.crew)
+    return PreparedLaunch(launch, hyper, plan.crew, operands)
 
 
 def run(prepared: PreparedLaunch) -> Steps[list[MergeSums | None]]:
@@ -164,7 +166,7 @@ def run(prepared: PreparedLaunch) -> Steps[list[MergeSums | None]]:
         T sums if asked for, else T times None; None for tensors without a delta. They mean something only where a step
         has merged.
     """
-    launch, hyper, crew = prepared
+    launch, hyper, crew, _ = prepared
     counts = np.empty(len(launch.table), np.float32)
     crew.all(passes.read_steps, table=launch.table, tensors=len(counts), products=counts)
     different, which = np.unique(counts, return_inverse=True)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from fused_merge.eager.scalars import Scalars
 
 
-
 def columns(table: type[NamedTuple]) -> Any:
     """Return the numbers of a table's columns, by name: a module, whose attributes are constants in compiled code."""
     numbers = ModuleType(table.__name__)

@@ -53,7 +53,7 @@ def _count(
 
 @jit
 def add_up(t, s, u, kept, tau, merged, count, scratch, products, counts):
-    """Write the inner products of a block, fp32 `[4]`, and add to the counts of a tensor, in the order of `MergeSums`."""
+    """Write the inner products of a block, fp32 `[4]`, and add to a tensor's counts, in the order of `MergeSums`."""
     room, other, out = row(scratch, PRODUCT), row(scratch, SUMS), fp32(products, PRODUCTS)
     out[0] = sums.inner_product(u, u, ONE, room, other, count)
     out[1] = sums.inner_product(tau, tau, ONE, room, other, count)

@@ -5,13 +5,13 @@ Block b of the tensor in row `numbers[k]` of the tables is block `firsts[k] + b`
 Bytes per element, all fp32: `step_pass` reads theta 4, g 4, m 4, v 4 and writes theta 4, m 4, v 4: 28.
 
 - tau adds 4 (fp32) or 2 (bf16, fp16) when dense; stored sparse 1/8 + 4/1024 and 2 or 4 for each kept value.
-- Where few elements are kept, theta is read and written by lines of 64 bytes that hold one: at p = 0.01 for u and for tau
-  2.2 of its 8 bytes.
+- Where few elements are kept, theta is read and written by lines of 64 bytes that hold one: at p = 0.01 for u and for
+  tau 2.2 of its 8 bytes.
 - A ranked F: `search_pass` reads g, m, v and writes m, v and 6 for each element near or above the last threshold;
-  `finish_pass` reads these and touches theta as above. With 16-bit moments, masters, step-K, statistics, or where much is
-  kept, `search_pass` reads g, m, v and writes 4 for each element near the threshold, and `step_pass` is a whole one.
-- Projection over tensors: `products_pass` reads g 4 and tau 4 (for the update g, m, v and tau). Over rows: nothing, since
-  a row that was added up is still in a cache when it is stepped.
+  `finish_pass` reads these and touches theta as above. With 16-bit moments, masters, step-K, statistics, or where much
+  is kept, `search_pass` reads g, m, v and writes 4 for each element near the threshold, and `step_pass` is a whole one.
+- Projection over tensors: `products_pass` reads g 4 and tau 4 (for the update g, m, v and tau). Over rows: nothing,
+  since a row that was added up is still in a cache when it is stepped.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from fused_merge.compiled.memory import BLOCK, fp32, int32, int64
 from fused_merge.compiled.scratch import BITS, KEPT, MERGED, PLACES, ROW_OF_ALONG, TAU_PLACES, row
 from fused_merge.compiled.threads import TASK, TASKS, begin, take
 from fused_merge.eager.kth_largest import BINS
+
 
 @inlined
 def _told(task):
@@ -75,7 +76,7 @@ def _part(a, index, number):
 
 @task
 def step_pass(task: int) -> None:
-    """Step blocks; write `products`, fp32 `[blocks, 4]`, and add to `counts`, int64 `[threads, T, 6]`, for statistics."""
+    """Step blocks. Statistics: write `products`, fp32 `[blocks, 4]`, and add to `counts`, int64 `[threads, T, 6]`."""
     a, (thread, scratch), k = _told(task), _begin(task), 0
     while True:
         start, stop = take(task)
@@ -104,7 +105,7 @@ def step_pass(task: int) -> None:
 @task
 def products_pass(task: int) -> None:
     """Write `products`, <x, tau> and <tau, tau>, fp32 `[blocks, 2]`; here blocks are those of rows, row by row."""
-    a, (thread, scratch), k = _told(task), _begin(task), 0
+    a, (_, scratch), k = _told(task), _begin(task), 0
     while True:
         start, stop = take(task)
         if start == stop:
@@ -183,7 +184,7 @@ def count_pass(task: int) -> None:
 @task
 def count_listed_pass(task: int) -> None:
     """Add to `counts` as `count_pass` does, of what is listed."""
-    a, (thread, scratch), k = _told(task), begin(task), 0
+    a, (thread, _), k = _told(task), begin(task), 0
     while True:
         start, stop = take(task)
         if start == stop:
@@ -203,7 +204,7 @@ def _count(a, thread, k, x, count):
 @task
 def select_pass(task: int) -> None:
     """Write `kths`, the patterns of what has `ranks` among the elements listed; a block here is a tensor."""
-    a, (thread, scratch), k = _told(task), begin(task), 0
+    a = _told(task)
     while True:
         start, stop = take(task)
         if start == stop:
@@ -220,7 +221,7 @@ def select_pass(task: int) -> None:
 @task
 def finish_pass(task: int) -> None:
     """Add what is kept of what `search_pass` has listed, and of tau; the moments have advanced."""
-    a, (thread, scratch), k = _told(task), _begin(task), 0
+    a, (_, scratch), k = _told(task), _begin(task), 0
     while True:
         start, stop = take(task)
         if start == stop:

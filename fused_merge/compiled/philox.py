@@ -64,7 +64,7 @@ def _draw_words(out: int, count: int, counter: int, high: int, step: int, tensor
 
 @loop
 def append(marks: int, eights: int, first: int, places: int) -> int:
-    """Write the places that are marked, eight counters at a time; return how many. No counter is looked at by itself."""
+    """Write the places that are marked, eight counters at a time; return how many."""
     eight, out, found = int64(marks, eights), int32(places, 32 * eights), 0
     for j in range(eights):
         word = eight[j]

@@ -25,7 +25,7 @@ LONGEST_ROW = ROOM * BLOCK
     MARKS, PLACES, TAU_PLACES, BITS,
     # Random words, uint32.
     RANDOM_WORDS, WORDS,
-    # <x, tau> and <tau, tau> of a block and of a row, fp32; of which tensor and row, int64; those of a row's blocks, fp32.
+    # <x, tau> and <tau, tau> of a block and of a row, fp32; of which tensor and row, int64; of a row's blocks, fp32.
     PAIR, ALONG, ROW_OF_ALONG, NODES, NODES_OF_TAU,
     ROWS,
 ) = range(31)  # fmt: skip

@@ -40,7 +40,7 @@ def _above(update: int, last: int, count: int) -> int:
     bits, over, upper = int32(update, count), np.int32(0), np.int32(last)
     for j in range(count):
         over = np.int32(over + np.int32(np.int32(bits[j] & _MAGNITUDE) > upper))
-    return np.int64(over)
+    return int(over)
 
 
 @loop

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from fused_merge.compiled.jit import inlined, loop
 from fused_merge.compiled.memory import fp32
 
-ZERO = np.float32(0)
+ZERO: Any = np.float32(0)
 
 
 @inlined

@@ -21,7 +21,10 @@ _MASTER = {torch.float32: layout.FULL_MASTER, torch.int16: layout.SPLIT_MASTER}
 
 
 def why_unsupported(o: Operands, rule: MergeRule) -> str | None:
-    """Return in a few words why compiled code cannot step this tensor, or None."""
+    """Return in a few words why compiled code cannot step this tensor, or None.
+
+    The layout of a gradient is no reason: it may differ between processes, which must run the same code.
+    """
     tensors = {
         "weights": o.param,
         "gradients": o.grad,
@@ -35,7 +38,7 @@ def why_unsupported(o: Operands, rule: MergeRule) -> str | None:
     for what, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in DTYPES:
             return f"there is no compiled code for {tensor.dtype} {what}"
-        if isinstance(tensor, Tensor) and not tensor.is_contiguous():
+        if isinstance(tensor, Tensor) and tensor is not o.grad and not tensor.is_contiguous():
             return f"there is no compiled code for {what} that are not contiguous"
     if o.tau is not None and rule.update not in layout.SPARSIFY:
         return f"there is no compiled code for F {rule.update!r} of the update"
@@ -98,8 +101,8 @@ def entry(o: Operands, rule: MergeRule, *, seed: int, stats: bool, decays: bool)
         tau_dense_dtype=dtype(dense),
         anchor_dtype=dtype(anchor and anchor.weights),
         merges=o.tau is not None,
-        tau_mask=address(sparse and sparse.mask),
-        tau_offsets=address(sparse and sparse.offsets),
+        tau_mask=0 if sparse is None else address(sparse.mask),
+        tau_offsets=0 if sparse is None else address(sparse.offsets),
         wide_offsets=sparse is not None and sparse.offsets.dtype == torch.int64,
         master=address(o.master),
         master_kind=layout.NO_MASTER if o.master is None else _MASTER[o.master.dtype],

@@ -10,6 +10,7 @@ import ctypes
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -27,7 +28,8 @@ from fused_merge.compiled.scratch import SCRATCH, scratch
 _WORTH = 1 << 15
 
 
-class Blocks(NamedTuple):
+@dataclass(frozen=True)
+class Blocks:
     """Some tensors, and where their blocks begin in the order of a pass."""
 
     numbers: np.ndarray  # int64: rows of the tables
@@ -36,7 +38,7 @@ class Blocks(NamedTuple):
 
     @classmethod
     def of(cls, numbers: Sequence[int], numels: Sequence[int], counts: Sequence[int] | None = None) -> Blocks:
-        """Return the blocks of the tensors of these numbers, out of tensors with so many elements, or `counts` blocks."""
+        """Return the blocks of the tensors of these numbers, of so many elements each, or of `counts` blocks."""
         counts = [-(-numel // BLOCK) for numel in numels] if counts is None else counts
         firsts = list(accumulate((counts[i] for i in numbers), initial=0))
         return cls(np.array(numbers, np.int64), np.array(firsts, np.int64), sum(numels[i] for i in numbers))

@@ -1,8 +1,8 @@
 """The thresholds of a ranked F, tensor by tensor, from one step to the next.
 
-A window around the last threshold is where the next one is expected. One pass lists the elements in it, and the exact one
-is found among them. Where the window does not hold it, as at the first step, it is found by counting all elements, in four
-rounds of 256 bins; so it is, among what is listed, where several processes hold a tensor.
+A window around the last threshold is where the next one is expected. One pass lists the elements in it, and the exact
+one is found among them. Where the window does not hold it, as at the first step, it is found by counting all elements,
+in four rounds of 256 bins; so it is, among what is listed, where several processes hold a tensor.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Thresholds:
         self._small = sizes <= LISTS_ALL_UP_TO
         # Between two steps thresholds drift, and those of small tensors jump.
         self._margin = (0.03 + 6 / np.sqrt(sizes)).astype(np.float32)
-        self.list = self._room_for_lists(sizes)
+        self._sizes = sizes
+        self.list = self._room_for_lists()
         self._sharded = [i for i in numbers if shards[i].groups]
 
     def take_over(self, last: Thresholds, numbers: Mapping[str, int], names: Sequence[str]) -> None:
@@ -60,9 +61,9 @@ class Thresholds:
             if name in numbers:
                 self.last[i] = last.last[numbers[name]]
 
-    def _room_for_lists(self, sizes: np.ndarray) -> List:
+    def _room_for_lists(self) -> List:
         """Make room; a block that does not fit is looked at again instead. Pages that are not written are not there."""
-        numbers, blocks = self.blocks.numbers, self.blocks
+        numbers, blocks, sizes = self.blocks.numbers, self.blocks, self._sizes
         rates = self._ranks / [max(1, shard.numel) for shard in self._shards]
         expected = np.where(self._small, sizes, sizes * np.minimum(1.0, rates * (1.5 + 2 * self._margin)))
         self._room = min(blocks.elements, int(expected[numbers].sum())) + 16 * BLOCK
@@ -75,6 +76,9 @@ class Thresholds:
 
     def find(self, scalars: np.ndarray, crew: Crew) -> Steps[np.ndarray]:
         """Find the thresholds, int32 patterns `[T]`; the moments of tensors whose weights are skipped have advanced."""
+        if len(self.list.values) < self._room * self.blocks.threads:
+            # There are more threads than at the last step.
+            self.list = self._room_for_lists()
         merges = scalars[:, SCALAR.advances] * scalars[:, SCALAR.moves] != 0
         merges &= (self._table[:, ENTRY.anchor] == 0) | (scalars[:, SCALAR.merges] != 0)
         lows, lasts, known = self._window(scalars)
@@ -135,7 +139,7 @@ class Thresholds:
         blocks: Blocks,
         ends: np.ndarray,
     ) -> np.ndarray:
-        """List what lies in windows; return int64 `[T, 3]`: how many lie above, how many are listed, what did not fit."""
+        """List what lies in windows; return int64 `[T, 3]`: what is above, what is listed, blocks that did not fit."""
         totals = np.zeros((blocks.threads, len(hows), 3), np.int64)
         windows = {"hows": hows, "lows": lows, "lasts": lasts, "room": self._room, "ends": ends, "counts": totals}
         crew.over(blocks, passes.search_pass, **told, **windows, **self.list._asdict())

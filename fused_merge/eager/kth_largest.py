@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_merge.eager.custom_op import custom_op
-
 BINS = 256
 # Elements counted at once, to keep temporaries in the cache.
 _CHUNK = 1 << 18
@@ -25,10 +23,6 @@ def shifts(dtype: torch.dtype) -> range:
     return range(8 * (dtype.itemsize - 1), -1, -8)
 
 
-@custom_op(
-    "(Tensor patterns, Tensor low, int shift) -> Tensor",
-    lambda patterns, low, shift: patterns.new_empty((BINS,), dtype=torch.int64),
-)
 def bin_counts(patterns: Tensor, low: Tensor, shift: int) -> Tensor:
     """Return how many patterns lie in each of 256 bins of 2^shift patterns, the first of which begins at `low`.
 

@@ -8,14 +8,12 @@ Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_merge.eager.custom_op import custom_op
 from fused_merge.eager.shard import ShardIndex
 
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -60,19 +58,13 @@ def _philox4x32(
     return c0, c1, c2, c3
 
 
-@custom_op(
-    "(SymInt numel, int threshold, Tensor step, SymInt seed, SymInt tensor_id, int domain, SymInt[] shard) -> Tensor",
-    lambda numel, threshold, step, *_: step.new_empty((numel,), dtype=torch.int64 if threshold < 0 else torch.bool),
-)
-def _draw(
-    numel: int, threshold: int, step: Tensor, seed: int, tensor_id: int, domain: int, shard: Sequence[int]
-) -> Tensor:
-    """Return which words are below `threshold`, or the words where it is negative, on the device of `step`."""
-    out = torch.zeros(numel, dtype=torch.int64 if threshold < 0 else torch.bool, device=step.device)
+def _draw(numel: int, threshold: int | None, key: MaskKey, device: torch.device | str) -> Tensor:
+    """Return which words are below `threshold`, or the words themselves without one."""
+    out = torch.zeros(numel, dtype=torch.int64 if threshold is None else torch.bool, device=device)
     if numel == 0:
         return out
-    key = (seed & _MASK32, (seed >> 32) & _MASK32)
-    offset, inner, global_inner = shard
+    step = torch.as_tensor(key.step, dtype=torch.int64, device=device)
+    offset, inner, global_inner = key.shard or ShardIndex.whole(numel)
     inner = min(inner, numel)
     if numel % inner:
         raise ValueError(f"a shard of {numel} elements is not made of whole runs of {inner}")
@@ -86,24 +78,17 @@ def _draw(
         start = (offset + columns + run * global_inner)[:, None]
         blocks = (start >> 2) + torch.arange((piece.shape[1] + 6) // 4, device=out.device)
         lanes = (start & 3) + torch.arange(piece.shape[1], device=out.device)
-        name = torch.full_like(blocks, tensor_id)
-        counter = (blocks & _MASK32, (domain << 24) | (blocks >> 32), step.long().expand_as(blocks), name)
-        words = _philox4x32(counter, key)
-        values = words if threshold < 0 else tuple(word < threshold for word in words)
+        name = torch.full_like(blocks, key.tensor_id)
+        counter = (blocks & _MASK32, (key.domain << 24) | (blocks >> 32), step.expand_as(blocks), name)
+        words = _philox4x32(counter, (key.seed & _MASK32, (key.seed >> 32) & _MASK32))
+        values = words if threshold is None else tuple(word < threshold for word in words)
         piece.copy_(torch.stack(values, dim=-1).flatten(-2).gather(1, lanes))
     return out
 
 
-def _drawn(numel: int, threshold: int, key: MaskKey, device: torch.device | str) -> Tensor:
-    step = torch.as_tensor(key.step, dtype=torch.float64, device=device)
-    # An operator's integers are signed; the 64 bits of the key are the same.
-    seed = (key.seed + 2**63) % 2**64 - 2**63
-    return _draw(numel, threshold, step, seed, key.tensor_id, key.domain, list(key.shard or ShardIndex.whole(numel)))
-
-
 def random_words(numel: int, key: MaskKey, *, device: torch.device | str = "cpu") -> Tensor:
     """Return the 32-bit word of each of `numel` local, row-major elements as int64 `[numel]` on `device`."""
-    return _drawn(numel, -1, key, device)
+    return _draw(numel, None, key, device)
 
 
 def keep_threshold(rate: float) -> int:
@@ -118,4 +103,4 @@ def keep_mask(numel: int, rate: float, key: MaskKey, *, device: torch.device | s
     """
     if rate == 1.0:
         return torch.ones(numel, dtype=torch.bool, device=device)
-    return _drawn(numel, keep_threshold(rate), key, device)
+    return _draw(numel, keep_threshold(rate), key, device)

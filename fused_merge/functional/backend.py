@@ -1,11 +1,10 @@
-"""Which code runs an operation: the Triton kernels or the eager equations."""
+"""Which code runs an operation: the Triton kernels, compiled code for the CPU, or the eager equations."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -16,8 +15,16 @@ from torch import Tensor
 
 IMPLS = ("auto", "triton", "compiled", "eager")
 
-# Elements from which on a CPU the compiled step pays for its compilation.
-COMPILE_FROM = 50_000_000
+# Parameters from which on "auto" on a CPU is compiled. The first step of a process takes 0.5 to 1 s more, for numba to
+# be imported and code to be read from its cache. What is gained at each step pays for that after so many:
+#
+#     parameters                        10^4   10^5   10^6   10^7
+#     ondare, p = 0.01, sparse tau        80      8      1      1
+#     onties, p = 0.01, sparse tau        90     12      1      1
+#     ondare, p = 1, dense bf16 tau     1500      -      4      2
+#
+# (two shared cores; 1 tensor at 10^4, 10 and 100 later). Compiling for the first time on a machine takes some seconds.
+COMPILE_FROM = 1_000_000
 
 logger = logging.getLogger("fused_merge")
 
@@ -33,11 +40,15 @@ def why_not_triton(device: torch.device) -> str | None:
 
 
 def why_not_compiled(device: torch.device) -> str | None:
-    """Return in one sentence why the compiled step cannot run on `device`, or None where it can."""
+    """Return in one sentence why compiled code cannot run on `device`, or None where it can; this imports numba."""
     if device.type != "cpu":
-        return "it is for the CPU, where compilers keep IEEE arithmetic; use impl='triton' or 'eager'"
-    if not any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "cl") if name):
-        return "torch.compile needs a C++ compiler and finds none; install one, or use impl='eager'"
+        return "it is for the CPU; use impl='triton' or 'eager'"
+    try:
+        import numba  # noqa: F401
+    except ImportError as error:
+        # numba refuses versions of numpy that it does not know.
+        problem = "is not installed" if isinstance(error, ModuleNotFoundError) else f"cannot be imported ({error})"
+        return f"numba {problem}; install fused_merge[cpu], or use impl='eager'"
     return None
 
 
@@ -64,9 +75,9 @@ def check_impl(impl: str) -> str:
 def resolve(impl: str, device: torch.device, numel: int = 0) -> str:
     """Return `"triton"`, `"compiled"` or `"eager"` for tensors of `numel` elements in all on `device`.
 
-    `"auto"` is Triton on a GPU that it can drive; on a CPU eager below 50 M elements and compiled above, where there
-    is a C++ compiler; elsewhere eager. The interpreter, which is there to verify and not to be fast, runs only when
-    asked for by name. RuntimeError says why what was asked for by name cannot run.
+    `"auto"` is Triton on a GPU that it can drive; on a CPU compiled from a million elements on, where numba is
+    installed; elsewhere eager. The interpreter, which is there to verify and not to be fast, runs only when asked for
+    by name. RuntimeError says why what was asked for by name cannot run.
     """
     asked = check_impl(impl)
     chosen = asked
@@ -92,12 +103,21 @@ class Share(NamedTuple):
     members: list[int]  # their indices
 
 
-def choose(impl: str, tensors: Sequence[Tensor], *, worth_compiling: bool = False) -> dict[torch.device, str]:
-    """Return the backend for each device of the tensors; "auto" may only compile what will run often enough."""
-    numels = Counter[torch.device]()
-    for tensor in tensors:
-        numels[tensor.device] += tensor.numel()
-    return {device: resolve(impl, device, numel if worth_compiling else 0) for device, numel in numels.items()}
+def choose(impl: str, tensors: Sequence[Tensor], numels: Sequence[int] | None = None) -> dict[torch.device, str]:
+    """Return the backend for each device of the tensors.
+
+    Backends differ in how many collectives they take, so all processes that share tensors must choose the same one.
+
+    Args:
+        impl: one of `IMPLS`.
+        tensors: those that this process holds.
+        numels: elements of the unsharded tensors, by which "auto" decides what is worth compiling; None for what will
+            not run often enough.
+    """
+    totals = Counter[torch.device]()
+    for tensor, numel in zip(tensors, numels or [0] * len(tensors), strict=True):
+        totals[tensor.device] += numel
+    return {device: resolve(impl, device, total) for device, total in totals.items()}
 
 
 def group(

@@ -81,14 +81,17 @@ def prepare(
         _check(o, rule)
     hyper = hyper._replace(update_scale=rule.scale(rule.reserve_rate), tau_scale=rule.scale(rule.tau_reserve_rate))
     params = [o.param for o in operands]
-    chosen = backend.choose(impl, params, worth_compiling=True)
+    # A bare ShardIndex does not know the whole.
+    numels = [max(o.shard.numel, o.param.numel()) for o in operands]
+    chosen = backend.choose(impl, params, numels)
     reasons: Sequence[str | None] = [None] * len(operands)
     if "triton" in chosen.values():
         from fused_merge.kernels import launch, specialization
 
         reasons = [specialization.why_unsupported(o, rule) for o in operands]
     if "compiled" in chosen.values():
-        from fused_merge.compiled import launch as compiled_launch, tables
+        from fused_merge.compiled import launch as compiled_launch
+        from fused_merge.compiled import tables
 
         reasons = [tables.why_unsupported(o, rule) for o in operands]
     shares: list[tuple[backend.Share, Any]] = []

@@ -66,14 +66,3 @@ def test_several_tensors_at_once():
         counts = torch.stack([bin_counts(x, own, shift) for x, own in zip(tensors, low, strict=True)])
         low, rank = narrow(counts, low, rank, shift)
     assert low.tolist() == [search([x], k) for x, k in zip(tensors, (2, 100, 77), strict=True)]
-
-
-def test_it_compiles():
-    def found(x):
-        low, rank = torch.tensor(0), torch.tensor(100)
-        for shift in shifts(torch.int32):
-            low, rank = narrow(bin_counts(x, low, shift), low, rank, shift)
-        return low
-
-    x = pattern(torch.randn(2**18 + 5))
-    assert torch.compile(found, fullgraph=True, backend="aot_eager")(x) == found(x)

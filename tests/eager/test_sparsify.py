@@ -114,7 +114,7 @@ def kept_by_the_kernels(x, rate, starts=()):
     for start in (None, *starts):
         tensors.params[0].zero_()
         if start is not None:
-            (launch,) = workspace.keep(("step", DEVICE), None)._launches
+            (launch,) = workspace.keep(("step", "triton", DEVICE), None)._launches
             launch.thresholds.fill_(start)
         # With eps so large that it is the denominator: u = -x * lr / eps = -x.
         tensors.step(

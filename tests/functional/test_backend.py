@@ -3,7 +3,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import shutil
+import re
 import subprocess
 import sys
 
@@ -29,20 +29,40 @@ def test_auto_is_eager_on_a_cpu_and_triton_on_a_gpu():
         assert backend.resolve("auto", DEVICE) == "triton"
 
 
-def test_auto_compiles_on_a_cpu_above_fifty_million_elements(monkeypatch, caplog):
-    assert backend.resolve("auto", CPU, 49_999_999) == "eager"
-    assert backend.resolve("auto", CPU, 50_000_000) == "compiled"
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+def test_auto_compiles_on_a_cpu_from_a_million_elements_on(monkeypatch, caplog):
+    assert backend.resolve("auto", CPU, 999_999) == "eager"
+    assert backend.resolve("auto", CPU, 1_000_000) == "compiled"
+    monkeypatch.setitem(sys.modules, "numba", None)
     backend._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, "fused_merge"):
-        assert backend.resolve("auto", CPU, 50_000_000) == "eager"
-        assert backend.resolve("auto", CPU, 50_000_000) == "eager"
-    assert [record.getMessage() for record in caplog.records] == [
-        "fused_merge runs eager code on cpu: torch.compile needs a C++ compiler and finds none; install one, or use "
-        "impl='eager'"
-    ]
-    with pytest.raises(RuntimeError, match=r"impl='compiled' cannot run on cpu: torch.compile needs a C\+\+ compiler"):
+        assert backend.resolve("auto", CPU, 1_000_000) == "eager"
+        assert backend.resolve("auto", CPU, 1_000_000) == "eager"
+    missing = "numba is not installed; install fused_merge[cpu], or use impl='eager'"
+    assert [record.getMessage() for record in caplog.records] == [f"fused_merge runs eager code on cpu: {missing}"]
+    with pytest.raises(RuntimeError, match=re.escape(f"impl='compiled' cannot run on cpu: {missing}")):
         backend.resolve("compiled", CPU)
+
+
+def test_a_numba_that_cannot_be_imported_says_why(tmp_path):
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.0 or less. Got NumPy 2.9.')")
+    code = """
+import torch
+from fused_merge.functional import backend
+print(backend.why_not_compiled(torch.device("cpu")))
+"""
+    assert python(code, PYTHONPATH=str(tmp_path)) == (
+        "numba cannot be imported (Numba needs NumPy 2.0 or less. Got NumPy 2.9.); install fused_merge[cpu], or use "
+        "impl='eager'"
+    )
+
+
+def test_what_processes_hold_of_a_tensor_does_not_choose_the_backend():
+    """It counts what a tensor is in whole, and one device after the other."""
+    parts, wholes = [torch.zeros(10), torch.zeros(0), torch.zeros(3)], [999_990, 10, 0]
+    assert backend.choose("auto", parts, wholes) == {CPU: "compiled"}
+    assert backend.choose("auto", parts, [999_990, 9, 0]) == {CPU: "eager"}
+    # What does not run again and again is not compiled.
+    assert backend.choose("auto", [torch.zeros(1_000_000)]) == {CPU: "eager"}
 
 
 def test_what_is_asked_for_by_name():
@@ -75,7 +95,8 @@ print("torch" in sys.modules)
 import torch
 before = set(sys.modules)
 fused_merge.OnDAREAdamW
-print(sorted({name.split(".")[0] for name in set(sys.modules) - before} & {"triton", "rich", "typer", "transformers"}))
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+print(sorted(new & {"triton", "numba", "rich", "typer", "transformers"}))
 from fused_merge.functional import backend
 try:
     backend.resolve("triton", torch.device("cpu"))
@@ -86,6 +107,27 @@ except RuntimeError as error:
     assert (already, extras) == ("False", "[]")
     assert sentence.startswith("impl='triton' cannot run on cpu: Triton drives no cpu device; use impl='eager'")
     assert "TRITON_INTERPRET=1" in sentence
+
+
+def test_it_works_without_numba():
+    code = """
+import sys, logging
+sys.modules["numba"] = None
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+import torch, fused_merge as fm
+model, base = torch.nn.Linear(1000, 1000), torch.nn.Linear(1000, 1000)
+delta = fm.ReferenceDelta.from_models(base, model)
+optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, lr=1e-3, alpha=0.1)
+before = model.weight.clone()
+for _ in range(2):
+    model(torch.ones(1, 1000)).sum().backward()
+    optimizer.step()
+print(not torch.equal(before, model.weight))
+"""
+    assert python(code).splitlines() == [
+        "fused_merge runs eager code on cpu: numba is not installed; install fused_merge[cpu], or use impl='eager'",
+        "True",
+    ]
 
 
 def test_it_works_without_triton():

@@ -251,7 +251,7 @@ def test_what_a_graph_cannot_capture_is_said_and_changes_nothing(monkeypatch):
     t.step("triton", workspace=workspace)
     before.step("eager")
     assert_same_bits(t.outputs(), before.outputs())
-    plan = workspace.keep(("step", DEVICE), None)
+    plan = workspace.keep(("step", "triton", DEVICE), None)
     captured = weakref.ref(plan._launches[0])
     capturing = False
     t.grads = [grad.clone() for grad in t.grads]
