@@ -146,7 +146,7 @@ def test_the_way_that_thresholds_are_found_while_training_is_what_is_compared(de
     fm.verify(optimizer)
     run(optimizer, model, 3)
     parts = [optimizer._workspace.part(name) for name, _ in model.named_parameters()]
-    thresholds = [kept.thresholds for part in parts for kept in part.keep(("step", DEVICE), None)._launches]
+    thresholds = [kept.thresholds for part in parts for kept in part.keep(("step", "triton", DEVICE), None)._launches]
     assert len(thresholds) == len(parts)
     # Each has found one, which the next step starts from.
     assert all((threshold > 0) & (threshold < 0x7F800000) for threshold in thresholds)
