@@ -25,11 +25,12 @@ def fingerprint(
     that scale something. It keeps no tensor alive.
     """
     params = [param for group in groups for param in group["params"]]
-    grads = [grad for param in params if (grad := param.grad) is not None]
+    given = [param.grad for param in params]
+    grads = [grad for grad in given if grad is not None]
     own = [states.get(param, {}) for param in params]
-    tensors = [*params, *(x for state in own for x in state.values())]
-    types = {*map(type, tensors), *map(type, grads)}
-    if not types <= _PLAIN or {x.layout for x in (*tensors, *grads)} != {torch.strided}:
+    held = [x for state in own for x in state.values()]
+    types = {*map(type, params), *map(type, grads), *map(type, held)}
+    if not types <= _PLAIN or any(grad.layout is not torch.strided for grad in grads):
         return None
     return [
         check_impl(impl),
@@ -37,16 +38,11 @@ def fingerprint(
         [(id(group), len(group["params"]), *(group[option] for option in FIXED)) for group in groups],
         [list(group.get("param_names", ())) for group in groups],
         [*map(id, params)],
-        [param.device for param in params],
-        [param.requires_grad for param in params],
-        [param.grad is None for param in params],
-        [tuple(state) for state in own],
-        [x.data_ptr() for x in tensors],
-        *_forms(tensors),
-        *_forms(grads),
+        [(i, params[i].requires_grad) for i, grad in enumerate(given) if grad is None],
+        [*map(tuple, own)],
+        [x.shape for x in (*params, *grads)],
+        [x.numel() for x in held],
+        [*map(Tensor.data_ptr, params), *map(Tensor.data_ptr, held)],
+        [x.dtype for x in (*params, *grads, *held)],
+        [x.is_contiguous() for x in (*params, *grads, *held)],
     ]
-
-
-def _forms(tensors: Sequence[Tensor]) -> tuple[list[Any], ...]:
-    """Return how tensors are to be read."""
-    return [x.dtype for x in tensors], [x.shape for x in tensors], [x.is_contiguous() for x in tensors]

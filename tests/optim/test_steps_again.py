@@ -294,8 +294,8 @@ def test_what_cannot_be_stepped_is_refused_as_ever_and_changes_nothing(change, e
     model, optimizer = training(delta, impl="compiled")
     run(optimizer, model, 3)
     fill_gradients(model, 3)
-    before = snapshot(optimizer)
     change(model.hidden.weight)
+    before = snapshot(optimizer)
     with pytest.raises(error, match=sentence):
         optimizer.step()
     assert_unchanged(optimizer, before)
