@@ -35,6 +35,8 @@ class Launch:
 
     def __init__(self, operands: Sequence[Operands], rule: MergeRule, seed: int, *, stats: bool, decays: bool) -> None:
         self.names = [o.name for o in operands]
+        # The table holds addresses. All other tensors are looked at before each step; these have no owner besides.
+        self._deltas = [(o.tau, o.tau_dense) for o in operands]
         self._rule, self._stats, self._shards = rule, stats, [o.shard for o in operands]
         entries = [entry(o, rule, seed=seed, stats=stats, decays=decays) for o in operands]
         self.table = np.array(entries, np.int64).reshape(len(entries), ENTRIES)
@@ -63,6 +65,11 @@ class Launch:
                 last.thresholds, dict(zip(last.names, range(len(last.names)), strict=True)), self.names
             )
 
+    def read_from(self, grads: Sequence[Tensor | None]) -> None:
+        """Tell the table where the gradients of the next step lie; nothing else about them may have changed."""
+        self._grads = [grad if grad is None else grad.contiguous() for grad in grads]
+        self.table[:, ENTRY.grad] = [0 if grad is None else grad.data_ptr() for grad in self._grads]
+
     def run(self, scalars: np.ndarray, crew: Crew) -> Steps[list[MergeSums | None]]:
         """Take the step; return what was merged, where it is collected."""
         along = yield from self._project(scalars, crew)
@@ -75,7 +82,7 @@ class Launch:
         crew.over(self._whole, passes.step_pass, **told, products=products, counts=counts)
         if self.thresholds is not None:
             crew.over(self._listed, passes.finish_pass, **told, **self.thresholds.list._asdict())
-        crew.all(passes.decay_anchors, **told)
+        crew.all(passes.count_steps, **told)
         del along
         if not self._stats:
             return [None] * len(scalars)
@@ -121,22 +128,23 @@ class Plan:
         self._launch: Launch | None = None
 
     def launch(self, operands: Sequence[Operands], rule: MergeRule, seed: int, *, stats: bool, decays: bool) -> Launch:
-        """Return the launch of some tensors, made again if anything about them has changed."""
+        """Return the launch of some tensors, made again if anything has changed but where gradients lie."""
         made_for = rule, seed, stats, decays, [_identity(o) for o in operands]
         if self._launch is None or self._made_for != made_for:
             launch = Launch(operands, rule, seed, stats=stats, decays=decays)
             if self._launch is not None:
                 launch.take_over(self._launch)
             self._launch, self._made_for = launch, made_for
+        self._launch.read_from([o.grad for o in operands])
         return self._launch
 
 
 def _identity(o: Operands) -> tuple[Any, ...]:
-    """Return all that the tables of a tensor depend on."""
+    """Return all that the tables of a tensor depend on, but for the address of its gradient."""
     sparse = (o.tau.mask, o.tau.values) if isinstance(o.tau, SparseTensor) else (o.tau,)
-    every = (o.param, o.grad, o.exp_avg, o.exp_avg_sq, o.step, *sparse, o.tau_dense, *(o.anchor or ()), o.master)
+    every = (o.param, o.exp_avg, o.exp_avg_sq, o.step, *sparse, o.tau_dense, *(o.anchor or ()), o.master)
     tensors = [(x.data_ptr(), x.dtype) if isinstance(x, Tensor) else x for x in every]
-    return o.param.shape, o.tensor_id, o.shard, tensors
+    return o.param.shape, o.tensor_id, o.shard, o.grad is not None and o.grad.dtype, tensors
 
 
 class PreparedLaunch(NamedTuple):
@@ -145,30 +153,40 @@ class PreparedLaunch(NamedTuple):
     launch: Launch
     hyper: Hyper
     crew: Crew
-    operands: Sequence[Operands]  # their addresses are in the tables
 
 
 def prepare(
     operands: Sequence[Operands], rule: MergeRule, hyper: Hyper, *, seed: int, stats: bool, plan: Plan
 ) -> PreparedLaunch:
     """Make ready to step tensors on the CPU, contiguous but for gradients; `plan` is what the last call has left."""
-    operands = [o if o.grad is None else o._replace(grad=o.grad.contiguous()) for o in operands]
-    tensors: dict[str, Any] = {field: float(x) for field, x in hyper._asdict().items() if isinstance(x, Tensor)}
-    hyper = hyper._replace(**tensors)
     launch = plan.launch(operands, rule, seed, stats=stats, decays=hyper.weight_decay != 0)
-    return PreparedLaunch(launch, hyper, plan.crew, operands)
+    return PreparedLaunch(launch, _on_host(hyper), plan.crew)
+
+
+def again(last: PreparedLaunch, grads: Sequence[Tensor], hyper: Hyper) -> PreparedLaunch | None:
+    """Make ready to take a step again, with gradients that lie elsewhere; None if the tables are to be made again."""
+    if (hyper.weight_decay != 0) != (last.hyper.weight_decay != 0):
+        return None
+    last.launch.read_from(grads)
+    return last._replace(hyper=_on_host(hyper))
+
+
+def _on_host(hyper: Hyper) -> Hyper:
+    """Return hyper-parameters as numbers."""
+    tensors: dict[str, Any] = {field: float(x) for field, x in hyper._asdict().items() if isinstance(x, Tensor)}
+    return hyper._replace(**tensors)
 
 
 def run(prepared: PreparedLaunch) -> Steps[list[MergeSums | None]]:
-    """Take a prepared step; the operands are mutated, but for their step counts, which have advanced.
+    """Take a prepared step; the operands are mutated, with their step counts.
 
     Returns:
         T sums if asked for, else T times None; None for tensors without a delta. They mean something only where a step
         has merged.
     """
-    launch, hyper, crew, _ = prepared
+    launch, hyper, crew = prepared
     counts = np.empty(len(launch.table), np.float32)
     crew.all(passes.read_steps, table=launch.table, tensors=len(counts), products=counts)
-    different, which = np.unique(counts, return_inverse=True)
+    different, which = np.unique(counts + 1, return_inverse=True)
     scalars = np.array([derive_scalars(float(count), hyper) for count in different], np.float64).astype(np.float32)
     return (yield from launch.run(scalars[which], crew))

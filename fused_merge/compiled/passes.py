@@ -254,11 +254,14 @@ def read_steps(task: int) -> None:
 
 
 @task
-def decay_anchors(task: int) -> None:
-    """Let the decay since the last merge of step-K go on, or begin anew, in all tensors."""
+def count_steps(task: int) -> None:
+    """Count the step of all tensors, but at an overflow; the decay since the last merge of step-K goes on or begins."""
     a = _told(task)
     for index in range(a[TASK.tensors]):
         t, s = _row(a, index)
-        if t[ENTRY.anchor_decay] != 0 and s[SCALAR.advances] * s[SCALAR.moves] != ZERO:
+        if s[SCALAR.advances] == ZERO:
+            continue
+        fp32(t[ENTRY.step], 1)[0] = s[SCALAR.step]
+        if t[ENTRY.anchor_decay] != 0 and s[SCALAR.moves] != ZERO:
             decay = fp32(t[ENTRY.anchor_decay], 1)
             decay[0] = np.float32(1) if s[SCALAR.merges] != ZERO else decay[0] * s[SCALAR.decay]

@@ -1,7 +1,7 @@
 """One merged AdamW step of many tensors: checked, given to a backend, taken.
 
 `prepare` raises all that can go wrong and changes nothing, `take` changes the tensors; `step_` is both, and so is
-`merging_adamw_`, for callers whose tensors stand in parallel lists.
+`merging_adamw_`, for callers whose tensors stand in parallel lists. `again` is a `prepare` that costs little.
 """
 
 from __future__ import annotations
@@ -41,12 +41,18 @@ from fused_merge.methods import MergeRule
 class PreparedStep(NamedTuple):
     """A step that can be taken; nothing is changed yet."""
 
-    operands: Sequence[Operands]
+    operands: Sequence[Operands]  # none of a step that is taken again
     rule: MergeRule
     hyper: Hyper
     seed: int
     stats: bool
-    shares: Sequence[tuple[backend.Share, Any]]  # what each backend serves, with the launches where it is Triton
+    shares: Sequence[tuple[backend.Share, Any]]  # what each backend serves, with the launches of those that have any
+
+    def repeatable(self) -> PreparedStep | None:
+        """Return what `again` needs of this step, and no tensor of it; None where only `prepare` will do."""
+        if self.stats or [share.backend for share, _ in self.shares] != ["compiled"]:
+            return None
+        return self._replace(operands=())
 
 
 def step_(
@@ -79,7 +85,7 @@ def prepare(
     """Check everything that a step needs and decide what runs it; args and errors are those of `merging_adamw_`."""
     for o in operands:
         _check(o, rule)
-    hyper = hyper._replace(update_scale=rule.scale(rule.reserve_rate), tau_scale=rule.scale(rule.tau_reserve_rate))
+    hyper = _scaled(hyper, rule)
     params = [o.param for o in operands]
     # A bare ShardIndex does not know the whole.
     numels = [max(o.shard.numel, o.param.numel()) for o in operands]
@@ -106,16 +112,39 @@ def prepare(
     return PreparedStep(operands, rule, hyper, seed, stats, shares)
 
 
+def again(last: PreparedStep, grads: Sequence[Tensor], hyper: Hyper) -> PreparedStep | None:
+    """Prepare a step once more, with other gradients and scalars; None where that takes all of `prepare`.
+
+    Args:
+        last: what was `repeatable` of the last step that was prepared of these tensors. The caller has made sure that
+            they all are as they were then and lie where they lay, but for the gradients, which may lie elsewhere.
+        grads: one for each of its operands.
+        hyper: as for `prepare`.
+    """
+    from fused_merge.compiled import launch as compiled_launch
+
+    hyper, (share, launches) = _scaled(hyper, last.rule), last.shares[0]
+    launches = compiled_launch.again(launches, grads, hyper)
+    return None if launches is None else last._replace(hyper=hyper, shares=[(share, launches)])
+
+
+def _scaled(hyper: Hyper, rule: MergeRule) -> Hyper:
+    """Return hyper-parameters with what a rule multiplies by where it drops at random."""
+    return hyper._replace(update_scale=rule.scale(rule.reserve_rate), tau_scale=rule.scale(rule.tau_reserve_rate))
+
+
 @torch.no_grad()
 def take(*prepared: PreparedStep) -> list[list[MergeStats | None]]:
-    """Take prepared steps side by side; returns for each what `merging_adamw_` does."""
+    """Take prepared steps side by side; returns for each what `merging_adamw_` does, nothing if it is taken again."""
     return finish(side_by_side([_taking(step) for step in prepared]))
 
 
 def _taking(prepared: PreparedStep) -> Steps[list[MergeStats | None]]:
     operands, hyper = prepared.operands, prepared.hyper
-    steps = [o.step for o in operands]
-    torch._foreach_add_(steps, 1.0)
+    # Compiled code counts its own.
+    steps = [operands[i].step for share, _ in prepared.shares if share.backend != "compiled" for i in share.members]
+    if steps:
+        torch._foreach_add_(steps, 1.0)
     serving = []
     for share, launches in prepared.shares:
         if share.backend == "compiled":
@@ -135,7 +164,8 @@ def _taking(prepared: PreparedStep) -> Steps[list[MergeStats | None]]:
         merge_stats(entry, o.shard.numel) if (entry := sums[i]) is not None and _merges(o, hyper) else None
         for i, o in enumerate(operands)
     ]
-    _take_back(steps, hyper.found_inf)
+    if steps:
+        _take_back(steps, hyper.found_inf)
     return gathered
 
 
@@ -355,8 +385,10 @@ def _delta(o: Operands, rule: MergeRule) -> Delta | None:
 
 def _merges(o: Operands, hyper: Hyper) -> bool:
     """Return whether a step merges: not between merges, at lr = 0 or at an overflow. Waits for the device."""
+    if hyper.found_inf:
+        return False
     s = derive_scalars(float(o.step), hyper)
-    return bool(s.moves * s.advances) and (o.anchor is None or bool(s.merges))
+    return bool(s.moves) and (o.anchor is None or bool(s.merges))
 
 
 def _take_back(steps: Sequence[Tensor], found_inf: float | Tensor) -> None:

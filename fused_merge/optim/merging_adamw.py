@@ -19,8 +19,9 @@ from fused_merge.delta.reference_delta import ReferenceDelta
 from fused_merge.distributed import ALONE, Processes
 from fused_merge.eager.operands import Operands
 from fused_merge.eager.scalars import Hyper
-from fused_merge.functional.merging_adamw import PreparedStep, prepare, take
+from fused_merge.functional.merging_adamw import PreparedStep, again, prepare, take
 from fused_merge.functional.workspace import Workspace
+from fused_merge.methods import MergeRule
 from fused_merge.optim.binding import Binding, NamedGroup, members_of, processes_of
 from fused_merge.optim.gradients import grad_factor, grad_norm, inverse_of, local_gradient, warn_of_no_gradient
 from fused_merge.optim.naming import Naming
@@ -41,6 +42,7 @@ from fused_merge.optim.options import (
 from fused_merge.optim.pieces import Piece, Pieces, operands_of
 from fused_merge.optim.stand_ins import StandIns
 from fused_merge.optim.state import check_delta, check_loadable, complete_groups, complete_state, restore_states
+from fused_merge.optim.unchanged import fingerprint
 from fused_merge.optim.verification import take_verified, verify_as_the_environment_says
 from fused_merge.options import documented, resolve
 from fused_merge.per_tensor import dtype_name
@@ -115,6 +117,7 @@ class MergingAdamW(Optimizer):
         # Steps of each group, by its first parameter, since a framework may step groups one by one.
         self._calls = Counter[Tensor]()
         self._warned = False  # of a step without any gradient
+        self._last: _Last | None = None
         self._workspace = Workspace()
         self._stats: dict[str, dict[str, float]] = {}
         # By the first parameter, too.
@@ -153,7 +156,7 @@ class MergingAdamW(Optimizer):
         ValueError names the parameters that the delta lacks or holds in another shape, or says how a sparse delta was
         made if that is not what the group asks for. Nothing is bound then.
         """
-        groups = self._named_groups()
+        groups = self._named_groups(self._rules())
         self._binding.bind(self._binding.lacking(groups), processes_of(groups))
 
     def set_pieces(self, pieces: Mapping[Tensor, Sequence[Piece]]) -> None:
@@ -164,7 +167,7 @@ class MergingAdamW(Optimizer):
                 processes of a group must list the same tensors in the same order, if only without elements.
         """
         self._pieces.tell(pieces)
-        self._binding.clear()
+        self._forget_deltas()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -190,16 +193,14 @@ class MergingAdamW(Optimizer):
                 loss = closure()
         if self._is_idle():
             return loss
-        groups = self._named_groups()
-        wanted = self._binding.lacking(groups)
-        # What may fail on one process only is found at the first step, which waits for the host anyway.
-        processes = processes_of(groups) if wanted else ALONE
-        with processes.raising_together():
-            batches = [batch for group in groups if (batch := _with_gradients(group)).grads]
-        if not batches and not self._warned and any(group.members for group in groups):
-            warn_of_no_gradient()
-            self._warned = True
-        self._binding.bind(wanted, processes)
+        rules = self._rules()
+        # Most steps differ from the last one in nothing but gradients and scalars.
+        last, self._last = self._last, None
+        seen = last and fingerprint(self.param_groups, rules, self.state, self.impl)
+        if last is not None and last.seen == seen:
+            batches, processes = [batch.again() for batch in last.batches], ALONE
+        else:
+            seen, (batches, processes) = None, self._bound_batches(rules)
         inverse_scale = inverse_of(getattr(self, "grad_scale", None))
         norm = self._norm(batches, inverse_scale)
         with processes.raising_together():
@@ -223,6 +224,9 @@ class MergingAdamW(Optimizer):
                     self._stats[o.name] = {field: float(value) for field, value in entry._asdict().items()}
         self._fix_options()
         self.verify_steps = max(0, self.verify_steps - 1)
+        seen = seen or fingerprint(self.param_groups, rules, self.state, self.impl)
+        if seen is not None:
+            self._last = _Last(seen, [batch.taken(step) for batch, step in zip(batches, steps, strict=True)])
         return loss
 
     def _is_idle(self) -> bool:
@@ -230,19 +234,13 @@ class MergingAdamW(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         return not self._pieces.know_all_of(params) and self._stand_ins.are_idle(params)
 
-    def _named_groups(self) -> list[NamedGroup]:
-        """Return the parameters of every group by name, with options that are checked."""
-        for group in self.param_groups:
-            check_sharding(group)
+    def _rules(self) -> list[MergeRule]:
+        """Check the options of every group, and return what they ask for."""
         # ZeroRedundancyOptimizer loads into the groups, past `load_state_dict`.
         check_delta(self.param_groups, self.reference_delta)
-        named = []
-        for group, members in zip(
-            self.param_groups,
-            members_of(self.param_groups, self._naming, self._pieces, self.reference_delta),
-            strict=True,
-        ):
-            rule = check_options(group)
+        rules = []
+        for group in self.param_groups:
+            rules.append(check_options(group))
             fixed = next((self._fixed[param] for param in group["params"][:1] if param in self._fixed), {})
             for option, value in fixed.items():
                 if group[option] != value:
@@ -250,8 +248,28 @@ class MergingAdamW(Optimizer):
                         f"{option} of a group is fixed once it has taken a step: it was {value} and is "
                         f"{group[option]}; set it back, or make a new optimizer"
                     )
-            named.append(NamedGroup(group, rule, members))
-        return named
+        return rules
+
+    def _named_groups(self, rules: Sequence[MergeRule]) -> list[NamedGroup]:
+        """Return the parameters of every group by name."""
+        for group in self.param_groups:
+            check_sharding(group)
+        members = members_of(self.param_groups, self._naming, self._pieces, self.reference_delta)
+        return [NamedGroup(*each) for each in zip(self.param_groups, rules, members, strict=True)]
+
+    def _bound_batches(self, rules: Sequence[MergeRule]) -> tuple[list[Batch], Processes]:
+        """Return the parameters that have a gradient, their deltas bound, and the processes that raise together."""
+        groups = self._named_groups(rules)
+        wanted = self._binding.lacking(groups)
+        # What may fail on one process only is found at the first step, which waits for the host anyway.
+        processes = processes_of(groups) if wanted else ALONE
+        with processes.raising_together():
+            batches = [batch for group in groups if (batch := _with_gradients(group)).grads]
+        if not batches and not self._warned and any(group.members for group in groups):
+            warn_of_no_gradient()
+            self._warned = True
+        self._binding.bind(wanted, processes)
+        return batches, processes
 
     def _norm(self, batches: Sequence[Batch], inverse_scale: float | Tensor) -> Tensor | None:
         """Return the norm of all gradients where any group clips them."""
@@ -266,13 +284,18 @@ class MergingAdamW(Optimizer):
 
         With the step come the states of its parameters, which are to be kept when it is taken.
         """
-        options, rule, members = batch.group
+        (options, rule, members), _, last = batch
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         hyper = Hyper(
             **{name: options[name] for name in ("lr", "betas", "eps", "weight_decay", "alpha", "merge_every")},
             grad_factor=factor,
             found_inf=0.0 if found_inf is None else found_inf.double().view(()),
         )
+        stats = self.stats_every > 0 and (self._calls[options["params"][0]] + 1) % self.stats_every == 0
+        if last is not None and not stats and not self.verify_steps:
+            once_more = again(last, batch.grads, hyper)
+            if once_more is not None:
+                return [], once_more
         states: list[tuple[Tensor, State]] = []
         operands: list[Operands] = []
         for (_, param, pieces), grad in zip(members, batch.grads, strict=True):
@@ -286,7 +309,7 @@ class MergingAdamW(Optimizer):
             rule=rule,
             hyper=hyper,
             seed=options["seed"],
-            stats=self.stats_every > 0 and (self._calls[options["params"][0]] + 1) % self.stats_every == 0,
+            stats=stats,
             workspace=self._workspace.part(id(members[0].param)),
             impl=self.impl,
         )
@@ -337,7 +360,7 @@ class MergingAdamW(Optimizer):
             last.remove()
         complete_groups(self.param_groups, before)
         restore_states(self.state, self.param_groups, loaded_dicts[-1])
-        self._binding.clear()
+        self._forget_deltas()
         self._fixed.clear()
         self._fix_options()
 
@@ -356,7 +379,13 @@ class MergingAdamW(Optimizer):
             "_fixed",
         )
         fresh = {"_binding": Binding(self.reference_delta), "_pieces": Pieces(), "_workspace": Workspace()}
+        fresh |= {"_last": None}
         return super().__getstate__() | {key: self.__dict__[key] for key in kept} | fresh
+
+    def _forget_deltas(self) -> None:
+        """Find every delta again when it is needed."""
+        self._binding.clear()
+        self._last = None
 
     def _fix_options(self) -> None:
         """Remember what the states of each group that has any were made with."""
@@ -370,6 +399,28 @@ class Batch(NamedTuple):
 
     group: NamedGroup
     grads: Sequence[Tensor]  # what this process holds of each
+    last: PreparedStep | None = None  # the last step, if this one differs from it in gradients and scalars alone
+
+    def taken(self, step: PreparedStep) -> Batch:
+        """Return what the next step may begin with when this one was taken; it keeps no gradient alive."""
+        kept = step.repeatable()
+        read = zip(step.operands, self.group.members, self.grads, strict=False)
+        # Not where parts of a parameter are stepped, which count in copies of its count.
+        if len(step.operands) > len(self.grads) or any(o.param is not m.param or o.grad is not g for o, m, g in read):
+            kept = None
+        return self._replace(grads=(), last=kept)
+
+    def again(self) -> Batch:
+        """Return this with the gradients that there are now."""
+        grads = [member.param.grad for member in self.group.members]
+        return self._replace(grads=[grad for grad in grads if grad is not None])
+
+
+class _Last(NamedTuple):
+    """The last step."""
+
+    seen: Sequence[Any]  # all that it depended on but gradients and scalars
+    batches: Sequence[Batch]
 
 
 def _with_gradients(group: NamedGroup) -> Batch:

@@ -24,8 +24,10 @@ class Piece(NamedTuple):
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return these elements of the parameter, or of a tensor of its shape, as this process holds them: a view."""
-        own = local_part(tensor)
-        return own if self.local is None else own.view(-1)[self.local]
+        if self.local is not None:
+            return local_part(tensor).view(-1)[self.local]
+        # What is all of a whole tensor is itself.
+        return tensor if self.fragment is None else local_part(tensor)
 
     def shard(self, param: Tensor) -> Shard:
         """Return what these elements are of the named tensor."""
