@@ -144,7 +144,7 @@ def _write_points(pair, points, base, count, scratch):
         out = point[POINT.out] + _bytes(dtype, base)
         # Those of the outputs that begin at a cache line.
         lines = _bytes(dtype, count) // LINE if pair[PAIR.streams] != 0 and out % LINE == 0 else 0
-        if form == ALONG_BASE or form == ALONG_TUNED:
+        if form in (ALONG_BASE, ALONG_TUNED):
             end, weight, streamed = a if form == ALONG_BASE else b, as_float(np.uint32(point[POINT.weight])), 0
             if lines != 0:
                 streaming.lines_along(dtype, end, delta, weight, out, lines)
