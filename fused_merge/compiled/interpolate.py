@@ -16,7 +16,8 @@ from torch import Tensor
 from fused_merge.compiled import arithmetic, memory, streaming
 from fused_merge.compiled.jit import inlined, loop, task
 from fused_merge.compiled.memory import BLOCK, DTYPES, FP32, as_float, fp32, int64
-from fused_merge.compiled.scratch import BASE, DELTA, POINT_ROOM, ROUNDED, TUNED, row
+from fused_merge.compiled.parts import load_part, locate
+from fused_merge.compiled.scratch import DIFFERENCE, FIRST, RESULT, ROUNDED, SECOND, row
 from fused_merge.compiled.streaming import LINE
 from fused_merge.compiled.threads import TASK, Blocks, Crew, begin, take
 from fused_merge.eager.interpolate import nearer_end
@@ -109,22 +110,11 @@ def interpolate_pass(task: int) -> None:
             streaming.fence()
             return
         for block in range(start, stop):
-            while block >= int64(a[TASK.firsts] + 8 * (k + 1), 1)[0]:
-                k += 1
-            pair = int64(a[TASK.table] + 8 * len(PAIR) * int64(a[TASK.numbers] + 8 * k, 1)[0], len(PAIR))
-            base = BLOCK * (block - int64(a[TASK.firsts] + 8 * k, 1)[0])
+            k, base = locate(a, block, k)
+            pair = int64(a[TASK.table] + 8 * len(PAIR) * k, len(PAIR))
             end = min(base + BLOCK, pair[PAIR.numel])
             for first in range(base, end, PIECE):
                 _write_points(pair, a[TASK.points], first, min(PIECE, end - first), scratch)
-
-
-@inlined
-def _load(address, dtype, base, count, room):
-    """Return where elements lie as fp32: in a tensor, or in a room that they are widened into."""
-    if dtype == FP32:
-        return address + 4 * base
-    memory.widen(dtype, address + 2 * base, room, count)
-    return room
 
 
 @inlined
@@ -134,9 +124,9 @@ def _bytes(dtype, count):
 
 @inlined
 def _write_points(pair, points, base, count, scratch):
-    a = _load(pair[PAIR.base], pair[PAIR.base_dtype], base, count, row(scratch, BASE))
-    b = _load(pair[PAIR.tuned], pair[PAIR.tuned_dtype], base, count, row(scratch, TUNED))
-    delta, room = row(scratch, DELTA), row(scratch, POINT_ROOM)
+    a = load_part(pair[PAIR.base], pair[PAIR.base_dtype], base, count, row(scratch, FIRST))
+    b = load_part(pair[PAIR.tuned], pair[PAIR.tuned_dtype], base, count, row(scratch, SECOND))
+    delta, room = row(scratch, DIFFERENCE), row(scratch, RESULT)
     arithmetic.subtract(b, a, delta, count)
     for r in range(pair[PAIR.points], pair[PAIR.points] + pair[PAIR.count]):
         point = int64(points + 8 * len(POINT) * r, len(POINT))

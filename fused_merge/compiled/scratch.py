@@ -24,10 +24,10 @@ LONGEST_ROW = ROOM * BLOCK
     RANDOM_WORDS, WORDS,
     # <x, tau> and <tau, tau> of a block and of a row, fp32; of which tensor and row, int64; those of a row's blocks, fp32.
     PAIR, ALONG, ROW_OF_ALONG, NODES, NODES_OF_TAU,
-    # Both ends of a path, their difference, and a point, fp32; a point in its own dtype.
-    BASE, TUNED, DELTA, POINT_ROOM, ROUNDED,
+    # Outside a step: up to three operands, the difference of two, and a result, fp32; that in its own dtype.
+    FIRST, SECOND, THIRD, DIFFERENCE, RESULT, ROUNDED,
     ROWS,
-) = range(36)  # fmt: skip
+) = range(37)  # fmt: skip
 
 
 # Bytes of a room.
