@@ -70,7 +70,10 @@ def why_unsupported(base: Tensor, tuned: Tensor, outs: Sequence[Tensor]) -> str 
 
 
 def interpolate(
-    bases: Sequence[Tensor], tuneds: Sequence[Tensor], ratios: Sequence[Sequence[float]], outs: Sequence[Sequence[Tensor]]
+    bases: Sequence[Tensor],
+    tuneds: Sequence[Tensor],
+    ratios: Sequence[Sequence[float]],
+    outs: Sequence[Sequence[Tensor]],
 ) -> None:
     """Write all points of all pairs in one pass.
 

@@ -15,6 +15,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from fused_merge.compiled.jit import inlined, loop
+
 ZERO = np.float32(0)
 
 # Elements that are added up at once, and to how many sums.

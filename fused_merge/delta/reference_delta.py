@@ -273,7 +273,8 @@ class ReferenceDelta:
         if isinstance(tau, SparseTensor):
             return tau
         shard = None if fragment is None else fragment.shard
-        return sparsify(tau, name=name, shard=shard, **sparsity._asdict())
+        elements = sum(spec.shape.numel() for spec in self._specs.values())
+        return sparsify(tau, name=name, shard=shard, elements=elements, **sparsity._asdict())
 
     def _spec(self, name: str) -> TensorSpec:
         if name not in self._specs:

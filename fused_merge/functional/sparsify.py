@@ -15,7 +15,15 @@ from fused_merge.names import tensor_id
 
 @torch.no_grad()
 def sparsify(
-    tau: Tensor, *, name: str, method: str, reserve_rate: float, seed: int, shard: Shard | None = None, impl: str = "auto"
+    tau: Tensor,
+    *,
+    name: str,
+    method: str,
+    reserve_rate: float,
+    seed: int,
+    shard: Shard | None = None,
+    elements: int | None = None,
+    impl: str = "auto",
 ) -> SparseTensor:
     """Return F(tau) of one tensor, unscaled, as it is stored.
 
@@ -27,8 +35,9 @@ def sparsify(
         seed: of random masks.
         shard: where the elements of a part lie, and who holds the others; None for a whole tensor. The processes that
             hold a tensor find the threshold of a ranked F together: all of them must come here.
-        impl: `"auto"`, `"compiled"` or `"eager"`. Compiled code serves bf16, fp16 and fp32 on a CPU; `"auto"` chooses it
-            where there is enough to do.
+        elements: of all tensors that will be sparsified one after the other; None for this one alone.
+        impl: `"auto"`, `"compiled"` or `"eager"`. Compiled code serves bf16, fp16 and fp32 on a CPU; `"auto"` chooses
+            it by `elements`, where that is enough to do.
 
     Raises:
         ValueError: if there is no such F, or one that is not known to need nothing of the other parts but a threshold.
@@ -42,7 +51,7 @@ def sparsify(
     own = Shard.whole(tau.shape) if shard is None else shard
     k = kept_count(own.numel, reserve_rate)
     ranked = method in RANKED and reserve_rate < 1.0 and own.numel > 0
-    chosen = backend.choose(impl, [tau], worth_compiling=True)
+    chosen = {tau.device: backend.resolve(impl, tau.device, own.numel if elements is None else elements)}
     reason = None
     if chosen[tau.device] == "compiled":
         from fused_merge.compiled import sparsify as compiled
