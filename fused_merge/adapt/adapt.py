@@ -259,23 +259,22 @@ class _Evaluation:
                 # FSDP2 has averaged the gradient of what it shards; of any other weight each process has its own.
                 groups = [sharding_groups(p) if is_sharded(p) else self.processes.groups for _, p in some]
                 heres = [sums.setdefault(g, torch.zeros(2, len(self.start.parts), dtype=torch.float64)) for g in groups]
-                found = [(here, name, p) for here, (name, p) in zip(heres, some, strict=True) if p.grad is not None]
-                ends = [self.sweep.ends_of(name, p) for _, name, p in found]
+                own = [(here, *each) for here, each in zip(heres, some, strict=True) if each[1].grad is not None]
+                ends = [self.sweep.ends_of(name, p) for _, name, p in own]
                 products = functional.inner_products(
-                    [local_part(p.grad) for *_, p in found],
+                    [local_part(p.grad) for *_, p in own if p.grad is not None],
                     [tuned for _, tuned in ends],
                     [base for base, _ in ends],
                     impl=self.impl,
                 )
-                for (here, name, p), product in zip(found, products, strict=True):
-                    size = 1 if is_sharded(p) else self.processes.size
-                    here[0, part_of[name]] += product.double().cpu() / size
+                for (here, name, p), product in zip(own, products, strict=True):
+                    here[0, part_of[name]] += product.double().cpu() / (1 if is_sharded(p) else self.processes.size)
                     here[1, part_of[name]] += 1
                     p.grad = None
         totals = [sum_over(here.to(self.processes.device), groups).cpu() for groups, here in sums.items()]
         gradient: Vector
-        gradient, counts = torch.stack(totals).sum(0).numpy()
-        for label, derivative, count in zip(self.start.parts, gradient, counts, strict=True):
+        gradient, found = torch.stack(totals).sum(0).numpy()
+        for label, derivative, count in zip(self.start.parts, gradient, found, strict=True):
             if not count:
                 raise ValueError(f"no parameter of part {label!r} gets a gradient; make it one part with others")
             if not math.isfinite(derivative):

@@ -3,8 +3,8 @@
 A first pass finds which elements are kept: the words of the mask, and how many stand in each of its blocks. Then it is
 known where the values of a block begin, and a second pass writes them. Nothing of the size of the tensor is made.
 
-Bytes per element of b bytes: a random F reads b only around what it keeps; the others read b twice, and for the threshold
-b twice more. Mask and values are written once, and the mask is read once.
+Bytes per element of b bytes: a random F reads b only around what it keeps; the others read b once, to shrink it twice,
+and for the threshold b twice more. Mask and values are written once, and the mask is read once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from fused_merge.compiled import arithmetic, layout, memory, philox, search, sparse
 from fused_merge.compiled.jit import inlined, loop, task
 from fused_merge.compiled.layout import ENTRY, NONE, RANDOM, SOFT_THRESHOLD, TensorEntry
-from fused_merge.compiled.memory import BLOCK, DTYPES, FP32, fp32, int32, int64, uint8, uint16, uint32
+from fused_merge.compiled.memory import BLOCK, DTYPES, FP32, int32, int64, uint8, uint16, uint32
 from fused_merge.compiled.parts import locate
 from fused_merge.compiled.scratch import FIRST, MARKS, PLACES, RESULT, ROUNDED, THIRD, row
 from fused_merge.compiled.threads import TASK, Blocks, Crew, begin, take

@@ -1,7 +1,7 @@
 """The binary tree of `fused_merge.eager.sums`, block by block.
 
-Four levels at once: of 256 elements the sums of 16 and 16, in vectors and without a memory in between. Zeros that fill up
-the last ones are the padding of the tree.
+Four levels at once: of 256 elements the sums of 16 and 16, in vectors and without a memory in between. Zeros in the
+place of elements that are not there are the padding of the tree.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ ZERO = np.float32(0)
 # Elements that are added up at once, and to how many sums.
 _SPAN, _NODES = 256, 16
 _VECTOR = ir.VectorType(ir.FloatType(), _NODES)
-# Which lanes of two vectors are the left ones of neighbors: those with an even number in each quarter, then the quarters
-# with an even number. After two levels of each, the sums are in order.
+# Which lanes of two vectors are the left ones of neighbors: those with an even number in each quarter, then the
+# quarters with an even number. After two levels of each, the sums are in order.
 _LANES = [4 * quarter + lane + start for quarter in range(4) for start in (0, 16) for lane in (0, 2)]
 _QUARTERS = [4 * quarter + lane + start for start in (0, 16) for quarter in (0, 2) for lane in range(4)]
 
