@@ -41,6 +41,8 @@ from fused_merge.progress import progress_bar
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+# Elements of parameters both ends of which are looked at at once; a larger parameter is alone.
+_AT_ONCE = 1 << 25
 # Options that its journal does not list: the steps do not depend on them, or it has them in another form.
 _NOT_JOURNALED = ("parts", "patience", "tolerance", "journal", "impl", "progress")
 
@@ -234,24 +236,41 @@ class _Evaluation:
             raise ValueError("the loss does not depend on the weights by a graph; pass gradients=False for such losses")
         return value
 
+    def _batches(self) -> Iterator[list[tuple[str, nn.Parameter]]]:
+        """Yield the parameters in groups of which both ends may be in memory at once."""
+        batch: list[tuple[str, nn.Parameter]] = []
+        elements = 0
+        for name, p in self.parameters:
+            numel = local_part(p).numel()
+            if batch and elements + numel > _AT_ONCE:
+                yield batch
+                batch, elements = [], 0
+            batch.append((name, p))
+            elements += numel
+        yield batch
+
     def _gradient(self) -> Vector:
         """Return <p.grad, tuned - base> summed over each part, and let go of the gradients."""
         part_of = {name: part for part, names in enumerate(self.start.parts.values()) for name in names}
         # By the processes to add up over: the sum of each part, and how many of its parameters had a gradient.
         sums: dict[tuple[Any, ...], Tensor] = {}
         with self.processes.raising_together():
-            for name, p in self.parameters:
+            for some in self._batches():
                 # FSDP2 has averaged the gradient of what it shards; of any other weight each process has its own.
-                own = not is_sharded(p)
-                groups = self.processes.groups if own else sharding_groups(p)
-                here = sums.setdefault(groups, torch.zeros(2, len(self.start.parts), dtype=torch.float64))
-                if p.grad is None:
-                    continue
-                base, tuned = self.sweep.ends_of(name, p)
-                (product,) = functional.inner_products([local_part(p.grad)], [tuned], [base], impl=self.impl)
-                here[0, part_of[name]] += product.double().cpu() / (self.processes.size if own else 1)
-                here[1, part_of[name]] += 1
-                p.grad = None
+                groups = [sharding_groups(p) if is_sharded(p) else self.processes.groups for _, p in some]
+                heres = [sums.setdefault(g, torch.zeros(2, len(self.start.parts), dtype=torch.float64)) for g in groups]
+                own = [(here, *each) for here, each in zip(heres, some, strict=True) if each[1].grad is not None]
+                ends = [self.sweep.ends_of(name, p) for _, name, p in own]
+                products = functional.inner_products(
+                    [local_part(p.grad) for *_, p in own if p.grad is not None],
+                    [tuned for _, tuned in ends],
+                    [base for base, _ in ends],
+                    impl=self.impl,
+                )
+                for (here, name, p), product in zip(own, products, strict=True):
+                    here[0, part_of[name]] += product.double().cpu() / (1 if is_sharded(p) else self.processes.size)
+                    here[1, part_of[name]] += 1
+                    p.grad = None
         totals = [sum_over(here.to(self.processes.device), groups).cpu() for groups, here in sums.items()]
         gradient: Vector
         gradient, found = torch.stack(totals).sum(0).numpy()

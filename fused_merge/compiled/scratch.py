@@ -27,8 +27,10 @@ LONGEST_ROW = ROOM * BLOCK
     RANDOM_WORDS, WORDS,
     # <x, tau> and <tau, tau> of a block and of a row, fp32; of which tensor and row, int64; of a row's blocks, fp32.
     PAIR, ALONG, ROW_OF_ALONG, NODES, NODES_OF_TAU,
+    # Outside a step: up to three operands, the difference of two, and a result, fp32; that in its own dtype.
+    FIRST, SECOND, THIRD, DIFFERENCE, RESULT, ROUNDED,
     ROWS,
-) = range(31)  # fmt: skip
+) = range(37)  # fmt: skip
 
 
 # Bytes of a room.

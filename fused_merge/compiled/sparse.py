@@ -9,7 +9,7 @@ from fused_merge.eager.sparse import BLOCK as SPARSE_BLOCK
 
 
 @loop
-def _places(mask: int, words: int, places: int) -> int:
+def set_places(mask: int, words: int, places: int) -> int:
     """Write which bits of words of 64 are set; return how many."""
     bits, out, found = int64(mask, words), int32(places, 64 * words), 0
     for j in range(words):
@@ -30,7 +30,7 @@ def tau_places(t, base, count, places):
     block = base // SPARSE_BLOCK
     first = int64(t[ENTRY.tau_offsets] + 8 * block, 1)[0] if t[ENTRY.wide_offsets] != 0 else _narrow(t, block)
     # A block of the format is whole words of 64 bits; those of padding are not set.
-    return first, _places(t[ENTRY.tau_mask] + 4 * (base // 32), (count + 63) // 64, places)
+    return first, set_places(t[ENTRY.tau_mask] + 4 * (base // 32), (count + 63) // 64, places)
 
 
 @inlined

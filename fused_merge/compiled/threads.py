@@ -83,6 +83,7 @@ class Task(NamedTuple):
     own_firsts: int = 0
     room: int = 0  # how much of the list each thread has
     ends: int = 0  # int64 [threads]: how far each thread has filled its part
+    points: int = 0  # int64 [P, ...]: `interpolate.PointEntry`
 
 
 TASK, TASKS = columns(Task), len(Task._fields)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from fused_merge.delta.file import DeltaWriter, SavedDelta, describe_files
 from fused_merge.delta.in_memory import TauInMemory
-from fused_merge.delta.sparsified import sparsified
 from fused_merge.delta.tensors import Part, Sparsity, TauOfCheckpoints, TauSource, TensorSpec, check_finite
 from fused_merge.distributed import Fragment
 from fused_merge.eager.sparse import SparseTensor
+from fused_merge.functional.sparsify import sparsify
 from fused_merge.io.files import expanded
 from fused_merge.io.headers import CODES
 from fused_merge.io.options import DeltaOptions
@@ -272,7 +272,9 @@ class ReferenceDelta:
         self._check_sparsity(Sparsity.checked(*sparsity))
         if isinstance(tau, SparseTensor):
             return tau
-        return sparsified(name, tau, self.shape(name).numel(), sparsity, None if fragment is None else fragment.shard)
+        shard = None if fragment is None else fragment.shard
+        elements = sum(spec.shape.numel() for spec in self._specs.values())
+        return sparsify(tau, name=name, shard=shard, elements=elements, **sparsity._asdict())
 
     def _spec(self, name: str) -> TensorSpec:
         if name not in self._specs:

@@ -34,7 +34,7 @@ def block_count(numel: int) -> int:
 
 def packed_nbytes(numel: int, kept: int, itemsize: int) -> int:
     """Return the bytes that `kept` of `numel` elements take: mask, values and offsets."""
-    return block_count(numel) * (WORDS * 4 + _offset_dtype(kept).itemsize) + kept * itemsize
+    return block_count(numel) * (WORDS * 4 + offset_dtype(kept).itemsize) + kept * itemsize
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ class SparseTensor:
         if int(ends[-1]) != values.numel():
             raise ValueError(f"the mask marks {int(ends[-1])} elements, but {values.numel()} values are stored")
         starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-        return cls(mask, values, starts.to(_offset_dtype(values.numel())), shape)
+        return cls(mask, values, starts.to(offset_dtype(values.numel())), shape)
 
     def unpack(self) -> Tensor:
         """Return the dense tensor, contiguous, with zeros where nothing is stored."""
@@ -188,7 +188,7 @@ class SparseTensor:
         return self.values.device
 
 
-def _offset_dtype(kept: int) -> torch.dtype:
+def offset_dtype(kept: int) -> torch.dtype:
     return torch.int32 if kept < 2**31 else torch.int64
 
 

@@ -8,6 +8,7 @@ from fused_merge.eager.shard import Shard, ShardIndex
 from fused_merge.functional.inner_products import inner_products
 from fused_merge.functional.interpolate import interpolate
 from fused_merge.functional.merging_adamw import merging_adamw_, step_
+from fused_merge.functional.sparsify import sparsify
 from fused_merge.functional.workspace import Workspace
 from fused_merge.methods import MergeRule, merge_rule
 
@@ -24,5 +25,6 @@ __all__ = [
     "interpolate",
     "merge_rule",
     "merging_adamw_",
+    "sparsify",
     "step_",
 ]

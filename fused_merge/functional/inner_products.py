@@ -39,14 +39,15 @@ def inner_products(
         minus: z, the same; needs `ys`.
         scale: s, a float or a 0-d tensor that the host never reads; x is multiplied first.
         workspace: what calls with the same tensors share; None starts anew.
-        impl: `"auto"`, `"triton"` or `"eager"`; `"compiled"` is the step's, and runs eager code here.
+        impl: `"auto"`, `"triton"`, `"compiled"` or `"eager"`. Compiled code serves bf16, fp16 and fp32 on a CPU, all
+            tensors in one pass; `"auto"` chooses it where there is enough to do.
 
     Returns:
         T 0-d tensors, each where its tensor is.
 
     Raises:
         ValueError: for lists, shapes, dtypes or devices that do not match.
-        RuntimeError: if `impl="triton"` cannot run here or does not serve a tensor.
+        RuntimeError: if what `impl` names cannot run here, or does not serve a tensor.
     """
     if ys is None and minus is not None:
         raise ValueError("minus is subtracted from ys; pass both, or neither")
@@ -68,18 +69,30 @@ def inner_products(
 
     names = [f"tensor {i}" for i in range(len(xs))]
     workspace = workspace or Workspace()
-    chosen = backend.choose(impl, xs)
+    chosen = backend.choose(impl, xs, worth_compiling=True)
     reasons: Sequence[str | None] = [None] * len(xs)
     if "triton" in chosen.values():
         from fused_merge.kernels import sums
 
         reasons = [sums.why_unsupported(triple) for triple in triples]
+    if "compiled" in chosen.values():
+        from fused_merge.compiled import products as compiled_products
+        from fused_merge.compiled.threads import Crew
+
+        on_cpu = [x.device.type == "cpu" for x in xs]
+        reasons = [
+            compiled_products.why_unsupported(triple) if own else reason
+            for triple, own, reason in zip(triples, on_cpu, reasons, strict=True)
+        ]
     results: dict[int, Tensor] = {}
     for share in backend.group(impl, chosen, xs, names, reasons):
         own = [triples[i] for i in share.members]
         if share.backend == "triton":
             plan = workspace.keep(("products", share.device), sums.Plan)
             products = sums.inner_products(own, _on_device(scale, share.device), plan=plan)
+        elif share.backend == "compiled":
+            crew = workspace.keep("crew", Crew)
+            products = compiled_products.inner_products(own, scale, crew)
         else:
             products = [_eager_product(*triple, scale) for triple in own]
         results.update(zip(share.members, products, strict=True))

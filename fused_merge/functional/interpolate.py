@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_merge.eager.interpolate import interpolate as eager_interpolate
 from fused_merge.eager.interpolate import interpolate_
-from fused_merge.functional import backend, compiled
+from fused_merge.functional import backend
 from fused_merge.names import describe
 from fused_merge.per_tensor import finite
 
@@ -36,15 +37,16 @@ def interpolate(
         outs: R tensors for each of the T pairs, of the shape and device of the pair: mutated. With R = 1 an
             output may be one of its inputs; they may not overlap otherwise. None allocates, in the dtype of
             theta0. The kernel takes only ends and outputs of one dtype.
-        impl: `"auto"`, `"triton"`, `"compiled"` or `"eager"`. Compiled code, which `"auto"` never chooses here, serves
-            contiguous tensors on a CPU, and takes some seconds to compile when it is first used.
+        impl: `"auto"`, `"triton"`, `"compiled"` or `"eager"`. Compiled code serves contiguous tensors of bf16, fp16 and
+            fp32 on a CPU, all in one pass; `"auto"` chooses it where there is enough to do, and leaves other tensors to
+            the eager code.
 
     Returns:
         `outs`, or R new tensors for each of the T pairs: `result[t][r]`.
 
     Raises:
         ValueError: for a ratio that is not finite or tensors that do not match.
-        RuntimeError: if `impl="triton"` cannot run here.
+        RuntimeError: if what `impl` names cannot run here, or does not serve a tensor.
     """
     per_tensor = _ratios_per_tensor(ratios, len(bases))
     pairs = list(zip(bases, tuneds, strict=True))
@@ -66,26 +68,33 @@ def interpolate(
                     "make shape and device the same"
                 )
 
-    chosen = backend.choose(impl, bases)
-    reasons: Sequence[str | None] = [None] * len(bases)
-    if "triton" in chosen.values():
-        from fused_merge.kernels import interpolate as kernel
-
-        reasons = [kernel.why_unsupported(*pair, points) for pair, points in zip(pairs, outs, strict=True)]
+    chosen = backend.choose(impl, bases, worth_compiling=True)
+    reasons: list[str | None] = [None] * len(bases)
+    for index, (base, tuned) in enumerate(pairs):
+        if chosen[base.device] != "eager":
+            reasons[index] = _kernels(chosen[base.device]).why_unsupported(base, tuned, outs[index])
     for share in backend.group(impl, chosen, bases, [f"tensor {i}" for i in range(len(bases))], reasons):
-        if share.backend == "triton":
+        if share.backend != "eager":
             columns = (bases, tuneds, per_tensor, outs)
-            kernel.interpolate(*([column[i] for i in share.members] for column in columns))
+            _kernels(share.backend).interpolate(*([column[i] for i in share.members] for column in columns))
             continue
-        run = compiled.interpolate_ if share.backend == "compiled" else interpolate_
         for i in share.members:
             if all(tensor.is_contiguous() for tensor in (*pairs[i], *outs[i])):
                 base, tuned, *points = (tensor.view(-1) for tensor in (*pairs[i], *outs[i]))
-                run(base, tuned, per_tensor[i], points)
+                interpolate_(base, tuned, per_tensor[i], points)
                 continue
             for out, ratio in zip(outs[i], per_tensor[i], strict=True):
                 out.copy_(eager_interpolate(*pairs[i], ratio))
     return [list(points) for points in outs]
+
+
+def _kernels(name: str) -> Any:
+    """Return the module that has the kernels of a backend."""
+    if name == "triton":
+        from fused_merge.kernels import interpolate as kernels
+    else:
+        from fused_merge.compiled import interpolate as kernels
+    return kernels
 
 
 def _ratios_per_tensor(ratios: Sequence[float] | Sequence[Sequence[float]], tensors: int) -> list[list[float]]:

@@ -1,0 +1,168 @@
+"""Points of the path between pairs of tensors: R points from one read of both ends, as `fused_merge.eager.interpolate`.
+
+Bytes per element of b bytes: reads 2*b and writes R*b. Whole lines are written past the caches, which would first read
+what they are to hold: without that it is 2*R*b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fused_merge.compiled import arithmetic, memory, streaming
+from fused_merge.compiled.jit import inlined, loop, task
+from fused_merge.compiled.memory import BLOCK, DTYPES, FP32, as_float, fp32, int64
+from fused_merge.compiled.parts import load_part, locate
+from fused_merge.compiled.scratch import DIFFERENCE, FIRST, RESULT, ROUNDED, SECOND, row
+from fused_merge.compiled.streaming import LINE
+from fused_merge.compiled.threads import TASK, Blocks, Crew, begin, take
+from fused_merge.eager.interpolate import nearer_end
+
+# Bytes of outputs from which on they are written past the caches: they would not stay there.
+STREAM_FROM = 1 << 23
+
+# Elements that are worked on at once: both ends, their difference and a point stay in the innermost cache.
+PIECE = 1024
+
+# From which end a point is found, or which one it is.
+ALONG_BASE, ALONG_TUNED, COPY_BASE, COPY_TUNED = range(4)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class PairEntry(NamedTuple):
+    """What compiled code knows of a pair of tensors; 64-bit integers."""
+
+    base: int  # addresses, and dtypes of `memory`
+    tuned: int
+    base_dtype: int
+    tuned_dtype: int
+    numel: int
+    points: int  # the first row of the table of points
+    count: int  # and how many there are
+    streams: int  # whether outputs are written past the caches
+
+
+class PointEntry(NamedTuple):
+    """A point, and where it is written."""
+
+    out: int
+    dtype: int
+    form: int
+    weight: int  # of theta1 - theta0, as the pattern of an fp32 number
+
+
+PAIR = PairEntry(*range(len(PairEntry._fields)))
+POINT = PointEntry(*range(len(PointEntry._fields)))
+
+
+def why_unsupported(base: Tensor, tuned: Tensor, outs: Sequence[Tensor]) -> str | None:
+    """Return in a few words why compiled code cannot interpolate this tensor, or None."""
+    for tensor in (base, tuned, *outs):
+        if tensor.dtype not in _DTYPES:
+            return f"there is no compiled code for {tensor.dtype} tensors"
+        if not tensor.is_contiguous():
+            return "there is no compiled code for tensors that are not contiguous"
+    return None
+
+
+def interpolate(
+    bases: Sequence[Tensor],
+    tuneds: Sequence[Tensor],
+    ratios: Sequence[Sequence[float]],
+    outs: Sequence[Sequence[Tensor]],
+) -> None:
+    """Write all points of all pairs in one pass.
+
+    Args:
+        bases: theta0 of each tensor, contiguous, on the CPU.
+        tuneds: theta1 of each tensor, of the same shapes.
+        ratios: R finite ratios for each tensor.
+        outs: R outputs for each tensor, mutated; with R = 1 it may be one of the ends.
+    """
+    pairs, points = [], []
+    streams = sum(x.nbytes for own in outs for x in own) >= STREAM_FROM
+    for base, tuned, own_ratios, own in zip(bases, tuneds, ratios, outs, strict=True):
+        ends = base.data_ptr(), tuned.data_ptr(), DTYPES[base.dtype], DTYPES[tuned.dtype]
+        pairs.append(PairEntry(*ends, base.numel(), len(points), len(own), streams))
+        points += [_point(ratio, out) for ratio, out in zip(own_ratios, own, strict=True)]
+    blocks = Blocks.of(range(len(bases)), [base.numel() for base in bases])
+    table, of_points = np.array(pairs, np.int64), np.array(points, np.int64)
+    Crew().over(blocks, interpolate_pass, table=table, points=of_points)
+
+
+def _point(ratio: float, out: Tensor) -> PointEntry:
+    form, weight = (COPY_BASE, COPY_TUNED)[ratio == 1.0], 0.0
+    if ratio not in (0.0, 1.0):
+        weight, from_base = nearer_end(ratio, torch.float32)
+        # b - w*(b - a) is b + (-w)*(b - a).
+        form, weight = (ALONG_BASE, weight) if from_base else (ALONG_TUNED, -weight)
+    return PointEntry(out.data_ptr(), DTYPES[out.dtype], form, int(np.float32(weight).view(np.uint32)))
+
+
+@task
+def interpolate_pass(task: int) -> None:
+    """Write all points of blocks."""
+    a, (_, scratch), k = int64(task, len(TASK)), begin(task), 0
+    while True:
+        start, stop = take(task)
+        if start == stop:
+            streaming.fence()
+            return
+        for block in range(start, stop):
+            k, base = locate(a, block, k)
+            pair = int64(a[TASK.table] + 8 * len(PAIR) * k, len(PAIR))
+            end = min(base + BLOCK, pair[PAIR.numel])
+            for first in range(base, end, PIECE):
+                _write_points(pair, a[TASK.points], first, min(PIECE, end - first), scratch)
+
+
+@inlined
+def _bytes(dtype, count):
+    return (4 if dtype == FP32 else 2) * count
+
+
+@inlined
+def _write_points(pair, points, base, count, scratch):
+    a = load_part(pair[PAIR.base], pair[PAIR.base_dtype], base, count, row(scratch, FIRST))
+    b = load_part(pair[PAIR.tuned], pair[PAIR.tuned_dtype], base, count, row(scratch, SECOND))
+    delta, room = row(scratch, DIFFERENCE), row(scratch, RESULT)
+    arithmetic.subtract(b, a, delta, count)
+    for r in range(pair[PAIR.points], pair[PAIR.points] + pair[PAIR.count]):
+        point = int64(points + 8 * len(POINT) * r, len(POINT))
+        dtype, form = point[POINT.dtype], point[POINT.form]
+        out = point[POINT.out] + _bytes(dtype, base)
+        # Those of the outputs that begin at a cache line.
+        lines = _bytes(dtype, count) // LINE if pair[PAIR.streams] != 0 and out % LINE == 0 else 0
+        if form in (ALONG_BASE, ALONG_TUNED):
+            end, weight, streamed = a if form == ALONG_BASE else b, as_float(np.uint32(point[POINT.weight])), 0
+            if lines != 0:
+                streaming.lines_along(dtype, end, delta, weight, out, lines)
+                streamed = lines * LINE // (4 if dtype == FP32 else 2)
+            if streamed < count:
+                before, rest = 4 * streamed, count - streamed
+                along(end + before, delta + before, weight, room, rest)
+                memory.round_to(dtype, room, row(scratch, ROUNDED), rest)
+                streaming.copy_bytes(row(scratch, ROUNDED), out + _bytes(dtype, streamed), _bytes(dtype, rest))
+            continue
+        address, own, end = pair[PAIR.base], pair[PAIR.base_dtype], a
+        if form == COPY_TUNED:
+            address, own, end = pair[PAIR.tuned], pair[PAIR.tuned_dtype], b
+        source = address + _bytes(own, base)
+        if own != dtype:
+            source = room
+            memory.round_to(dtype, end, room, count)
+        if source != out:
+            streaming.copy_lines(source, out, lines)
+            streaming.copy_bytes(source + LINE * lines, out + LINE * lines, _bytes(dtype, count) - LINE * lines)
+
+
+@loop
+def along(end: int, delta: int, weight: float, out: int, count: int) -> None:
+    """x + weight*delta."""
+    x, d, y = fp32(end, count), fp32(delta, count), fp32(out, count)
+    for j in range(count):
+        y[j] = x[j] + weight * d[j]
