@@ -35,6 +35,7 @@ SLOW = (
     "checkpoints/test_disk",
     "checkpoints/test_interrupted",
     "cli/test_program",
+    "compiled/",
     "distributed/",
     "eager/test_properties",
     "eager/test_sparsify",

@@ -69,7 +69,8 @@ def entry(o: Operands, rule: MergeRule, *, seed: int, stats: bool, decays: bool)
     """Return the row of the table; `along` is set before each step."""
 
     def address(tensor: Tensor | None) -> int:
-        return 0 if tensor is None else tensor.data_ptr()
+        # An empty tensor lies nowhere, and yet it is there: so do all processes know that there is an anchor.
+        return 0 if tensor is None else tensor.data_ptr() or -1
 
     def dtype(tensor: Tensor | None) -> int:
         return 0 if tensor is None else DTYPES[tensor.dtype]

@@ -47,11 +47,12 @@ class Thresholds:
         # Of the last two steps, over the learning rates, by which u scales; NaN where nothing is known.
         self.last = np.full((len(table), 2), np.nan)
         self._advances = table[:, ENTRY.skips] != 0
-        sizes = np.maximum(table[:, ENTRY.numel], 1)
+        # Of whole tensors: processes that share one must look at the same window.
+        sizes = np.array([max(1, shard.numel) for shard in shards])
         self._small = sizes <= LISTS_ALL_UP_TO
         # Between two steps thresholds drift, and those of small tensors jump.
         self._margin = (0.03 + 6 / np.sqrt(sizes)).astype(np.float32)
-        self._sizes = sizes
+        self._rates = self._ranks / sizes
         self.list = self._room_for_lists()
         self._sharded = [i for i in numbers if shards[i].groups]
 
@@ -63,9 +64,8 @@ class Thresholds:
 
     def _room_for_lists(self) -> List:
         """Make room; a block that does not fit is looked at again instead. Pages that are not written are not there."""
-        numbers, blocks, sizes = self.blocks.numbers, self.blocks, self._sizes
-        rates = self._ranks / [max(1, shard.numel) for shard in self._shards]
-        expected = np.where(self._small, sizes, sizes * np.minimum(1.0, rates * (1.5 + 2 * self._margin)))
+        numbers, blocks, sizes = self.blocks.numbers, self.blocks, self._table[:, ENTRY.numel]
+        expected = np.where(self._small, sizes, sizes * np.minimum(1.0, self._rates * (1.5 + 2 * self._margin)))
         self._room = min(blocks.elements, int(expected[numbers].sum())) + 16 * BLOCK
         firsts = np.zeros(len(sizes), np.int64)
         firsts[numbers] = blocks.firsts[:-1]

@@ -189,6 +189,7 @@ class SparseTensor:
 
 
 def offset_dtype(kept: int) -> torch.dtype:
+    """Return the dtype of the offsets of a tensor with so many kept values."""
     return torch.int32 if kept < 2**31 else torch.int64
 
 

@@ -25,6 +25,8 @@ IMPLS = ("auto", "triton", "compiled", "eager")
 #
 # (two shared cores; 1 tensor at 10^4, 10 and 100 later). Compiling for the first time on a machine takes some seconds.
 COMPILE_FROM = 1_000_000
+# As how many parameters a tensor counts besides its own: eager code takes 0.8 ms for each, however small.
+PER_TENSOR = 20_000
 
 logger = logging.getLogger("fused_merge")
 
@@ -75,8 +77,8 @@ def check_impl(impl: str) -> str:
 def resolve(impl: str, device: torch.device, numel: int = 0) -> str:
     """Return `"triton"`, `"compiled"` or `"eager"` for tensors of `numel` elements in all on `device`.
 
-    `"auto"` is Triton on a GPU that it can drive; on a CPU compiled from a million elements on, where numba is
-    installed; elsewhere eager. The interpreter, which is there to verify and not to be fast, runs only when asked for
+    `"auto"` is Triton on a GPU that it can drive; on a CPU compiled from a million elements, or 50 tensors, on, where
+    numba is installed; elsewhere eager. The interpreter, which is there to verify and not to be fast, runs only when asked for
     by name. RuntimeError says why what was asked for by name cannot run.
     """
     asked = check_impl(impl)
@@ -116,7 +118,7 @@ def choose(impl: str, tensors: Sequence[Tensor], numels: Sequence[int] | None = 
     """
     totals = Counter[torch.device]()
     for tensor, numel in zip(tensors, numels or [0] * len(tensors), strict=True):
-        totals[tensor.device] += numel
+        totals[tensor.device] += numel + PER_TENSOR if numels else 0
     return {device: resolve(impl, device, total) for device, total in totals.items()}
 
 

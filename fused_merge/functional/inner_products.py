@@ -69,7 +69,7 @@ def inner_products(
 
     names = [f"tensor {i}" for i in range(len(xs))]
     workspace = workspace or Workspace()
-    chosen = backend.choose(impl, xs, worth_compiling=True)
+    chosen = backend.choose(impl, xs, [x.numel() for x in xs])
     reasons: Sequence[str | None] = [None] * len(xs)
     if "triton" in chosen.values():
         from fused_merge.kernels import sums

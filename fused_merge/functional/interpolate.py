@@ -68,7 +68,7 @@ def interpolate(
                     "make shape and device the same"
                 )
 
-    chosen = backend.choose(impl, bases, worth_compiling=True)
+    chosen = backend.choose(impl, bases, [x.numel() for x in bases])
     reasons: list[str | None] = [None] * len(bases)
     for index, (base, tuned) in enumerate(pairs):
         if chosen[base.device] != "eager":

@@ -32,7 +32,7 @@ def assert_equal(method, ours, theirs):
 @pytest.mark.parametrize(
     ("method", "every", "impl"),
     # The kernels in the interpreter take their time.
-    [*product(METHODS, (1, 2), ["eager"]), ("onties", 2, "triton"), ("onproj", 2, "triton")],
+    [*product(METHODS, (1, 2), ["eager", "compiled"]), ("onties", 2, "triton"), ("onproj", 2, "triton")],
 )
 def test_under_fsdp2(method, every, impl, pair):
     options = {"method": method, "merge_every": every, "stats_every": 3, "impl": impl}

@@ -34,9 +34,9 @@ CASES_OF_KIND = [
 IN_THE_INTERPRETER = ["ondare between merges", "onties", "onsoft", "bf16, stochastic", "bf16, split master"]
 # What the kernels are told about shards differs between these, and they are slow in the interpreter.
 SOME_KINDS = [("fsdp", 2), ("columns", 2), ("tp and fsdp", 4)]
-in_eager_code_and_kernels = pytest.mark.parametrize(
+by_every_backend = pytest.mark.parametrize(
     ("kind", "world", "impl"),
-    [(*each, "eager") for each in [*UNLIKE, ("fsdp", 2), ("tp", 2), ("hsdp", 4)]]
+    [(*each, impl) for impl in ("eager", "compiled") for each in [*UNLIKE, ("fsdp", 2), ("tp", 2), ("hsdp", 4)]]
     + [(*each, "triton") for each in SOME_KINDS[1:]],
 )
 PROJECTIONS = [
@@ -57,8 +57,10 @@ def test_the_shards_that_are_tried_are_uneven_and_empty(kind, world, where, rank
 
 
 @pytest.mark.parametrize(("case", "kind", "world"), CASES_OF_KIND)
-def test_steps_have_the_bits_of_one_process(case, kind, world, where, ranks_of):
+@pytest.mark.parametrize("impl", ["eager", "compiled"])
+def test_steps_have_the_bits_of_one_process(case, kind, world, impl, where, ranks_of):
     dtype, options = CASES[case]
+    options = options | {"impl": impl}
     ranks_of(world, where).all(parallel_steps.same_bits_as_one_process, kind, 4, dtype, options)
 
 
@@ -77,7 +79,7 @@ def test_a_delta_of_sharded_models_is_that_of_whole_ones(method, kind, world, wh
 
 
 @pytest.mark.parametrize("options", PROJECTIONS, ids=lambda options: " ".join(map(str, options.values())))
-@in_eager_code_and_kernels
+@by_every_backend
 def test_projections_are_those_of_one_process_up_to_rounding(options, kind, world, impl, where, ranks_of):
     options = options | {"method": "onproj", "impl": impl, "blocks": 1, "lr": 1e-4}
     for far, _ in ranks_of(world, where).all(parallel_steps.nearly_as_one_process, kind, options):
@@ -85,13 +87,13 @@ def test_projections_are_those_of_one_process_up_to_rounding(options, kind, worl
 
 
 @pytest.mark.parametrize("over", ["tensor", "rows"])
-@in_eager_code_and_kernels
+@by_every_backend
 def test_coefficients_of_projections_are_those_of_one_process(over, kind, world, impl, where, ranks_of):
     options = {"method": "onproj", "project_over": over, "impl": impl, "blocks": 1}
     assert max(ranks_of(world, where).all(parallel_steps.coefficients, kind, options)) <= 1e-6
 
 
-@in_eager_code_and_kernels
+@by_every_backend
 def test_clipping_sees_the_norm_of_one_process(kind, world, impl, where, ranks_of):
     options = {"max_grad_norm": 0.5, "impl": impl, "blocks": 1}
     answers = ranks_of(world, where).all(parallel_steps.nearly_as_one_process, kind, options)
@@ -101,7 +103,7 @@ def test_clipping_sees_the_norm_of_one_process(kind, world, impl, where, ranks_o
 
 
 @pytest.mark.parametrize("options", [{"method": "ondare"}, {"method": "onties"}, {"method": "onproj"}], ids=str)
-@in_eager_code_and_kernels
+@by_every_backend
 def test_statistics_count_what_one_process_counts(options, kind, world, impl, where, ranks_of):
     options = options | {"impl": impl, "blocks": 1}
     for ours, theirs in ranks_of(world, where).all(parallel_steps.statistics, kind, options):
@@ -124,7 +126,9 @@ def test_statistics_count_what_one_process_counts(options, kind, world, impl, wh
     ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
 @pytest.mark.parametrize(
-    ("kind", "world", "impl"), [("fsdp", 2, "eager"), ("tp and fsdp", 4, "eager"), ("fsdp", 2, "triton")]
+    ("kind", "world", "impl"),
+    [(*each, impl) for impl in ("eager", "compiled") for each in (("fsdp", 2), ("tp and fsdp", 4))]
+    + [("fsdp", 2, "triton")],
 )
 def test_a_step_takes_a_few_collectives_however_many_tensors(options, most, kind, world, impl, where, ranks_of):
     options = options | {"impl": impl}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from case_tensors import (
     BITS,
+    EDGES,
     MIDDLE,
     Tensors,
     assert_guards_hold,
