@@ -15,11 +15,12 @@ from torch import Tensor
 
 from fused_merge.compiled import arithmetic, memory, streaming
 from fused_merge.compiled.jit import inlined, loop, task
+from fused_merge.compiled.layout import columns
 from fused_merge.compiled.memory import BLOCK, DTYPES, FP32, as_float, fp32, int64
 from fused_merge.compiled.parts import load_part, locate
 from fused_merge.compiled.scratch import DIFFERENCE, FIRST, RESULT, ROUNDED, SECOND, row
 from fused_merge.compiled.streaming import LINE
-from fused_merge.compiled.threads import TASK, Blocks, Crew, begin, take
+from fused_merge.compiled.threads import TASK, TASKS, Blocks, Crew, begin, take
 from fused_merge.eager.interpolate import nearer_end
 
 # Bytes of outputs from which on they are written past the caches: they would not stay there.
@@ -42,7 +43,7 @@ class PairEntry(NamedTuple):
     tuned_dtype: int
     numel: int
     points: int  # the first row of the table of points
-    count: int  # and how many there are
+    ratios: int  # and how many there are
     streams: int  # whether outputs are written past the caches
 
 
@@ -55,8 +56,8 @@ class PointEntry(NamedTuple):
     weight: int  # of theta1 - theta0, as the pattern of an fp32 number
 
 
-PAIR = PairEntry(*range(len(PairEntry._fields)))
-POINT = PointEntry(*range(len(PointEntry._fields)))
+PAIR, PAIRS = columns(PairEntry), len(PairEntry._fields)
+POINT, POINTS = columns(PointEntry), len(PointEntry._fields)
 
 
 def why_unsupported(base: Tensor, tuned: Tensor, outs: Sequence[Tensor]) -> str | None:
@@ -83,7 +84,8 @@ def interpolate(
         ratios: R finite ratios for each tensor.
         outs: R outputs for each tensor, mutated; with R = 1 it may be one of the ends.
     """
-    pairs, points = [], []
+    pairs: list[PairEntry] = []
+    points: list[PointEntry] = []
     streams = sum(x.nbytes for own in outs for x in own) >= STREAM_FROM
     for base, tuned, own_ratios, own in zip(bases, tuneds, ratios, outs, strict=True):
         ends = base.data_ptr(), tuned.data_ptr(), DTYPES[base.dtype], DTYPES[tuned.dtype]
@@ -106,7 +108,7 @@ def _point(ratio: float, out: Tensor) -> PointEntry:
 @task
 def interpolate_pass(task: int) -> None:
     """Write all points of blocks."""
-    a, (_, scratch), k = int64(task, len(TASK)), begin(task), 0
+    a, (_, scratch), k = int64(task, TASKS), begin(task), 0
     while True:
         start, stop = take(task)
         if start == stop:
@@ -114,7 +116,7 @@ def interpolate_pass(task: int) -> None:
             return
         for block in range(start, stop):
             k, base = locate(a, block, k)
-            pair = int64(a[TASK.table] + 8 * len(PAIR) * k, len(PAIR))
+            pair = int64(a[TASK.table] + 8 * PAIRS * k, PAIRS)
             end = min(base + BLOCK, pair[PAIR.numel])
             for first in range(base, end, PIECE):
                 _write_points(pair, a[TASK.points], first, min(PIECE, end - first), scratch)
@@ -131,8 +133,8 @@ def _write_points(pair, points, base, count, scratch):
     b = load_part(pair[PAIR.tuned], pair[PAIR.tuned_dtype], base, count, row(scratch, SECOND))
     delta, room = row(scratch, DIFFERENCE), row(scratch, RESULT)
     arithmetic.subtract(b, a, delta, count)
-    for r in range(pair[PAIR.points], pair[PAIR.points] + pair[PAIR.count]):
-        point = int64(points + 8 * len(POINT) * r, len(POINT))
+    for r in range(pair[PAIR.points], pair[PAIR.points] + pair[PAIR.ratios]):
+        point = int64(points + 8 * POINTS * r, POINTS)
         dtype, form = point[POINT.dtype], point[POINT.form]
         out = point[POINT.out] + _bytes(dtype, base)
         # Those of the outputs that begin at a cache line.

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from fused_merge.compiled import arithmetic, memory, sums
 from fused_merge.compiled.jit import inlined, task
+from fused_merge.compiled.layout import columns
 from fused_merge.compiled.memory import BLOCK, DTYPES, as_float, fp32, int64
 from fused_merge.compiled.parts import load_part, locate
 from fused_merge.compiled.scratch import DIFFERENCE, FIRST, PRODUCT, SECOND, SUMS, THIRD, row
-from fused_merge.compiled.threads import TASK, Blocks, Crew, begin, take
+from fused_merge.compiled.threads import TASK, TASKS, Blocks, Crew, begin, take
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -36,7 +37,7 @@ class ProductEntry(NamedTuple):
     factor: int  # the pattern of an fp32 number
 
 
-ENTRY = ProductEntry(*range(len(ProductEntry._fields)))
+ENTRY, ENTRIES = columns(ProductEntry), len(ProductEntry._fields)
 
 
 def why_unsupported(triple: Sequence[Tensor | None]) -> str | None:
@@ -51,7 +52,10 @@ def inner_products(
     """Return <s*x, y - z> of T triples on the CPU, without y <s*x, s*x>; 0-d fp32."""
     factor = int(np.float32(scale).view(np.uint32))
     # What is not contiguous is copied, and kept until the end.
-    kept = [[tensor if tensor is None else tensor.contiguous() for tensor in triple] for triple in triples]
+    kept = [
+        (x.contiguous(), None if y is None else y.contiguous(), None if z is None else z.contiguous())
+        for x, y, z in triples
+    ]
     entries = [
         (
             *(0 if tensor is None else tensor.data_ptr() for tensor in triple),
@@ -74,14 +78,14 @@ def inner_products(
 @task
 def products_pass(task: int) -> None:
     """Write `products`, those of blocks."""
-    a, (_, scratch), k = int64(task, len(TASK)), begin(task), 0
+    a, (_, scratch), k = int64(task, TASKS), begin(task), 0
     while True:
         start, stop = take(task)
         if start == stop:
             return
         for block in range(start, stop):
             k, base = locate(a, block, k)
-            t = int64(a[TASK.table] + 8 * len(ENTRY) * k, len(ENTRY))
+            t = int64(a[TASK.table] + 8 * ENTRIES * k, ENTRIES)
             product = _product(t, base, min(BLOCK, t[ENTRY.numel] - base), scratch)
             fp32(a[TASK.products] + 4 * block, 1)[0] = product
 
@@ -106,7 +110,7 @@ def _product(t, base, count, scratch):
 @task
 def sum_pass(task: int) -> None:
     """Write `values`, the sums of the products of the blocks of each tensor, which are overwritten."""
-    a, (_, scratch) = int64(task, len(TASK)), begin(task)
+    a, (_, scratch) = int64(task, TASKS), begin(task)
     while True:
         start, stop = take(task)
         if start == stop:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from fused_merge.compiled import arithmetic, layout, memory, philox, search, sparse
 from fused_merge.compiled.jit import inlined, loop, task
-from fused_merge.compiled.layout import ENTRY, NONE, RANDOM, SOFT_THRESHOLD, TensorEntry
+from fused_merge.compiled.layout import ENTRIES, ENTRY, NONE, RANDOM, SOFT_THRESHOLD, TensorEntry
 from fused_merge.compiled.memory import BLOCK, DTYPES, FP32, int32, int64, uint8, uint16, uint32
 from fused_merge.compiled.parts import locate
 from fused_merge.compiled.scratch import FIRST, MARKS, PLACES, RESULT, ROUNDED, THIRD, row
-from fused_merge.compiled.threads import TASK, Blocks, Crew, begin, take
+from fused_merge.compiled.threads import TASK, TASKS, Blocks, Crew, begin, take
 from fused_merge.eager.kth_largest import narrow, shifts
 from fused_merge.eager.philox import DOMAIN_TAU, keep_threshold
 from fused_merge.eager.shard import ShardIndex
@@ -30,8 +30,7 @@ from fused_merge.eager.sparse import WORDS, SparseTensor, block_count, offset_dt
 from fused_merge.lockstep import LocalSum, Steps
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_COLUMNS = len(ENTRY)
-_NO_ENTRY = TensorEntry(*[0] * _COLUMNS)
+_NO_ENTRY = TensorEntry(*[0] * ENTRIES)
 # Of a tensor that one process holds, the k-th largest is found in two rounds of 2^16 bins.
 _OWN_SHIFTS = (16, 0)
 _PATTERN_BITS = 32
@@ -111,7 +110,7 @@ def _count(source: int, count: int, low: int, shift: int, bins: int, out: int) -
 @task
 def count_pass(task: int) -> None:
     """Add to `counts`, int64 `[threads, bins]`."""
-    a, (thread, scratch), k = int64(task, len(TASK)), begin(task), 0
+    a, (thread, scratch), k = int64(task, TASKS), begin(task), 0
     low, shift, bins = a[TASK.first], a[TASK.shift], a[TASK.room]
     last, out = low + (bins << shift) - 1, a[TASK.counts] + 8 * bins * thread
     # Every NaN counts as the least of them.
@@ -122,7 +121,7 @@ def count_pass(task: int) -> None:
             return
         for block in range(start, stop):
             k, base = locate(a, block, k)
-            t = int64(a[TASK.table] + 8 * _COLUMNS * k, _COLUMNS)
+            t = int64(a[TASK.table] + 8 * ENTRIES * k, ENTRIES)
             count = min(BLOCK, t[ENTRY.numel] - base)
             x = memory.load(t, ENTRY.tau, base, count, row(scratch, FIRST))
             if low > 0 or last < layout.LARGEST:
@@ -215,14 +214,14 @@ def _kept(t, kth, base, count, scratch):
 @task
 def mark_pass(task: int) -> None:
     """Write the mask of blocks, `places`, and `counts`, int64, how many are kept in each block of the format."""
-    a, (_, scratch), k = int64(task, len(TASK)), begin(task), 0
+    a, (_, scratch), k = int64(task, TASKS), begin(task), 0
     while True:
         start, stop = take(task)
         if start == stop:
             return
         for block in range(start, stop):
             k, base = locate(a, block, k)
-            t = int64(a[TASK.table] + 8 * _COLUMNS * k, _COLUMNS)
+            t = int64(a[TASK.table] + 8 * ENTRIES * k, ENTRIES)
             count, dtype, mask = min(BLOCK, t[ENTRY.numel] - base), t[ENTRY.tau_dtype], a[TASK.places] + base // 8
             if t[ENTRY.sparsify] == RANDOM:
                 places, source = row(scratch, PLACES), t[ENTRY.tau] + (4 if dtype == FP32 else 2) * base
@@ -243,14 +242,14 @@ def mark_pass(task: int) -> None:
 @task
 def pack_pass(task: int) -> None:
     """Write `values`, the first of each block of the format being that of its number in `own_firsts`."""
-    a, (_, scratch), k = int64(task, len(TASK)), begin(task), 0
+    a, (_, scratch), k = int64(task, TASKS), begin(task), 0
     while True:
         start, stop = take(task)
         if start == stop:
             return
         for block in range(start, stop):
             k, base = locate(a, block, k)
-            t = int64(a[TASK.table] + 8 * _COLUMNS * k, _COLUMNS)
+            t = int64(a[TASK.table] + 8 * ENTRIES * k, ENTRIES)
             count, dtype, places = min(BLOCK, t[ENTRY.numel] - base), t[ENTRY.tau_dtype], row(scratch, PLACES)
             size, first = 4 if dtype == FP32 else 2, int64(a[TASK.own_firsts] + 8 * (base // SPARSE_BLOCK), 1)[0]
             # Blocks of the format are whole words of 64 bits; those of padding are not set.

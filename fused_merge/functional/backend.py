@@ -78,8 +78,8 @@ def resolve(impl: str, device: torch.device, numel: int = 0) -> str:
     """Return `"triton"`, `"compiled"` or `"eager"` for tensors of `numel` elements in all on `device`.
 
     `"auto"` is Triton on a GPU that it can drive; on a CPU compiled from a million elements, or 50 tensors, on, where
-    numba is installed; elsewhere eager. The interpreter, which is there to verify and not to be fast, runs only when asked for
-    by name. RuntimeError says why what was asked for by name cannot run.
+    numba is installed; elsewhere eager. The interpreter, which is there to verify and not to be fast, runs only when
+    asked for by name. RuntimeError says why what was asked for by name cannot run.
     """
     asked = check_impl(impl)
     chosen = asked
