@@ -7,6 +7,7 @@ calls them, and compiled once. They take addresses, counts and fp32 numbers, wri
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from typing import Any, get_type_hints
 
 from llvmlite import binding
 from numba import cfunc, config, njit, types
+
+logger = logging.getLogger("fused_merge")
 
 _TYPES = {int: types.int64, float: types.float32, type(None): types.void}
 _loops: dict[str, Any] = {}
@@ -36,6 +39,8 @@ def _cache_directory() -> str:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return ""
+    if not any(folder.iterdir()):
+        logger.warning("compiling for the CPU: this takes some seconds, once on this machine")
     return str(folder) if os.access(folder, os.W_OK) else ""
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from bits import same_bits
+from numba import njit
 
 from fused_merge.compiled import philox
-from fused_merge.compiled.jit import jit
-from fused_merge.compiled.layout import ENTRY
+from fused_merge.compiled.layout import TensorEntry
 from fused_merge.compiled.memory import BLOCK
 from fused_merge.compiled.scratch import PLACES, RANDOM_WORDS, ROOM, scratch
 from fused_merge.eager.philox import DOMAIN_ROUNDING, DOMAIN_UPDATE, MaskKey, keep_mask, keep_threshold, random_words
@@ -18,17 +18,17 @@ from fused_merge.eager.shard import ShardIndex
 STEP, TENSOR_ID = 7.0, 0xFFFF_FFF1
 
 
-@jit
+@njit
 def kept_places(t, base, count, step, domain, room, places):
     return philox.kept_places(t, base, count, step, domain, room, places)
 
 
-@jit
+@njit
 def rounding_words(t, base, count, step, room, out):
     philox.rounding_words(t, base, count, step, room, out)
 
 
-@jit
+@njit
 def random_word(t, i, step, domain):
     return np.int64(philox.random_word(t, i, step, domain))
 
@@ -47,7 +47,7 @@ SEEDS = [0, 3, -1, 2**63 + 5, -(2**63), 2**64 - 1]
 
 
 def entry(shard, seed, rate):
-    fields = dict.fromkeys(ENTRY._fields, 0) | shard._asdict()
+    fields = dict.fromkeys(TensorEntry._fields, 0) | shard._asdict()
     fields |= {"tensor_id": TENSOR_ID, "seed": (seed + 2**63) % 2**64 - 2**63, "keep_threshold": keep_threshold(rate)}
     return np.array(list(fields.values()), np.int64)
 
