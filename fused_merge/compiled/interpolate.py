@@ -24,7 +24,7 @@ from fused_merge.compiled.threads import TASK, TASKS, Blocks, Crew, begin, take
 from fused_merge.eager.interpolate import nearer_end
 
 # Bytes of outputs from which on they are written past the caches: they would not stay there.
-STREAM_FROM = 1 << 23
+STREAM_FROM = 1 << 22
 
 # Elements that are worked on at once: both ends, their difference and a point stay in the innermost cache.
 PIECE = 1024

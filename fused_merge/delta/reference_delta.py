@@ -274,7 +274,8 @@ class ReferenceDelta:
             return tau
         shard = None if fragment is None else fragment.shard
         elements = sum(spec.shape.numel() for spec in self._specs.values())
-        return sparsify(tau, name=name, shard=shard, elements=elements, **sparsity._asdict())
+        numel = self.shape(name).numel()
+        return sparsify(tau, name=name, shard=shard, numel=numel, elements=elements, **sparsity._asdict())
 
     def _spec(self, name: str) -> TensorSpec:
         if name not in self._specs:

@@ -22,6 +22,7 @@ def sparsify(
     reserve_rate: float,
     seed: int,
     shard: Shard | None = None,
+    numel: int | None = None,
     elements: int | None = None,
     impl: str = "auto",
 ) -> SparseTensor:
@@ -35,6 +36,8 @@ def sparsify(
         seed: of random masks.
         shard: where the elements of a part lie, and who holds the others; None for a whole tensor. The processes that
             hold a tensor find the threshold of a ranked F together: all of them must come here.
+        numel: elements of the whole delta, of which k is a share; None where those are the elements of `shard`, and not
+            fewer, as where a model was given more rows.
         elements: of all tensors that will be sparsified one after the other; None for this one alone.
         impl: `"auto"`, `"compiled"` or `"eager"`. Compiled code serves bf16, fp16 and fp32 on a CPU; `"auto"` chooses
             it by `elements`, where that is enough to do.
@@ -49,9 +52,10 @@ def sparsify(
             f"save the delta with it first, or use one of {', '.join(n for n in SPARSIFY if n != 'none')}"
         )
     own = Shard.whole(tau.shape) if shard is None else shard
-    k = kept_count(own.numel, reserve_rate)
-    ranked = method in RANKED and reserve_rate < 1.0 and own.numel > 0
-    chosen = {tau.device: backend.resolve(impl, tau.device, own.numel if elements is None else elements)}
+    numel = own.numel if numel is None else numel
+    k = kept_count(numel, reserve_rate)
+    ranked = method in RANKED and reserve_rate < 1.0 and numel > 0
+    chosen = {tau.device: backend.resolve(impl, tau.device, numel if elements is None else elements)}
     reason = None
     if chosen[tau.device] == "compiled":
         from fused_merge.compiled import sparsify as compiled
