@@ -17,7 +17,7 @@ from torch import Tensor
 from fused_merge.compiled import merge_stats, passes
 from fused_merge.compiled.layout import ENTRIES, ENTRY
 from fused_merge.compiled.memory import BLOCK
-from fused_merge.compiled.tables import entry, finds_rows, projects_rows
+from fused_merge.compiled.tables import address, entry, finds_rows, projects_rows
 from fused_merge.compiled.threads import Blocks, Crew
 from fused_merge.compiled.thresholds import Thresholds
 from fused_merge.eager.merge_stats import MergeSums
@@ -67,8 +67,10 @@ class Launch:
 
     def read_from(self, grads: Sequence[Tensor | None]) -> None:
         """Tell the table where the gradients of the next step lie; nothing else about them may have changed."""
-        self._grads = [grad if grad is None else grad.contiguous() for grad in grads]
-        self.table[:, ENTRY.grad] = [0 if grad is None else grad.data_ptr() for grad in self._grads]
+        read = [grad if grad is None else grad.contiguous() for grad in grads]
+        self.table[:, ENTRY.grad] = [address(grad) for grad in read]
+        # Of what is contiguous there are no copies, and nothing that the optimizer would keep alive.
+        self._copies = [copy for copy, grad in zip(read, grads, strict=True) if copy is not grad]
 
     def run(self, scalars: np.ndarray, crew: Crew) -> Steps[list[MergeSums | None]]:
         """Take the step; return what was merged, where it is collected."""
@@ -83,6 +85,7 @@ class Launch:
         if self.thresholds is not None:
             crew.over(self._listed, passes.finish_pass, **told, **self.thresholds.list._asdict())
         crew.all(passes.count_steps, **told)
+        self._copies.clear()
         del along
         if not self._stats:
             return [None] * len(scalars)

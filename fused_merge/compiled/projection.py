@@ -11,12 +11,12 @@ from fused_merge.compiled.layout import ENTRY, ON_UPDATE, ONTO, OVER_ROWS, PROJE
 from fused_merge.compiled.memory import BLOCK, fp32, int64
 from fused_merge.compiled.scratch import (
     ALONG,
-    GRAD,
     NODES,
     NODES_OF_TAU,
     PRODUCT,
     ROOM,
     ROW_OF_ALONG,
+    SCALED,
     SUMS,
     TAU_DENSE,
     row,
@@ -56,7 +56,7 @@ def _row_products(t, s, number, scratch):
     nodes, of_tau = fp32(row(scratch, NODES), ROOM), fp32(row(scratch, NODES_OF_TAU), ROOM)
     for base in range(start, end, BLOCK):
         count = min(BLOCK, end - base)
-        g = memory.load(t, ENTRY.grad, base, count, row(scratch, GRAD))
+        g = memory.load(t, ENTRY.grad, base, count, row(scratch, SCALED))
         nodes[block], of_tau[block] = products(t, base, g, s[SCALAR.grad_factor], count, scratch)
         block += 1
     along = fp32(row(scratch, ALONG), 2)

@@ -65,12 +65,14 @@ def _skips(o: Operands, rule: MergeRule, stats: bool) -> bool:
     return few and plain and all(x is not None and x.dtype == torch.float32 for x in moments)
 
 
+def address(tensor: Tensor | None) -> int:
+    """Return where a tensor lies, or 0 for none."""
+    # An empty tensor lies nowhere, and yet it is there: so do all processes know that there is an anchor.
+    return 0 if tensor is None else tensor.data_ptr() or -1
+
+
 def entry(o: Operands, rule: MergeRule, *, seed: int, stats: bool, decays: bool) -> TensorEntry:
     """Return the row of the table; `along` is set before each step."""
-
-    def address(tensor: Tensor | None) -> int:
-        # An empty tensor lies nowhere, and yet it is there: so do all processes know that there is an anchor.
-        return 0 if tensor is None else tensor.data_ptr() or -1
 
     def dtype(tensor: Tensor | None) -> int:
         return 0 if tensor is None else DTYPES[tensor.dtype]

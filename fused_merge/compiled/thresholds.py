@@ -107,7 +107,8 @@ class Thresholds:
             hows = np.where(known, step.AGAIN, step.ADVANCE)
             again = self._subset(missed & self._advances)
             self._search(told, crew, hows, kths, np.full_like(kths, LARGEST), again, ends)
-        found = np.where(merges, kths.view(np.float32) / _learning_rates(scalars), self.last[:, 0])
+        with np.errstate(all="ignore"):
+            found = np.where(merges, kths.view(np.float32) / _learning_rates(scalars), self.last[:, 0])
         self.last = np.where(merges[:, None], np.stack((found, self.last[:, 0]), axis=1), self.last)
         return kths
 

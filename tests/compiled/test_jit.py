@@ -59,7 +59,7 @@ def test_no_option_and_no_size_is_compiled_for_itself():
 
     workspace = functional.Workspace()
     tensors = {dtype: Tensors((20, 15), (5000,), dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.half)}
-    for method in ("ondare", "onties"):
+    for method in ("ondare", "onties", "onproj"):
         tensors[torch.float32].step("compiled", workspace=workspace, method=method)
     with event.install_listener("numba:compile", Listener()):
         for own in tensors.values():

@@ -152,7 +152,9 @@ def test_auto_steps_large_models_by_compiled_code(monkeypatch):
     monkeypatch.setattr(launch, "run", lambda prepared: ran.append(len(prepared.launch.names)) or run(prepared))
     total = sum(p.numel() for p in parameters(torch.float32, 0).values())
     # The embedding is stepped in two parts.
-    for threshold, expected in ((total, [len(SHAPES) + 1]), (2 * total, [])):
+    tensors = len(SHAPES) + 1
+    monkeypatch.setattr(backend, "PER_TENSOR", 100)
+    for threshold, expected in ((total + 100 * tensors, [tensors]), (2 * total + 100 * tensors, [])):
         monkeypatch.setattr(backend, "COMPILE_FROM", threshold)
         ran.clear()
         params = parameters(torch.float32, 1)

@@ -56,11 +56,15 @@ print(backend.why_not_compiled(torch.device("cpu")))
     )
 
 
-def test_what_processes_hold_of_a_tensor_does_not_choose_the_backend():
+def test_what_processes_hold_of_a_tensor_does_not_choose_the_backend(monkeypatch):
     """It counts what a tensor is in whole, and one device after the other."""
+    monkeypatch.setattr(backend, "PER_TENSOR", 0)
     parts, wholes = [torch.zeros(10), torch.zeros(0), torch.zeros(3)], [999_990, 10, 0]
     assert backend.choose("auto", parts, wholes) == {CPU: "compiled"}
     assert backend.choose("auto", parts, [999_990, 9, 0]) == {CPU: "eager"}
+    monkeypatch.setattr(backend, "PER_TENSOR", 333_333)
+    assert backend.choose("auto", parts, [0, 0, 0]) == {CPU: "eager"}
+    assert backend.choose("auto", parts, [0, 0, 1]) == {CPU: "compiled"}
     # What does not run again and again is not compiled.
     assert backend.choose("auto", [torch.zeros(1_000_000)]) == {CPU: "eager"}
 

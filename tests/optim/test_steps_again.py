@@ -269,10 +269,6 @@ def test_a_group_may_join(delta):
     assert optimizer.state[model.head.weight]["step"] == 3
 
 
-def _of_another_form(p):
-    p.grad = p.grad.t().contiguous().t()
-
-
 def _sparse(p):
     p.grad = p.grad.to_sparse()
 
@@ -285,7 +281,6 @@ def _weights_of_another_form(p):
 @pytest.mark.parametrize(
     ("change", "error", "sentence"),
     [
-        (_of_another_form, RuntimeError, "no compiled code for gradients that are not contiguous"),
         (_weights_of_another_form, RuntimeError, "no compiled code for weights that are not contiguous"),
         (_sparse, ValueError, "the gradient of 'hidden.weight' is sparse"),
     ],
