@@ -217,7 +217,7 @@ class MergingAdamW(Optimizer):
             for param, state in states:
                 self.state[param] |= state
         steps = [step for _, step in prepared]
-        gathered = take_verified(steps, self._workspace, self.impl) if self.verify_steps else take(*steps)
+        gathered = take_verified(steps, self._workspace) if self.verify_steps else take(*steps)
         for step, entries in zip(steps, gathered, strict=True):
             for o, entry in zip(step.operands, entries, strict=True):
                 if entry is not None:

@@ -274,7 +274,7 @@ class OnlineMerging:
             verify_as_the_environment_says(self)
         self._calls.update(pending.groups)
         steps, verified = pending.steps, self.verify_steps > 0
-        gathered = take_verified(steps, self._workspace, self.impl) if verified else take(*steps)
+        gathered = take_verified(steps, self._workspace) if verified else take(*steps)
         for step, entries in zip(steps, gathered, strict=True):
             for o, entry in zip(step.operands, entries, strict=True):
                 if entry is not None:

@@ -116,7 +116,7 @@ class RunOptions(TypedDict, total=False):
 
     Options:
         stats_every: collect `merge_stats` at every n-th step; 0 never does.
-        impl: `"auto"` (Triton on a GPU; on a CPU eager, above 50 M parameters compiled), `"triton"`, `"compiled"` or
+        impl: `"auto"` (Triton on a GPU; on a CPU compiled by numba, but for small models), `"triton"`, `"compiled"` or
             `"eager"`; all give the same bits. `FUSED_MERGE_IMPL` overrides it.
         names_of: the model, or its `named_parameters()`, for frameworks that pass bare parameters: each one is called
             as it is there. May also stand in a group that is added later.

@@ -37,7 +37,7 @@ class Verifiable(Protocol):
 def verify(optimizer: Verifiable, steps: int = 10) -> None:
     """Compare the next steps of an optimizer with the eager code, tensor by tensor and bit for bit.
 
-    Each tensor is cloned, stepped by the kernel, stepped on the clone by the eager code, and compared: parameter and
+    Each tensor is cloned, stepped by what serves it, the clone by the eager code, and both are compared: parameter and
     every state. Extra memory is that of the largest tensor and its state. The run itself is unchanged.
 
     Args:
@@ -50,9 +50,12 @@ def verify(optimizer: Verifiable, steps: int = 10) -> None:
     """
     if steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}")
-    devices = {param.device for group in optimizer.param_groups for param in group["params"]}
-    if steps and all(backend.resolve(optimizer.impl, device) == "eager" for device in devices):
-        raise ValueError("there is nothing to verify: this optimizer runs the eager code itself; use impl='triton'")
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    chosen = backend.choose(optimizer.impl, params, [param.numel() for param in params])
+    if steps and all(runs == "eager" for runs in chosen.values()):
+        raise ValueError(
+            "there is nothing to verify: this optimizer runs the eager code itself; use impl='triton' or 'compiled'"
+        )
     optimizer.verify_steps = steps
 
 
@@ -67,16 +70,17 @@ def verify_as_the_environment_says(optimizer: Verifiable) -> None:
         logger.warning("FUSED_MERGE_VERIFY=%s: %s", steps, reason)
 
 
-def take_verified(steps: Sequence[PreparedStep], workspace: Workspace, impl: str) -> list[list[MergeStats | None]]:
+def take_verified(steps: Sequence[PreparedStep], workspace: Workspace) -> list[list[MergeStats | None]]:
     """Take steps tensor by tensor; RuntimeError names the first tensor and state that eager code has otherwise."""
     gathered: list[list[MergeStats | None]] = []
-    for operands, rule, hyper, seed, stats, _ in steps:
+    for operands, rule, hyper, seed, stats, shares in steps:
         gathered.append([])
-        for o in operands:
+        served = {i: share.backend for share, _ in shares for i in share.members}
+        for i, o in enumerate(operands):
             # In a call of its own: the copies of one tensor are gone before the next one is copied.
             copy = _copy(o)
             own = workspace.part(o.name)
-            gathered[-1] += step_([o], rule=rule, hyper=hyper, seed=seed, stats=stats, workspace=own, impl=impl)
+            gathered[-1] += step_([o], rule=rule, hyper=hyper, seed=seed, stats=stats, workspace=own, impl=served[i])
             step_([copy], rule=rule, hyper=hyper, seed=seed, impl="eager")
             _compare(o, copy)
     return gathered

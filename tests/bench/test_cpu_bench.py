@@ -238,9 +238,7 @@ def test_a_run_is_recorded_from_what_pytest_benchmark_writes(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", f"bench/bench_merging_adamw.py::{case}", "-p", "no:cacheprovider"]
     # Where tests are distributed, pytest-benchmark would not measure.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    run = subprocess.run(
-        [*command, "--benchmark-json", out], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    run = subprocess.run([*command, "--benchmark-json", out], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
     for count in (1, 2):
         path = tables.record([out], tmp_path / "rows")
