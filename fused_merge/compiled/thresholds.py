@@ -122,7 +122,7 @@ class Thresholds:
         rates, (last, before) = _learning_rates(scalars), self.last.T
         with np.errstate(all="ignore"):
             # In the first steps of a run thresholds fall step by step.
-            falls = np.fmin(np.fmax(last / before, 0.8), 1.0)
+            falls = np.where(np.isnan(before), 1.0, np.fmin(np.fmax(last / before, 0.8), 1.0))
             expected = last * falls * rates
             lows = np.where(self._small, 0, _patterns(expected * (1 - self._margin)))
             lasts = np.where(self._small | self._advances, LARGEST, _patterns(last * rates * (1 + self._margin)))

@@ -94,7 +94,7 @@ def test_lists_are_walked_where_they_hold_all_that_is_kept(options, last, watch,
     from fused_merge.kernels import kth_largest, launch
 
     def thresholds(tensors):
-        launches = tensors.workspace.keep(("step", DEVICE), list)._launches
+        launches = tensors.workspace.keep(("step", "triton", DEVICE), list)._launches
         return [own.thresholds for own in launches if own.thresholds is not None]
 
     def watched(self, table, coefficients, search, marks):
