@@ -17,10 +17,9 @@ from fused_merge.compiled import arithmetic, memory, streaming
 from fused_merge.compiled.jit import inlined, loop, task
 from fused_merge.compiled.layout import columns
 from fused_merge.compiled.memory import BLOCK, DTYPES, FP32, as_float, fp32, int64
-from fused_merge.compiled.parts import load_part, locate
 from fused_merge.compiled.scratch import DIFFERENCE, FIRST, RESULT, ROUNDED, SECOND, row
 from fused_merge.compiled.streaming import LINE
-from fused_merge.compiled.threads import TASK, TASKS, Blocks, Crew, begin, take
+from fused_merge.compiled.threads import TASK, TASKS, Blocks, Crew, begin, locate, take
 from fused_merge.eager.interpolate import nearer_end
 
 # Bytes of outputs from which on they are written past the caches: they would not stay there.
@@ -115,7 +114,8 @@ def interpolate_pass(task: int) -> None:
             streaming.fence()
             return
         for block in range(start, stop):
-            k, base = locate(a, block, k)
+            k, number = locate(a, block, k)
+            base = BLOCK * number
             pair = int64(a[TASK.table] + 8 * PAIRS * k, PAIRS)
             end = min(base + BLOCK, pair[PAIR.numel])
             for first in range(base, end, PIECE):
@@ -129,8 +129,8 @@ def _bytes(dtype, count):
 
 @inlined
 def _write_points(pair, points, base, count, scratch):
-    a = load_part(pair[PAIR.base], pair[PAIR.base_dtype], base, count, row(scratch, FIRST))
-    b = load_part(pair[PAIR.tuned], pair[PAIR.tuned_dtype], base, count, row(scratch, SECOND))
+    a = memory.load_from(pair[PAIR.base], pair[PAIR.base_dtype], base, count, row(scratch, FIRST))
+    b = memory.load_from(pair[PAIR.tuned], pair[PAIR.tuned_dtype], base, count, row(scratch, SECOND))
     delta, room = row(scratch, DIFFERENCE), row(scratch, RESULT)
     arithmetic.subtract(b, a, delta, count)
     for r in range(pair[PAIR.points], pair[PAIR.points] + pair[PAIR.ratios]):

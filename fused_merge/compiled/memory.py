@@ -166,14 +166,6 @@ def copy(source: int, out: int, count: int) -> None:
         y[j] = x[j]
 
 
-@loop
-def clear(out: int, count: int) -> None:
-    """Write zeros of four bytes."""
-    y = uint32(out, count)
-    for j in range(count):
-        y[j] = np.uint32(0)
-
-
 @inlined
 def widen(dtype, source, out, count):
     """Write elements of a 16-bit dtype as fp32 numbers."""
@@ -195,13 +187,18 @@ def round_to(dtype, source, out, count):
 
 
 @inlined
-def load(t, column, base, count, room):
+def load_from(address, dtype, base, count, room):
     """Return where elements of a tensor lie as fp32: there, or in a room that they are widened into."""
-    dtype, address = t[column + DTYPE], t[column]
     if dtype == FP32:
         return address + 4 * base
     widen(dtype, address + 2 * base, room, count)
     return room
+
+
+@inlined
+def load(t, column, base, count, room):
+    """Do what `load_from` does, for an address and a dtype of the table of a step."""
+    return load_from(t[column], t[column + DTYPE], base, count, room)
 
 
 @inlined

@@ -24,7 +24,7 @@ from fused_merge.compiled.jit import inlined, task
 from fused_merge.compiled.layout import ENTRIES, ENTRY, LARGEST, SCALAR, SCALARS, SOFT_THRESHOLD
 from fused_merge.compiled.memory import BLOCK, fp32, int32, int64
 from fused_merge.compiled.scratch import BITS, KEPT, MERGED, PLACES, ROW_OF_ALONG, TAU_PLACES, row
-from fused_merge.compiled.threads import TASK, TASKS, begin, take
+from fused_merge.compiled.threads import TASK, TASKS, begin, locate, take
 from fused_merge.eager.kth_largest import BINS
 
 
@@ -43,11 +43,9 @@ def _begin(task):
 
 @inlined
 def _locate(a, block, k):
-    """Return which of the tensors a block is of, at or after the k-th, its row, and the number of the block there."""
-    firsts = a[TASK.firsts]
-    while block >= int64(firsts + 8 * (k + 1), 1)[0]:
-        k += 1
-    return k, int64(a[TASK.numbers] + 8 * k, 1)[0], block - int64(firsts + 8 * k, 1)[0]
+    """Return what `locate` does, with the row of the tensor between the two."""
+    k, number = locate(a, block, k)
+    return k, int64(a[TASK.numbers] + 8 * k, 1)[0], number
 
 
 @inlined

@@ -16,9 +16,8 @@ from fused_merge.compiled import arithmetic, memory, sums
 from fused_merge.compiled.jit import inlined, task
 from fused_merge.compiled.layout import columns
 from fused_merge.compiled.memory import BLOCK, DTYPES, as_float, fp32, int64
-from fused_merge.compiled.parts import load_part, locate
 from fused_merge.compiled.scratch import DIFFERENCE, FIRST, PRODUCT, SECOND, SUMS, THIRD, row
-from fused_merge.compiled.threads import TASK, TASKS, Blocks, Crew, begin, take
+from fused_merge.compiled.threads import TASK, TASKS, Blocks, Crew, begin, locate, take
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -84,7 +83,8 @@ def products_pass(task: int) -> None:
         if start == stop:
             return
         for block in range(start, stop):
-            k, base = locate(a, block, k)
+            k, number = locate(a, block, k)
+            base = BLOCK * number
             t = int64(a[TASK.table] + 8 * ENTRIES * k, ENTRIES)
             product = _product(t, base, min(BLOCK, t[ENTRY.numel] - base), scratch)
             fp32(a[TASK.products] + 4 * block, 1)[0] = product
@@ -93,15 +93,15 @@ def products_pass(task: int) -> None:
 @inlined
 def _product(t, base, count, scratch):
     factor = as_float(np.uint32(t[ENTRY.factor]))
-    x = load_part(t[ENTRY.x], t[ENTRY.x_dtype], base, count, row(scratch, FIRST))
+    x = memory.load_from(t[ENTRY.x], t[ENTRY.x_dtype], base, count, row(scratch, FIRST))
     right = row(scratch, SECOND)
     if t[ENTRY.y] == 0:
         arithmetic.multiply(x, factor, right, count)
         y = right
     else:
-        y = load_part(t[ENTRY.y], t[ENTRY.y_dtype], base, count, right)
+        y = memory.load_from(t[ENTRY.y], t[ENTRY.y_dtype], base, count, right)
         if t[ENTRY.z] != 0:
-            z = load_part(t[ENTRY.z], t[ENTRY.z_dtype], base, count, row(scratch, THIRD))
+            z = memory.load_from(t[ENTRY.z], t[ENTRY.z_dtype], base, count, row(scratch, THIRD))
             arithmetic.subtract(y, z, row(scratch, DIFFERENCE), count)
             y = row(scratch, DIFFERENCE)
     return sums.inner_product(x, y, factor, row(scratch, PRODUCT), row(scratch, SUMS), count)

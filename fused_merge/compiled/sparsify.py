@@ -19,9 +19,8 @@ from fused_merge.compiled import arithmetic, layout, memory, philox, search, spa
 from fused_merge.compiled.jit import inlined, loop, task
 from fused_merge.compiled.layout import ENTRIES, ENTRY, NONE, RANDOM, SOFT_THRESHOLD, TensorEntry
 from fused_merge.compiled.memory import BLOCK, DTYPES, FP32, int32, int64, uint8, uint16, uint32
-from fused_merge.compiled.parts import locate
 from fused_merge.compiled.scratch import FIRST, MARKS, PLACES, RESULT, ROUNDED, THIRD, row
-from fused_merge.compiled.threads import TASK, TASKS, Blocks, Crew, begin, take
+from fused_merge.compiled.threads import TASK, TASKS, Blocks, Crew, begin, locate, take
 from fused_merge.eager.kth_largest import narrow, shifts
 from fused_merge.eager.philox import DOMAIN_TAU, keep_threshold
 from fused_merge.eager.shard import ShardIndex
@@ -120,7 +119,8 @@ def count_pass(task: int) -> None:
         if start == stop:
             return
         for block in range(start, stop):
-            k, base = locate(a, block, k)
+            k, number = locate(a, block, k)
+            base = BLOCK * number
             t = int64(a[TASK.table] + 8 * ENTRIES * k, ENTRIES)
             count = min(BLOCK, t[ENTRY.numel] - base)
             x = memory.load(t, ENTRY.tau, base, count, row(scratch, FIRST))
@@ -220,7 +220,8 @@ def mark_pass(task: int) -> None:
         if start == stop:
             return
         for block in range(start, stop):
-            k, base = locate(a, block, k)
+            k, number = locate(a, block, k)
+            base = BLOCK * number
             t = int64(a[TASK.table] + 8 * ENTRIES * k, ENTRIES)
             count, dtype, mask = min(BLOCK, t[ENTRY.numel] - base), t[ENTRY.tau_dtype], a[TASK.places] + base // 8
             if t[ENTRY.sparsify] == RANDOM:
@@ -248,7 +249,8 @@ def pack_pass(task: int) -> None:
         if start == stop:
             return
         for block in range(start, stop):
-            k, base = locate(a, block, k)
+            k, number = locate(a, block, k)
+            base = BLOCK * number
             t = int64(a[TASK.table] + 8 * ENTRIES * k, ENTRIES)
             count, dtype, places = min(BLOCK, t[ENTRY.numel] - base), t[ENTRY.tau_dtype], row(scratch, PLACES)
             size, first = 4 if dtype == FP32 else 2, int64(a[TASK.own_firsts] + 8 * (base // SPARSE_BLOCK), 1)[0]

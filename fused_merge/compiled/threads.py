@@ -104,6 +104,15 @@ def take(task):
     return start, min(start + a[TASK.chunk], a[TASK.blocks])
 
 
+@inlined
+def locate(a, block, k):
+    """Return which of the tensors a block is of, at or after the k-th, and the number of the block there."""
+    firsts = a[TASK.firsts]
+    while block >= int64(firsts + 8 * (k + 1), 1)[0]:
+        k += 1
+    return k, block - int64(firsts + 8 * k, 1)[0]
+
+
 class Crew:
     """Threads with a room for each of them."""
 
