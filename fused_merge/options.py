@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, TypeVar
 
 Documented = TypeVar("Documented", bound=Callable[..., Any])
@@ -56,7 +57,8 @@ def definition(cls: Definition) -> Definition:
     return cls
 
 
-def options_of(*definitions: type) -> dict[str, Option]:
+@cache
+def options_of(*definitions: type) -> Mapping[str, Option]:
     """Return the options of definitions by name, inherited ones first."""
     return {
         name: next(option for option in field.__metadata__ if isinstance(option, Option))

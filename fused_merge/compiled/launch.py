@@ -17,6 +17,7 @@ from torch import Tensor
 from fused_merge.compiled import merge_stats, passes
 from fused_merge.compiled.layout import ENTRIES, ENTRY
 from fused_merge.compiled.memory import BLOCK
+from fused_merge.compiled.products import sum_pass
 from fused_merge.compiled.tables import address, entry, finds_rows, projects_rows
 from fused_merge.compiled.threads import Blocks, Crew
 from fused_merge.compiled.thresholds import Thresholds
@@ -53,10 +54,13 @@ class Launch:
             self._listed, self._whole = Blocks.of([], self._numels), Blocks.of(range(len(operands)), self._numels)
         # Of tensors that are projected, but for those whose rows are found on the way: rows, and blocks of one.
         own = [i for i in merged if rule.project is not None and not finds_rows(operands[i], rule)]
-        self._heights = {i: operands[i].param.shape[0] if projects_rows(operands[i], rule) else 1 for i in own}
-        lengths = self.table[:, ENTRY.row_length]
-        counts = [self._heights.get(i, 0) * -(-int(lengths[i]) // BLOCK) for i in range(len(operands))]
-        self._projected = Blocks.of(own, self._numels, counts)
+        heights = {i: operands[i].param.shape[0] if projects_rows(operands[i], rule) else 1 for i in own}
+        widths = -(-self.table[:, ENTRY.row_length] // BLOCK)
+        self._projected = Blocks.of(own, self._numels, [heights.get(i, 0) * int(x) for i, x in enumerate(widths)])
+        # Where the rows of each begin, and where in two planes of nodes the blocks of each row.
+        self._rows = Blocks.of(own, self._numels, [heights.get(i, 0) for i in range(len(operands))])
+        widths_of_rows = np.repeat(widths[self._rows.numbers], np.diff(self._rows.firsts))
+        self._nodes = np.concatenate(([0], np.tile(widths_of_rows, 2).cumsum()))
 
     def take_over(self, last: Launch) -> None:
         """Begin with the thresholds that the launch of the last step has left."""
@@ -93,23 +97,21 @@ class Launch:
         yield [LocalSum(x, shard.groups) for own, shard in zip(sums, self._shards, strict=True) if own for x in own]
         return sums
 
-    def _project(self, scalars: np.ndarray, crew: Crew) -> Steps[list[Tensor]]:
+    def _project(self, scalars: np.ndarray, crew: Crew) -> Steps[Tensor | None]:
         """Find what the projection needs, and tell the table where it lies; keep it as long as that is used."""
-        if self._rule.project is None:
-            return []
-        blocks = self._projected
-        out = torch.empty(blocks.count, 2)
-        told = {"table": self.table, "scalars": scalars, "tensors": len(scalars)}
-        crew.over(blocks, passes.products_pass, **told, products=out.numpy())
-        own = torch.split(out, np.diff(blocks.firsts).tolist())
-        along = []
-        for i, x in zip(blocks.numbers.tolist(), own, strict=True):
-            height = self._heights[i]
-            along.append(tree_sum(x.view(height, len(x) // max(height, 1), 2).transpose(1, 2)).contiguous())
-        self.table[blocks.numbers, ENTRY.along] = [x.data_ptr() for x in along]
+        blocks, rows = self._projected, self._rows
+        if len(blocks.numbers) == 0:
+            return None
+        nodes, sums = np.empty((2, blocks.count), np.float32), np.empty((2, rows.count), np.float32)
+        crew.over(blocks, passes.products_pass, table=self.table, scalars=scalars, products=nodes)
+        each = Blocks(blocks.numbers, np.arange(2 * rows.count + 1), blocks.elements)
+        crew.over(each, sum_pass, products=nodes, own_firsts=self._nodes, values=sums)
+        along = torch.from_numpy(np.ascontiguousarray(sums.T))
+        self.table[blocks.numbers, ENTRY.along] = along.data_ptr() + 8 * rows.firsts[:-1]
         extent = self._rule.project_over
         groups = [self._shards[i].summed_over(extent) for i in blocks.numbers]
-        yield [LocalSum(x, group) for x, group in zip(along, groups, strict=True) if group]
+        parts = zip(rows.firsts[:-1], rows.firsts[1:], groups, strict=True)
+        yield [LocalSum(along[first:end], group) for first, end, group in parts if group]
         return along
 
     def _sums(self, products: Tensor, counts: Tensor) -> list[MergeSums | None]:
@@ -188,8 +190,9 @@ def run(prepared: PreparedLaunch) -> Steps[list[MergeSums | None]]:
         has merged.
     """
     launch, hyper, crew = prepared
-    counts = np.empty(len(launch.table), np.float32)
-    crew.all(passes.read_steps, table=launch.table, tensors=len(counts), products=counts)
-    different, which = np.unique(counts + 1, return_inverse=True)
-    scalars = np.array([derive_scalars(float(count), hyper) for count in different], np.float64).astype(np.float32)
-    return (yield from launch.run(scalars[which], crew))
+    steps = np.empty(len(launch.table), np.float32)
+    crew.all(passes.read_steps, table=launch.table, tensors=len(steps), products=steps)
+    steps += 1
+    different = sorted(set(steps.tolist()))
+    scalars = np.array([derive_scalars(step, hyper) for step in different], np.float64).astype(np.float32)
+    return (yield from launch.run(scalars[np.searchsorted(different, steps)], crew))

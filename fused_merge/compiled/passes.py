@@ -22,10 +22,13 @@ from fused_merge.compiled import merge_stats, projection, search, sparse, step
 from fused_merge.compiled.arithmetic import ZERO
 from fused_merge.compiled.jit import inlined, task
 from fused_merge.compiled.layout import ENTRIES, ENTRY, LARGEST, SCALAR, SCALARS, SOFT_THRESHOLD
-from fused_merge.compiled.memory import BLOCK, fp32, int32, int64
+from fused_merge.compiled.memory import BLOCK, fetch_add, fp32, int32, int64
 from fused_merge.compiled.scratch import BITS, KEPT, MERGED, PLACES, ROW_OF_ALONG, TAU_PLACES, row
 from fused_merge.compiled.threads import TASK, TASKS, begin, locate, take
 from fused_merge.eager.kth_largest import BINS
+
+# Elements of a list that a thread takes at once.
+PIECE = 16 * BLOCK
 
 
 @inlined
@@ -102,7 +105,7 @@ def step_pass(task: int) -> None:
 
 @task
 def products_pass(task: int) -> None:
-    """Write `products`, <x, tau> and <tau, tau>, fp32 `[blocks, 2]`; here blocks are those of rows, row by row."""
+    """Write `products`, <x, tau> and <tau, tau>, fp32 `[2, blocks]`; here blocks are those of rows, row by row."""
     a, (_, scratch), k = _told(task), _begin(task), 0
     while True:
         start, stop = take(task)
@@ -116,31 +119,30 @@ def products_pass(task: int) -> None:
             inside = number % blocks * BLOCK
             base, count = number // blocks * length + inside, min(BLOCK, length - inside)
             x, factor = step.to_project(t, index, s, base, count, scratch)
-            out = fp32(a[TASK.products] + 8 * block, 2)
-            out[0], out[1] = projection.products(t, base, x, factor, count, scratch)
+            dot, of_tau = projection.products(t, base, x, factor, count, scratch)
+            fp32(a[TASK.products] + 4 * block, 1)[0] = dot
+            fp32(a[TASK.products] + 4 * (a[TASK.blocks] + block), 1)[0] = of_tau
 
 
 @task
 def search_pass(task: int) -> None:
     """List what lies in the window around the last threshold, and advance the moments where `hows` says so.
 
-    Writes `values` and `places` from `ends` on, and `parts`, where the list of each block begins and how long it is, -1
-    where it did not fit. Adds to `counts`, int64 `[threads, T, 3]`: how many lie above the window, how many are listed,
+    Threads take pieces of the list, `values` and `places`, from `listed` on. Writes `parts`, where the list of each block
+    begins and how long it is, -1 where it did not fit. Adds to `counts`, int64 `[threads, T, 3]`: how many lie above the window, how many are listed,
     how many blocks did not fit.
     """
     a, (thread, scratch), k = _told(task), _begin(task), 0
-    ends = int64(a[TASK.ends] + 8 * thread, 1)
-    at, end = ends[0], (thread + 1) * a[TASK.room]
+    at = end = 0
     while True:
         start, stop = take(task)
         if start == stop:
-            ends[0] = at
             return
         for block in range(start, stop):
             k, index, number = _locate(a, block, k)
             (t, s), base, how = _row(a, index), number * BLOCK, int64(a[TASK.hows] + 8 * index, 1)[0]
             part, merges = _part(a, index, number), _merges(t, s)
-            part[0], part[1] = at, 0
+            part[0], part[1] = 0, 0
             if not _works(t, s) or not (merges or how == step.ADVANCE):
                 continue
             count = min(BLOCK, t[ENTRY.numel] - base)
@@ -151,11 +153,15 @@ def search_pass(task: int) -> None:
                 continue
             totals = int64(a[TASK.counts] + 24 * (thread * a[TASK.tensors] + index), 3)
             if at + BLOCK > end:
+                at = fetch_add(a[TASK.listed], PIECE)
+                end = min(at + PIECE, a[TASK.room])
+            if at + BLOCK > end:
                 part[1] = -1
                 totals[2] += 1
                 continue
             low, last = int32(a[TASK.lows] + 4 * index, 1)[0], int32(a[TASK.lasts] + 4 * index, 1)[0]
             values, places = a[TASK.values] + 4 * at, a[TASK.places] + 2 * at
+            part[0] = at
             part[1], above = search.window(u, low, last, count, scratch, values, places)
             totals[0] += above
             totals[1] += part[1]

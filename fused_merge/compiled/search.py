@@ -97,35 +97,52 @@ def keep(values: int, places: int, listed: int, kth: int, shrinks: int, out: int
 @jit
 def select(values, parts, count, rank):
     """Return the pattern of the element of a rank, from 1, among `count` parts of a list, that have so many."""
-    part, total, j = int64(parts, 2 * count), 0, 0
-    for i in range(count):
-        total += part[2 * i + 1]
-    patterns, counts = np.empty(total, np.int32), np.zeros(BINS, np.int64)
+    part, counts = int64(parts, 2 * count), np.zeros(BINS, np.int64)
     lowest, highest = _NAN_PATTERN, np.int32(0)
     for i in range(count):
-        own = int32(values + 4 * part[2 * i], part[2 * i + 1])
-        for bits in own:
-            x = _pattern(bits)
-            patterns[j] = x
-            j += 1
-            lowest, highest = min(lowest, x), max(highest, x)
+        lowest, highest = _range(values + 4 * part[2 * i], part[2 * i + 1], lowest, highest)
     low, shift = np.int64(lowest), 0
     while (np.int64(highest) - low) >> shift >= BINS:
         shift += 1
-    while True:
+    for i in range(count):
+        count_patterns(values + 4 * part[2 * i], part[2 * i + 1], low, shift, counts.ctypes.data)
+    chosen, rank = _bin_of(counts, rank)
+    # Only what lies in the bin that holds the rank is looked at again.
+    patterns, total, low = np.empty(counts[chosen] + 1, np.int32), 0, low + (np.int64(chosen) << shift)
+    for i in range(count):
+        for bits in int32(values + 4 * part[2 * i], part[2 * i + 1]):
+            x = _pattern(bits)
+            patterns[total] = x
+            total += (np.int64(x) - low) >> shift == 0
+    while shift > 0:
+        shift = max(0, shift - 8)
         counts[:] = 0
         count_patterns(patterns.ctypes.data, total, low, shift, counts.ctypes.data)
-        chosen = BINS - 1
-        while counts[chosen] < rank:
-            rank -= counts[chosen]
-            chosen -= 1
+        chosen, rank = _bin_of(counts, rank)
         low += np.int64(chosen) << shift
-        if shift == 0:
-            return np.int32(low)
-        # Only what lies in the bin that holds the rank is looked at again.
         inside = 0
         for i in range(total):
             x = patterns[i]
             patterns[inside] = x
             inside += (np.int64(x) - low) >> shift == 0
-        total, shift = inside, max(0, shift - 8)
+        total = inside
+    return np.int32(low)
+
+
+@inlined
+def _range(values, count, lowest, highest):
+    """Return the lowest and the highest pattern of a list and of two that were before."""
+    for bits in int32(values, count):
+        x = _pattern(bits)
+        lowest, highest = min(lowest, x), max(highest, x)
+    return lowest, highest
+
+
+@inlined
+def _bin_of(counts, rank):
+    """Return the bin that holds a rank from the largest on, and the rank there."""
+    chosen = BINS - 1
+    while counts[chosen] < rank:
+        rank -= counts[chosen]
+        chosen -= 1
+    return chosen, rank

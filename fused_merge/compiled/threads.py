@@ -81,8 +81,8 @@ class Task(NamedTuple):
     places: int = 0
     parts: int = 0
     own_firsts: int = 0
-    room: int = 0  # how much of the list each thread has
-    ends: int = 0  # int64 [threads]: how far each thread has filled its part
+    room: int = 0  # how long the list can be
+    listed: int = 0  # int64 [1]: up to where threads have taken pieces of it
     points: int = 0  # int64 [P, ...]: `interpolate.PointEntry`
 
 

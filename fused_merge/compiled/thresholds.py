@@ -66,19 +66,14 @@ class Thresholds:
         """Make room; a block that does not fit is looked at again instead. Pages that are not written are not there."""
         numbers, blocks, sizes = self.blocks.numbers, self.blocks, self._table[:, ENTRY.numel]
         expected = np.where(self._small, sizes, sizes * np.minimum(1.0, self._rates * (1.5 + 2 * self._margin)))
-        self._room = min(blocks.elements, int(expected[numbers].sum())) + 16 * BLOCK
+        # Less than a block is left of a piece, and more of those that each thread takes last, of two searches.
+        room = int(expected[numbers].sum() * 16 / 15) + 2 * (blocks.threads + 1) * passes.PIECE
         firsts = np.zeros(len(sizes), np.int64)
         firsts[numbers] = blocks.firsts[:-1]
-        total = self._room * blocks.threads
-        return List(
-            np.empty(total, np.float32), np.empty(total, np.uint16), np.zeros((blocks.count, 2), np.int64), firsts
-        )
+        return List(np.empty(room, np.float32), np.empty(room, np.uint16), np.zeros((blocks.count, 2), np.int64), firsts)
 
     def find(self, scalars: np.ndarray, crew: Crew) -> Steps[np.ndarray]:
         """Find the thresholds, int32 patterns `[T]`; the moments of tensors whose weights are skipped have advanced."""
-        if len(self.list.values) < self._room * self.blocks.threads:
-            # There are more threads than at the last step.
-            self.list = self._room_for_lists()
         merges = scalars[:, SCALAR.advances] * scalars[:, SCALAR.moves] != 0
         merges &= (self._table[:, ENTRY.anchor] == 0) | (scalars[:, SCALAR.merges] != 0)
         lows, lasts, known = self._window(scalars)
@@ -86,9 +81,8 @@ class Thresholds:
         # Where nothing merges, the moments alone advance.
         searched = self._subset(known | ~merges)
         told = {"table": self._table, "scalars": scalars, "tensors": len(scalars)}
-        # How far each thread has filled its part of the list.
-        ends = self._room * np.arange(self.blocks.threads)
-        totals = self._search(told, crew, hows, lows, lasts, searched, ends)
+        told = {**told, "room": len(self.list.values), "listed": np.zeros(1, np.int64)}
+        totals = self._search(told, crew, hows, lows, lasts, searched)
         totals[~known, 2] += 1
         if self._sharded:
             sums = torch.from_numpy(totals)
@@ -106,7 +100,7 @@ class Thresholds:
         if (missed & self._advances).any():
             hows = np.where(known, step.AGAIN, step.ADVANCE)
             again = self._subset(missed & self._advances)
-            self._search(told, crew, hows, kths, np.full_like(kths, LARGEST), again, ends)
+            self._search(told, crew, hows, kths, np.full_like(kths, LARGEST), again)
         with np.errstate(all="ignore"):
             found = np.where(merges, kths.view(np.float32) / _learning_rates(scalars), self.last[:, 0])
         self.last = np.where(merges[:, None], np.stack((found, self.last[:, 0]), axis=1), self.last)
@@ -138,11 +132,10 @@ class Thresholds:
         lows: np.ndarray,
         lasts: np.ndarray,
         blocks: Blocks,
-        ends: np.ndarray,
     ) -> np.ndarray:
         """List what lies in windows; return int64 `[T, 3]`: what is above, what is listed, blocks that did not fit."""
         totals = np.zeros((blocks.threads, len(hows), 3), np.int64)
-        windows = {"hows": hows, "lows": lows, "lasts": lasts, "room": self._room, "ends": ends, "counts": totals}
+        windows = {"hows": hows, "lows": lows, "lasts": lasts, "counts": totals}
         crew.over(blocks, passes.search_pass, **told, **windows, **self.list._asdict())
         return totals.sum(0)
 
@@ -163,10 +156,10 @@ class Thresholds:
         kths: np.ndarray,
     ) -> Steps[None]:
         """Find thresholds by counting: of what was missed among all elements, of what is shared in the lists."""
+        if not (missed | shared).any():
+            return
         parts = self._subset(missed), self._subset(shared)
         numbers = np.concatenate([part.numbers for part in parts])
-        if len(numbers) == 0:
-            return
         everywhere, threads = len(parts[0].numbers), max(part.threads for part in parts)
         low, rank = torch.zeros(len(numbers), dtype=torch.int64), torch.from_numpy(ranks[numbers])
         summed = sorted((int(number), k) for k, number in enumerate(numbers) if self._shards[number].groups)
