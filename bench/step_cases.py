@@ -58,7 +58,7 @@ class Tensors:
         return dict(zip(self.names, tensors, strict=True))
 
     def params(self, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-        """Return the parameters of a dtype, with new gradients: torch-optimi's foreach step changes those it is given."""
+        """Return the parameters of a dtype, with new gradients: torch-optimi's foreach step changes those it has."""
         if dtype not in self._params:
             self._params[dtype] = [nn.Parameter(x.to(dtype)) for x in self._weights]
         self._gradients[dtype] = (GRADIENT * torch.randn(self.numel + SLACK)).to(dtype)

@@ -128,9 +128,9 @@ def products_pass(task: int) -> None:
 def search_pass(task: int) -> None:
     """List what lies in the window around the last threshold, and advance the moments where `hows` says so.
 
-    Threads take pieces of the list, `values` and `places`, from `listed` on. Writes `parts`, where the list of each block
-    begins and how long it is, -1 where it did not fit. Adds to `counts`, int64 `[threads, T, 3]`: how many lie above the window, how many are listed,
-    how many blocks did not fit.
+    Threads take pieces of the list, `values` and `places`, from `listed` on. Writes `parts`, where the list of each
+    block begins and how long it is, -1 where it did not fit. Adds to `counts`, int64 `[threads, T, 3]`: how many lie
+    above the window, how many are listed, how many blocks did not fit.
     """
     a, (thread, scratch), k = _told(task), _begin(task), 0
     at = end = 0

@@ -26,12 +26,15 @@ from fused_merge.eager.philox import DOMAIN_TAU, keep_threshold
 from fused_merge.eager.shard import ShardIndex
 from fused_merge.eager.sparse import BLOCK as SPARSE_BLOCK
 from fused_merge.eager.sparse import WORDS, SparseTensor, block_count, offset_dtype
+from fused_merge.eager.sparsify import pattern, widened
 from fused_merge.lockstep import LocalSum, Steps
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NO_ENTRY = TensorEntry(*[0] * ENTRIES)
-# Of a tensor that one process holds, the k-th largest is found in two rounds of 2^16 bins.
+# Of a tensor that one process holds, the k-th largest is found in two rounds of 2^16 bins, which takes longer than
+# torch does for few elements.
 _OWN_SHIFTS = (16, 0)
+_BINS_FROM = 1 << 15
 _PATTERN_BITS = 32
 _MAGNITUDE, _NAN_PATTERN = np.int32(0x7FFFFFFF), np.int32(search._NAN_PATTERN)
 _GATHER = np.uint64(0x0102040810204080)
@@ -59,6 +62,8 @@ class Delta:
 
     def kth_largest(self, k: int, groups: tuple[Any, ...]) -> Steps[int]:
         """Find the pattern of the k-th largest magnitude of a tensor that processes may hold together, from 1."""
+        if not groups and self._tau.numel() < _BINS_FROM:
+            return int(pattern(widened(self._tau)).flatten().kthvalue(self._tau.numel() - k + 1).values)
         table = np.array([self._entry], np.int64)
         low, rank, bits = torch.tensor(0), torch.tensor(k), _PATTERN_BITS
         for shift in shifts(torch.float32) if groups else _OWN_SHIFTS:

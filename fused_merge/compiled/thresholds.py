@@ -15,7 +15,6 @@ import torch
 
 from fused_merge.compiled import passes, step
 from fused_merge.compiled.layout import ENTRY, LARGEST, SCALAR
-from fused_merge.compiled.memory import BLOCK
 from fused_merge.compiled.threads import Blocks, Crew
 from fused_merge.eager.kth_largest import BINS, narrow, shifts
 from fused_merge.eager.shard import Shard
@@ -70,7 +69,9 @@ class Thresholds:
         room = int(expected[numbers].sum() * 16 / 15) + 2 * (blocks.threads + 1) * passes.PIECE
         firsts = np.zeros(len(sizes), np.int64)
         firsts[numbers] = blocks.firsts[:-1]
-        return List(np.empty(room, np.float32), np.empty(room, np.uint16), np.zeros((blocks.count, 2), np.int64), firsts)
+        return List(
+            np.empty(room, np.float32), np.empty(room, np.uint16), np.zeros((blocks.count, 2), np.int64), firsts
+        )
 
     def find(self, scalars: np.ndarray, crew: Crew) -> Steps[np.ndarray]:
         """Find the thresholds, int32 patterns `[T]`; the moments of tensors whose weights are skipped have advanced."""

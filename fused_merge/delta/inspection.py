@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fused_merge.delta.reference_delta import ReferenceDelta
+from fused_merge.functional import backend
 from fused_merge.functional.sparsify import sparsify
 from fused_merge.io.match import has_first_rows, named_as
 from fused_merge.io.sources import SourceLike, open_source, whole_box
@@ -63,13 +64,13 @@ def inspect_delta(
     scopes: dict[str, dict[str, defaultdict[str, float]]] = {"tensor": {}, "layer": {}, "all": {}}
     scopes["all"]["all"] = defaultdict(int)
     nbytes = {name: delta.shape(name).numel() * delta.dtype(name).itemsize for name in delta.names}
-    elements = sum(delta.shape(name).numel() for name in delta.names)
+    work = backend.work([delta.shape(name).numel() for name in delta.names])
     with progress_bar("inspecting the reference delta", sum(nbytes.values())) as advance:
         for name in delta.names:
             # Of a larger vocabulary the rows that tau has.
             its_base = None if weights is None else weights.box(name, whole_box(delta.shape(name)))
             its_other = None if other is None else other.tensor(name)
-            sums = _measure(name, delta.tensor(name), its_base, its_other, reserve_rate, elements)
+            sums = _measure(name, delta.tensor(name), its_base, its_other, reserve_rate, work)
             for scope, group in (("tensor", name), ("layer", layer_name(name)), ("all", "all")):
                 total = scopes[scope].setdefault(group, defaultdict(int))
                 for key, value in sums.items():
@@ -99,15 +100,15 @@ def _check_same(delta: ReferenceDelta, what: str, shapes: Mapping[str, torch.Siz
 
 
 def _measure(
-    name: str, tau: Tensor, base: Tensor | None, other: Tensor | None, rate: float | None, elements: int
+    name: str, tau: Tensor, base: Tensor | None, other: Tensor | None, rate: float | None, work: int
 ) -> dict[str, float]:
-    """Return what can be added up over tensors, of `elements` in all.
+    """Return what can be added up over tensors, all of which together are that much `backend.work`.
 
     Squares are of norms, and `both` is where neither delta is zero.
     """
     sums: defaultdict[str, float] = defaultdict(int, numel=tau.numel())
     if rate is not None:
-        kept = sparsify(tau, name=name, method="magnitude", reserve_rate=rate, seed=0, elements=elements)
+        kept = sparsify(tau, name=name, method="magnitude", reserve_rate=rate, seed=0, work=work)
         sums["top"] = kept.values.numel()
     chunks = [() if tensor is None else torch.split(tensor.reshape(-1), _CHUNK) for tensor in (tau, base, other)]
     for i, chunk in enumerate(chunks[0]):

@@ -18,6 +18,7 @@ from fused_merge.delta.in_memory import TauInMemory
 from fused_merge.delta.tensors import Part, Sparsity, TauOfCheckpoints, TauSource, TensorSpec, check_finite
 from fused_merge.distributed import Fragment
 from fused_merge.eager.sparse import SparseTensor
+from fused_merge.functional import backend
 from fused_merge.functional.sparsify import sparsify
 from fused_merge.io.files import expanded
 from fused_merge.io.headers import CODES
@@ -57,6 +58,7 @@ class ReferenceDelta:
         self._specs = {name: TensorSpec(dtype or spec.dtype, spec.shape) for name, spec in source.specs.items()}
         self.names = tuple(self._specs)
         self.ordered, self.path, self.sparsity = source.ordered, source.path, source.sparsity
+        self._work = backend.work([spec.shape.numel() for spec in self._specs.values()])
         self.nbytes = source.packed_nbytes or sum(spec.nbytes for spec in self._specs.values())
 
     @classmethod
@@ -273,9 +275,8 @@ class ReferenceDelta:
         if isinstance(tau, SparseTensor):
             return tau
         shard = None if fragment is None else fragment.shard
-        elements = sum(spec.shape.numel() for spec in self._specs.values())
         numel = self.shape(name).numel()
-        return sparsify(tau, name=name, shard=shard, numel=numel, elements=elements, **sparsity._asdict())
+        return sparsify(tau, name=name, shard=shard, numel=numel, work=self._work, **sparsity._asdict())
 
     def _spec(self, name: str) -> TensorSpec:
         if name not in self._specs:

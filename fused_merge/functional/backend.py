@@ -6,7 +6,7 @@ import importlib.util
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -97,6 +97,11 @@ def resolve(impl: str, device: torch.device, numel: int = 0) -> str:
     return "eager"
 
 
+def work(numels: Collection[int]) -> int:
+    """Return how much "auto" takes it for to work on tensors of so many elements each."""
+    return sum(numels) + PER_TENSOR * len(numels)
+
+
 class Share(NamedTuple):
     """Tensors that one backend serves on one device."""
 
@@ -118,7 +123,7 @@ def choose(impl: str, tensors: Sequence[Tensor], numels: Sequence[int] | None = 
     """
     totals = Counter[torch.device]()
     for tensor, numel in zip(tensors, numels or [0] * len(tensors), strict=True):
-        totals[tensor.device] += numel + PER_TENSOR if numels else 0
+        totals[tensor.device] += work([numel]) if numels else 0
     return {device: resolve(impl, device, total) for device, total in totals.items()}
 
 

@@ -23,7 +23,7 @@ def sparsify(
     seed: int,
     shard: Shard | None = None,
     numel: int | None = None,
-    elements: int | None = None,
+    work: int | None = None,
     impl: str = "auto",
 ) -> SparseTensor:
     """Return F(tau) of one tensor, unscaled, as it is stored.
@@ -38,9 +38,9 @@ def sparsify(
             hold a tensor find the threshold of a ranked F together: all of them must come here.
         numel: elements of the whole delta, of which k is a share; None where those are the elements of `shard`, and not
             fewer, as where a model was given more rows.
-        elements: of all tensors that will be sparsified one after the other; None for this one alone.
+        work: `backend.work` of all tensors that will be sparsified one after the other; None for this one alone.
         impl: `"auto"`, `"compiled"` or `"eager"`. Compiled code serves bf16, fp16 and fp32 on a CPU; `"auto"` chooses
-            it by `elements`, where that is enough to do.
+            it by `work`, where that is enough to do.
 
     Raises:
         ValueError: if there is no such F, or one that is not known to need nothing of the other parts but a threshold.
@@ -55,7 +55,7 @@ def sparsify(
     numel = own.numel if numel is None else numel
     k = kept_count(numel, reserve_rate)
     ranked = method in RANKED and reserve_rate < 1.0 and numel > 0
-    chosen = {tau.device: backend.resolve(impl, tau.device, numel if elements is None else elements)}
+    chosen = {tau.device: backend.resolve(impl, tau.device, numel if work is None else work)}
     reason = None
     if chosen[tau.device] == "compiled":
         from fused_merge.compiled import sparsify as compiled

@@ -94,7 +94,7 @@ def test_auto_decides_by_all_that_is_to_be_sparsified(monkeypatch):
     options = {"name": "w", "method": "random", "reserve_rate": 0.1, "seed": 0}
     functional.sparsify(draw(1000), **options)
     assert not compiled
-    functional.sparsify(draw(1000), elements=5000, **options)
+    functional.sparsify(draw(1000), work=5000, **options)
     assert len(compiled) == 1
 
 
