@@ -21,8 +21,8 @@ frameworks: .venv/installed-frameworks  ## inside training frameworks, and shard
 
 bench: .venv/installed-bench  ## steps and paths on a CPU against torch, torch-optimi and the published algorithm; ten minutes
 	mkdir -p out
-	$(BIN)/pytest -q bench/bench_merging_adamw.py bench/bench_interpolate.py bench/bench_operations.py \
-		--benchmark-json out/bench.json --benchmark-columns median,rounds
+	$(BIN)/pytest -q bench/bench_merging_adamw.py bench/bench_auto.py bench/bench_interpolate.py \
+		bench/bench_operations.py --benchmark-json out/bench.json --benchmark-columns median,rounds
 	$(BIN)/python bench/bench_scaling.py --out out/scaling.json
 	$(BIN)/python bench/tables.py --record out/bench.json out/scaling.json --write docs/speed.md --summary README.md --plot docs/scaling.png
 

@@ -58,8 +58,8 @@ def definition(cls: Definition) -> Definition:
 
 
 @cache
-def options_of(*definitions: type) -> Mapping[str, Option]:
-    """Return the options of definitions by name, inherited ones first."""
+def options_of(*definitions: type) -> dict[str, Option]:
+    """Return the options of definitions by name, inherited ones first; the same dictionary each time."""
     return {
         name: next(option for option in field.__metadata__ if isinstance(option, Option))
         for definition in definitions

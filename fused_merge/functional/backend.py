@@ -15,15 +15,15 @@ from torch import Tensor
 
 IMPLS = ("auto", "triton", "compiled", "eager")
 
-# Parameters from which on "auto" on a CPU is compiled. The first step of a process takes 0.5 to 1 s more, for numba to
-# be imported and code to be read from its cache. What is gained at each step pays for that after so many:
+# Parameters from which on "auto" on a CPU is compiled. The first step of a process takes 0.7 s more, for numba to be
+# imported and code to be read from its cache, and some seconds on a machine that has compiled nothing yet. What each
+# step gains pays for the 0.7 s after so many; in ms, eager and compiled (two cores, tensors of 10^4, bench_auto.py):
 #
-#     parameters                        10^4   10^5   10^6   10^7
-#     ondare, p = 0.01, sparse tau        80      8      1      1
-#     onties, p = 0.01, sparse tau        90     12      1      1
-#     ondare, p = 1, dense bf16 tau     1500      -      4      2
-#
-# (two shared cores; 1 tensor at 10^4, 10 and 100 later). Compiling for the first time on a machine takes some seconds.
+#     parameters                    10^4                10^5               10^6
+#     ondare, p = 1             0.5  0.3  3000      2.7  0.6  330       28  2.1  27
+#     ondare, p = 0.01          2.2  0.6   460     13.7  1.0   55       99  2.4   7
+#     onties, p = 0.01          1.6  0.9  1100      6.9  1.3  130       59  2.8  12
+#     onproj                    1.0  0.4  1200      6.7  1.0  120       59  2.7  12
 COMPILE_FROM = 1_000_000
 # As how many parameters a tensor counts besides its own: eager code takes 0.8 ms for each, however small.
 PER_TENSOR = 20_000
