@@ -2,7 +2,6 @@
 
     python bench/tables.py --record out/bench.json out/scaling.json   keep what a run has found
     python bench/tables.py --write docs/speed.md                      every table, between the markers of a page
-    python bench/tables.py --summary README.md                        a short one, the same way
     python bench/tables.py --plot docs/scaling.png                    time and memory over size
 
 Rows go to `bench/results/cpu/<processor>.json`, each with the number of its run. The last three runs of one commit,
@@ -33,8 +32,6 @@ RUNS = 3
 SCALING = "scaling"
 # Of the time per parameter at the slowest size over that at the fastest, and of MB above the tensors.
 FLAT, MEMORY = 1.15, 64.0
-# The cases of a summary begin like this, and its weights are fp32.
-SUMMARY = ("Qwen2.5", "8 points")
 
 NO_ROWS = "No rows yet: `make bench` writes them."
 
@@ -225,28 +222,6 @@ def report(rows: Iterable[Row]) -> str:
     return "\n".join(lines) or NO_ROWS
 
 
-def summary(rows: Iterable[Row]) -> str:
-    """Return a table for each device of what is likest to a model: its own list of tensors in fp32, and paths."""
-    header = ("case", "", "ms", "against", "ratio", "over runs", "target", "met")
-    lines = []
-    for device, found in by_device(rows).items():
-        chosen = [row for row in over_runs(found) if row["case"].startswith(SUMMARY) and row["dtype"] == "float32"]
-        cells = [
-            (
-                row["case"],
-                row["provider"],
-                number(row["ms"], 1),
-                row["baseline"],
-                number(row["ratio"]),
-                f"{row['least']:.2f} to {row['most']:.2f}",
-                *verdict(row["ratio"], row["target"]),
-            )
-            for row in chosen
-        ]
-        lines += [f"{device}; {heading(found)}", "", *markdown(header, cells), ""]
-    return "\n".join(lines) or NO_ROWS
-
-
 def draw(rows: Iterable[Row], path: Path) -> None:
     """Draw the time per parameter and the memory over the size, with the targets as bands."""
     import matplotlib
@@ -280,15 +255,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--record", type=Path, nargs="+", metavar="FILE", help="rows of a run to keep")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put every table between the markers of a page")
-    parser.add_argument("--summary", type=Path, metavar="PAGE", help="put a short table there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time and memory over size")
     arguments = parser.parse_args()
     if arguments.record:
         print(f"rows: {record(arguments.record)}")
     rows = [row for file in sorted(RESULTS.glob("*.json")) for row in json.loads(file.read_text())]
-    for page, text in ((arguments.write, report), (arguments.summary, summary)):
-        if page:
-            page.write_text(replace_between_markers(page.read_text(), text(rows), MARKERS))
+    if arguments.write:
+        page = arguments.write
+        page.write_text(replace_between_markers(page.read_text(), report(rows), MARKERS))
     if arguments.plot:
         draw(rows, arguments.plot)
     if not any(vars(arguments).values()):

@@ -204,14 +204,6 @@ def test_time_per_parameter_and_memory_are_judged_over_all_sizes():
     assert "| ours | 1.20 | 1.15 | no | 65 | 64 | no |" in tables.report(rows)
 
 
-def test_a_summary_is_of_the_model_and_of_paths():
-    rows = [
-        run_of(1, case=case, dtype=dtype) for case in (step_cases.REAL, step_cases.ONE) for dtype in ("float32", "x")
-    ]
-    lines = tables.summary([*rows, run_of(1, case="8 points, 4.2 M")]).splitlines()
-    assert [line.split(" | ")[0] for line in lines[4:]] == [f"| {step_cases.REAL}", "| 8 points, 4.2 M"]
-
-
 def test_a_page_keeps_what_is_around_its_tables(tmp_path, monkeypatch):
     page, begin, end = tmp_path / "page.md", *tables.MARKERS
     page.write_text(f"above\n{begin}\nold\n{end}\n{roofline.MARKERS[0]}\nother\n{roofline.MARKERS[1]}\n")
