@@ -112,7 +112,8 @@ def account() -> str:
             f"- The path back repairs that for nothing: at ratio {BACK}, reward {mean('reward', **path):.2f} and exact "
             f"match {mean('exact_match', **path):.2f}.",
             "- At equal reward, against AdamW and its path, merging keeps more exact match: OnTIES "
-            f"{same['onties'][0]}, OnDARE {same['ondare'][0]}; both pay in perplexity, {same['onties'][1]} and {same['ondare'][1]}.",
+            f"{same['onties'][0]}, OnDARE {same['ondare'][0]}; both pay in perplexity, {same['onties'][1]} and "
+            f"{same['ondare'][1]}.",
             "- Against all that needs no new optimizer (AdamW from the full SFT, c·tau added afterwards) nothing is "
             f"left: OnTIES {everything['onties'][0]}, OnDARE {everything['ondare'][0]}.",
             f"- Ratios by depth, searched as in the paper, beat one ratio for all in {better} of "
