@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 import paired
 import published
+import readme
 import roofline
 import step_cases
 import tables
@@ -222,6 +223,11 @@ def test_the_page_shows_what_is_recorded():
     rows = [row for file in sorted(tables.RESULTS.glob("*.json")) for row in json.loads(file.read_text())]
     page = (ROOT / "docs/speed.md").read_text()
     assert page == roofline.replace_between_markers(page, tables.report(rows), tables.MARKERS)
+
+
+def test_the_readme_shows_what_is_recorded():
+    page = readme.README.read_text()
+    assert readme.filled(page) == page
 
 
 def test_a_run_is_recorded_from_what_pytest_benchmark_writes(tmp_path):
