@@ -1,4 +1,4 @@
-"""The README's numbers are the demo's, and its Python is Python."""
+"""The README leads to files that exist, and its Python is Python."""
 
 from __future__ import annotations
 
@@ -8,13 +8,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-
-
-def test_the_table_is_the_recorded_one():
-    recorded = (ROOT / "bench/results/alignment_tax/quick.md").read_text()
-    models = recorded.split("## Models\n\n")[1].split("\n\n")[0]
-    assert models.count("\n") > 8
-    assert models in README
 
 
 def test_every_link_into_the_project_leads_somewhere():
