@@ -29,7 +29,8 @@ bench: .venv/installed-bench  ## steps and paths on a CPU against torch, torch-o
 	$(BIN)/pytest -q bench/bench_merging_adamw.py bench/bench_auto.py bench/bench_interpolate.py \
 		bench/bench_operations.py --benchmark-json out/bench.json --benchmark-columns median,rounds
 	$(BIN)/python bench/bench_scaling.py --out out/scaling.json
-	$(BIN)/python bench/tables.py --record out/bench.json out/scaling.json --write docs/speed.md --plot docs/scaling.png
+	$(BIN)/python bench/tables.py --record out/bench.json out/scaling.json \
+		--write docs/explanation/speed.md --plot docs/explanation/scaling.png
 	$(BIN)/python bench/readme.py --write
 
 kernels: .venv/installed-test  ## every build of the kernels, compiled for GPUs that need not be here

@@ -18,7 +18,7 @@ SIGMA, DELTA = 0.02, 1e-3
 CHUNK = 2**20
 # Of inner ratios, how many elements are compared for one provider.
 COMPARED = 5 * 10**8
-# What docs/numerics.md promises of 16-bit weights.
+# What docs/explanation/numerics.md promises of 16-bit weights.
 MOST_OFF = 1e-4
 
 
@@ -179,7 +179,7 @@ def compare(pair: Pair, ratios: Sequence[float], out: Path) -> Bits:
 
     Raises:
         Failure: if an output is missing or has other tensors, an end is not a copy, or a value is further off than
-            docs/numerics.md allows.
+            docs/explanation/numerics.md allows.
     """
     folders = {min(ratios, key=lambda r: abs(r - float(path.name[1:]))): path for path in out.glob("r*")}
     if sorted(folders) != sorted(ratios):
@@ -201,7 +201,7 @@ def compare(pair: Pair, ratios: Sequence[float], out: Path) -> Bits:
             for ratio in set(ratios) - {0, 1}:
                 found = compare_tensor(base[name], tuned[name], made[ratio][name], ratio, found)
     if found.ulps > 1 or found.off > MOST_OFF * found.compared:
-        raise Failure(f"{sentence(found)}: more than docs/numerics.md allows")
+        raise Failure(f"{sentence(found)}: more than the numerics contract allows")
     return found
 
 

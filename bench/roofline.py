@@ -1,7 +1,8 @@
 """How long each operation should take on a GPU: by the bytes it moves, the instructions it issues, and latency.
 
-`python bench/roofline.py` prints the tables, `--write docs/performance.md` puts them between the markers of that page.
-These are predictions. Rows that `bench/gpu_suite.py` has measured, in `bench/results/gpu/`, are set beside them.
+`python bench/roofline.py` prints the tables, `--write docs/explanation/performance.md` puts them between the markers of
+that page. These are predictions. Rows that `bench/gpu_suite.py` has measured, in `bench/results/gpu/`, are set beside
+them.
 
 A launch takes the longest of three times, and an operation the sum over its launches:
 

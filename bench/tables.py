@@ -1,8 +1,8 @@
 """The rows of `make bench` and the tables made of them.
 
     python bench/tables.py --record out/bench.json out/scaling.json   keep what a run has found
-    python bench/tables.py --write docs/speed.md                      every table, between the markers of a page
-    python bench/tables.py --plot docs/scaling.png                    time and memory over size
+    python bench/tables.py --write docs/explanation/speed.md          every table, between the markers of a page
+    python bench/tables.py --plot docs/explanation/scaling.png        time and memory over size
 
 Rows go to `bench/results/cpu/<processor>.json`, each with the number of its run. The last three runs of one commit,
 with one set of versions, are kept; a table has the median over runs and their range.

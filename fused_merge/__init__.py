@@ -9,7 +9,7 @@
 - `LayerRatios`, `adapt_ratios`: a ratio for each part of the network, given or found by optimization (same paper).
 - `evaluate_ratios`, `pareto_front`, `hypervolume`, `knee`: what the points of a path are worth.
 - `attach`, `optimizer_factory`, `MergeStatsCallback`, `SweepCallback`: all this inside the trainers of Transformers and
-  TRL; docs/frameworks.md has the others.
+  TRL; docs/how-to/frameworks.md has the others.
 - `bind_deepspeed`, `DeepSpeedCallback`: a merging optimizer under ZeRO.
 - `functional`: the same without classes.
 

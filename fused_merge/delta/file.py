@@ -1,7 +1,7 @@
 """The file of a saved reference delta: a plain safetensors file, dense or sparse.
 
 Dense, it holds tau under the canonical names. Sparse, it holds `NAME.mask` and `NAME.values` for each tensor, in the
-format of `fused_merge.eager.sparse`. docs/reference_delta.md has the layout, the metadata, and a reader in numpy.
+format of `fused_merge.eager.sparse`. docs/reference/delta-file.md has the layout, the metadata, and a reader in numpy.
 """
 
 from __future__ import annotations

@@ -68,7 +68,8 @@ class MergingAdamW(Optimizer):
 
     Everything else is `torch.optim.AdamW`: with `"ondare"`, `alpha=0` and `reserve_rate=1` the step is the same.
     A step: grad_scale, clip, maximize, project g, moments, u, project u, step-K, F, ⊕, round.
-    Source: Lu et al. 2024 (arXiv 2405.17931), algorithm 1; docs/numerics.md says where their code departs from it.
+    Source: Lu et al. 2024 (arXiv 2405.17931), algorithm 1. How the authors' code differs is in
+    docs/explanation/paper-and-code.md.
 
     State per parameter: `step` (0-d fp32), `exp_avg` and `exp_avg_sq` (shape of the parameter, `state_dtype`; fp64 for
     fp64 parameters), so that a `torch.optim.AdamW` state dict loads as it is; where used also `anchor` (shape of the

@@ -221,7 +221,7 @@ def test_a_page_keeps_what_is_around_its_tables(tmp_path, monkeypatch):
 
 def test_the_page_shows_what_is_recorded():
     rows = [row for file in sorted(tables.RESULTS.glob("*.json")) for row in json.loads(file.read_text())]
-    page = (ROOT / "docs/speed.md").read_text()
+    page = (ROOT / "docs/explanation/speed.md").read_text()
     assert page == roofline.replace_between_markers(page, tables.report(rows), tables.MARKERS)
 
 

@@ -46,7 +46,7 @@ def test_the_manifest_has_the_hash_of_every_piece(big, tmp_path):
 
 
 def test_the_check_in_the_documentation(big, tmp_path, monkeypatch):
-    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "explanation" / "checkpoints.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     assert code.count("\n") <= 10
     (folder,) = interpolate_checkpoints(*big, [0.2], tmp_path / "line")

@@ -168,7 +168,7 @@ def test_one_model_is_both_ends(tmp_path):
         assert all(same_bits(made[name], stored[name]) for name in stored)
 
 
-# --- the accuracy that docs/numerics.md promises
+# --- the accuracy that docs/explanation/numerics.md promises
 
 
 def rounded_once(exact):

@@ -240,7 +240,7 @@ def test_the_reader_of_the_documentation(method, tmp_path):
     for name, tensor in load_file(path).items():
         assert (8 + length + header[name]["data_offsets"][0]) % tensor.element_size() == 0
 
-    page = (Path(__file__).parents[2] / "docs/reference_delta.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/reference/delta-file.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     reader = {}
     exec(code, reader)
