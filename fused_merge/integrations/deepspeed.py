@@ -75,11 +75,11 @@ def bind_deepspeed(engine: Any) -> None:
         >>> optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta)
         >>> config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}}
         >>> config["zero_allow_untested_optimizer"] = True
-        >>> # A process group is made once in a process: examples/deepspeed_zero.py runs the rest.
+        >>> # DeepSpeed makes a process group and logs to standard output: examples/deepspeed_zero.py runs the rest.
         >>> import deepspeed  # doctest: +SKIP
         >>> engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)  # doctest: +SKIP
         >>> fm.bind_deepspeed(engine)  # doctest: +SKIP
-        >>> engine.backward(engine(torch.ones(1, 4)).sum())  # doctest: +SKIP
+        >>> loss = engine.backward(engine(torch.ones(1, 4)).sum())  # doctest: +SKIP
         >>> engine.step()  # doctest: +SKIP
     """
     optimizer = _merging_optimizer(engine.optimizer)
