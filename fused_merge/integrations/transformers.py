@@ -141,7 +141,7 @@ def attach(
         >>> import fused_merge as fm
         >>> from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
         >>> model = AutoModelForCausalLM.from_pretrained("sft/")
-        >>> args = TrainingArguments("run/", max_steps=2, save_strategy="no", report_to="none")
+        >>> args = TrainingArguments("run/", max_steps=1, save_strategy="no", report_to="none")
         >>> data = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8
         >>> trainer = Trainer(model, args, train_dataset=data)  # or one of TRL
         >>> fm.attach(trainer, base="base/", alpha=1e-6)
