@@ -86,15 +86,39 @@ class RuleOptions(VariantOptions, total=False):
 
 
 class MergeRule(NamedTuple):
-    """A method with its options decided: all that a step needs to know besides tensors and scalars."""
+    """A method with its options decided: all that a step needs to know besides tensors and scalars.
+
+    `merge_rule` makes one.
+
+    Attributes:
+        update: F of u, a key of `fused_merge.eager.sparsify.SPARSIFY`.
+        tau: F of tau, the same choice.
+        consensus: ⊕: `"linear"`, `"sign_reference"` or `"sign_paper"`.
+        reserve_rate: p, the share that F keeps of u.
+        tau_reserve_rate: p that tau was sparsified with.
+        rescale: whether what a random drop keeps is divided by p.
+        project: None, `"conflict"` or `"onto"`.
+        project_strength: s of `"onto"`.
+        project_over: `"tensor"` or `"rows"`.
+        project_on: `"gradient"` or `"update"`.
+        rounding: of the weights: `"nearest"` or `"stochastic"`.
+
+    Example:
+        >>> import fused_merge as fm
+        >>> rule = fm.functional.merge_rule("onties", reserve_rate=0.1)
+        >>> rule.update, rule.consensus, rule.rescale
+        ('magnitude', 'sign_reference', False)
+        >>> fm.functional.merge_rule("ondare", reserve_rate=0.1).scale(0.1)  # of what a random drop keeps
+        10.0
+    """
 
     update: str
     tau: str
-    consensus: str  # "linear", "sign_reference" or "sign_paper"
-    reserve_rate: float  # of u
-    tau_reserve_rate: float  # that tau was sparsified with
+    consensus: str
+    reserve_rate: float
+    tau_reserve_rate: float
     rescale: bool
-    project: str | None = None  # None, "conflict" or "onto"
+    project: str | None = None
     project_strength: float = 1.0
     project_over: str = "tensor"
     project_on: str = "gradient"
@@ -120,8 +144,19 @@ def merge_rule(
         tau_reserve_rate: the rate that tau was sparsified with; None is `reserve_rate`.
         {options}
 
+    Returns:
+        The rule of the method, as `merging_adamw_` and `step_` take it.
+
     Raises:
         ValueError: for an unknown method, a number out of range, or an option that the method lacks.
+        TypeError: for an option that there is not.
+
+    Example:
+        >>> import fused_merge as fm
+        >>> fm.functional.merge_rule("onties", vote="paper").consensus
+        'sign_paper'
+        >>> fm.functional.merge_rule("onproj", project_over="rows").project
+        'conflict'
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; the methods are {', '.join(map(repr, METHODS))}")

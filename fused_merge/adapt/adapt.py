@@ -93,6 +93,19 @@ def adapt_ratios(
         TypeError: if `parts` or what `loss_fn` returns is of a wrong kind.
         RuntimeError: if another process has raised one of these.
         ModuleNotFoundError: without gradients and without `cma`.
+
+    Example:
+        >>> import torch
+        >>> import fused_merge as fm
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("rlhf/")
+        >>> tokens = torch.tensor([[1, 2, 3, 4]])
+        >>> batches = [{"input_ids": tokens, "labels": tokens}]
+        >>> ratios = fm.adapt_ratios(model, "sft/", "rlhf/", fm.answer_loss, batches, mean_ratio=0.4, parts=2, steps=3)
+        >>> ratios
+        <LayerRatios of ... tensors: 'layer 0': ..., 'layer 1': ...>
+        >>> round(ratios.mean, 6), len(ratios.history)
+        (0.4, 3)
     """
     given = {"mean_ratio": mean_ratio, "parts": parts, "steps": steps, "lr": lr, **options}
     o = resolve(given, TargetOptions, AdaptOptions)
@@ -154,6 +167,20 @@ def answer_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     Args:
         model: a causal language model of Transformers.
         batch: `input_ids`, `labels` (-100 where nothing is to be learned) and what else the model takes, on its device.
+
+    Returns:
+        The loss that the model computes of the batch, 0-d.
+
+    Example:
+        >>> import torch
+        >>> import fused_merge as fm
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("sft/")
+        >>> batch = {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[-100, 2, 3]])}
+        >>> loss = fm.answer_loss(model, batch)
+        >>> logits = model(batch["input_ids"]).logits
+        >>> torch.allclose(loss, torch.nn.functional.cross_entropy(logits[0, :-1], torch.tensor([2, 3])))
+        True
     """
     loss: Tensor = model(**batch).loss
     return loss
@@ -165,6 +192,19 @@ def reward_weighted_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     Args:
         model: a causal language model of Transformers.
         batch: as for `answer_loss`, and `rewards`, `[batch]`, floating: negative ones make an answer less likely.
+
+    Returns:
+        The loss, 0-d.
+
+    Example:
+        >>> import torch
+        >>> import fused_merge as fm
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("sft/")
+        >>> batch = {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[-100, 2, 3]])}
+        >>> loss = fm.reward_weighted_loss(model, batch | {"rewards": torch.tensor([2.0])})
+        >>> torch.allclose(loss, 2 * fm.answer_loss(model, batch))
+        True
     """
     inputs = {key: value for key, value in batch.items() if key not in ("rewards", "labels")}
     logits = model(**inputs).logits[:, :-1].float()

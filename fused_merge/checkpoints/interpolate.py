@@ -104,6 +104,17 @@ def interpolate_checkpoints(
         OSError: if `out` cannot be written to, the disk is too small, or an input vanishes.
         RuntimeError: if `impl="triton"` cannot run here, or another process writes the same outputs.
         TypeError: if `base` or `tuned` is not a path, a ratio is not a number, or an option is unknown.
+
+    Example:
+        >>> import torch
+        >>> import fused_merge as fm
+        >>> from transformers import AutoModelForCausalLM
+        >>> folders = fm.interpolate_checkpoints("sft/", "rlhf/", [0.2, 0.6], out="line/")
+        >>> [folder.name for folder in folders]
+        ['r0.20', 'r0.60']
+        >>> sft, rlhf, point = map(AutoModelForCausalLM.from_pretrained, ("sft/", "rlhf/", folders[0]))
+        >>> torch.allclose(point.model.norm.weight, torch.lerp(sft.model.norm.weight, rlhf.model.norm.weight, 0.2))
+        True
     """
     plan, run = split(options, InterpolatePlanOptions, RunOptions)
     return plan_interpolation(base, tuned, ratios, out, **plan).run(**run)

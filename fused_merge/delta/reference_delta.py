@@ -50,6 +50,14 @@ class ReferenceDelta:
         ordered: whether `names` is known to follow the model's own order of parameters: made of modules, of folders of
             a model that Transformers knows, or with its `config`.
         nbytes: bytes that all of tau takes as stored, or would take if it is read lazily.
+
+    Example:
+        >>> import fused_merge as fm
+        >>> delta = fm.ReferenceDelta.from_checkpoints("base/", "sft/")
+        >>> delta
+        <ReferenceDelta: ... tensors, ... MB, dense>
+        >>> delta.names[0], delta.shape("model.norm.weight")
+        ('model.embed_tokens.weight', torch.Size([16]))
     """
 
     def __init__(self, source: TauSource, dtype: torch.dtype | None = None) -> None:
@@ -75,9 +83,22 @@ class ReferenceDelta:
             tuned: theta_SFT: the same.
             {options}
 
+        Returns:
+            The delta, in memory, under the names and in the order of `base`.
+
         Raises:
             ValueError: if names or shapes differ, tau is not finite, or the two are not sharded alike; the sentence
                 names the tensor.
+
+        Example:
+            >>> import torch
+            >>> import fused_merge as fm
+            >>> base, sft = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+            >>> delta = fm.ReferenceDelta.from_models(base, sft)
+            >>> delta.names
+            ('weight', 'bias')
+            >>> torch.equal(delta.tensor("bias"), sft.bias - base.bias)
+            True
         """
         return cls(TauInMemory(base, tuned, resolve(options, DeltaOptions)))
 
@@ -93,9 +114,20 @@ class ReferenceDelta:
             tuned: theta_SFT: the same.
             {options}
 
+        Returns:
+            The delta; it keeps the paths and no tensor.
+
         Raises:
             FileNotFoundError: if a path or a shard is not there.
             ValueError: if a file is broken, or names or shapes differ; the sentence names it.
+
+        Example:
+            >>> import fused_merge as fm
+            >>> delta = fm.ReferenceDelta.from_checkpoints("base/", "sft/")
+            >>> delta.ordered  # as the parameters of the model are in memory
+            True
+            >>> delta.tensor("model.layers.0.mlp.down_proj.weight").shape[0]
+            16
         """
         return cls(TauOfCheckpoints(base, tuned, resolve(options, DeltaOptions)))
 
@@ -103,7 +135,21 @@ class ReferenceDelta:
     def load(cls, path: PathLike) -> ReferenceDelta:
         """Open a saved delta: headers are read now and each tensor when it is asked for.
 
-        Raises FileNotFoundError if it is not there, ValueError if it is no saved delta, broken, or contradicts itself.
+        Args:
+            path: a file that `save` or `fused-merge delta` wrote.
+
+        Returns:
+            The delta, dense or sparse as it was saved.
+
+        Raises:
+            FileNotFoundError: if the file is not there.
+            ValueError: if it is no saved delta, broken, or contradicts itself.
+
+        Example:
+            >>> import fused_merge as fm
+            >>> delta = fm.ReferenceDelta.load("tau.safetensors")
+            >>> delta.identity == fm.ReferenceDelta.from_checkpoints("base/", "sft/").identity
+            True
         """
         return cls(SavedDelta(path))
 
@@ -132,9 +178,19 @@ class ReferenceDelta:
                 `from_checkpoints` computes anew, and then sparsified. A delta in memory or in a file that holds
                 16-bit numbers, or a sparse one, takes no other dtype.
 
+        Returns:
+            `path`.
+
         Raises:
             ValueError: if options do not fit, tau is not finite in its dtype, or the delta is made of the file `path`.
             OSError: if the disk is full or refuses.
+
+        Example:
+            >>> import fused_merge as fm
+            >>> delta = fm.ReferenceDelta.from_checkpoints("base/", "sft/")
+            >>> path = delta.save("tau-sparse.safetensors", reserve_rate=0.1, method="magnitude", dtype="bfloat16")
+            >>> fm.ReferenceDelta.load(path)
+            <ReferenceDelta: ... tensors, ... MB, magnitude at 0.1, from 'tau-sparse.safetensors'>
         """
         asked, path = parse_dtype(dtype), expanded(path)
         if others := [name for name in self.names if asked not in (None, self.dtype(name))]:
@@ -239,6 +295,13 @@ class ReferenceDelta:
             KeyError: if there is none of that name.
             ValueError: if an element is NaN or infinite, the fragment is one of a tensor of another shape, or the delta
                 was made of sharded models of which this process holds something else.
+
+        Example:
+            >>> import torch
+            >>> import fused_merge as fm
+            >>> delta = fm.ReferenceDelta.from_models({"w": torch.tensor([1.0, 5.0])}, {"w": torch.tensor([2.0, 3.0])})
+            >>> delta.tensor("w")
+            tensor([ 1., -2.])
         """
         stored = self.read(name, fragment)
         return stored.unpack() if isinstance(stored, SparseTensor) else stored
@@ -246,7 +309,28 @@ class ReferenceDelta:
     def sparse(self, name: str, sparsity: Sparsity, fragment: Fragment | None = None) -> SparseTensor:
         """Return F(tau) of one tensor, as stored or sparsified now: `read` and then `sparsified`.
 
-        Raises as these.
+        Args:
+            name: one of `names`.
+            sparsity: F, the share p that it keeps, and the seed of random masks; as the attribute `sparsity` has it.
+            fragment: as for `tensor`.
+
+        Returns:
+            What F keeps, unscaled: `unpack()` of it is dense.
+
+        Raises:
+            KeyError: if there is none of that name.
+            ValueError: as for `tensor`, or if `sparsity` is out of range or another than that of a stored sparse delta.
+
+        Example:
+            >>> import torch
+            >>> import fused_merge as fm
+            >>> delta = fm.ReferenceDelta.from_models({"w": torch.zeros(3)}, {"w": torch.tensor([1.0, -3.0, 2.0])})
+            >>> saved = fm.ReferenceDelta.load(delta.save("largest.safetensors", reserve_rate=0.4, method="magnitude"))
+            >>> kept = saved.sparse("w", saved.sparsity)
+            >>> kept.unpack()
+            tensor([ 0., -3.,  0.])
+            >>> torch.equal(delta.sparse("w", saved.sparsity).values, kept.values)
+            True
         """
         self._check_sparsity(Sparsity.checked(*sparsity))
         return self.sparsified(name, self.read(name, fragment), sparsity, fragment)

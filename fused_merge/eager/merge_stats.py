@@ -15,17 +15,40 @@ from fused_merge.methods import MergeRule
 
 
 class MergeStats(NamedTuple):
-    """0-d tensors in the dtype of the computation; shares lie in [0, 1]."""
+    """What a merge did to one tensor: 0-d tensors in the dtype of the computation; shares lie in [0, 1].
 
-    cosine: Tensor  # of u and F(tau); 0 where either is zero
-    kept_u: Tensor  # share of elements that F(u) keeps
-    kept_tau: Tensor  # share of elements that F(tau) keeps
-    conflicts: Tensor  # share of opposite signs among the elements where u and F(tau) are both not zero
+    Attributes:
+        cosine: of u and F(tau); 0 where either is zero.
+        kept_u: share of elements that F(u) keeps.
+        kept_tau: share of elements that F(tau) keeps.
+        conflicts: share of opposite signs among the elements where u and F(tau) are both not zero.
+        norm_u: norm of u.
+        norm_tau: norm of F(tau), unscaled.
+        norm_merged: norm of F(u) ⊕ F(tau).
+        lost: share of the kept entries of tau whose addition changed no bit of the weight.
+        lost_u: the same of u.
+
+    Example:
+        >>> import torch
+        >>> from fused_merge.functional import Hyper, merge_rule, merging_adamw_
+        >>> w, tau = torch.zeros(2), torch.tensor([1.0, -1.0])
+        >>> states = [[x] for x in (w, torch.ones(2), torch.zeros(2), torch.zeros(2), torch.zeros(()), tau)]
+        >>> rule = merge_rule("ondare", reserve_rate=1.0)
+        >>> hyper = Hyper(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, alpha=0.5)
+        >>> (stats,) = merging_adamw_(*states, rule=rule, hyper=hyper, tensor_ids=[0], stats=True)
+        >>> stats.conflicts, stats.norm_tau
+        (tensor(0.5000), tensor(1.4142))
+    """
+
+    cosine: Tensor
+    kept_u: Tensor
+    kept_tau: Tensor
+    conflicts: Tensor
     norm_u: Tensor
-    norm_tau: Tensor  # of F(tau), unscaled
+    norm_tau: Tensor
     norm_merged: Tensor
-    lost: Tensor  # share of the kept entries of tau whose addition changed no bit of the weight
-    lost_u: Tensor  # the same of u
+    lost: Tensor
+    lost_u: Tensor
 
 
 class MergeSums(NamedTuple):

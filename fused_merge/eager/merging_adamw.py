@@ -36,11 +36,29 @@ class Delta(NamedTuple):
 
 
 class Anchor(NamedTuple):
-    """What a merge starts from: the weights after the last one."""
+    """What a merge starts from: the weights after the last one. A step mutates its tensors.
 
-    weights: Tensor  # in the precision of the master
-    decay: Tensor | None = None  # 0-d: the product of (1 - lr*wd) since then; None where another optimizer steps
-    kept: bool = True  # the weights after this merge become the next anchor
+    Attributes:
+        weights: those weights, in the shape of the parameter and the precision of its master.
+        decay: 0-d: the product of (1 - lr*wd) since then; None where another optimizer steps.
+        kept: whether the weights after this merge become the next anchor.
+
+    Example:
+        >>> import torch
+        >>> from fused_merge.functional import Anchor, Hyper, merge_rule, merging_adamw_
+        >>> w, tau, m, v, step = torch.zeros(1), torch.ones(1), torch.zeros(1), torch.zeros(1), torch.zeros(())
+        >>> anchor, rule = Anchor(w.clone(), torch.ones(())), merge_rule("ondare", reserve_rate=1.0)
+        >>> hyper = Hyper(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, alpha=0.5, merge_every=2)
+        >>> for _ in range(2):  # the second step merges the updates of both, -0.2, with tau
+        ...     states = [[x] for x in (w, torch.ones(1), m, v, step, tau)]
+        ...     _ = merging_adamw_(*states, rule=rule, hyper=hyper, tensor_ids=[0], anchors=[anchor])
+        >>> w, anchor.weights
+        (tensor([0.4000]), tensor([0.4000]))
+    """
+
+    weights: Tensor
+    decay: Tensor | None = None
+    kept: bool = True
 
 
 class Terms(NamedTuple):

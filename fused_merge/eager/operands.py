@@ -15,18 +15,45 @@ Tau: TypeAlias = "Tensor | SparseTensor | None"
 
 
 class Operands(NamedTuple):
-    """The tensors of one parameter's step, all of one shape, and what keys its random numbers."""
+    """The tensors of one parameter's step, all of one shape and on one device, and what keys its random numbers.
 
-    name: str  # used in error messages
-    param: Tensor  # mutated
-    grad: Tensor | None  # None where another optimizer has taken the step: u is then what came since the anchor
-    exp_avg: Tensor | None  # mutated; None without a gradient
-    exp_avg_sq: Tensor | None  # mutated; None without a gradient
-    step: Tensor  # 0-d fp32, the step count; incremented
-    tau: Tau  # F(tau); None for a plain AdamW step
-    tau_dense: Tensor | None  # tau before F, where something is projected onto it and F(tau) is another
-    anchor: Anchor | None  # of step-K, and of another optimizer's steps; mutated
-    master: Tensor | None  # fp32, or the int16 low halves of a bf16 parameter; mutated
+    Attributes:
+        name: used in error messages.
+        param: the weights; mutated.
+        grad: None where another optimizer has taken the step: u is then what came since the anchor.
+        exp_avg: first moment, mutated; None without a gradient.
+        exp_avg_sq: second moment, mutated; None without a gradient.
+        step: 0-d fp32, the step count; incremented.
+        tau: F(tau), dense or sparse; None for a plain AdamW step.
+        tau_dense: tau before F, where something is projected onto it and F(tau) is another.
+        anchor: of step-K, and of another optimizer's steps; mutated.
+        master: fp32, or the int16 low halves of a bf16 parameter; mutated.
+        tensor_id: keys the random numbers: `fused_merge.names.tensor_id` of the name.
+        shard: what the tensors are of the unsharded ones.
+
+    Example:
+        >>> import torch
+        >>> from fused_merge.functional import Hyper, Operands, Shard, merge_rule, step_
+        >>> w, m, v, step = torch.zeros(2), torch.zeros(2), torch.zeros(2), torch.zeros(())
+        >>> shard = Shard.whole(w.shape)
+        >>> operands = Operands("w", w, torch.ones(2), m, v, step, None, None, None, None, 0, shard)  # plain AdamW
+        >>> hyper = Hyper(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, alpha=0.5)
+        >>> step_([operands], rule=merge_rule("ondare"), hyper=hyper)
+        [None]
+        >>> w, step
+        (tensor([-0.1000, -0.1000]), tensor(1.))
+    """
+
+    name: str
+    param: Tensor
+    grad: Tensor | None
+    exp_avg: Tensor | None
+    exp_avg_sq: Tensor | None
+    step: Tensor
+    tau: Tau
+    tau_dense: Tensor | None
+    anchor: Anchor | None
+    master: Tensor | None
     tensor_id: int
     shard: Shard
 

@@ -35,15 +35,37 @@ class Scalars(NamedTuple):
 
 
 class Hyper(NamedTuple):
-    """What the scalars are derived from."""
+    """The hyper-parameters of a step, which its scalars are derived from.
 
-    lr: Scalar  # a float, or a 0-d tensor that the host never reads
+    Attributes:
+        lr: learning rate: a float, or a 0-d tensor that the host never reads.
+        betas: decay rates of the two moments.
+        eps: added to the square root of the second moment.
+        weight_decay: decoupled, as in `torch.optim.AdamW`.
+        alpha: weight of the delta, in [0, 1].
+        update_scale: 1/p under a rescaled random drop of u; `merging_adamw_` and `step_` set it by the rule.
+        tau_scale: 1/p with the rate that tau was stored with; set by the rule, too.
+        grad_factor: what gradients are multiplied by: a float, or a 0-d tensor.
+        found_inf: not 0 where gradients overflowed and nothing is to move: a float, or a 0-d tensor.
+        merge_every: K of step-K.
+
+    Example:
+        >>> import torch
+        >>> from fused_merge.functional import Hyper
+        >>> hyper = Hyper(lr=1e-6, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, alpha=1e-6)
+        >>> hyper.merge_every, hyper.grad_factor
+        (1, 1.0)
+        >>> hyper._replace(lr=torch.tensor(5e-7)).lr  # a schedule that the host does not wait for
+        tensor(5.0000e-07)
+    """
+
+    lr: Scalar
     betas: tuple[float, float]
     eps: float
     weight_decay: float
     alpha: float
-    update_scale: float = 1.0  # 1/p under a rescaled random drop of u
-    tau_scale: float = 1.0  # 1/p with the rate that tau was stored with
+    update_scale: float = 1.0
+    tau_scale: float = 1.0
     grad_factor: Scalar = 1.0
     found_inf: Scalar = 0.0
     merge_every: int = 1

@@ -48,6 +48,15 @@ def inner_products(
     Raises:
         ValueError: for lists, shapes, dtypes or devices that do not match.
         RuntimeError: if what `impl` names cannot run here, or does not serve a tensor.
+
+    Example:
+        >>> import torch
+        >>> import fused_merge as fm
+        >>> xs, ys = [torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])]
+        >>> fm.functional.inner_products(xs, ys)
+        [tensor(11.)]
+        >>> fm.functional.inner_products(xs, ys, minus=xs)  # <x, y - x>
+        [tensor(6.)]
     """
     if ys is None and minus is not None:
         raise ValueError("minus is subtracted from ys; pass both, or neither")

@@ -47,6 +47,13 @@ def interpolate(
     Raises:
         ValueError: for a ratio that is not finite or tensors that do not match.
         RuntimeError: if what `impl` names cannot run here, or does not serve a tensor.
+
+    Example:
+        >>> import torch
+        >>> import fused_merge as fm
+        >>> bases, tuneds = [torch.zeros(2)], [torch.ones(2)]
+        >>> fm.functional.interpolate(bases, tuneds, [0.0, 0.25, 1.5])
+        [[tensor([0., 0.]), tensor([0.2500, 0.2500]), tensor([1.5000, 1.5000])]]
     """
     per_tensor = _ratios_per_tensor(ratios, len(bases))
     pairs = list(zip(bases, tuneds, strict=True))

@@ -65,7 +65,35 @@ def step_(
     workspace: Workspace | None = None,
     impl: str = "auto",
 ) -> list[MergeStats | None]:
-    """Do what `merging_adamw_` does, for what that takes as lists in one list of operands."""
+    """Do what `merging_adamw_` does, for what that takes as lists in one list of operands.
+
+    Args:
+        operands: T parameters, each with all that its step reads and writes; mutated as `merging_adamw_` says.
+        rule: a method of the table with its options, from `merge_rule`.
+        hyper: learning rate, betas and the like; a tensor among them is never read by the host.
+        seed: 64-bit key of the random numbers.
+        stats: also return what the merge did; the host waits for the device.
+        workspace: what calls with the same tensors share; None starts anew.
+        impl: `"auto"`, `"triton"`, `"compiled"` or `"eager"`.
+
+    Returns:
+        What `merging_adamw_` returns.
+
+    Raises:
+        ValueError, RuntimeError: as `merging_adamw_`; nothing has changed then.
+
+    Example:
+        >>> import torch
+        >>> from fused_merge.functional import Hyper, Operands, Shard, merge_rule, step_
+        >>> w, m, v, tau = torch.zeros(2), torch.zeros(2), torch.zeros(2), torch.tensor([1.0, -1.0])
+        >>> step, shard = torch.zeros(()), Shard.whole(w.shape)
+        >>> operands = Operands("w", w, torch.ones(2), m, v, step, tau, None, None, None, 0, shard)
+        >>> rule = merge_rule("onties", reserve_rate=1.0)
+        >>> hyper = Hyper(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, alpha=0.5)
+        >>> (stats,) = step_([operands], rule=rule, hyper=hyper, stats=True)
+        >>> w, stats.conflicts
+        (tensor([ 0.5000, -0.5500]), tensor(0.5000))
+    """
     workspace = workspace or Workspace()
     prepared = prepare(operands, rule=rule, hyper=hyper, seed=seed, stats=stats, workspace=workspace, impl=impl)
     return take(prepared)[0]
@@ -222,6 +250,18 @@ def merging_adamw_(
         ValueError: for lists or shapes that do not match, or a projection onto a delta that is stored sparse. Nothing
             has changed then.
         RuntimeError: if `impl="triton"` cannot run here or does not serve a tensor. Nothing has changed then.
+
+    Example:
+        >>> import torch
+        >>> from fused_merge.functional import Hyper, merge_rule, merging_adamw_
+        >>> w, tau = torch.zeros(2), torch.tensor([1.0, -1.0])
+        >>> m, v, step = torch.zeros(2), torch.zeros(2), torch.zeros(())
+        >>> rule = merge_rule("ondare", reserve_rate=1.0)
+        >>> hyper = Hyper(lr=0.1, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, alpha=0.5)
+        >>> merging_adamw_([w], [torch.ones(2)], [m], [v], [step], [tau], rule=rule, hyper=hyper, tensor_ids=[0])
+        [None]
+        >>> w, step
+        (tensor([ 0.4500, -0.5500]), tensor(1.))
     """
     count = len(params)
     columns: dict[str, Sequence[Any]] = {

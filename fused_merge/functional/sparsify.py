@@ -42,9 +42,22 @@ def sparsify(
         impl: `"auto"`, `"compiled"` or `"eager"`. Compiled code serves bf16, fp16 and fp32 on a CPU; `"auto"` chooses
             it by `work`, where that is enough to do.
 
+    Returns:
+        What is kept, in the dtype and on the device of `tau`; `unpack()` of it is dense.
+
     Raises:
         ValueError: if there is no such F, or one that is not known to need nothing of the other parts but a threshold.
         RuntimeError: if `impl="compiled"` cannot run here, or does not serve this tensor.
+
+    Example:
+        >>> import torch
+        >>> import fused_merge as fm
+        >>> tau = torch.tensor([1.0, -3.0, 2.0, 0.5])
+        >>> kept = fm.functional.sparsify(tau, name="w", method="magnitude", reserve_rate=0.5, seed=0)
+        >>> kept.values
+        tensor([-3.,  2.])
+        >>> kept.unpack()
+        tensor([ 0., -3.,  2.,  0.])
     """
     if shard is not None and method in SPARSIFY and method not in (*RANKED, *ELEMENTWISE):
         raise ValueError(

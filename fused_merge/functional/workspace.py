@@ -14,6 +14,15 @@ class Workspace:
     On a GPU these are the tables that describe the tensors, made again when an address changes, and the last
     thresholds of F by magnitude, which save passes over the moments. A captured CUDA graph uses them: keep it as
     long as the graph.
+
+    Example:
+        >>> import torch
+        >>> from fused_merge.functional import Workspace, inner_products
+        >>> workspace, grads = Workspace(), [torch.ones(3), torch.full((2,), 2.0)]
+        >>> for _ in range(2):
+        ...     squares = inner_products(grads, workspace=workspace)
+        >>> squares
+        [tensor(3.), tensor(8.)]
     """
 
     def __init__(self) -> None:

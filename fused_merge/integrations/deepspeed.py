@@ -66,6 +66,21 @@ def bind_deepspeed(engine: Any) -> None:
         TypeError: if the engine's optimizer is no merging one.
         ValueError: for `max_grad_norm` under ZeRO, which would see one flat tensor at a time; for offload to NVMe,
             experts, tensor parallelism and ZenFlow; if the delta lacks a parameter.
+
+    Example:
+        >>> import torch
+        >>> import fused_merge as fm
+        >>> model = torch.nn.Linear(4, 2)
+        >>> delta = fm.ReferenceDelta.from_models(torch.nn.Linear(4, 2), model)
+        >>> optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta)
+        >>> config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}}
+        >>> config["zero_allow_untested_optimizer"] = True
+        >>> # DeepSpeed makes a process group and logs to standard output: examples/deepspeed_zero.py runs the rest.
+        >>> import deepspeed  # doctest: +SKIP
+        >>> engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)  # doctest: +SKIP
+        >>> fm.bind_deepspeed(engine)  # doctest: +SKIP
+        >>> loss = engine.backward(engine(torch.ones(1, 4)).sum())  # doctest: +SKIP
+        >>> engine.step()  # doctest: +SKIP
     """
     optimizer = _merging_optimizer(engine.optimizer)
     flat = list(flat_tensors(engine))

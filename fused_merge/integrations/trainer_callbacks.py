@@ -44,11 +44,6 @@ class _LogCallback(TrainerCallback):
 class MergeStatsCallback(_LogCallback):
     """Adds `merge_stats` of the optimizer to what a trainer logs: its history, TensorBoard, W&B, Trackio.
 
-    ```python
-    fm.attach(trainer, base="base/", stats_every=10)
-    trainer.add_callback(fm.MergeStatsCallback(trainer))
-    ```
-
     `merge/lost` is the mean over all tensors of the statistic `lost`, and so on. A log gets them when there are new
     ones: choose `stats_every` and `logging_steps` alike, since only what the last merge did is logged.
 
@@ -59,6 +54,20 @@ class MergeStatsCallback(_LogCallback):
 
     Raises:
         ValueError: when training starts, if the optimizer merges nothing or collects no statistics.
+
+    Example:
+        >>> import fused_merge as fm
+        >>> from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+        >>> model = AutoModelForCausalLM.from_pretrained("sft/")
+        >>> args = TrainingArguments("run/", max_steps=2, logging_steps=2, save_strategy="no", report_to="none")
+        >>> data = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 16
+        >>> trainer = Trainer(model, args, train_dataset=data)
+        >>> fm.attach(trainer, base="base/", stats_every=2)
+        >>> trainer.add_callback(fm.MergeStatsCallback(trainer))
+        >>> result = trainer.train()
+        {'loss': ..., 'merge/cosine': ..., 'merge/lost': ...}
+        >>> 0.0 <= trainer.state.log_history[0]["merge/conflicts"] <= 1.0
+        True
     """
 
     def __init__(self, trainer: Trainer, *, per_layer: bool = False, source: HasMergeStats | None = None) -> None:
@@ -105,19 +114,26 @@ class MergeStatsCallback(_LogCallback):
 class DeepSpeedCallback(TrainerCallback):
     """Calls `bind_deepspeed` when training begins, when there is an engine; without DeepSpeed it does nothing.
 
-    `attach` adds it. Elsewhere:
-
-    ```python
-    trainer = Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=factory)
-    trainer.add_callback(fm.DeepSpeedCallback(trainer))
-    ```
-
     Args:
         trainer: the trainer that it is added to. Under DeepSpeed it makes its optimizer of `optimizer_cls_and_kwargs`,
             and drops `optimizers=`.
 
     Raises:
         TypeError, ValueError: when training starts, as `bind_deepspeed`.
+
+    Example:
+        >>> import fused_merge as fm
+        >>> from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+        >>> model = AutoModelForCausalLM.from_pretrained("sft/")
+        >>> args = TrainingArguments("run/", max_steps=1, save_strategy="no", report_to="none")  # deepspeed="zero.json"
+        >>> factory = fm.optimizer_factory(args, reference_delta="tau.safetensors")
+        >>> data = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8
+        >>> trainer = Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=factory)
+        >>> trainer.add_callback(fm.DeepSpeedCallback(trainer))  # `attach` does so by itself
+        >>> result = trainer.train()
+        {'train_runtime': ...}
+        >>> result.global_step
+        1
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -134,10 +150,6 @@ class DeepSpeedCallback(TrainerCallback):
 class SweepCallback(_LogCallback):
     """Scores, at every evaluation, the models on the path from `base` to the model as trained so far.
 
-    ```python
-    trainer.add_callback(fm.SweepCallback(trainer, base="sft/", ratios=[0.25, 0.5, 0.75]))
-    ```
-
     theta(r) = base + r*(model − base) is written into the model, evaluated, and logged as `eval_sweep/r0.25/loss` and
     so on, whatever the trainer logs as `eval_loss`. Afterwards the weights have their bits again and the random
     generators of training their states. It costs one evaluation for each ratio, and a copy of the model on the CPU
@@ -153,6 +165,18 @@ class SweepCallback(_LogCallback):
     Raises:
         ValueError: if the trainer generates with vLLM, which has weights of its own, and there are no scorers; as
             `RatioSweep` does, at the first evaluation, if `base` does not fit the model.
+
+    Example:
+        >>> import fused_merge as fm
+        >>> from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+        >>> model = AutoModelForCausalLM.from_pretrained("rlhf/")
+        >>> data = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8
+        >>> trainer = Trainer(model, TrainingArguments("run/", report_to="none"), eval_dataset=data)
+        >>> trainer.add_callback(fm.SweepCallback(trainer, base="sft/", ratios=[0.25, 0.5]))
+        >>> scores = trainer.evaluate()  # as training does every eval_steps
+        >>> logged = [key for log in trainer.state.log_history for key in log]
+        >>> [key for key in logged if key.endswith("loss")]
+        ['eval_loss', 'eval_sweep/r0.25/loss', 'eval_sweep/r0.5/loss']
     """
 
     def __init__(

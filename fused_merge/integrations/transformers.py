@@ -51,11 +51,6 @@ def optimizer_factory(
 ) -> OptimizerFactory:
     """Return `optimizer_cls_and_kwargs` for a Transformers or TRL trainer, which then trains with `MergingAdamW`.
 
-    ```python
-    factory = fm.optimizer_factory(args, reference_delta="tau.safetensors")
-    trainer = Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=factory)
-    ```
-
     The optimizer gets the parameters that require a gradient, by name, in the trainer's two groups: weights decay,
     biases and norms do not. It leaves it to `GradScaler` to unscale gradients, so that a step that is skipped for an
     overflow does not advance the schedule.
@@ -66,9 +61,24 @@ def optimizer_factory(
         method: a key of `fused_merge.methods.METHODS`.
         {options}
 
+    Returns:
+        What the trainer takes as `optimizer_cls_and_kwargs`.
+
     Raises:
         TypeError: for an option that there is not.
         ValueError: when the trainer asks for the optimizer: without `args` and `lr`, or as `MergingAdamW` does.
+
+    Example:
+        >>> import fused_merge as fm
+        >>> from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+        >>> model = AutoModelForCausalLM.from_pretrained("sft/")
+        >>> args = TrainingArguments("run/", learning_rate=1e-5, weight_decay=0.01)
+        >>> factory = fm.optimizer_factory(args, reference_delta="tau.safetensors", alpha=1e-6)
+        >>> data = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8
+        >>> trainer = Trainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=factory)
+        >>> optimizer = trainer.create_optimizer()  # as trainer.train() does
+        >>> type(optimizer).__name__, [group["weight_decay"] for group in optimizer.param_groups]
+        ('MergingAdamW', [0.01, 0.0])
     """
     return _factory(args, _decay_names, reference_delta, method, options)
 
@@ -105,12 +115,6 @@ def attach(
 ) -> type[Trainer] | None:
     """Make a trainer train with `MergingAdamW`; to be called before its `train`.
 
-    ```python
-    trainer = DPOTrainer(model, args=args, train_dataset=data, processing_class=tokenizer)
-    fm.attach(trainer, base="base/")
-    trainer.train()
-    ```
-
     It sets `trainer.optimizer_cls_and_kwargs` as `optimizer_factory` describes, with the arguments of the trainer, and
     adds `DeepSpeedCallback`.
 
@@ -132,6 +136,19 @@ def attach(
         TypeError: for an option that there is not.
         ValueError: if the trainer has an optimizer, not one of `reference_delta` and `base` is given, or the delta
             cannot be made.
+
+    Example:
+        >>> import fused_merge as fm
+        >>> from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+        >>> model = AutoModelForCausalLM.from_pretrained("sft/")
+        >>> args = TrainingArguments("run/", max_steps=1, save_strategy="no", report_to="none")
+        >>> data = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8
+        >>> trainer = Trainer(model, args, train_dataset=data)  # or one of TRL
+        >>> fm.attach(trainer, base="base/", alpha=1e-6)
+        >>> result = trainer.train()
+        {'train_runtime': ...}
+        >>> len(trainer.optimizer.optimizer.state) == len(list(model.parameters()))
+        True
     """
     check_known(options, GROUP_OPTIONS | RUN_OPTIONS)
     if (reference_delta is None) == (base is None) or (sft is not None and base is None):

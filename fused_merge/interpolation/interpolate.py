@@ -70,6 +70,18 @@ def interpolate(
     Raises:
         ValueError: for a ratio that is not finite, or tensors that do not match; the sentence names them.
         TypeError: if the two are not both tensors or both mappings.
+
+    Example:
+        >>> import torch
+        >>> import fused_merge as fm
+        >>> base, tuned = torch.tensor([0.0, 4.0]), torch.tensor([1.0, 2.0])
+        >>> fm.interpolate(base, tuned, [0.0, 0.5, 1.5])
+        tensor([[0.0000, 4.0000],
+                [0.5000, 3.0000],
+                [1.5000, 1.0000]])
+        >>> (point,) = fm.interpolate({"w": base}, {"w": tuned}, [0.25])
+        >>> point
+        {'w': tensor([0.2500, 3.5000])}
     """
     points, given = check_ratios(ratios), resolve(options, OutputOptions)
     if isinstance(base, Tensor) and isinstance(tuned, Tensor):

@@ -39,11 +39,6 @@ class LayerRatios(NamedRatios):
     Its constructors take as `model_or_names` a module, a state dict, the path of a checkpoint, or names. Tied weights
     count under their first name, and integers have no ratio; of a list of names all have.
 
-    ```python
-    low_to_high = fm.LayerRatios.by_parts("sft/", [0.2, 0.5, 0.9])
-    fm.interpolate_checkpoints("sft/", "rlhf/", [0.5, low_to_high], "out/")
-    ```
-
     Args:
         parts: label -> names of the tensors, each in one part only. Names are made canonical.
         ratios: one finite number for each part; below 0 or above 1 they extrapolate.
@@ -52,6 +47,18 @@ class LayerRatios(NamedRatios):
     Raises:
         ValueError: if a part is empty, a tensor stands in two, a ratio is not finite, or their numbers differ.
         TypeError: if a ratio is no number, or a label or name no string.
+
+    Example:
+        >>> import torch
+        >>> import fused_merge as fm
+        >>> ratios = fm.LayerRatios({"low": ["layers.0.weight"], "high": ["layers.1.weight"]}, [0.25, 0.75])
+        >>> print(ratios)
+        part  holds     tensors  ratio
+        low   layers 0        1   0.25
+        high  layers 1        1   0.75
+        >>> base, tuned = {name: torch.zeros(1) for name in ratios}, {name: torch.ones(1) for name in ratios}
+        >>> fm.interpolate(base, tuned, [ratios])
+        [{'layers.0.weight': tensor([0.2500]), 'layers.1.weight': tensor([0.7500])}]
     """
 
     def __init__(
@@ -92,6 +99,7 @@ class LayerRatios(NamedRatios):
         `encoder.block`. Layers of several stacks are counted through: towers, encoders, decoders.
 
         Args:
+            model_or_names: a module, a state dict, the path of a checkpoint, or names.
             ratios: K numbers, for the lowest layers first.
             boundaries: the first layers of parts 2 to K, instead of equal parts: `[8, 16]` for layers 0-7, 8-15 and
                 all above.
@@ -99,9 +107,20 @@ class LayerRatios(NamedRatios):
                 `{"embeddings": 0, "norm": 2, "head": 2}`; or of names or regular expressions on whole names, which then
                 are outside the layers whatever they are called.
 
+        Returns:
+            K parts, labeled `"layers 0-7"` and so on.
+
         Raises:
             ValueError: if a tensor is neither in a layer nor called like something outside them, or ratios,
                 boundaries or parts do not fit the number of layers; the sentence names the tensor or number.
+
+        Example:
+            >>> import fused_merge as fm
+            >>> ratios = fm.LayerRatios.by_parts("sft/", [0.2, 0.9])
+            >>> ratios
+            <LayerRatios of ... tensors: 'layer 0': 0.2, 'layer 1': 0.9>
+            >>> ratios["model.embed_tokens.weight"], ratios["model.norm.weight"]
+            (0.2, 0.9)
         """
         ratios = _listed(ratios)
         return cls(slices_by_depth(_names_of(model_or_names), len(ratios), boundaries, outside or {}), ratios)

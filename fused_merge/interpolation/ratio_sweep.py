@@ -28,13 +28,6 @@ Model = TypeVar("Model", bound=nn.Module)
 class RatioSweep(Generic[Model]):
     """Puts a model at any point of the path between two models, and back.
 
-    ```python
-    sweep = RatioSweep(model, "base/", "tuned/")
-    for ratio in (0.0, 0.3, 0.6, 1.0):
-        with sweep.at(ratio):
-            print(ratio, evaluate(model))
-    ```
-
     Only one tensor of each checkpoint is read at a time. Parameters and persistent buffers are written; integer ones
     are copied from `tuned` (from `base` where every ratio is 0). If the model has another floating dtype than `base`
     and `tuned`, each point is rounded once to the model's. If it is sharded with FSDP2, each process reads and writes
@@ -52,6 +45,19 @@ class RatioSweep(Generic[Model]):
         ValueError: if names, shapes or dtypes do not fit, the model ties weights that `base` or `tuned` tell apart, it
             shares storage with them, or its shards are no boxes of tensors.
         TypeError: if `model` is no module.
+
+    Example:
+        >>> import torch
+        >>> import fused_merge as fm
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("rlhf/")
+        >>> sweep = fm.RatioSweep(model, "sft/", "rlhf/")
+        >>> tokens, losses = torch.tensor([[1, 2, 3, 4]]), {}
+        >>> for ratio in (0.0, 0.5, 1.0):
+        ...     with sweep.at(ratio):
+        ...         losses[ratio] = model(tokens, labels=tokens).loss.item()
+        >>> losses[1.0] == model(tokens, labels=tokens).loss.item()  # the weights are back
+        True
     """
 
     def __init__(
@@ -97,9 +103,28 @@ class RatioSweep(Generic[Model]):
         On leaving, also by an exception, every weight gets back the bits found on entry. They are kept as a
         copy on the CPU, except where they equal `base` or `tuned`, which are then read again.
 
-        `ratio` is any finite number; 0 is `base`, 1 is `tuned`. Or a mapping, such as `LayerRatios`, from names or
-        regular expressions on whole names to numbers. Raises ValueError if it is not finite or does not fit, or the
-        model now shares storage with either end; RuntimeError inside another `at` of this sweep.
+        Args:
+            ratio: any finite number; 0 is `base`, 1 is `tuned`. Or a mapping, such as `LayerRatios`, from names or
+                regular expressions on whole names to numbers.
+
+        Yields:
+            The model, mutated.
+
+        Raises:
+            ValueError: if the ratio is not finite or does not fit, or the model now shares storage with either end.
+            RuntimeError: inside another `at` of this sweep.
+
+        Example:
+            >>> import torch
+            >>> import fused_merge as fm
+            >>> model = torch.nn.Linear(2, 1, bias=False)
+            >>> before = model.weight.detach().clone()
+            >>> sweep = fm.RatioSweep(model, {"weight": torch.zeros(1, 2)}, {"weight": torch.ones(1, 2)})
+            >>> with sweep.at(0.25):
+            ...     print(model.weight.tolist())
+            [[0.25, 0.25]]
+            >>> torch.equal(model.weight, before)
+            True
         """
         decided = self._decide(ratio)
         if self._ratio is not None:
@@ -120,7 +145,24 @@ class RatioSweep(Generic[Model]):
     def move_to(self, ratio: PerTensor) -> None:
         """Write another point of the path into the model, inside `at`: two reads and one write of each weight.
 
-        Raises as `at`; the model then stays where it is. RuntimeError outside `at`.
+        Args:
+            ratio: as for `at`.
+
+        Raises:
+            ValueError: as for `at`; the model then stays where it is.
+            RuntimeError: outside `at`.
+
+        Example:
+            >>> import torch
+            >>> import fused_merge as fm
+            >>> model = torch.nn.Linear(1, 1, bias=False)
+            >>> sweep = fm.RatioSweep(model, {"weight": torch.zeros(1, 1)}, {"weight": torch.ones(1, 1)})
+            >>> with sweep.at(0.0):
+            ...     for ratio in (0.25, 0.5):
+            ...         sweep.move_to(ratio)
+            ...         print(ratio, model.weight.item())
+            0.25 0.25
+            0.5 0.5
         """
         if self._ratio is None:
             raise RuntimeError("call move_to() inside `with sweep.at(ratio):`")

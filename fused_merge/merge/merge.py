@@ -168,6 +168,14 @@ def merge_checkpoints(
         OSError: as for `interpolate_checkpoints`.
         TypeError: if `models` is not a mapping, a model is not a path, a weight is not a number, or an option is
             unknown.
+
+    Example:
+        >>> import fused_merge as fm
+        >>> from transformers import AutoModelForCausalLM
+        >>> models = {"sft/": 0.5, "code/": 0.3}
+        >>> out = fm.merge_checkpoints("base/", models, method="ties", density=0.2, out="merged/")
+        >>> type(AutoModelForCausalLM.from_pretrained(out)).__name__
+        'LlamaForCausalLM'
     """
     plan, run = split(options, MergePlanOptions, StreamOptions)
     (folder,) = plan_merge(base, models, method, out, **plan).run(**run)

@@ -24,7 +24,7 @@ from fused_merge.functional.workspace import Workspace
 from fused_merge.methods import MergeRule
 from fused_merge.optim.binding import Binding, NamedGroup, members_of, processes_of
 from fused_merge.optim.gradients import grad_factor, grad_norm, inverse_of, local_gradient, warn_of_no_gradient
-from fused_merge.optim.naming import Naming
+from fused_merge.optim.naming import Naming, tensors_of
 from fused_merge.optim.options import (
     FIXED,
     GROUP_OPTIONS,
@@ -92,6 +92,18 @@ class MergingAdamW(Optimizer):
     Raises:
         ValueError: for an option out of range or that the method lacks.
         TypeError: for an option that there is not, or a `reference_delta` that is none.
+
+    Example:
+        >>> import torch
+        >>> import fused_merge as fm
+        >>> w = torch.nn.Parameter(torch.zeros(2))
+        >>> delta = fm.ReferenceDelta.from_models({"w": torch.zeros(2)}, {"w": torch.tensor([1.0, -1.0])})
+        >>> options = {"method": "ondare", "lr": 0.1, "alpha": 0.5, "reserve_rate": 1.0}
+        >>> optimizer = fm.MergingAdamW([("w", w)], reference_delta=delta, **options)
+        >>> w.grad = torch.ones(2)
+        >>> optimizer.step()  # u = -0.1, and 0.5*u + 0.5*tau is added
+        >>> w.detach()
+        tensor([ 0.4500, -0.5500])
     """
 
     # What torch.amp.GradScaler asks for: it then hands over `grad_scale` and `found_inf` instead of unscaling.
@@ -105,7 +117,7 @@ class MergingAdamW(Optimizer):
         # What torch refuses as it is, it shall refuse.
         given: Any = params if isinstance(params, Tensor) else list(params)
         if not isinstance(reference_delta, ReferenceDelta):
-            with Processes.that_share(_tensors_of(list(given))).raising_together():
+            with Processes.that_share(tensors_of(list(given))).raising_together():
                 reference_delta = opened_delta(reference_delta)
         self.impl: str = own["impl"]
         self.stats_every: int = own["stats_every"]
@@ -317,12 +329,26 @@ class MergingAdamW(Optimizer):
         return states, step
 
     def merge_stats(self) -> dict[str, dict[str, float]]:
-        """Return what the last merge that was looked at did to each tensor; ValueError without `stats_every`.
+        """Return what the last merge that was looked at did to each tensor.
 
         Returns:
             Canonical name -> `cosine` of u and tau, `kept_u` and `kept_tau` (shares of elements), `conflicts` (share of
             opposite signs), `norm_u`, `norm_tau`, `norm_merged`, and `lost` and `lost_u` (shares of the kept entries of
             tau and of u whose addition changed no bit of the weight). Tensors without a delta are absent.
+
+        Raises:
+            ValueError: without `stats_every`.
+
+        Example:
+            >>> import torch
+            >>> import fused_merge as fm
+            >>> w = torch.nn.Parameter(torch.zeros(2))
+            >>> delta = fm.ReferenceDelta.from_models({"w": torch.zeros(2)}, {"w": torch.tensor([1.0, -1.0])})
+            >>> optimizer = fm.OnTIESAdamW([("w", w)], reference_delta=delta, reserve_rate=1.0, stats_every=1)
+            >>> w.grad = torch.ones(2)
+            >>> optimizer.step()
+            >>> optimizer.merge_stats()["w"]["conflicts"]
+            0.5
         """
         if not self.stats_every:
             raise ValueError("no statistics are collected; pass stats_every=n to look at every n-th step")
@@ -367,18 +393,8 @@ class MergingAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep; the delta is found again by the copy's first step."""
-        kept = (
-            "impl",
-            "stats_every",
-            "verify_steps",
-            "grad_norm",
-            "_naming",
-            "_stand_ins",
-            "_calls",
-            "_warned",
-            "_stats",
-            "_fixed",
-        )
+        kept = ["impl", "stats_every", "verify_steps", "grad_norm"]
+        kept += ["_naming", "_stand_ins", "_calls", "_warned", "_stats", "_fixed"]
         fresh = {"_binding": Binding(self.reference_delta), "_pieces": Pieces(), "_workspace": Workspace()}
         fresh |= {"_last": None}
         return super().__getstate__() | {key: self.__dict__[key] for key in kept} | fresh
@@ -430,10 +446,3 @@ def _with_gradients(group: NamedGroup) -> Batch:
     for member in members:
         check_dtype(member.name, member.param, group.options)
     return Batch(group._replace(members=members), [local_gradient(member.name, member.param) for member in members])
-
-
-def _tensors_of(params: Sequence[Any]) -> list[Tensor]:
-    """Return the tensors of what `torch.optim.Optimizer` takes as parameters."""
-    groups = [each["params"] if isinstance(each, dict) else [each] for each in params]
-    flat = [each for group in groups for each in ([group] if isinstance(group, Tensor) else group)]
-    return [tensor for each in flat for tensor in (each[1:] if isinstance(each, tuple) else [each])]

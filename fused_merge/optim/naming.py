@@ -127,3 +127,10 @@ def _by_order(groups: Sequence[Sequence[Tensor]], delta: ReferenceDelta) -> list
                 )
         named.append([delta.names[place] for place in order])
     return named
+
+
+def tensors_of(params: Sequence[Any]) -> list[Tensor]:
+    """Return the tensors of what `torch.optim.Optimizer` takes as parameters, named or not, in groups or not."""
+    groups = [each["params"] if isinstance(each, dict) else [each] for each in params]
+    flat = [each for group in groups for each in ([group] if isinstance(group, Tensor) else group)]
+    return [tensor for each in flat for tensor in (each[1:] if isinstance(each, tuple) else [each])]

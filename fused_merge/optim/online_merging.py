@@ -69,10 +69,6 @@ class OnlineMerging:
     merge, weight decay included; it is merged as `MergingAdamW` merges its own, with the same methods and masks, and
     the result is the next anchor. Source: Lu et al. 2024 (arXiv 2405.17931), algorithm 1, its step-K variant.
 
-        optimizer = torch.optim.Muon(hidden_matrices)
-        merging = fm.OnlineMerging(optimizer, reference_delta="tau.safetensors", alpha=1e-6)
-        ...  # train with `optimizer` as ever
-
     Around `torch.optim.AdamW` without weight decay it is `MergingAdamW` up to the rounding of theta - anchor.
 
     What an optimizer steps is what is merged: fp32 masters where a framework hands it those, as ZeRO does. A parameter
@@ -98,6 +94,18 @@ class OnlineMerging:
         TypeError: for what is no optimizer or merges itself, and for an option that there is not.
         ValueError: for an option out of range or that the method lacks, and for an optimizer that is merged already.
             `optimizer.step` raises for a delta that cannot be bound, before anything has moved.
+
+    Example:
+        >>> import torch
+        >>> import fused_merge as fm
+        >>> w = torch.nn.Parameter(torch.zeros(2))
+        >>> delta = fm.ReferenceDelta.from_models({"w": torch.zeros(2)}, {"w": torch.tensor([1.0, -1.0])})
+        >>> optimizer = torch.optim.SGD([("w", w)], lr=0.1)
+        >>> merging = fm.OnlineMerging(optimizer, reference_delta=delta, alpha=0.5, reserve_rate=1.0)
+        >>> w.grad = torch.ones(2)
+        >>> optimizer.step()  # u = -0.1, and 0.5*u + 0.5*tau is what is added
+        >>> w.detach()
+        tensor([ 0.4500, -0.5500])
     """
 
     def __init__(
@@ -153,7 +161,20 @@ class OnlineMerging:
         return groups
 
     def remove(self) -> None:
-        """Leave the optimizer as it was; weights stay as they are. With `with` it happens at the end of the block."""
+        """Leave the optimizer as it was; weights stay as they are. With `with` it happens at the end of the block.
+
+        Example:
+            >>> import torch
+            >>> import fused_merge as fm
+            >>> w = torch.nn.Parameter(torch.zeros(1))
+            >>> delta = fm.ReferenceDelta.from_models({"w": torch.zeros(1)}, {"w": torch.ones(1)})
+            >>> optimizer = torch.optim.SGD([("w", w)], lr=0.1)
+            >>> fm.OnlineMerging(optimizer, reference_delta=delta).remove()
+            >>> w.grad = torch.ones(1)
+            >>> optimizer.step()  # of SGD alone
+            >>> w.detach()
+            tensor([-0.1000])
+        """
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._pending = [], None

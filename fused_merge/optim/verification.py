@@ -47,6 +47,19 @@ def verify(optimizer: Verifiable, steps: int = 10) -> None:
     Raises:
         ValueError: if eager code is what runs, so that there is nothing to compare, or for a negative number.
         RuntimeError: later, from `step`, naming the tensor and the state that differ.
+
+    Example:
+        >>> import torch
+        >>> import fused_merge as fm
+        >>> model = torch.nn.Linear(4, 2)
+        >>> delta = fm.ReferenceDelta.from_models(torch.nn.Linear(4, 2), model)
+        >>> optimizer = fm.OnDAREAdamW(model.named_parameters(), reference_delta=delta, impl="compiled")
+        >>> fm.verify(optimizer, steps=2)
+        >>> for _ in range(2):
+        ...     model(torch.ones(4)).sum().backward()
+        ...     optimizer.step()  # raises if a bit differs
+        >>> optimizer.verify_steps  # left to compare
+        0
     """
     if steps < 0:
         raise ValueError(f"steps must be at least 0, got {steps}")

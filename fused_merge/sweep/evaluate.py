@@ -94,6 +94,16 @@ def evaluate_ratios(
             Earlier scores are kept. Also if another process has raised one of these.
         OSError: if `out` cannot be written to, or a checkpoint cannot be read.
         TypeError: for a ratio that is no number.
+
+    Example:
+        >>> import torch
+        >>> import fused_merge as fm
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> sweep = fm.RatioSweep(model, {"weight": torch.zeros(1, 1)}, {"weight": torch.ones(1, 1)})
+        >>> scorers = {"reward": lambda model: model.weight.item()}
+        >>> scored = fm.evaluate_ratios(sweep, [0.0, 0.5, 1.0], scorers, out="scores/")
+        >>> [(each.label, each.scores) for each in scored]
+        [('0', {'reward': 0.0}), ('0.5', {'reward': 0.5}), ('1', {'reward': 1.0})]
     """
     o = resolve(options, EvaluateOptions)
     processes = Processes.of(sweep.model) if isinstance(sweep, RatioSweep) else _ALONE
@@ -119,7 +129,7 @@ def sweep_checkpoints(
         {options}
 
     Returns:
-        The files written.
+        The files written: `results.json`, `results.md` and, for two scores or more, `pareto.png`.
 
     Raises:
         ImportError: if Transformers, matplotlib, the harness or the module of a function cannot be imported.
@@ -127,6 +137,14 @@ def sweep_checkpoints(
             `Harness.find`.
         RuntimeError: if a scorer or the loader fails.
         OSError: if a file cannot be read or written.
+
+    Example:
+        >>> import fused_merge as fm
+        >>> scorers = ["scores:reward", "scores:loss"]  # functions of scores.py
+        >>> ratios = [0.0, 0.5, 1.0]
+        >>> files = fm.sweep_checkpoints("sft/", "rlhf/", ratios, "sweep/", scorers=scorers, minimize=["loss"])
+        >>> [file.name for file in files]
+        ['results.json', 'results.md', 'pareto.png']
     """
     o = resolve(options, SweepOptions)
     source, folder = open_files(tuned, role="tuned"), expanded(out)

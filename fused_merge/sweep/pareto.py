@@ -29,6 +29,12 @@ def pareto_front(points: Sequence[Sequence[float]], *, maximize: Directions = Tr
 
     Raises:
         ValueError: if a score is not finite, the points differ in length, or `maximize` does not fit them.
+
+    Example:
+        >>> import fused_merge as fm
+        >>> points = [(0.1, 0.9), (0.5, 0.6), (0.4, 0.5), (0.9, 0.1)]
+        >>> fm.pareto_front(points)  # the third is worse than the second in both scores
+        [0, 1, 3]
     """
     scores = _oriented(points, maximize)
     return [i for i, point in enumerate(scores) if not _is_dominated(point, scores)]
@@ -41,8 +47,24 @@ def hypervolume(points: Sequence[Sequence[float]], reference: Sequence[float], *
     last score, each of which is the volume of one score less (Knowles 2002; While et al. 2006, IEEE Transactions on
     Evolutionary Computation 10(1), "hypervolume by slicing objectives"); the time grows as n^(d - 1).
 
-    Points and errors are as for `pareto_front`; points that are not better than `reference`, d scores that count as
-    worthless, in every score add nothing.
+    Args:
+        points: as for `pareto_front`; a point that is not better than `reference` in every score adds nothing.
+        reference: d scores that count as worthless.
+        maximize: as for `pareto_front`.
+
+    Returns:
+        The volume; 0.0 of no points.
+
+    Raises:
+        ValueError: as for `pareto_front`, or if `reference` and the points differ in length.
+
+    Example:
+        >>> import fused_merge as fm
+        >>> points = [(1.0, 3.0), (2.0, 2.0), (3.0, 1.0)]
+        >>> fm.hypervolume(points, reference=(0.0, 0.0))
+        6.0
+        >>> fm.hypervolume([*points, (3.0, 2.0)], reference=(0.0, 0.0))
+        7.0
     """
     worthless = _oriented([reference], maximize, what="the reference")[0]
     scores = _oriented(points, maximize)
@@ -63,7 +85,21 @@ def knee(points: Sequence[Sequence[float]], *, maximize: Directions = True) -> i
     the corners in place of the best points). That is the largest sum of scaled scores. A tie goes to the better first
     score, then to the first point; a front that only bends inwards has its knee at an end.
 
-    Points and errors are as for `pareto_front`, of which there must be one; returns its index.
+    Args:
+        points: as for `pareto_front`, at least one.
+        maximize: as for `pareto_front`.
+
+    Returns:
+        The index of the knee in `points`.
+
+    Raises:
+        ValueError: as for `pareto_front`, or if there is no point.
+
+    Example:
+        >>> import fused_merge as fm
+        >>> points = [(0.0, 1.0), (0.8, 0.8), (1.0, 0.0)]
+        >>> points[fm.knee(points)]
+        (0.8, 0.8)
     """
     scores = _oriented(points, maximize)
     front = pareto_front(points, maximize=maximize)
