@@ -352,7 +352,7 @@ class MergingAdamW(Optimizer):
         """
         if not self.stats_every:
             raise ValueError("no statistics are collected; pass stats_every=n to look at every n-th step")
-        return self._stats
+        return dict(self._stats)
 
     def state_dict(self) -> StateDict:
         """Return what `load_state_dict` takes, made of tensors, numbers and strings; see `torch.optim.Optimizer`."""

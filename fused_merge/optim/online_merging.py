@@ -199,7 +199,7 @@ class OnlineMerging:
         """Return what `MergingAdamW.merge_stats` does."""
         if not self.stats_every:
             raise ValueError("no statistics are collected; pass stats_every=n to look at every n-th step")
-        return self._stats
+        return dict(self._stats)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` takes: options, which delta it is, and by name `step` and the `anchor`.
