@@ -122,7 +122,7 @@ def adapt_checkpoints(
 ) -> Path:
     """Find a ratio for each part on the tuned model's own answers, and write the model that they make.
 
-    `out/ratios.json` has the ratios, to read, edit and pass to `fused-merge interpolate`; `out/model/` is the model; a
+    `out/ratios.json` has the ratios, for `LayerRatios.load` and `--parts-file`; `out/model/` is the model; a
     run that was killed goes on from `out/journal.json`. Source: Lin et al. 2024 (arXiv 2309.06256).
 
     Args:
