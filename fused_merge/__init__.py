@@ -11,6 +11,7 @@
 - `attach`, `optimizer_factory`, `MergeStatsCallback`, `SweepCallback`: all this inside the trainers of Transformers and
   TRL; docs/how-to/frameworks.md has the others.
 - `bind_deepspeed`, `DeepSpeedCallback`: a merging optimizer under ZeRO.
+- `plot_merge_stats`: what merging did to each layer over a run, as a picture.
 - `functional`: the same without classes.
 
 A name is imported when it is first used, so that the command line shows its help without waiting for
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from fused_merge.optim.online_merging import OnlineMerging
     from fused_merge.optim.variants import OnDAREAdamW, OnProjAdamW, OnTIESAdamW
     from fused_merge.optim.verification import verify
+    from fused_merge.plots.merge_stats import plot_merge_stats
     from fused_merge.sweep.evaluate import evaluate_ratios, sweep_checkpoints
     from fused_merge.sweep.pareto import hypervolume, knee, pareto_front
 
@@ -69,6 +71,7 @@ __all__ = [
     "merge_checkpoints",
     "optimizer_factory",
     "pareto_front",
+    "plot_merge_stats",
     "reward_weighted_loss",
     "sweep_checkpoints",
     "verify",
@@ -92,6 +95,7 @@ _HOMES = {
         "optim.online_merging": "OnlineMerging",
         "optim.variants": "OnDAREAdamW OnProjAdamW OnTIESAdamW",
         "optim.verification": "verify",
+        "plots.merge_stats": "plot_merge_stats",
         "sweep.evaluate": "evaluate_ratios sweep_checkpoints",
         "sweep.pareto": "hypervolume knee pareto_front",
     }.items()

@@ -23,11 +23,8 @@ def test_the_wheel_ships_the_kernels_inside_the_package(tmp_path):
     assert run.returncode == 0, run.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    for folder, package in (
-        ("kernels", "fused_merge/kernels"),
-        ("fused_merge", "fused_merge"),
-        ("fused_merge/eager", "fused_merge/eager"),
-    ):
+    rooms = [file.parent.relative_to(ROOT) for file in ROOT.glob("fused_merge/**/__init__.py")]
+    for folder, package in (("kernels", "fused_merge/kernels"), *((room, room.as_posix()) for room in rooms)):
         for source in (ROOT / folder).glob("*.py"):
             assert f"{package}/{source.name}" in names
     assert "fused_merge/py.typed" in names

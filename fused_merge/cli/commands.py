@@ -215,11 +215,16 @@ def inspect(
     ] = None,
     other: Annotated[Path | None, Option(help="Another saved delta, for the overlap of the two.")] = None,
     reserve_rate: Annotated[float | None, Option(help="Show what top-p really keeps at this p.")] = None,
+    plot: Annotated[
+        Path | None, Option(metavar="FILE", help="Draw it by layer and kind of tensor, as .png or .svg.")
+    ] = None,
     pairing: Annotated[bool, Option("--pairing", help="Show which tensors of BASE and TUNED belong together.")] = False,
     **options: Any,
 ) -> Result:
     """Show norms and real density of a reference delta, by tensor and by layer, and its overlap with another."""
     if pairing:
+        if plot is not None:
+            raise BadParameter("--plot and --pairing exclude each other; give one")
         if tuned is None:
             raise BadParameter("--pairing needs BASE and TUNED")
         return _pairing(delta, tuned, options)
@@ -228,14 +233,14 @@ def inspect(
 
     tau = ReferenceDelta.load(delta) if tuned is None else ReferenceDelta.from_checkpoints(delta, tuned, **options)
     base, another = None if tuned is None else delta, None if other is None else ReferenceDelta.load(other)
-    entries = inspect_delta(tau, base=base, other=another, reserve_rate=reserve_rate)
+    entries = inspect_delta(tau, base=base, other=another, reserve_rate=reserve_rate, plot=plot)
     table = Table(box=None)
     for key in entries[0]:
         table.add_column(key, justify="left" if key in ("scope", "name") else "right", overflow="fold")
     for entry in entries:
         cells = ("-" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x) for x in entry.values())
         table.add_row(*cells)
-    return entries, [table_text(table)]
+    return entries, [table_text(table), *([] if plot is None else [str(plot)])]
 
 
 def _pairing(base: Path, tuned: Path, options: dict[str, Any]) -> Result:

@@ -17,8 +17,10 @@ from fused_merge.delta.reference_delta import ReferenceDelta
 from fused_merge.functional import backend
 from fused_merge.functional.sparsify import sparsify
 from fused_merge.io.match import has_first_rows, named_as
-from fused_merge.io.sources import SourceLike, open_source, whole_box
+from fused_merge.io.sources import PathLike, SourceLike, open_source, whole_box
 from fused_merge.names import layer_of, some
+from fused_merge.plots.inspection import check_layers, draw_inspection
+from fused_merge.plots.style import picture_path, write_picture
 from fused_merge.progress import progress_bar
 
 # Elements converted to fp64 at once.
@@ -31,6 +33,7 @@ def inspect_delta(
     base: SourceLike | None = None,
     other: ReferenceDelta | None = None,
     reserve_rate: float | None = None,
+    plot: PathLike | None = None,
 ) -> list[dict[str, Any]]:
     """Measure a reference delta.
 
@@ -39,6 +42,9 @@ def inspect_delta(
         base: theta_base, to relate norms to: a module, a state dict or a path.
         other: another delta of the same tensors.
         reserve_rate: p, in (0, 1], at which top-p by magnitude is tried.
+        plot: file to draw a picture to, as PNG or SVG by its suffix: heat maps of the norm (with `base` the relative
+            one), the density (with `reserve_rate` what is kept), and with `other` cosine and signs. Rows are kinds of
+            tensors, columns are layers; tensors outside the layers are in the first column.
 
     Returns:
         A dict for each tensor in the order of `delta`, then one for each layer, then one for everything. A layer is
@@ -50,10 +56,16 @@ def inspect_delta(
         `sign_agreement`, the share of equal signs where neither is zero. A quotient by zero is None.
 
     Raises:
-        ValueError: if `other` or `base` does not hold the same tensors, tau is not finite, or a rate is out of range.
+        ValueError: if `other` or `base` does not hold the same tensors, tau is not finite, a rate is out of range,
+            or there is a picture to draw and no tensor is in a layer.
+        ImportError: if there is a picture to draw and matplotlib is missing.
+        OSError: if a file cannot be read or written.
     """
     if reserve_rate is not None and not 0.0 < reserve_rate <= 1.0:
         raise ValueError(f"reserve_rate must lie in (0, 1], got {reserve_rate}")
+    picture = None if plot is None else picture_path(plot)
+    if picture is not None:
+        check_layers(delta.names)
     weights = None if base is None else named_as(open_source(base, role="base"), delta.names)
     if weights is not None:
         _check_same(delta, "the base", {name: weights.shape(name) for name in weights})
@@ -76,9 +88,12 @@ def inspect_delta(
                 for key, value in sums.items():
                     total[key] += value
             advance(nbytes[name])
-    return [
+    entries = [
         {"scope": scope, "name": name} | _quantities(sums) for scope in scopes for name, sums in scopes[scope].items()
     ]
+    if picture is not None:
+        write_picture(draw_inspection(entries), picture)
+    return entries
 
 
 def layer_name(name: str) -> str:

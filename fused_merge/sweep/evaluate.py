@@ -33,7 +33,6 @@ from fused_merge.per_tensor import PerTensor, dtype_name, finite, plain
 from fused_merge.progress import progress_bar
 from fused_merge.sweep.harness import Harness, HarnessTask
 from fused_merge.sweep.options import EvaluateOptions, SweepOptions, TaskOptions
-from fused_merge.sweep.plots import check_matplotlib
 from fused_merge.sweep.report import check_places, read_finished, write_report
 from fused_merge.sweep.results import RESULTS, Results, ScoredRatio, resume
 from fused_merge.sweep.scorers import ImportedScorer, Scorer, same_draws
@@ -149,7 +148,6 @@ def sweep_checkpoints(
     o = resolve(options, SweepOptions)
     source, folder = open_files(tuned, role="tuned"), expanded(out)
     device, dtype = check_device(o["device"]), o["dtype"] or stored_dtype(source)
-    check_matplotlib()
     check_places(folder)
     for path in o["compare"]:
         read_finished(path)

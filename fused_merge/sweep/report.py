@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 
 from fused_merge.io.files import expanded
 from fused_merge.io.sources import PathLike
-from fused_merge.io.writer import write_text, write_whole
+from fused_merge.io.writer import write_text
 from fused_merge.names import some
+from fused_merge.plots.style import picture_path, write_picture
 from fused_merge.sweep.plots import draw_fronts
 from fused_merge.sweep.results import MOST_SCORES_OF_A_VOLUME, RESULTS, Results, read_results
 
@@ -41,16 +41,14 @@ def write_report(out: PathLike, compare: Sequence[PathLike] = ()) -> list[Path]:
     files = [folder / RESULTS, folder / TABLE]
     write_text(files[1], _markdown(sweeps))
     if len(next(iter(sweeps.values())).scores) > 1:
-        files.append(folder / PICTURE)
-        content = BytesIO()
-        # The name of the program would have its version in it.
-        draw_fronts(sweeps).savefig(content, format="png", metadata={"Software": None})
-        write_whole(files[2], content.getvalue())
+        files.append(picture_path(folder / PICTURE))
+        write_picture(draw_fronts(sweeps), files[2])
     return files
 
 
 def check_places(out: Path) -> None:
-    """Raise IsADirectoryError if a folder is where a sweep will write a file."""
+    """Raise IsADirectoryError if a folder is where a sweep will write a file, ImportError if it cannot draw one."""
+    picture_path(out / PICTURE)
     for path in (out / RESULTS, out / TABLE, out / PICTURE):
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder and should become a file; remove it, or choose another place")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from functools import partial
 
 import numpy as np
@@ -207,3 +208,35 @@ def test_the_command_fails_in_one_sentence(command, files):
         assert (code, printed) == (1, "")
         assert errors.startswith(sentence)
         assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_a_picture_by_the_function_and_by_the_command(suffix, command, files, tmp_path):
+    base, tuned, _ = files
+    drawn, by_command = tmp_path / f"a.{suffix}", tmp_path / "pictures" / f"b.{suffix}"
+    delta = ReferenceDelta.from_checkpoints(base, tuned)
+    assert inspect_delta(delta, base=base, plot=drawn) == inspect_delta(delta, base=base)
+    code, printed, errors = command(base, tuned, "--plot", by_command)
+    assert (code, errors) == (0, "")
+    assert printed.splitlines()[-1] == str(by_command)
+    assert command(base, tuned)[1] == printed.removesuffix(f"{by_command}\n")
+    assert by_command.read_bytes() == drawn.read_bytes()
+    assert drawn.read_bytes().startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_reading(monkeypatch, tmp_path):
+    delta = delta_of(ONES)
+    monkeypatch.setattr(ReferenceDelta, "tensor", None)
+    with pytest.raises(ValueError, match=r"no tensor is in a layer, .* leave the picture out"):
+        inspect_delta(delta, plot=tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.gif must end in \.png or \.svg"):
+        inspect_delta(delta, plot=tmp_path / "a.gif")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"a\.png needs matplotlib: pip install 'fused_merge\[plots\]'"):
+        inspect_delta(delta, plot=tmp_path / "a.png")
+
+
+def test_no_picture_of_a_pairing(command, files):
+    code, printed, errors = command(*files[:2], "--pairing", "--plot", "a.png")
+    assert (code, printed) == (2, "")
+    assert "--plot and --pairing exclude each other; give one" in errors

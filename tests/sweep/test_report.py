@@ -124,6 +124,9 @@ def test_a_picture_shows_every_point_its_label_and_each_front():
     drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert drawn["one"] == [[3.0, 5.0]]
     assert drawn["cost in $\\no$"] == [[3.0, 4.0], [4.0, 8.0]]
+    # The fronts are told apart without color.
+    fronts = [line for line in axes.lines if line.get_label() in SWEEPS]
+    assert len({line.get_marker() for line in fronts}) == len({line.get_linestyle() for line in fronts}) == 2
     points = sorted(tuple(point) for line in axes.lines for point in line.get_xydata())
     assert points == sorted(point for sweep in SWEEPS.values() for point in sweep.values())
     labels = {text.get_text(): text.xy for text in axes.texts}
