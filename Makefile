@@ -21,8 +21,8 @@ frameworks: .venv/installed-frameworks  ## inside training frameworks, and shard
 	$(BIN)/pytest -n 2 --dist loadfile --durations 10 $(FRAMEWORKS)
 
 docs: .venv/installed-frameworks .venv/installed-docs  ## the site in out/site, strictly, and all code of pages and docstrings
-	$(BIN)/mkdocs build --strict --quiet
-	$(BIN)/pytest -n 2 --durations 10 $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/pytest -n 2 --tb short --durations 10 $(DOCS)
 
 bench: .venv/installed-bench  ## steps and paths on a CPU against torch, torch-optimi and the published algorithm; ten minutes
 	mkdir -p out

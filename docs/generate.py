@@ -16,30 +16,29 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         return markdown
     command = [sys.executable, "-m", "typer", "fused_merge.cli.commands", "utils", "docs", "--name", "fused-merge"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return markdown + text.partition("\n")[2]
+    return f"{markdown}\n#{text}"
 
 
 class FusedMerge(griffe.Extension):
-    """Show options that `fused_merge.options.documented` writes, comments of fields, and examples as code."""
+    """Show options that `fused_merge.options.documented` writes, constructors of named tuples, and examples as code."""
 
     def on_function_instance(self, *, func: griffe.Function, **_: Any) -> None:
         """Give a documented function its options."""
         _complete(func, func)
 
     def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
-        """Give a documented class those of its constructor."""
+        """Give a documented class those of its constructor, and a named tuple the constructor that its fields make."""
         _complete(cls, cls.members.get("__init__"))
-
-    def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
-        """Take the comment beside a field of a named tuple for its docstring."""
-        _, found, comment = attr.source.partition("  # ")
-        if attr.parent.is_class and found and attr.docstring is None:
-            attr.docstring = griffe.Docstring(comment, parent=attr)
+        if "NamedTuple" in map(str, cls.bases):
+            init = griffe.Function("__init__", parameters=griffe.Parameters())
+            for name, field in cls.attributes.items():
+                _add(init, name, field.annotation, field.value, griffe.ParameterKind.positional_or_keyword)
+            cls.set_member("__init__", init)
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Let a section "Example:" be one of code, and no paragraph in a box."""
+        """Let the example of a docstring be code."""
         if obj.docstring is not None:
-            obj.docstring.value = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")
+            _write(obj, obj.docstring.value)
 
 
 def _complete(obj: griffe.Class | griffe.Function, function: griffe.Function | None) -> None:
@@ -48,9 +47,18 @@ def _complete(obj: griffe.Class | griffe.Function, function: griffe.Function | N
         return
     module = obj.module.path
     runtime = attrgetter(obj.path.removeprefix(f"{module}."))(import_module(module))
-    obj.docstring.value = inspect.getdoc(runtime)
+    _write(obj, inspect.getdoc(runtime))
     del function.parameters["options"]
     for name, parameter in inspect.signature(runtime).parameters.items():
         if name not in function.parameters:
-            kind, default = griffe.ParameterKind.keyword_only, repr(parameter.default)
-            function.parameters.add(griffe.Parameter(name, annotation=parameter.annotation, kind=kind, default=default))
+            annotation, default = parameter.annotation, repr(parameter.default)
+            _add(function, name, annotation, default, griffe.ParameterKind.keyword_only)
+
+
+def _write(obj: griffe.Object, text: str) -> None:
+    # What griffe calls a section of examples; of any other title it makes a box of text.
+    obj.docstring.value = text.replace("\nExample:\n", "\nExamples:\n")
+
+
+def _add(function: griffe.Function, name: str, annotation: Any, default: Any, kind: griffe.ParameterKind) -> None:
+    function.parameters.add(griffe.Parameter(name, annotation=annotation, kind=kind, default=default))

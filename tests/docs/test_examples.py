@@ -97,7 +97,7 @@ def docstrings():
                     yield pytest.param(text, place, line, id=f"{place}:{line}")
 
 
-@pytest.mark.parametrize(("text", "place", "line"), docstrings())
+@pytest.mark.parametrize(("text", "place", "line"), list(docstrings()))
 def test_the_example_of_a_docstring_runs(text, place, line, folder):
     failures = run_doctest(text, {"__name__": "__main__"}, str(place), line)
     assert not failures, failures
