@@ -36,9 +36,9 @@ class FusedMerge(griffe.Extension):
             cls.set_member("__init__", init)
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Let a section "Example:" be one of code, and no paragraph in a box."""
+        """Let the example of a docstring be code."""
         if obj.docstring is not None:
-            obj.docstring.value = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")
+            _write(obj, obj.docstring.value)
 
 
 def _complete(obj: griffe.Class | griffe.Function, function: griffe.Function | None) -> None:
@@ -47,12 +47,17 @@ def _complete(obj: griffe.Class | griffe.Function, function: griffe.Function | N
         return
     module = obj.module.path
     runtime = attrgetter(obj.path.removeprefix(f"{module}."))(import_module(module))
-    obj.docstring.value = inspect.getdoc(runtime)
+    _write(obj, inspect.getdoc(runtime))
     del function.parameters["options"]
     for name, parameter in inspect.signature(runtime).parameters.items():
         if name not in function.parameters:
             annotation, default = parameter.annotation, repr(parameter.default)
             _add(function, name, annotation, default, griffe.ParameterKind.keyword_only)
+
+
+def _write(obj: griffe.Object, text: str) -> None:
+    # What griffe calls a section of examples; of any other title it makes a box of text.
+    obj.docstring.value = text.replace("\nExample:\n", "\nExamples:\n")
 
 
 def _add(function: griffe.Function, name: str, annotation: Any, default: Any, kind: griffe.ParameterKind) -> None:
