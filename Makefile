@@ -2,22 +2,27 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-# Tests of what only `make frameworks` installs, and the slow ones of several processes.
+# Tests of what only `make frameworks` installs, with the slow ones of several processes; tests of the documentation.
 FRAMEWORKS := tests/distributed tests/integrations
+DOCS := tests/docs
 
-.PHONY: demo test quick frameworks bench kernels lint types check clean
+.PHONY: demo test quick frameworks docs bench kernels lint types check clean
 
 demo: .venv/installed-demo  ## base, SFT, preference training with online merging, ratio sweep, Pareto plot
 	$(BIN)/python bench/alignment_tax/run.py --quick
 
 test: .venv/installed-test  ## every test; on a CPU the kernels run in Triton's interpreter, on a GPU on the GPU
-	$(BIN)/pytest -n auto $(FRAMEWORKS:%=--ignore=%)
+	$(BIN)/pytest -n auto $(patsubst %,--ignore=%,$(FRAMEWORKS) $(DOCS))
 
 quick: .venv/installed-test  ## the tests that need neither the interpreter nor a compiler nor other processes
-	$(BIN)/pytest -n auto -q -m "not slow" $(FRAMEWORKS:%=--ignore=%)
+	$(BIN)/pytest -n auto -q -m "not slow" $(patsubst %,--ignore=%,$(FRAMEWORKS) $(DOCS))
 
 frameworks: .venv/installed-frameworks  ## inside training frameworks, and sharded over several processes; examples/
 	$(BIN)/pytest -n 2 --dist loadfile --durations 10 $(FRAMEWORKS)
+
+docs: .venv/installed-frameworks .venv/installed-docs  ## the site in out/site, strictly, and all code of pages and docstrings
+	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/pytest -n 2 --durations 10 $(DOCS)
 
 bench: .venv/installed-bench  ## steps and paths on a CPU against torch, torch-optimi and the published algorithm; ten minutes
 	mkdir -p out
@@ -36,7 +41,7 @@ lint: .venv/installed-dev
 types: .venv/installed-dev
 	$(BIN)/mypy
 
-check: lint types test frameworks  ## what CI runs
+check: lint types test frameworks docs  ## what CI runs
 
 clean:
 	rm -rf .venv build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
