@@ -36,7 +36,8 @@ def main() -> None:
     if not (TRAINED / "table.md").is_file():
         raise SystemExit(f"{TRAINED} has no finished run; train the models with bench/alignment_tax/run.py --quick")
     page = PAGE.read_text()
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    # DeepSpeed, where it is installed, prints that it finds no GPU unless it is told.
+    os.environ |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
     with TemporaryDirectory() as folder:
         # What the commands write is not the repository's: only what they read is there.
         os.chdir(folder)
