@@ -48,7 +48,7 @@ def plot_merge_stats(
     are lines over the steps; more are heat maps of layers and steps. See `MergingAdamW.merge_stats`.
 
     Args:
-        history: step -> what `merge_stats()` returned then, copied: `history[step] = dict(optimizer.merge_stats())`.
+        history: step -> what `merge_stats()` returned then: `history[step] = optimizer.merge_stats()`.
             Or `trainer.state.log_history` of a trainer with `MergeStatsCallback(trainer, per_layer=True)`.
         path: where to write the picture, as PNG or SVG by its suffix. The same history gives the same bytes.
 
@@ -56,8 +56,7 @@ def plot_merge_stats(
         The figure, to be shown, changed or saved otherwise.
 
     Raises:
-        ValueError: if `history` holds no statistics by layer, or one dictionary under two steps, which then is the last
-            one's; or if `path` ends in neither `.png` nor `.svg`.
+        ValueError: if `history` holds no statistics by layer, or `path` ends in neither `.png` nor `.svg`.
         TypeError: if a step is no number.
         ImportError: if matplotlib is missing.
         OSError: if `path` cannot be written to.
@@ -74,7 +73,7 @@ def plot_merge_stats(
         >>> for step in range(3):
         ...     layers(torch.ones(4)).sum().backward()
         ...     optimizer.step()
-        ...     history[step] = dict(optimizer.merge_stats())
+        ...     history[step] = optimizer.merge_stats()
         >>> figure = fm.plot_merge_stats(history, "merging.svg")
         >>> figure.axes[0].get_title(loc="left")
         'cosine of u and tau'
@@ -96,11 +95,9 @@ def plot_merge_stats(
 def _by_layer(history: Mapping[int, Stats] | Iterable[Mapping[str, Any]]) -> dict[int, dict[str, dict[str, float]]]:
     """Return step -> layer, or tensor outside the layers -> means of the statistics, in the order of the steps."""
     if isinstance(history, Mapping):
-        way_out = "history[step] = dict(optimizer.merge_stats())"
+        way_out = "history[step] = optimizer.merge_stats()"
         if odd := [step for step in history if not isinstance(step, Real)]:
             raise TypeError(f"a step of the history must be a number, got {odd[0]!r}; collect it as {way_out}")
-        if len({id(stats) for stats in history.values()}) < len(history):
-            raise ValueError(f"two steps of the history hold one dictionary, that of the last; copy it: {way_out}")
         steps: Mapping[int, Stats] = history
     else:
         way_out = "MergeStatsCallback(trainer, per_layer=True)"
