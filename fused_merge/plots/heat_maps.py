@@ -77,9 +77,12 @@ def draw_heat_maps(
         drawn = [figure.add_subplot(down, across, i + 1) for i in range(len(panels))]
         for i, (axes, panel) in enumerate(zip(drawn, panels, strict=True)):
             _draw(axes, panel, numbers=width / len(columns) >= _NUMBER)
+            low, high = axes.images[0].get_clim()
             bar: Any = figure.colorbar(
                 axes.images[0], ax=axes, pad=0.02, fraction=1.3 * _BAR / width, aspect=height / _BAR
             )
+            if low == high:
+                bar.set_ticks([low])
             bar.outline.set_visible(False)
             bar.ax.tick_params(labelsize=_SMALL, length=2)
             axes.set_yticks(range(len(rows)), rows if i % across == 0 else [""] * len(rows))
@@ -91,7 +94,7 @@ def draw_heat_maps(
 
 def _interval(least: float) -> int:
     """Return the first of 1, 2, 5, 10, 20, 50, ... that is not below a number."""
-    return next(n for power in count() for n in (10**power, 2 * 10**power, 5 * 10**power) if n >= least)
+    return next(int(n * 10.0**power) for power in count() for n in (1, 2, 5) if n * 10.0**power >= least)
 
 
 def _draw(axes: Axes, panel: Panel, *, numbers: bool) -> None:
@@ -100,17 +103,16 @@ def _draw(axes: Axes, panel: Panel, *, numbers: bool) -> None:
     if panel.signed:
         high = max(-low, high)
         low = -high
-    image = axes.imshow(
-        np.ma.masked_invalid(panel.values), cmap=COLOR_MAP, vmin=low, vmax=high, aspect="auto", interpolation="none"
-    )
+    cells = np.ma.masked_invalid(panel.values)
+    image = axes.imshow(cells, cmap=COLOR_MAP, vmin=low, vmax=high, aspect="auto", interpolation="none")
     axes.patch.set(hatch="//////", edgecolor="#d0d7de", linewidth=0)
     axes.spines[:].set_visible(False)
     axes.tick_params(labelsize=_SMALL, length=2)
     axes.set_title(panel.title, fontsize=10)
     if numbers:
+        # The lightness of the colors that are behind the numbers.
+        behind = np.asarray(image.to_rgba(cells))[..., :3] @ (0.299, 0.587, 0.114)
         for (row, column), value in np.ndenumerate(panel.values):
             if np.isfinite(value):
-                # The lightness of the color that is behind the number.
-                behind = np.dot(image.cmap(image.norm(value))[:3], (0.299, 0.587, 0.114))
-                ink = "white" if behind < 0.5 else "black"
+                ink = "white" if behind[row, column] < 0.5 else "black"
                 axes.text(column, row, f"{value:.2g}", ha="center", va="center", color=ink, fontsize=_SMALL)

@@ -73,7 +73,8 @@ def _grid(names: Iterable[str]) -> _Grid:
     lists = list(dict.fromkeys(stack for stack, _ in inside.values()))
     layers = sorted(set(inside.values()), key=lambda place: (lists.index(place[0]), place[1]))
     outside = len(inside) < len(places)
-    columns = {place: i for i, place in enumerate([None] * outside + layers)}
+    columns: dict[tuple[str, int] | None, int] = {None: 0}
+    columns.update((place, i) for i, place in enumerate(layers, start=outside))
     kinds = {name: _kind(name, place) for name, place in places.items()}
     rows = list(dict.fromkeys([kinds[name] for name in inside] + list(kinds.values())))
     starts = [outside + [stack for stack, _ in layers].index(stack) for stack in lists]

@@ -141,6 +141,7 @@ def _rows(steps: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _lines(rows: Sequence[str], steps: Sequence[int], values: Mapping[str, NDArray[np.float64]]) -> Figure:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     with style():
         figure = Figure(figsize=(12, 6.5), dpi=DPI, layout="constrained")
@@ -148,7 +149,7 @@ def _lines(rows: Sequence[str], steps: Sequence[int], values: Mapping[str, NDArr
             axes = figure.add_subplot(2, _ACROSS, i + 1)
             axes.set_title(title)
             axes.grid()
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
             for k, row in enumerate(rows):
                 axes.plot(steps, values[key][k], label=row, markersize=4, markevery=0.1, **look(k))
         for axes in figure.axes[_ACROSS:]:

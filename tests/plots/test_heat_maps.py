@@ -69,3 +69,5 @@ def test_a_quantity_without_differences_is_drawn(value, signed, tmp_path):
         [Panel("a", np.full((2, 3), value), signed)], ["x", "y"], ["0", "1", "2"], cell=(0.65, 0.25), across=1
     )
     figure.savefig(tmp_path / "a.png")
+    if value == 0.5 and not signed:
+        assert figure.axes[1].get_yticks().tolist() == [0.5]
