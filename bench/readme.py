@@ -128,8 +128,9 @@ PARTS = {"numbers": bullets, "results": account}
 def filled(page: str) -> str:
     """Return a page with the numbers between its markers."""
     for name, text in PARTS.items():
-        lines = [textwrap.fill(line, 120, subsequent_indent=2 * " ") for line in text().splitlines()]
-        page = replace_between_markers(page, "\n".join(lines), (f"<!-- {name}: begin -->", f"<!-- {name}: end -->"))
+        lines = text().splitlines()
+        wrapped = [textwrap.fill(line, 120, subsequent_indent="  " * line.startswith("- ")) for line in lines]
+        page = replace_between_markers(page, "\n".join(wrapped), (f"<!-- {name}: begin -->", f"<!-- {name}: end -->"))
     return page
 
 
