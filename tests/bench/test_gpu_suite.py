@@ -21,6 +21,7 @@ import roofline
 sys.path.pop(0)
 
 BENCH = Path(roofline.__file__).parent
+PAGE = BENCH.parent / "docs" / "explanation" / "performance.md"
 BUILDS = {launch.build for op in roofline.ops().values() for launch in op.launches if launch.build}
 MACHINE = {"gpu", "driver", "torch", "triton", "python", "commit"}
 
@@ -175,6 +176,6 @@ def test_only_what_stands_between_the_markers_is_replaced():
     begin, end = roofline.MARKERS
     page = f"above\n{begin}\nold\n{end}\nbelow\n"
     assert roofline.replace_between_markers(page, "new") == f"above\n{begin}\nnew\n{end}\nbelow\n"
-    assert "| met |" in (BENCH.parent / "docs" / "performance.md").read_text().partition(begin)[2].partition(end)[0]
+    assert "| met |" in PAGE.read_text().partition(begin)[2].partition(end)[0]
     with pytest.raises(ValueError, match="the page has no lines"):
         roofline.replace_between_markers("above\n", "new")
