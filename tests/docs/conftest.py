@@ -84,10 +84,15 @@ def folder(contents, tmp_path, monkeypatch) -> Path:
     for name in before:
         if name.startswith("FUSED_MERGE_"):
             del os.environ[name]
-    # Commands are those of this environment, and nobody looks for models elsewhere.
+    # Commands are those of this environment, and nobody looks for models elsewhere. On models so small, threads of two
+    # processes would do nothing but wait for one another.
     os.environ |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{before['PATH']}", "HF_HUB_OFFLINE": "1"}
+    os.environ["OMP_NUM_THREADS"] = "1"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     set_seed(0)
     yield tmp_path
+    torch.set_num_threads(threads)
     os.environ.clear()
     os.environ.update(before)
     for name in sys.modules.keys() - modules.keys():
