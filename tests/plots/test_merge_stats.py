@@ -132,7 +132,7 @@ SHARED = history_of(1)[1]
 @pytest.mark.parametrize(
     ("history", "error", "sentence"),
     [
-        ({}, ValueError, r"holds no statistics by layer; collect them with stats_every=n and history\[step\] = optimizer"),
+        ({}, ValueError, r"holds no statistics by layer; collect them with stats_every=n and history\[step\] = op"),
         ({1: {}, 2: {}}, ValueError, "the history holds no statistics by layer"),
         ([], ValueError, r"no statistics by layer; .* MergeStatsCallback\(trainer, per_layer=True\)"),
         ([{"step": 1, "loss": 1.0, "merge/cosine": 0.1}], ValueError, "no statistics by layer; .* per_layer=True"),
