@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,14 +18,15 @@ Weights = dict[str, torch.Tensor]
 def sample(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    prompts: list[str],
+    prompts: Sequence[str],
     greedy: bool = False,
     new_tokens: int = 40,
+    at_once: int = 512,
 ) -> list[str]:
     """Completions of all prompts; draws from torch's global generator unless `greedy`."""
     completions: list[str] = []
-    for start in range(0, len(prompts), 512):
-        inputs = tokenizer(prompts[start : start + 512], return_tensors="pt", padding=True)
+    for start in range(0, len(prompts), at_once):
+        inputs = tokenizer(list(prompts[start : start + at_once]), return_tensors="pt", padding=True).to(model.device)
         output = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
@@ -50,13 +52,15 @@ class Scores:
 class Examination:
     """The same questions for every model: held-out chat prompts, tasks, held-out base text."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, per_task: int = 60, prompts: int = 300) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, per_task: int = 60, prompts: int = 300, repeats: int = 2
+    ) -> None:
         text = documents(held_out=True)
         rng = random.Random(3)
         windows = [rng.randrange(len(text) - ROW) for _ in range(256)]
         self.tokenizer = tokenizer
         self.tasks = task_examples(per_task, seed=1)
-        self.prompts = 2 * chat_prompts(chat_lines(text), prompts, seed=2)
+        self.prompts = repeats * chat_prompts(chat_lines(text), prompts, seed=2)
         self.rows = encode_rows(tokenizer, [text[start : start + ROW] for start in windows])
 
     @torch.no_grad()

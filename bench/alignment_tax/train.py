@@ -84,19 +84,19 @@ def train_sft(
     advance: Advance,
 ) -> None:
     """Teach the chat format, and the tasks in it; the loss is taken on the answers alone."""
-    rng = random.Random(seed)
+    _fit(model, sft_batches(tokenizer, lines, 48, random.Random(seed)), steps, lr=2e-3, advance=advance)
 
-    def batches() -> Iterator[Batch]:
-        while True:
-            examples = sft_examples(lines, 48, rng)
-            texts = [example.prompt + example.answer + tokenizer.eos_token for example in examples]
-            batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
-            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-            for row, example in zip(labels, examples, strict=True):
-                row[: len(example.prompt)] = -100
-            yield {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
 
-    _fit(model, batches(), steps, lr=2e-3, advance=advance)
+def sft_batches(tokenizer: PreTrainedTokenizerFast, lines: list[str], size: int, rng: random.Random) -> Iterator[Batch]:
+    """Batches of chat without end, with labels on the answers alone."""
+    while True:
+        examples = sft_examples(lines, size, rng)
+        texts = [example.prompt + example.answer + tokenizer.eos_token for example in examples]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        for row, example in zip(labels, examples, strict=True):
+            row[: len(example.prompt)] = -100
+        yield {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
 
 
 def preference_pairs(
