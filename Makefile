@@ -6,10 +6,13 @@ BIN := .venv/bin
 FRAMEWORKS := tests/distributed tests/integrations
 DOCS := tests/docs
 
-.PHONY: demo test quick frameworks docs bench kernels lint types check clean
+.PHONY: demo study test quick frameworks docs bench kernels lint types check clean
 
 demo: .venv/installed-demo  ## base, SFT, preference training with online merging, ratio sweep, Pareto plot
 	$(BIN)/python bench/alignment_tax/run.py --quick
+
+study: .venv/installed-study  ## every algorithm and rival of the two papers, in small; an hour and a half
+	$(BIN)/python bench/study/run.py
 
 test: .venv/installed-test  ## every test; on a CPU the kernels run in Triton's interpreter, on a GPU on the GPU
 	$(BIN)/pytest -n auto $(patsubst %,--ignore=%,$(FRAMEWORKS) $(DOCS))
