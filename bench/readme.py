@@ -9,11 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent / "alignment_tax"))
+sys.path.insert(0, str(Path(__file__).parent / "study"))
+
+from comparisons import OPPONENTS, counted, tax_at_equal_reward, units_of
+from plan import CONTENDERS, FULL, Point
+from report import TAXES, Tax
 from roofline import replace_between_markers
 from step_cases import FUSED, REAL
 from tables import RESULTS as CPU
@@ -25,6 +33,7 @@ RECORDS = ROOT / "bench" / "results"
 CHECKPOINTS = RECORDS / "checkpoints" / "AMD_EPYC-0.5B-11-615a061.json"
 TAX = RECORDS / "alignment_tax" / "full.json"
 DEPTH = RECORDS / "adaptive_averaging" / "table.json"
+STUDY = RECORDS / "study" / "table.json"
 
 # A run of the experiment that was trained too far, how far back it is taken, and against whom merging is held.
 TOO_FAR, BACK = "adamw-lr4e-4", 0.5
@@ -122,7 +131,29 @@ def account() -> str:
     )
 
 
-PARTS = {"numbers": bullets, "results": account}
+def study() -> str:
+    """Return what the study has found, in one line."""
+    points = [Point(**{**entry, "ratios": tuple(entry["ratios"])}) for entry in json.loads(STUDY.read_text())["points"]]
+    units = units_of(points, FULL)
+
+    def found(opponents: str, tax: Tax) -> str:
+        compared = {name: tax_at_equal_reward(units, name, OPPONENTS[opponents], tax) for name in ("OnTIES", "OnDARE")}
+        return ", ".join(f"{name} {counted(changes, tax.digits)}" for name, changes in compared.items()).replace(
+            "*", ""
+        )
+
+    exact, perplexity = TAXES
+    path, rivals = OPPONENTS
+    others = sum(contender.group == "rival" for contender in CONTENDERS.values())
+    return (
+        f"- With five algorithms (DPO, IPO, KTO, GRPO, rejection sampling), better in so many of {len(units)} runs "
+        f"(`bench/study/run.py`): exact match against {path} {found(path, exact)}; against the front of {others} "
+        f"rivals, replay of SFT data among them, {found(rivals, exact)}; perplexity against {path} "
+        f"{found(path, perplexity)}."
+    )
+
+
+PARTS = {"numbers": bullets, "results": lambda: f"{account()}\n{study()}"}
 
 
 def filled(page: str) -> str:

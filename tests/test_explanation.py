@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench" / "study"))
+
+import record
 
 from fused_merge.optim.options import MergingOptions
 from fused_merge.options import options_of
@@ -41,6 +46,16 @@ def test_the_measured_numbers_are_recorded_ones():
         found = set(MEASURED.findall(" ".join(text.split())))
         assert len(found) > 20
         assert found - recorded == set()
+
+
+def test_the_page_of_the_study_shows_its_record():
+    page, table = record.PAGE.read_text(), (record.RECORD / "table.md").read_text()
+    assert record.filled(page, table) == page
+    # What the text around it says is taken from there too.
+    prose = re.sub(r"<!-- (\w+): begin -->.*?<!-- \1: end -->", "", page, flags=re.DOTALL)
+    found = set(MEASURED.findall(" ".join(prose.split())))
+    assert len(found) > 10
+    assert found - set(MEASURED.findall(table)) == set()
 
 
 def test_the_page_of_the_equations_lists_every_option():
