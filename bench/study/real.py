@@ -195,12 +195,17 @@ class Real:
         wait_for_all()
 
     def _make_reward(self, tokenizer: Any, rows: list[Row], seed: int, staging: Path) -> None:
-        def load(name: str) -> Any:
-            return AutoModelForSequenceClassification.from_pretrained(staging / name, num_labels=1, dtype=torch.float32)
+        def load(name: str, **options: Any) -> Any:
+            return AutoModelForSequenceClassification.from_pretrained(
+                staging / name, num_labels=1, dtype=torch.float32, **options
+            )
 
         if is_first():
-            torch.manual_seed(seed)
-            model = load("sft")  # with a new head, which all processes have to begin with
+            model, loaded = load("sft", output_loading_info=True)
+            # The head is new. What Transformers fills it with depends on more than a seed.
+            generator = torch.Generator().manual_seed(seed)
+            for name in sorted(loaded["missing_keys"]):
+                torch.nn.init.normal_(model.get_parameter(name), std=0.02, generator=generator)
             model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
             model.save_pretrained(staging / "reward")
             tokenizer.save_pretrained(staging / "reward")

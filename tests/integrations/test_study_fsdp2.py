@@ -41,7 +41,7 @@ def sharded(tmp_path_factory, data):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, data):
-    """The folder of one process, made outside of a test: memory is poisoned in those, and a new head differs."""
+    """The folder of one process."""
     out = tmp_path_factory.mktemp("one")
     small_study.prepare(out, data)
     return out
