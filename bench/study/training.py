@@ -70,7 +70,7 @@ def train(training: Training, start: Start, work: Path, kept: dict[str, tuple[fl
     trainer.train()
     weights = whole_weights(trainer.model)
     if training.contender == "LoRA":
-        weights = _merged_adapter(weights, start, training)
+        weights = _merged_adapter(weights, start)
     trained = Trained(weights)
     for recorder in recorders:
         trained.on_the_way |= recorder()
@@ -167,7 +167,7 @@ def lora() -> peft.LoraConfig:
     return peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def _merged_adapter(weights: Weights, start: Start, training: Training) -> Weights:
+def _merged_adapter(weights: Weights, start: Start) -> Weights:
     """The weights of a model whose adapter is merged into it."""
     if not weights:  # not the first process
         return weights
