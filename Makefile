@@ -11,7 +11,7 @@ DOCS := tests/docs
 demo: .venv/installed-demo  ## base, SFT, preference training with online merging, ratio sweep, Pareto plot
 	$(BIN)/python bench/alignment_tax/run.py --quick
 
-study: .venv/installed-study  ## every algorithm and rival of the two papers, in small; an hour and a half
+study: .venv/installed-study  ## every algorithm and rival of the two papers, in small; 70 minutes
 	$(BIN)/python bench/study/run.py
 
 test: .venv/installed-test  ## every test; on a CPU the kernels run in Triton's interpreter, on a GPU on the GPU
