@@ -7,9 +7,9 @@ Then, turn by turn:
 
     deepcopy             the floor: `copy.deepcopy` of the model, once for each ratio
     copy in place        `copy_` into the model's weights from another model's, once for each ratio
-    sweep, in memory     `RatioSweep`: entered, moved to every ratio and left; the ends are state dicts
-    sweep, compiled      the same with `impl="compiled"`; what the first turn compiles is not timed
-    sweep, in files      in eager code again; the ends are safetensors files in the page cache
+    sweep, eager         `RatioSweep(impl="eager")`: entered, moved to every ratio and left; the ends are state dicts
+    sweep, in memory     the same by default; what the first turn compiles is not timed
+    sweep, in files      the same; the ends are safetensors files in the page cache
     each entered         the same as in files, entered and left once for each ratio
 
 A first turn is not timed. The model is at neither end, so that a sweep keeps a copy of it; after every sweep it must be
@@ -111,15 +111,15 @@ def measure(arguments: argparse.Namespace, size: float, dtype: torch.dtype, fold
     files = [folder / f"{dtype}-{name}.safetensors".removeprefix("torch.") for name in ("base", "tuned")]
     for file, end in zip(files, (base, tuned), strict=True):
         save_file(weights_of(end), file)
+    eager = fm.RatioSweep(model, weights_of(base), weights_of(tuned), impl="eager")
     in_memory = fm.RatioSweep(model, weights_of(base), weights_of(tuned))
-    compiled = fm.RatioSweep(model, weights_of(base), weights_of(tuned), impl="compiled")
     in_files = fm.RatioSweep(model, *files)
     scratch, before = copy.deepcopy(model), copy.deepcopy(weights_of(model))
     providers: dict[str, Callable[[], None]] = {
         DEEPCOPY: lambda: copies(model, len(ratios)),
         IN_PLACE: lambda: copies_in_place(weights_of(scratch), weights_of(model), len(ratios)),
+        "sweep, eager": lambda: along(eager, ratios),
         "sweep, in memory": lambda: along(in_memory, ratios),
-        "sweep, compiled": lambda: along(compiled, ratios),
         "sweep, in files": lambda: along(in_files, ratios),
         "each entered": lambda: each_entered(in_files, ratios),
     }

@@ -1,7 +1,8 @@
-"""Points of the path between pairs of tensors: R points from one read of both ends, as `fused_merge.eager.interpolate`.
+"""R points of the path between pairs of tensors from one read of both, as `fused_merge.eager.interpolate`.
 
-Bytes per element of b bytes: reads 2*b and writes R*b. Whole lines are written past the caches, which would first read
-what they are to hold: without that it is 2*R*b.
+Bytes per element of b bytes: reads 2*b and writes R*b; what lies between the ends reads both anew for each point, from
+the innermost caches. Where all are of one dtype, whole lines are written past the caches, which would first read what
+they are to hold: without that it is 2*R*b.
 """
 
 from __future__ import annotations
@@ -13,20 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fused_merge.compiled import arithmetic, memory, streaming
+from fused_merge.compiled import memory, streaming
 from fused_merge.compiled.jit import inlined, loop, task
 from fused_merge.compiled.layout import columns
 from fused_merge.compiled.memory import BLOCK, DTYPES, FP32, as_float, fp32, int64
-from fused_merge.compiled.scratch import DIFFERENCE, FIRST, RESULT, ROUNDED, SECOND, row
+from fused_merge.compiled.scratch import FIRST, RESULT, ROUNDED, SECOND, row
 from fused_merge.compiled.streaming import LINE
 from fused_merge.compiled.threads import TASK, TASKS, Blocks, Crew, begin, locate, take
 from fused_merge.eager.interpolate import nearer_end
 
 # Bytes of outputs from which on they are written past the caches: they would not stay there.
 STREAM_FROM = 1 << 22
-
-# Elements that are worked on at once: both ends, their difference and a point stay in the innermost cache.
-PIECE = 1024
 
 # From which end a point is found, or which one it is.
 ALONG_BASE, ALONG_TUNED, COPY_BASE, COPY_TUNED = range(4)
@@ -117,9 +115,7 @@ def interpolate_pass(task: int) -> None:
             k, number = locate(a, block, k)
             base = BLOCK * number
             pair = int64(a[TASK.table] + 8 * PAIRS * k, PAIRS)
-            end = min(base + BLOCK, pair[PAIR.numel])
-            for first in range(base, end, PIECE):
-                _write_points(pair, a[TASK.points], first, min(PIECE, end - first), scratch)
+            _write_points(pair, a[TASK.points], base, min(BLOCK, pair[PAIR.numel] - base), scratch)
 
 
 @inlined
@@ -129,42 +125,57 @@ def _bytes(dtype, count):
 
 @inlined
 def _write_points(pair, points, base, count, scratch):
-    a = memory.load_from(pair[PAIR.base], pair[PAIR.base_dtype], base, count, row(scratch, FIRST))
-    b = memory.load_from(pair[PAIR.tuned], pair[PAIR.tuned_dtype], base, count, row(scratch, SECOND))
-    delta, room = row(scratch, DIFFERENCE), row(scratch, RESULT)
-    arithmetic.subtract(b, a, delta, count)
     for r in range(pair[PAIR.points], pair[PAIR.points] + pair[PAIR.ratios]):
         point = int64(points + 8 * POINTS * r, POINTS)
-        dtype, form = point[POINT.dtype], point[POINT.form]
-        out = point[POINT.out] + _bytes(dtype, base)
-        # Those of the outputs that begin at a cache line.
-        lines = _bytes(dtype, count) // LINE if pair[PAIR.streams] != 0 and out % LINE == 0 else 0
-        if form in (ALONG_BASE, ALONG_TUNED):
-            end, weight, streamed = a if form == ALONG_BASE else b, as_float(np.uint32(point[POINT.weight])), 0
-            if lines != 0:
-                streaming.lines_along(dtype, end, delta, weight, out, lines)
-                streamed = lines * LINE // (4 if dtype == FP32 else 2)
-            if streamed < count:
-                before, rest = 4 * streamed, count - streamed
-                along(end + before, delta + before, weight, room, rest)
-                memory.round_to(dtype, room, row(scratch, ROUNDED), rest)
-                streaming.copy_bytes(row(scratch, ROUNDED), out + _bytes(dtype, streamed), _bytes(dtype, rest))
-            continue
-        address, own, end = pair[PAIR.base], pair[PAIR.base_dtype], a
-        if form == COPY_TUNED:
-            address, own, end = pair[PAIR.tuned], pair[PAIR.tuned_dtype], b
-        source = address + _bytes(own, base)
-        if own != dtype:
-            source = room
-            memory.round_to(dtype, end, room, count)
-        if source != out:
-            streaming.copy_lines(source, out, lines)
-            streaming.copy_bytes(source + LINE * lines, out + LINE * lines, _bytes(dtype, count) - LINE * lines)
+        if point[POINT.form] in (ALONG_BASE, ALONG_TUNED):
+            _write_between(pair, point, base, count, scratch)
+        else:
+            _write_end(pair, point, base, count, scratch)
+
+
+@inlined
+def _lines(pair, point, base, count):
+    """How many whole cache lines of an output are written past the caches."""
+    begins = (point[POINT.out] + _bytes(point[POINT.dtype], base)) % LINE == 0
+    return _bytes(point[POINT.dtype], count) // LINE if pair[PAIR.streams] != 0 and begins else 0
+
+
+@inlined
+def _write_between(pair, point, base, count, scratch):
+    dtype, weight = point[POINT.dtype], as_float(np.uint32(point[POINT.weight]))
+    from_base, streamed = point[POINT.form] == ALONG_BASE, 0
+    if pair[PAIR.base_dtype] == dtype and pair[PAIR.tuned_dtype] == dtype:
+        lines, offset = _lines(pair, point, base, count), _bytes(dtype, base)
+        a, b = pair[PAIR.base] + offset, pair[PAIR.tuned] + offset
+        streaming.lines_along(dtype, a if from_base else b, a, b, weight, point[POINT.out] + offset, lines)
+        streamed = lines * LINE // _bytes(dtype, 1)
+    if streamed < count:
+        base, count = base + streamed, count - streamed
+        a = memory.load_from(pair[PAIR.base], pair[PAIR.base_dtype], base, count, row(scratch, FIRST))
+        b = memory.load_from(pair[PAIR.tuned], pair[PAIR.tuned_dtype], base, count, row(scratch, SECOND))
+        along(a if from_base else b, a, b, weight, row(scratch, RESULT), count)
+        memory.round_to(dtype, row(scratch, RESULT), point[POINT.out] + _bytes(dtype, base), count)
+
+
+@inlined
+def _write_end(pair, point, base, count, scratch):
+    dtype, lines = point[POINT.dtype], _lines(pair, point, base, count)
+    address, own = pair[PAIR.base], pair[PAIR.base_dtype]
+    if point[POINT.form] == COPY_TUNED:
+        address, own = pair[PAIR.tuned], pair[PAIR.tuned_dtype]
+    source, out = address + _bytes(own, base), point[POINT.out] + _bytes(dtype, base)
+    if own != dtype:
+        x = memory.load_from(address, own, base, count, row(scratch, FIRST))
+        source = row(scratch, ROUNDED)
+        memory.round_to(dtype, x, source, count)
+    if source != out:
+        streaming.copy_lines(source, out, lines)
+        streaming.copy_bytes(source + LINE * lines, out + LINE * lines, _bytes(dtype, count) - LINE * lines)
 
 
 @loop
-def along(end: int, delta: int, weight: float, out: int, count: int) -> None:
-    """x + weight*delta."""
-    x, d, y = fp32(end, count), fp32(delta, count), fp32(out, count)
+def along(end: int, a: int, b: int, weight: float, out: int, count: int) -> None:
+    """end + weight*(b - a)."""
+    start, x, y, point = fp32(end, count), fp32(a, count), fp32(b, count), fp32(out, count)
     for j in range(count):
-        y[j] = x[j] + weight * d[j]
+        point[j] = start[j] + weight * (y[j] - x[j])

@@ -34,15 +34,23 @@ def _copy_line(typing_context: Any, source: Any, out: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def _line_along(typing_context: Any, end: Any, delta: Any, weight: Any, out: Any, dtype: Any) -> Any:
-    """Write a cache line of x + weight*delta, rounded once; of the same bits as the loops of `interpolate`."""
+def _line_along(typing_context: Any, end: Any, a: Any, b: Any, weight: Any, out: Any, dtype: Any) -> Any:
+    """Write a cache line of end + weight*(b - a), rounded once; of the same bits as the loops of `interpolate`."""
     kind = dtype.literal_value
     count = LINE // (4 if kind == FP32 else 2)
     numbers, words = ir.VectorType(ir.FloatType(), count), ir.VectorType(ir.IntType(32), count)
     halves = ir.VectorType(ir.IntType(16), count)
+    stored = {FP32: numbers, BF16: halves, FP16: ir.VectorType(ir.HalfType(), count)}[kind]
 
     def every(value: int) -> Any:
         return ir.Constant(words, [value] * count)
+
+    def load(builder: Any, address: Any) -> Any:
+        size = 4 if kind == FP32 else 2
+        x = builder.load(builder.inttoptr(address, stored.as_pointer()), align=size)
+        if kind == BF16:
+            return builder.bitcast(builder.shl(builder.zext(x, words), every(16)), numbers)
+        return builder.fpext(x, numbers) if kind == FP16 else x
 
     def to_bf16(builder: Any, x: Any) -> Any:
         bits = builder.bitcast(x, words)
@@ -54,21 +62,19 @@ def _line_along(typing_context: Any, end: Any, delta: Any, weight: Any, out: Any
         return builder.select(builder.fcmp_unordered("uno", x, x), ir.Constant(halves, [0x7FC0] * count), upper)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        def load(address: Any) -> Any:
-            return builder.load(builder.inttoptr(address, numbers.as_pointer()), align=4)
-
+        start, x, y = (load(builder, address) for address in arguments[:3])
         undefined = ir.Constant(numbers, ir.Undefined)
-        first = builder.insert_element(undefined, arguments[2], ir.Constant(ir.IntType(32), 0))
+        first = builder.insert_element(undefined, arguments[3], ir.Constant(ir.IntType(32), 0))
         weights = builder.shuffle_vector(first, undefined, every(0))
-        x = builder.fadd(load(arguments[0]), builder.fmul(weights, load(arguments[1])))
+        point = builder.fadd(start, builder.fmul(weights, builder.fsub(y, x)))
         if kind == BF16:
-            x = to_bf16(builder, x)
+            point = to_bf16(builder, point)
         elif kind == FP16:
-            x = builder.fptrunc(x, ir.VectorType(ir.HalfType(), count))
-        _store(builder, x, arguments[3])
+            point = builder.fptrunc(point, stored)
+        _store(builder, point, arguments[4])
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.float32, types.int64, dtype), generate
+    return types.void(types.int64, types.int64, types.int64, types.float32, types.int64, dtype), generate
 
 
 @intrinsic
@@ -102,32 +108,32 @@ def copy_lines(source: int, out: int, lines: int) -> None:
 
 
 @loop
-def fp32_lines_along(end: int, delta: int, weight: float, out: int, lines: int) -> None:
-    """Write cache lines of x + weight*delta."""
+def fp32_lines_along(end: int, a: int, b: int, weight: float, out: int, lines: int) -> None:
+    """Write cache lines of end + weight*(b - a)."""
     for j in range(lines):
-        _line_along(end + LINE * j, delta + LINE * j, weight, out + LINE * j, FP32)
+        _line_along(end + LINE * j, a + LINE * j, b + LINE * j, weight, out + LINE * j, FP32)
 
 
 @loop
-def bf16_lines_along(end: int, delta: int, weight: float, out: int, lines: int) -> None:
-    """Write cache lines of x + weight*delta, rounded to bf16."""
+def bf16_lines_along(end: int, a: int, b: int, weight: float, out: int, lines: int) -> None:
+    """The same of bf16."""
     for j in range(lines):
-        _line_along(end + 2 * LINE * j, delta + 2 * LINE * j, weight, out + LINE * j, BF16)
+        _line_along(end + LINE * j, a + LINE * j, b + LINE * j, weight, out + LINE * j, BF16)
 
 
 @loop
-def fp16_lines_along(end: int, delta: int, weight: float, out: int, lines: int) -> None:
-    """Write cache lines of x + weight*delta, rounded to fp16."""
+def fp16_lines_along(end: int, a: int, b: int, weight: float, out: int, lines: int) -> None:
+    """The same of fp16."""
     for j in range(lines):
-        _line_along(end + 2 * LINE * j, delta + 2 * LINE * j, weight, out + LINE * j, FP16)
+        _line_along(end + LINE * j, a + LINE * j, b + LINE * j, weight, out + LINE * j, FP16)
 
 
 @inlined
-def lines_along(dtype, end, delta, weight, out, lines):
-    """Write cache lines of x + weight*delta, rounded once to a dtype."""
+def lines_along(dtype, end, a, b, weight, out, lines):
+    """Write cache lines of end + weight*(b - a), all of one dtype, each element rounded once."""
     if dtype == FP32:
-        fp32_lines_along(end, delta, weight, out, lines)
+        fp32_lines_along(end, a, b, weight, out, lines)
     elif dtype == BF16:
-        bf16_lines_along(end, delta, weight, out, lines)
+        bf16_lines_along(end, a, b, weight, out, lines)
     else:
-        fp16_lines_along(end, delta, weight, out, lines)
+        fp16_lines_along(end, a, b, weight, out, lines)
