@@ -53,7 +53,7 @@ def at_once_anew(points):
 
 def copy(points):
     # Half of the bytes are read and half are written.
-    source = points.base.repeat(2 + len(points.ratios))[::2].contiguous()
+    source = torch.ones((2 + len(points.ratios)) * points.base.numel() // 2, dtype=points.base.dtype)
     return partial(torch.empty_like(source).copy_, source)
 
 
